@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -227,6 +227,10 @@ def search(
     min_score: Annotated[
         float | None, typer.Option("--min-score", help="Minimum cosine of a result and the query.")
     ] = None,
+    by: Annotated[
+        Literal["both", "meaning", "words"],
+        typer.Option("--by", help="Find items by the meaning of texts, by the words of their own texts, or by both."),
+    ] = "both",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")] = False,
     **queries: list[str] | None,
 ) -> None:
@@ -242,6 +246,7 @@ def search(
         under=under,
         k=k,
         min_score=min_score,
+        by=by,
         as_json=json,
     )
 

@@ -41,7 +41,7 @@ from openimp.report.write import write_report
 from openimp.search.build import build_index
 from openimp.search.folder import METADATA
 from openimp.search.index import open_index
-from openimp.search.query import Like, Query
+from openimp.search.query import By, Like, Query
 from openimp.training.metrics_file import read_metrics
 from openimp.training.trainer import train
 
@@ -230,6 +230,7 @@ def run_search(
     under: Path | None,
     k: int,
     min_score: float | None,
+    by: By,
     as_json: bool,
 ) -> None:
     """Searches an index and prints the results."""
@@ -237,8 +238,8 @@ def run_search(
     parts: list[str | Query | Like] = list(texts)
     parts += [Query(name, value) for name, values in queries.items() for value in values or ()]
     parts += [index.text_query(text, -1.0) for text in minus]
-    hits = index.search(parts, k, modalities, under, min_score)
-    if under and not hits and not index.search(parts, 1, modalities, under):
+    hits = index.search(parts, k, modalities, under, min_score, by)
+    if under and not hits and not index.search(parts, 1, modalities, under, by=by):
         raise UserError(f"--under {under}: nothing is indexed there that the query could find")
     if as_json:
         for hit in hits:
@@ -248,9 +249,10 @@ def run_search(
     for hit in hits:
         time = "" if hit.start is None or hit.end is None else f"  {clock(hit.start)} to {clock(hit.end)}"
         text = f"  {' '.join(hit.text.split())[:MAX_TEXT]}" if hit.text else ""
-        console.print(f"{hit.score:6.3f}  {hit.modality:{width}}  {hit.path}{time}{text}", soft_wrap=True)
+        score = " " * 6 if hit.score is None else f"{hit.score:6.3f}"
+        console.print(f"{score}  {hit.modality:{width}}  {hit.path}{time}{text}", soft_wrap=True)
     if not hits:
-        console.print("no item is that close to the query")
+        console.print("no item has these words" if by == "words" else "no item is that close to the query")
 
 
 def run_embed(

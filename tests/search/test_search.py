@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def assert_best(index: Index, hits: list[Hit], expected: dict[str, float]) -> No
 def test_results_are_those_of_comparing_all_items(index, media):
     assert index.counts == {"image": 3, "video": 3, "audio": 3, "text": 3}
     for k in (1, 5, 100):
-        hits = index.search("a red square", k)
+        hits = index.search("a red square", k, by="meaning")
         assert len(hits) == min(k, 12)
         assert_best(index, hits, scores(index, encoded(index, "text", "a red square")))
     file = media / "seen" / "1.png"
@@ -102,32 +103,33 @@ def test_queries_and_stored_vectors_of_items_add_up_and_can_be_subtracted(index,
     text, noise = (encoded(index, "text", text) for text in ("a red square", "noise"))
     total = text + 2 * encoded(index, "audio", sound) - 0.5 * noise + vectors[3] - 0.5 * vectors[7]
     expected = {id: score for id, score in scores(index, total).items() if id not in (ids[3], ids[7])}
-    hits = index.search(parts)
+    hits = index.search(parts, by="meaning")
     assert {hit.id for hit in hits} == expected.keys(), "items of the query are no results"
     assert_best(index, hits, expected)
 
 
 def test_filters_leave_the_best_of_what_they_keep(index, media, monkeypatch):
+    search = partial(index.search, by="meaning")
     everything = scores(index, encoded(index, "text", "noise"))
-    hits = index.search("noise", modalities=["image", "audio"])
+    hits = search("noise", modalities=["image", "audio"])
     assert [hit.modality for hit in hits].count("image") == 3
     assert_best(index, hits, {hit.id: everything[hit.id] for hit in hits})
     assert index.folders == [str(media / "heard_100%"), str(media / "seen")]
     monkeypatch.chdir(media)
     for folder in ("seen", media / "seen", f"{media}/seen/"):
-        hits = index.search("noise", under=folder)
+        hits = search("noise", under=folder)
         assert {Path(hit.path).parent.name for hit in hits} == {"seen"}
         assert len(hits) == 6
-    (hit,) = index.search("noise", under=media / "seen" / "it's 0.png")
+    (hit,) = search("noise", under=media / "seen" / "it's 0.png")
     assert hit.path.endswith("it's 0.png")
-    assert index.search("noise", under="heard_") == [], "a folder is no prefix of names"
-    hits = index.search("noise", k=100)
+    assert search("noise", under="heard_") == [], "a folder is no prefix of names"
+    hits = search("noise", k=100)
     least = sorted(hit.score for hit in hits)[-7]
-    good = index.search("noise", k=100, min_score=least)
+    good = search("noise", k=100, min_score=least)
     assert {hit.id for hit in good} == {hit.id for hit in hits if hit.score >= least}
-    assert index.search("noise", k=5, min_score=least) == good[:5], "what is not good enough takes nobody's turn"
+    assert search("noise", k=5, min_score=least) == good[:5], "what is not good enough takes nobody's turn"
     with refuses():
-        index.search("noise", modalities=["vdieo"])
+        search("noise", modalities=["vdieo"])
 
 
 def test_a_recording_in_segments_is_one_result(joint_model, media, tmp_path, monkeypatch):
@@ -177,8 +179,9 @@ def test_a_text_is_encoded_once_for_all_modalities_which_are_searched_once_each(
     likes = [Like(hit.id) for hit in disjoint_index.search("noise", modalities=["image"])[:2]]
     counts = counting(disjoint_index)
     for query, modalities, expected in (
-        (["noise", picture], ["image", "video"], {"encode": 2, "search": 2}),  # per part, and per modality
-        ("noise", None, {"encode": 1, "search": 4}),
+        # Encoded per part, and searched per modality, by meaning and by words.
+        (["noise", picture], ["image", "video"], {"encode": 2, "search": 4}),
+        ("noise", None, {"encode": 1, "search": 8}),
         (likes, ["image"], {"search": 2}),  # one look-up for all items of the query, and one search
     ):
         counts.clear()
@@ -190,7 +193,7 @@ def test_disjoint_spaces_are_searched_one_by_one(disjoint_index, media):
     index = disjoint_index
     assert index.model.recipe.model.space == "disjoint"
     picture = Query("image", media / "seen" / "1.png")
-    hits = index.search("noise", k=100)
+    hits = index.search("noise", k=100, by="meaning")
     assert {hit.modality for hit in hits} == {"image", "video", "audio", "text"}
     vectors = {row["id"]: np.array(row["vector"]) for row in index.vectors().to_pylist()}
     for hit in hits:
@@ -202,20 +205,86 @@ def test_disjoint_spaces_are_searched_one_by_one(disjoint_index, media):
         index.search(picture, modalities=["audio"])
 
 
-def test_a_query_without_a_known_word_is_refused(tiny_recipe, tiny_model, media, tmp_path):
-    recipe = tiny_recipe(modalities={"vision": {"patch": [2, 8, 8]}, "audio": {"window": 512, "hop": 256, "bins": 32},
-                                     "text": {"min_df": 1}})  # fmt: skip
+@pytest.fixture(scope="module")
+def word_model(tiny_recipe, tiny_model, tmp_path_factory) -> Path:
+    """A model that knows whole words: those of `TEXTS`."""
+    modalities = {
+        "vision": {"patch": [2, 8, 8]},
+        "audio": {"window": 512, "hop": 256, "bins": 32},
+        "text": {"min_df": 1},
+    }
+    recipe = tiny_recipe(modalities=modalities)
     model, modalities = tiny_model(recipe)
-    (tmp_path / "model").mkdir()
-    save_model(tmp_path / "model", model, recipe.to_config({}), modalities, recipe.to_yaml())
+    folder = tmp_path_factory.mktemp("words")
+    save_model(folder, model, recipe.to_config({}), modalities, recipe.to_yaml())
+    return folder
+
+
+def test_a_query_without_a_known_word_is_refused(word_model, tmp_path):
     (tmp_path / "lines.txt").write_text("green noise\nxyzzy", encoding="utf-8")
-    done = build_index(tmp_path / "model", [tmp_path / "lines.txt"], tmp_path / "x.index")
+    done = build_index(word_model, [tmp_path / "lines.txt"], tmp_path / "x.index")
     assert list(done.skipped.values()) == ["line 2: has no word that the model knows"]
     index = open_index(done.folder)
     assert [hit.text for hit in index.search("noise")] == ["green noise"]
     for text in ("xyzzy", " "):
         with refuses():
-            index.search(text)
+            index.search(text, by="meaning")
+
+
+@pytest.fixture
+def captioned(word_model, media_folder, tmp_path) -> Index:
+    """Three pictures and three sounds. Two pictures and a sound have a caption."""
+    captions = {"0.png": "A red guitar.", "1.png": "Two green Guitars and a drum", "2.wav": "the noise of a guitar"}
+    for name in (f"{i}{suffix}" for suffix in (".png", ".wav") for i in range(3)):
+        folder = tmp_path / "captioned" / name[2:]
+        folder.mkdir(parents=True, exist_ok=True)
+        file = Path(shutil.copy(media_folder / name, folder))
+        if name in captions:
+            file.with_suffix(".txt").write_text(captions[name], encoding="utf-8")
+    return open_index(build_index(word_model, [tmp_path / "captioned"], tmp_path / "x.index").folder)
+
+
+def test_items_are_found_by_the_words_of_their_texts(captioned):
+    guitars = {"A red guitar.", "Two green Guitars and a drum", "the noise of a guitar"}
+    hits = captioned.search("a guitar", by="words")
+    assert {hit.text for hit in hits} == guitars, "whatever the case, the plural and words such as `a`"
+    assert {hit.found_by for hit in hits} == {"words"}
+    hits = captioned.search("guitar")
+    assert {hit.text for hit in hits} == guitars
+    assert [hit.score for hit in hits] == [None] * 3, "the model does not know the word"
+    assert captioned.search("guitar", min_score=-1) == [], "and without a score no item is close enough"
+    assert [hit.text for hit in captioned.search("drums", by="words")] == ["Two green Guitars and a drum"]
+    assert captioned.search("piano", by="words") == []
+    assert {hit.modality for hit in captioned.search("guitar", modalities=["audio"], by="words")} == {"audio"}
+    with refuses():
+        captioned.search("guitar", by="meaning")
+
+
+def test_meaning_and_words_are_merged(captioned):
+    """The model knows `red` and not `guitar`."""
+    by_meaning = {hit.id: hit.score for hit in captioned.search("a red guitar", k=100, by="meaning")}
+    assert len(by_meaning) == 6
+    hits = captioned.search("a red guitar", k=100)
+    assert {hit.id for hit in hits} == by_meaning.keys()
+    for hit in hits:
+        assert hit.score == pytest.approx(by_meaning[hit.id], abs=1e-3)
+        assert hit.found_by == ("both" if hit.text else "meaning")
+    pictures = [hit.text for hit in hits if hit.modality == "image"]
+    assert pictures == ["A red guitar.", "Two green Guitars and a drum", None], (
+        "items with more of the words come first"
+    )
+    sounds = [hit.text for hit in hits if hit.modality == "audio"]
+    assert sounds[0] == "the noise of a guitar"
+
+
+def test_an_index_without_words_compares_the_meaning(captioned):
+    table = captioned._items.table
+    (name,) = (index.name for index in table.list_indices() if index.columns == ["text"])
+    table.drop_index(name)
+    old = open_index(captioned.folder)
+    assert {hit.found_by for hit in old.search("red")} == {"meaning"}
+    with refuses():
+        old.search("red", by="words")
 
 
 def test_a_query_that_cannot_be_encoded_is_refused(index, media):

@@ -257,6 +257,16 @@ def test_a_query_of_which_nothing_is_left_scores_nothing(server: Server):
         assert not re.search(r"=(?:999999|abc|0|1)\b", " ".join(links)), "they do not keep what is gone"
 
 
+def test_a_text_finds_items_by_meaning_by_words_or_by_both(server: Server, ids):
+    assert set(server.items("q=circle&by=words&modality=image")) == {ids["1.png"]}
+    assert server.items("q=circle&modality=image")[0] == ids["1.png"]
+    page = server.ask("/?q=circle&by=words").text
+    assert re.search(r'value="words" checked', page)
+    assert page.count(">by words<") == len(server.items("q=circle&by=words"))
+    assert "No item has these words" in server.ask("/?q=piano&by=words").text
+    assert server.ask("/?q=circle&by=smell").status == 400
+
+
 def test_filters_keep_what_they_say(server: Server, folder: Path, ids):
     assert set(server.items("q=noise&k=100")) == set(server.items("q=noise&k=100&min=-1"))
     assert set(server.items("q=noise&modality=video")) == {ids[f"{i}.mp4"] for i in range(3)}
@@ -302,10 +312,11 @@ def test_a_page_encodes_its_query_once_and_looks_no_result_up(index: Path, ids):
     assert len(opened.counts) == 4
     counts = counting(opened)
     for query, encodings, queries in (
-        ("q=noise", 1, 4),  # one query per modality, and none per result
-        ("q=noise&modality=image&modality=audio", 1, 2),
-        ("q=noise&min=1", 1, 8),  # once more, to tell the best score
-        ("q=noise&more={0}&more={1}&less={2}&modality=image", 1, 3),  # names of the parts; their vectors; images
+        ("q=noise&by=meaning", 1, 4),  # one query per modality, and none per result
+        ("q=noise", 1, 8),  # by meaning and by words
+        ("q=noise&modality=image&modality=audio", 1, 4),
+        ("q=noise&min=1", 1, 16),  # once more, to tell the best score
+        ("q=noise&more={0}&more={1}&less={2}&modality=image", 1, 4),  # names of the parts; their vectors; images
         ("more={0}", 0, 5),
         ("", 0, 0),
     ):
@@ -327,13 +338,13 @@ def test_uploads_are_kept_for_a_limited_number_and_time():
 
 
 def test_the_url_holds_the_whole_state():
-    state = State("a cat & dog", ("f",), ("a", "b"), ("c",), ("image",), "/my photos", 0.25, 96)
+    state = State("a cat & dog", ("f",), ("a", "b"), ("c",), ("image",), "/my photos", 0.25, "words", 96)
     path, _, query = state.link(k=96).partition("?")
     assert path == "/"
     assert State.parse(QueryParams(query)) == state
     assert State().link() == "/"
     assert State.parse(QueryParams(state.with_item("less", "a").partition("?")[2])) == State(
-        "a cat & dog", ("f",), ("b",), ("c", "a"), ("image",), "/my photos", 0.25, PAGE_RESULTS
+        "a cat & dog", ("f",), ("b",), ("c", "a"), ("image",), "/my photos", 0.25, "words", PAGE_RESULTS
     )
     assert State(more=("a", "b")).without("more", "a") == "/?more=b"
 

@@ -99,6 +99,7 @@ class Example:
     values: dict[str, Any]  # of its columns
     rng: np.random.Generator
     arrays: dict[str, list[np.ndarray]] = field(default_factory=dict)  # `draw` arrays by modality
+    texts: dict[str, list[str]] = field(default_factory=dict)  # that were drawn, by modality
     targets: list[Tensors] = field(default_factory=list)  # of each objective of the task
     bad: str = ""  # the reason why it cannot be read
 
@@ -308,6 +309,9 @@ class StepBatches(Dataset[LoadedBatch]):
             self._read_targets(task, example)  # First, because media of an example with a bad target are not decoded.
         for name in task.inputs:
             self._decode(visit, name, loaded.values())
+        for example in loaded.values():
+            for objective, targets in zip(task.objectives, example.targets):
+                targets |= objective.read_texts(example.texts)
         return loaded
 
     def _readable(self, visit: Visit, position: int, loaded: dict[int, Example]) -> Example:
@@ -366,7 +370,9 @@ class StepBatches(Dataset[LoadedBatch]):
         def decode(example: Example) -> np.ndarray:
             rng = example.rng
             if modality.reads_text:
-                return modality.decode(fill(spec.columns, example.values, rng), [view])
+                text = fill(spec.columns, example.values, rng)
+                example.texts.setdefault(name, []).append(text)
+                return modality.decode(text, [view])
             column = spec.columns[0]
             if len(spec.columns) > 1:
                 column = spec.columns[int(rng.integers(len(spec.columns)))]

@@ -123,14 +123,17 @@ def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
     """Adds the results to the page."""
     state = page.state
     encoded = [index.encode(part) if isinstance(part, Query) else part for part in parts]  # Once for both searches.
-    find = partial(index.search, encoded, modalities=state.modality or None, under=state.under or None)
+    find = partial(index.search, encoded, modalities=state.modality or None, under=state.under or None, by=state.by)
     hits = find(state.k, min_score=state.min or None)
     at_least = f" with a score of at least {state.min:.2f}" if state.min else ""
     if hits:
         start = "The first " if len(hits) == state.k else ""
         page.status = f"{start}{counted(len(hits), 'result')}{at_least}"
     elif best := find(1) if state.min else []:
-        page.status = f"No result{at_least}; the best has {best[0].score:.2f}"
+        reason = "" if best[0].score is None else f"; the best has {best[0].score:.2f}"
+        page.status = f"No result{at_least}{reason}"
+    elif state.by == "words" and state.q:
+        page.status = "No item has these words"
     else:
         page.status = "Nothing is indexed that matches these filters"
     if len({hit.modality for hit in hits}) > 1:

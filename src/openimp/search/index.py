@@ -2,7 +2,9 @@
 
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -22,8 +24,13 @@ from openimp.encoding.engine import ItemEncoder
 from openimp.inference.model import Model, load
 from openimp.search.folder import INDEX_FILES, Metadata, built_with, read_metadata
 from openimp.search.media import media_state, row_media, source_table
-from openimp.search.query import EncodedQuery, Hit, Like, Query, QueryPart, Space
+from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, Space
 from openimp.search.table import HIT_COLUMNS, Items, any_of, below, quoted
+
+RANKED = 200
+"""Least number of items that are ranked by meaning and by words, before the two rankings are merged."""
+RANK_CONSTANT = 60
+"""Of reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): the larger, the less the first ranks count."""
 
 
 class Index:
@@ -52,6 +59,11 @@ class Index:
         counts = {name: self._items.table.count_rows(f"modality = {quoted(name)}") for name in self._metadata.towards}
         return {name: count for name, count in counts.items() if count}
 
+    @property
+    def has_words(self) -> bool:
+        """Whether items are found by the words of their texts. Indexes of older versions need `build_index` again."""
+        return self._items.has_words
+
     @cached_property
     def folders(self) -> list[str]:
         """Useful values of `under`: the sources, and the folders directly below the common parent of all files."""
@@ -73,13 +85,15 @@ class Index:
         modalities: Sequence[str] | None = None,
         under: str | Path | None = None,
         min_score: float | None = None,
+        by: By = "both",
     ) -> list[Hit]:
         """Returns the `k` best items.
 
-        Items of one modality are sorted by their cosine with the weighted sum of the queries, the highest first. The
-        modalities take turns, because their cosines cannot be compared: in most models, all texts are closer to a text
-        than any picture is. The modality with the highest cosine begins. Of a file that was cut into segments, only the
-        best segment is returned, unless `under` is that file.
+        By meaning, items of one modality are ranked by their cosine with the weighted sum of the queries. By words,
+        items are ranked whose texts (captions, names, lines) have words of the query's texts, by BM25. By both, an item
+        gets the sum of its reciprocal ranks. The modalities take turns, because their cosines cannot be compared: in
+        most models, all texts are closer to a text than any picture is. The modality with the best item begins. Of a
+        file that was cut into segments, only the best segment is returned, unless `under` is that file.
 
         Args:
             queries: one part of the query or several. A string is a text. Items in the query are not returned.
@@ -87,6 +101,7 @@ class Index:
             modalities: only items of these modalities. None: all that can be compared with the queries.
             under: only this file, files in this folder, or rows of the source of this name.
             min_score: only items with at least this cosine.
+            by: "both", "meaning" or "words". Without a text in the query, items are always ranked by meaning.
 
         Raises:
             UserError: a query cannot be read, or no item can be compared with it.
@@ -98,6 +113,14 @@ class Index:
             if name not in self.counts:
                 raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
         encoded = self._encode_all(parts)
+        words = " ".join(query.text for query in encoded if query.text and query.weight > 0)
+        if by == "words" and not self.has_words:
+            raise UserError(f"{self.folder}: has no words; run openimp index again")
+        if by == "meaning" or not self.has_words:
+            words = ""
+        for query in encoded:
+            if not query.vectors and not (words and query.weight > 0):
+                raise UserError(f"{query.text!r} has no word that the model knows")
         filters = []
         if likes := [part.id for part in parts if isinstance(part, Like)]:
             filters.append(f"NOT {any_of('id', likes)}")
@@ -105,19 +128,31 @@ class Index:
             filters.append(self._below(under))
         hits_by_modality: list[list[Hit]] = []
         for name in dict.fromkeys(modalities or self.counts):
-            space = self._space(name, self._metadata.towards[name])
-            if not all(space in query.vectors for query in encoded):
+            vector = unit_vector(encoded, self._space(name, self._metadata.towards[name]))
+            if vector is None and not words:
                 continue
             modality_filters = list(filters)
             if len(self.counts) > 1:  # Without a filter, LanceDB does not have to scan a column.
                 modality_filters.append(f"modality = {quoted(name)}")
-            hits = self._nearest(_sum(encoded, space), k, " AND ".join(modality_filters) or None, under)
-            hits_by_modality.append([hit for hit in hits if min_score is None or hit.score >= min_score])
+            where = " AND ".join(modality_filters) or None
+            count = max(k, RANKED) if words else k
+            rankings: list[list[Hit]] = []
+            if vector is not None and not (words and by == "words"):
+                rankings.append(self._nearest(vector, count, where, under))
+            if words:
+                rankings.append(self._with_words(words, vector, count, where, under))
+            hits = merged(rankings, under)
+            if min_score is not None:
+                hits = [hit for hit in hits if hit.score is not None and hit.score >= min_score]
+            hits_by_modality.append(hits[:k])
         if not hits_by_modality:
             kinds = ", ".join(dict.fromkeys(part.modality for part in parts if not isinstance(part, str | Like)))
             items = ", ".join(modalities or self.counts)
             raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
-        best_first = sorted(filter(None, hits_by_modality), key=lambda hits: -hits[0].score)
+        # Modalities with an item that has the words come before those without.
+        best_first = sorted(
+            filter(None, hits_by_modality), key=lambda hits: (hits[0].found_by == "meaning", -(hits[0].score or 0))
+        )
         return [hit for hit in chain.from_iterable(zip_longest(*best_first)) if hit][:k]
 
     def text_query(self, text: str, weight: float = 1.0) -> Query:
@@ -180,6 +215,7 @@ class Index:
     def encode(self, query: Query) -> EncodedQuery:
         """Encodes a part of a query, for all spaces that its modality is in. UserError if it cannot be read.
 
+        A text without a word that the model knows has no vectors.
         The lock is not held while the file is decoded, so a slow file does not delay other queries.
         """
         model = self.model
@@ -189,9 +225,11 @@ class Index:
             raise UserError(f"the model has no modality {name!r}{nearest(name, model.modalities)}")
         modality = model.modalities[name]
         encoder = ItemEncoder(model.imp, modality, model.views[name], None, model.precision)
-        is_known = not isinstance(modality, TextReader) or modality.knows(value, encoder.view)
-        if modality.reads_text and not (str(value).strip() and is_known):
-            raise UserError(f"{value!r} has no word that the model knows")
+        text = str(value) if modality.reads_text else None
+        if text is not None and not text.strip():
+            raise UserError("the text to search for is empty")
+        if isinstance(modality, TextReader) and not modality.knows(value, encoder.view):
+            return EncodedQuery(name, {}, query.weight, text)
         try:
             clips = encoder.read(value)
         except BadMedia as error:
@@ -202,7 +240,7 @@ class Index:
         with self._encoding:
             vectors = encoder.encode_item(clips, modality_by_space.values())
         vector_by_space = {space: vector.cpu().numpy() for space, vector in zip(modality_by_space, vectors)}
-        return EncodedQuery(name, vector_by_space, query.weight)
+        return EncodedQuery(name, vector_by_space, query.weight, text)
 
     def _encode_all(self, parts: Sequence[str | QueryPart]) -> list[EncodedQuery]:
         """The parts with their vectors. Items have their stored vectors."""
@@ -253,22 +291,65 @@ class Index:
         row_count = k
         while True:
             rows = self._items.nearest(vector, row_count, where)
-            best_hits: dict[str, Hit] = {}  # by file or item
+            best_hits: dict[str, Hit] = {}
             for row in rows:
                 hit = Hit(score=1 - row.pop("_distance"), **row)
-                best_hits.setdefault(hit.path if stands_for_file(hit, under) else hit.id, hit)
+                best_hits.setdefault(result_key(hit, under), hit)
             if len(best_hits) >= k or len(rows) < row_count:
                 return list(best_hits.values())[:k]
             row_count *= 4
 
+    def _with_words(
+        self, words: str, vector: np.ndarray | None, k: int, where: str | None, under: str | Path | None
+    ) -> list[Hit]:
+        """The hits whose texts have words, the best by BM25 first, and of those that are equal the closest to a vector.
 
-def _sum(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray:
-    """The weighted sum (Z,) of the parts of a query in a space."""
-    total = sum(part.weight * part.vectors[space] for part in parts)
+        All segments of a file have its caption. The one that is closest to the vector stands for them.
+        """
+        scored_hits: list[tuple[float, Hit]] = []
+        for row in self._items.with_words(words, k, where):
+            bm25 = row.pop("_score")
+            item_vector = np.asarray(row.pop("vector"), np.float32)
+            cosine = None if vector is None else float(item_vector @ vector)
+            scored_hits.append((bm25, Hit(score=cosine, found_by="words", **row)))
+        scored_hits.sort(key=lambda scored: (-scored[0], -(scored[1].score or 0)))
+        best_hits: dict[str, Hit] = {}
+        for _, hit in scored_hits:
+            best_hits.setdefault(result_key(hit, under), hit)
+        return list(best_hits.values())
+
+
+def unit_vector(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray | None:
+    """The direction (Z,) of the weighted sum of the parts of a query in a space.
+
+    Texts without a word that the model knows do not count. None: a part is not in this space, or none is left.
+    """
+    known = [part for part in parts if part.vectors]
+    if not known or not all(space in part.vectors for part in known):
+        return None
+    total = sum(part.weight * part.vectors[space] for part in known)
     assert isinstance(total, np.ndarray)
-    if np.linalg.norm(total) < 1e-3:
+    length = np.linalg.norm(total)
+    if length < 1e-3:
         raise UserError("the queries cancel each other out")
-    return total
+    return total / length
+
+
+def merged(rankings: Iterable[Sequence[Hit]], under: str | Path | None) -> list[Hit]:
+    """Merges rankings by the sum of their reciprocal ranks."""
+    scores: dict[str, float] = defaultdict(float)
+    hits: dict[str, Hit] = {}
+    for ranking in rankings:
+        for rank, hit in enumerate(ranking, start=1):
+            key = result_key(hit, under)
+            scores[key] += 1 / (RANK_CONSTANT + rank)
+            hits[key] = replace(hits[key], found_by="both") if key in hits else hit
+    return sorted(hits.values(), key=lambda hit: -scores[result_key(hit, under)])
+
+
+def result_key(hit: Hit, under: str | Path | None) -> str:
+    """Hits with equal keys are one result: the segments of a file, or an item."""
+    return hit.path if stands_for_file(hit, under) else hit.id
 
 
 def open_index(path: str | Path, device: str | torch.device | None = None, allow_sources: bool = False) -> Index:

@@ -67,6 +67,7 @@ class Page:
             "folders": index.folders,
             "colors": {name: f"c{i % 6}" for i, name in enumerate(modalities)},
             "reader": len(files) < len(modalities),
+            "has_words": index.has_words,
             "readable": list(files),
             "accepted": list(self.modality_of),
             "recordable": next((name for name in files if kind_of(files[name]) == "audio"), ""),

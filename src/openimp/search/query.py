@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+By = Literal["both", "meaning", "words"]
+"""How a text finds items: by the vectors, by the words of the texts that items have, or by both."""
 Space = frozenset[str]
 """A space of vectors that can be compared, identified by the names of its two heads; empty for a joint space."""
 
@@ -31,8 +34,9 @@ class EncodedQuery:
     """A part of a query that `Index.encode` has encoded, for several searches."""
 
     modality: str
-    vectors: dict[Space, np.ndarray]  # unit vectors (Z,)
+    vectors: dict[Space, np.ndarray]  # unit vectors (Z,); empty for a text without a word that the model knows
     weight: float = 1.0  # negative: subtracted
+    text: str | None = None  # None for media and items
 
 
 QueryPart = Query | Like | EncodedQuery
@@ -55,4 +59,5 @@ class Hit:
     row: int | None  # number of that row
     column: str | None
     state: str  # of the media when they were indexed; see `Media.state`
-    score: float = 1.0  # cosine with the query
+    score: float | None = 1.0  # cosine with the query; None if the model knows no word of the query
+    found_by: By = "meaning"

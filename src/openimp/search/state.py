@@ -1,12 +1,13 @@
 """The state of the search page. All of it is in the URL, so reloading, going back and sharing a link work."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlencode
 
 from starlette.datastructures import QueryParams
 
 from openimp.common.errors import UserError
+from openimp.search.query import By
 
 MAX_TEXT = 1000
 """Maximum number of characters of a query."""
@@ -28,6 +29,7 @@ class State:
     modality: tuple[str, ...] = ()  # none: all
     under: str = ""  # a folder, a file or a source
     min: float = 0.0  # score; 0: any
+    by: By = "both"
     k: int = PAGE_RESULTS  # results
 
     @classmethod
@@ -48,7 +50,10 @@ class State:
             raise UserError("min and k must be numbers") from None
         if not (-1 <= score <= 1 and 1 <= count <= MAX_RESULTS):
             raise UserError(f"min must be between -1 and 1, and k between 1 and {MAX_RESULTS}")
-        return cls(**texts, **lists, min=score, k=count)
+        by = parameters.get("by") or "both"
+        if by not in get_args(By):
+            raise UserError(f"by must be {' or '.join(get_args(By))}")
+        return cls(**texts, **lists, min=score, by=by, k=count)
 
     @property
     def is_empty(self) -> bool:

@@ -21,7 +21,7 @@ from openimp.common.errors import UserError
 from openimp.search.query import Hit
 
 ITEMS = "items"
-HIT_COLUMNS = [field.name for field in fields(Hit) if field.name != "score"]
+HIT_COLUMNS = [field.name for field in fields(Hit) if field.name not in ("score", "found_by")]
 """Columns of the table that make a `Hit`."""
 BATCH = 8192
 """Rows that are read into memory at once."""
@@ -110,6 +110,25 @@ class Items:
                     return rows
             return query.bypass_vector_index().to_list()
 
+    @cached_property
+    def has_words(self) -> bool:
+        """Whether the words of the items' texts have an index. Older versions built none."""
+        return "text" in self.indexed()
+
+    def with_words(self, text: str, k: int, where: str | None = None) -> list[dict[str, Any]]:
+        """At most `k` rows, with their vectors, whose texts have words of `text`: the best by BM25 first.
+
+        Words are compared without case, accents and endings, such as that of the plural. Stop words do not count.
+        """
+        from lancedb.query import MatchQuery
+
+        columns = [*HIT_COLUMNS, "vector", "_score"]
+        query = self.table.search(MatchQuery(text, "text"), query_type="fts").limit(k).select(columns)
+        if where:
+            query = query.where(where)
+        with _read_errors():
+            return query.to_list()
+
     def rows(self, column: str, values: Iterable[str], columns: list[str]) -> list[dict[str, Any]]:
         """The rows with one of these values in a column; vectors are lists of floats."""
         rows: list[dict[str, Any]] = []
@@ -137,11 +156,13 @@ class Items:
         A process reads the version that was the newest when it opened the index. So a version is kept until
         `KEEP_VERSIONS` seconds after a newer one was written.
         """
-        from lancedb.index import BTree, IvfSq
+        from lancedb.index import FTS, BTree, IvfSq
 
         indexed = self.indexed()
         if "id" not in indexed:  # The page looks up dozens of items; without it, each is a scan of the table.
             self.table.create_index("id", config=BTree())
+        if "text" not in indexed:
+            self.table.create_index("text", config=FTS())
         if "vector" not in indexed and self.table.count_rows() >= APPROXIMATE_ROWS:
             self.table.create_index("vector", config=IvfSq(distance_type="cosine"))
         self.table.optimize(cleanup_older_than=timedelta(days=9999))
