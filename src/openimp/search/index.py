@@ -113,14 +113,7 @@ class Index:
             if name not in self.counts:
                 raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
         encoded = self._encode_all(parts)
-        words = " ".join(query.text for query in encoded if query.text and query.weight > 0)
-        if by == "words" and not self.has_words:
-            raise UserError(f"{self.folder}: has no words; run openimp index again")
-        if by == "meaning" or not self.has_words:
-            words = ""
-        for query in encoded:
-            if not query.vectors and not (words and query.weight > 0):
-                raise UserError(f"{query.text!r} has no word that the model knows")
+        words = self._words(encoded, by)
         filters = []
         if likes := [part.id for part in parts if isinstance(part, Like)]:
             filters.append(f"NOT {any_of('id', likes)}")
@@ -135,12 +128,11 @@ class Index:
             if len(self.counts) > 1:  # Without a filter, LanceDB does not have to scan a column.
                 modality_filters.append(f"modality = {quoted(name)}")
             where = " AND ".join(modality_filters) or None
-            count = max(k, RANKED) if words else k
             rankings: list[list[Hit]] = []
-            if vector is not None and not (words and by == "words"):
-                rankings.append(self._nearest(vector, count, where, under))
+            if vector is not None and (by != "words" or not words):
+                rankings.append(self._nearest(vector, max(k, RANKED) if words else k, where, under))
             if words:
-                rankings.append(self._with_words(words, vector, count, where, under))
+                rankings.append(self._with_words(words, vector, max(k, RANKED), where, under))
             hits = merged(rankings, under)
             if min_score is not None:
                 hits = [hit for hit in hits if hit.score is not None and hit.score >= min_score]
@@ -241,6 +233,18 @@ class Index:
             vectors = encoder.encode_item(clips, modality_by_space.values())
         vector_by_space = {space: vector.cpu().numpy() for space, vector in zip(modality_by_space, vectors)}
         return EncodedQuery(name, vector_by_space, query.weight, text)
+
+    def _words(self, encoded: Sequence[EncodedQuery], by: By) -> str:
+        """The words to look for in the texts of items; "" if the query has no text, or only its meaning counts."""
+        if by == "words" and not self.has_words:
+            raise UserError(f"{self.folder}: has no words; run openimp index again")
+        words = ""
+        if by != "meaning" and self.has_words:
+            words = " ".join(query.text for query in encoded if query.text and query.weight > 0)
+        for query in encoded:
+            if not query.vectors and not (words and query.weight > 0):
+                raise UserError(f"{query.text!r} has no word that the model knows")
+        return words
 
     def _encode_all(self, parts: Sequence[str | QueryPart]) -> list[EncodedQuery]:
         """The parts with their vectors. Items have their stored vectors."""
