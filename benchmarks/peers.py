@@ -46,6 +46,7 @@ TITLES = {"photos": "CIFAR-10, compared with peers at equal time", "speech": "Sp
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 MUON_RATES = (4e-3, 8e-3)  # candidates of --tune, as are the next ones
 ADAMW_RATES = (3e-4, 1e-3, 3e-3)
+CNN_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 LIGHTLY_RATES = (1e-4, 3.5e-4, 1e-3)  # lightly-train multiplies them by sqrt(batch size / 16)
 # The best of `--tune --minutes 1.5 --seeds 1` without the lowest candidates, which were added after that.
 ADAMW_LR = 1e-3
@@ -252,9 +253,28 @@ def photo_arms(train: dict[str, Any], test: dict[str, Any], folder: Path, tune: 
     ]
 
 
-def speech_arms(data: str, folder: Path) -> list[Arm]:
-    """openimp and a convolutional network, with the official split and without one of the speakers."""
+def speech_arms(data: str, folder: Path, tune: bool) -> list[Arm]:
+    """openimp and a convolutional network, with the official split and without one of the speakers.
+
+    `tune`: candidates for learning rates instead.
+    """
     arms = []
+
+    def network(name: str, train: dict[str, Any], test: dict[str, Any], lr: float = CNN_LR) -> Arm:
+        options = {"train": train, "test": test, "media": "audio", "label": "name", "lr": lr}
+        return peer_arm(f"convolutional network; {name}", "cnn", {**options, "batch_size": 64, "width": 16})
+
+    if tune:
+        rows = {"path": data, "where": {"split": ["train"]}}
+        train = {**rows, "part": {"of": 10, "drop": [0]}}
+        test = {**rows, "part": {"of": 10, "keep": [0]}}
+        recipe = write_recipe(
+            "digits", {"digits": {**train, "cache": "memory"}, "digits_test": test}, folder / "tune.yaml"
+        )
+        for lr in MUON_RATES:
+            rates = [f"optimizer.muon_lr={lr}", f"optimizer.lr={lr / 4}"]
+            arms.append(openimp_arm(f"openimp; lr {lr}", recipe, rates, "digits"))
+        return [*arms, *(network(f"lr {lr}", train, test, lr) for lr in CNN_RATES)]
     for name, train_rows, test_rows in (
         ("official split", {"split": ["train"]}, {"split": ["test"]}),
         *(
@@ -267,16 +287,7 @@ def speech_arms(data: str, folder: Path) -> list[Arm]:
         sources = {"digits": {**train, "cache": "memory"}, "digits_test": test}
         file = folder / f"{name.replace(' ', '_')}.yaml"
         arms.append(openimp_arm(f"openimp; {name}", write_recipe("digits", sources, file), [], "digits"))
-        options = {
-            "train": train,
-            "test": test,
-            "media": "audio",
-            "label": "name",
-            "lr": CNN_LR,
-            "batch_size": 64,
-            "width": 16,
-        }
-        arms.append(peer_arm(f"convolutional network; {name}", "cnn", options))
+        arms.append(network(name, train, test))
         if name == "official split":
             arms.append(drafted_arm(train, test, f"the recipe that `openimp init` drafts; {name}", folder))
     return arms
@@ -335,7 +346,7 @@ def main() -> None:
     files = [str(Path(file).resolve()) for file in args.files]
     with TemporaryDirectory() as folder:
         if args.data == "speech":
-            arms = speech_arms(files[0], Path(folder))
+            arms = speech_arms(files[0], Path(folder), args.tune)
         elif args.tune:
             train = {"path": files[0], "part": {"of": 10, "drop": [0]}}
             test = {"path": files[0], "part": {"of": 10, "keep": [0]}}

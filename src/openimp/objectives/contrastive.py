@@ -43,7 +43,7 @@ class Contrastive(Objective):
     pairs: Annotated[list[Annotated[list[str], Field(min_length=2, max_length=2)]], Field(min_length=1)] | None = None
     """Pairs of modalities. Default: all pairs of the task's modalities."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax: InfoNCE, in which the probabilities of an item's positives are summed (MIL-NCE, arXiv 1912.06430).
+    """softmax: InfoNCE, averaged over the positives of an item (SupCon, arXiv 2004.11362).
     sigmoid: SigLIP's loss (arXiv 2303.15343)."""
     positives_by: str | None = None
     """Rows with equal values in this column are the same item, so they are positives of each other. Case and white

@@ -44,9 +44,13 @@ def share_an_id(ids_RI: Tensor, candidate_ids_MJ: Tensor) -> Tensor:
 
 
 def softmax_nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
-    """(N,) the loss of each row: -log of the softmax's sum over its positives, which `same_NM` marks (MIL-NCE, arXiv
-    1912.06430). If each row has one positive, it is InfoNCE."""
-    positive_N = logits_NM.masked_fill(~same_NM, -torch.inf).logsumexp(1)
+    """(N,) the loss of each row: -log softmax, averaged over its positives, which `same_NM` marks (SupCon, arXiv
+    2004.11362). If each row has one positive, it is InfoNCE.
+
+    MIL-NCE, which IMP uses, sums the probabilities of the positives instead. Then one near positive is enough, and a
+    class with many examples in a batch learns slowly (docs/paper.md).
+    """
+    positive_N = (logits_NM * same_NM).sum(1) / same_NM.sum(1)
     return logits_NM.logsumexp(1) - positive_N
 
 

@@ -19,7 +19,7 @@ class Input(Strict):
     training often a random subset, in random order). If there are several columns or templates, training draws one, and
     evaluation uses the first."""
     draw: Count = 1
-    """Number of values drawn per example in training. More than one gives several positives per item (MIL-NCE)."""
+    """Number of values drawn per example in training. More than one gives several positives per item."""
 
     @model_validator(mode="before")
     @classmethod
