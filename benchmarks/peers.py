@@ -3,6 +3,7 @@
     pip install -e '.[bench,peers]' pandas lightly-train   # lightly-train is optional; its license is the AGPL
     python benchmarks/peers.py photos cifar10-train.parquet cifar10-test.parquet --write
     python benchmarks/peers.py speech fsdd.parquet --minutes 3 --write
+    python benchmarks/peers.py drafts cifar10-train.parquet cifar10-test.parquet fsdd.parquet --write
     python benchmarks/peers.py photos TRAIN TEST --minutes 5 --tune        # chooses learning rates on held-out rows
 
 All arms train on the same rows with one thread each. An arm first makes a few steps, which tell its CPU time per step.
@@ -10,10 +11,10 @@ Then it makes as many steps as fit into the budget, so that its learning rate sc
 includes that of the workers that read data; other load on the machine does not count. The budget is for the steps
 alone, not for opening the data and the test. All arms are trained with seed 0, then all with seed 1, and so on.
 
-The arms of photos are the recipe photos_and_speech with its task `photos` alone; the same with one option changed; the
-recipe that `openimp init` drafts; a ViT of timm of the same size, with AdamW; and the training programs of
-lightly-train and open_clip. The arms of speech are the recipe with its task `digits` alone, and a convolutional
-network: on the official split, and with each speaker held out. The drafted recipe is trained on the official split.
+The arms of photos are the recipe photos_and_speech with its task `photos` alone; the same with one option changed; a
+ViT of timm of the same size, with AdamW; and the training programs of lightly-train and open_clip. The arms of speech
+are the recipe with its task `digits` alone, and a convolutional network: on the official split, and with each speaker
+held out. The arms of drafts are these two tasks of the recipe, and the recipes that `openimp init` drafts for the data.
 """
 
 import argparse
@@ -42,7 +43,11 @@ from openimp.evaluation.results import main_metric, read_results
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "recipes" / "photos_and_speech.yaml"
-TITLES = {"photos": "CIFAR-10, compared with peers at equal time", "speech": "Spoken digits, compared with a peer"}
+TITLES = {
+    "photos": "CIFAR-10, compared with peers at equal time",
+    "speech": "Spoken digits, compared with a peer",
+    "drafts": "Recipes that openimp init drafts, compared with a recipe by hand at equal time",
+}
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 MUON_RATES = (4e-3, 8e-3)  # candidates of --tune, as are the next ones
 ADAMW_RATES = (3e-4, 1e-3, 3e-3)
@@ -102,14 +107,13 @@ def openimp_arm(name: str, recipe: Path, changes: list[str], evaluation_set: str
     return Arm(name, command, top1)
 
 
-def drafted_arm(train: dict[str, Any], test: dict[str, Any], name: str, folder: Path) -> Arm:
-    """A training of the recipe that `openimp init` drafts for the file of training rows."""
+def drafted_arm(name: str, train: dict[str, Any], test: dict[str, Any], file: Path) -> Arm:
+    """A training of the recipe that `openimp init` drafts for the file of training rows. `file`: where to write it."""
     command = [sys.executable, "-m", "openimp", "init", train["path"]]
     draft = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     recipe = yaml.safe_load(draft.stdout)
     source = recipe["name"]
     recipe["sources"] = {source: {**train, "cache": "memory"}, f"{source}_test": test}
-    file = folder / "drafted.yaml"
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return openimp_arm(name, file, [], evaluation_set=source)
 
@@ -243,7 +247,6 @@ def photo_arms(train: dict[str, Any], test: dict[str, Any], folder: Path, tune: 
         ours("no token dropped", "tasks.photos.views.0.image.drop_tokens=0"),
         ours("views drawn, not one after the other", "alternation.views=drawn"),
         ours("batches twice as large", "tasks.photos.batch_size=256"),
-        drafted_arm(train, test, "the recipe that `openimp init` drafts", folder),
         openimp_arm("contrastive loss alone", contrastive, [], "photos"),
         openimp_arm("classification loss alone, without texts", classes, [], "photos_classes"),
         timm("timm's ViT, light augmentation", TIMM_LR, False),
@@ -288,8 +291,20 @@ def speech_arms(data: str, folder: Path, tune: bool) -> list[Arm]:
         file = folder / f"{name.replace(' ', '_')}.yaml"
         arms.append(openimp_arm(f"openimp; {name}", write_recipe("digits", sources, file), [], "digits"))
         arms.append(network(name, train, test))
-        if name == "official split":
-            arms.append(drafted_arm(train, test, f"the recipe that `openimp init` drafts; {name}", folder))
+    return arms
+
+
+def draft_arms(photos: str, photos_test: str, digits: str, folder: Path) -> list[Arm]:
+    """The recipe photos_and_speech, and drafted recipes, on the photos and on the official split of the digits."""
+    arms = []
+    for task, train, test in (
+        ("photos", {"path": photos}, {"path": photos_test}),
+        ("digits", *({"path": digits, "where": {"split": [split]}} for split in ("train", "test"))),
+    ):
+        sources = {task: {**train, "cache": "memory"}, f"{task}_test": test}
+        recipe = write_recipe(task, sources, folder / f"{task}.yaml")
+        arms.append(openimp_arm(f"{task}, recipe by hand", recipe, [], task))
+        arms.append(drafted_arm(f"{task}, drafted recipe", train, test, folder / f"{task}_draft.yaml"))
     return arms
 
 
@@ -327,8 +342,8 @@ def report(title: str, measured: dict[str, Measured], args: argparse.Namespace) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=["photos", "speech"])
-    parser.add_argument("files", nargs="+", help="cifar10-train.parquet cifar10-test.parquet, or fsdd.parquet")
+    parser.add_argument("data", choices=list(TITLES))
+    parser.add_argument("files", nargs="+", help="cifar10-train.parquet cifar10-test.parquet, fsdd.parquet, or all")
     parser.add_argument("--minutes", type=float, default=10.0, help="CPU time of each training")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once, each with one thread")
@@ -347,6 +362,8 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         if args.data == "speech":
             arms = speech_arms(files[0], Path(folder), args.tune)
+        elif args.data == "drafts":
+            arms = draft_arms(*files, Path(folder))
         elif args.tune:
             train = {"path": files[0], "part": {"of": 10, "drop": [0]}}
             test = {"path": files[0], "part": {"of": 10, "keep": [0]}}

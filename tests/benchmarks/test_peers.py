@@ -17,12 +17,16 @@ pytestmark = pytest.mark.slow
             ["cifar10-train.parquet", "cifar10-test.parquet"],
             [
                 "openimp, by the names of the classes",
-                "the recipe that `openimp init` drafts",
                 "classification loss alone, without texts",
                 "timm's ViT, its usual augmentation",
             ],
         ),
         ("speech", ["fsdd.parquet"], ["openimp; without theo", "convolutional network; without theo"]),
+        (
+            "drafts",
+            ["cifar10-train.parquet", "cifar10-test.parquet", "fsdd.parquet"],
+            ["photos, recipe by hand", "photos, drafted recipe", "digits, recipe by hand", "digits, drafted recipe"],
+        ),
     ],
 )
 def test_each_arm_is_trained_and_tested(monkeypatch, tmp_path, capsys, data, files, arms):

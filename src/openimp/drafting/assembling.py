@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from openimp.common.errors import counted
 from openimp.drafting import sizing
-from openimp.drafting.columns import PROMPTS, TaskDraft
+from openimp.drafting.columns import TaskDraft
 from openimp.drafting.finding import ROLE
 from openimp.drafting.machine import Machine
 from openimp.drafting.probing import Probed
@@ -14,7 +14,7 @@ from openimp.drafting.splitting import Split
 
 BAD_ROWS_WARNING = 0.005
 """Share of bad rows in the sample above which the recipe sets `max_bad_fraction`."""
-AUGMENTATION = ("flip", "crop", "aspect")
+AUGMENTATION = ("flip", "crop", "aspect", "jitter")
 """Options of a view that evaluation ignores."""
 COMMENTS = {
     "modalities": "patch: frames, height and width of a token. min_df: whole words, of which rare ones are left out.",
@@ -57,8 +57,8 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine) -> Draft:
     modalities = sizing.stems(views, machine)
     rows = sum(split.rows for _, _, split in tasks)
     if texts:
-        modalities["text"] = sizing.text(texts, rows)
-        views["text"] = {"length": modalities["text"]["positions"]}
+        modalities["text"], length = sizing.text(texts, rows)
+        views["text"] = {"length": length}
         if "image" in views and any(re.search(r"\b(left|right)\b", text.lower()) for text in texts):
             views["image"]["flip"] = False  # A mirrored picture would contradict its text.
     recipe: dict[str, Any] = {
@@ -97,7 +97,7 @@ def _add(recipe: dict[str, Any], named: NamedTask, views: dict[str, Any], machin
     name, task, split = named
     kind: str = task.media.kind
     inputs = {kind: task.media.name}
-    text_input = {"text": task.text.template} if task.text else {}
+    text_input = {"text": task.text.name} if task.text else {}
     text_view = {"text": views["text"]} if task.text else {}
     fits = sizing.fits_cache(task.media.sample, views[kind], split.rows, machine)
     recipe["sources"][name] = {**split.train, "cache": "memory" if fits else "none"}
@@ -107,8 +107,7 @@ def _add(recipe: dict[str, Any], named: NamedTask, views: dict[str, Any], machin
     if task.text:
         objectives.append({"type": "contrastive", "positives_by": split.item if task.text.items else task.text.name})
     if task.label:
-        weight = 0.2 if task.text else 1.0
-        objectives.append({"type": "classification", "label": task.label.name, "weight": weight})
+        objectives.append({"type": "classification", "label": task.label.name})
     recipe["tasks"][name] = {
         "source": name,
         "inputs": inputs | text_input,
@@ -125,7 +124,7 @@ def _add(recipe: dict[str, Any], named: NamedTask, views: dict[str, Any], machin
     if task.text and task.text.items:
         sets[name] = {"type": "retrieval", **rows, "inputs": inputs | text_input, "view": view | text_view}
     elif task.text:
-        sets[name] = {"type": "zero_shot", **rows, "label": task.text.name, "prompts": [PROMPTS[task.media.kind]]}
+        sets[name] = {"type": "zero_shot", **rows, "label": task.text.name}
     if task.label and split.test and split.trains_test_classes:
         sets[f"{name}_classes"] = {"type": "classification", "task": name, **rows, "label": task.label.name}
 

@@ -25,8 +25,6 @@ NAMES = {
              "transcript", "transcription", "utterance", "prompt", "alt", "title", "name", "keywords", "tags"],
 }  # fmt: skip
 """Words in the name of a column that tell its use; the first use counts. The best texts come first."""
-PROMPTS = {"image": "a photo of a {}", "video": "a video of {}", "audio": "the sound of {}"}
-"""Texts that are made from the name of a class, if there is no text column."""
 PROBED_ROWS = 32
 """Rows that decide which columns hold media. The headers of their files are read."""
 SAMPLED_ROWS = 10_000
@@ -51,10 +49,9 @@ class MediaColumn(NamedTuple):
 
 
 class TextColumn(NamedTuple):
-    """A column of texts, or of lists of texts; or one of classes, of which texts are made."""
+    """A column of texts, of lists of texts, or of classes, whose names are the texts."""
 
     name: str
-    template: str  # the input that reads it
     sample: list[str]  # texts of sampled rows
     items: int  # different values in the sample; 0: classes
     bad: float  # share of the sampled rows without a text
@@ -128,7 +125,7 @@ def inspect(
             source,
             table,
             media=column,
-            text=text or (label and _from_classes(label, column.kind)),
+            text=text or (label and _from_classes(label)),
             label=label,
             by_use=by_use,
         )
@@ -140,12 +137,12 @@ def inspect(
     return tasks, notes
 
 
-def _from_classes(label: ClassColumn, kind: Kind) -> TextColumn | None:
-    """Texts made of the names of classes. The sample has each twice, because a class has several rows."""
+def _from_classes(label: ClassColumn) -> TextColumn | None:
+    """The names of classes as texts. The sample has each twice, because a class has several rows."""
     if label.are_numbers:
         return None
-    texts = [PROMPTS[kind].format(as_text(name)[:MAX_LENGTH]) for name in label.classes]
-    return TextColumn(label.name, PROMPTS[kind].format(f"{{{label.name}}}"), [*texts, *texts], 0, 0.0)
+    texts = [as_text(name)[:MAX_LENGTH] for name in label.classes]
+    return TextColumn(label.name, [*texts, *texts], 0, 0.0)
 
 
 def open_candidate(source: dict[str, Any]) -> Table:
@@ -238,7 +235,7 @@ def _text_columns(table: Table, names: Sequence[str]) -> list[TextColumn]:
         if all(isinstance(text, str) for text in texts) and not all(map(_is_number, texts)):
             items = len({item_key(value) for value in present})
             texts = [" ".join(text[:MAX_LENGTH].split()) for text in texts]
-            columns.append(TextColumn(name, name, texts, items, 1 - len(present) / len(values)))
+            columns.append(TextColumn(name, texts, items, 1 - len(present) / len(values)))
     return columns
 
 

@@ -43,8 +43,9 @@ def view(kind: str, sample: Sequence[Probed], machine: Machine) -> dict[str, Any
     sizes = (32, 64, 128, 224) if machine.is_gpu else (32, 64)
     size = max((size for size in sizes if size <= side), default=sizes[0])
     if kind == "image":
-        # Small pictures show one thing that fills them, so crops and distortions that suit photographs hide too much.
-        return {"size": size} | ({"crop": 0.7, "aspect": 1.33, "crop_pct": 1} if size <= SMALL_PICTURE else {})
+        # Small pictures show one thing that fills them, so the changes that suit photographs hide too much of it.
+        small = {"crop": 0.7, "aspect": 1.33, "jitter": 0, "crop_pct": 1}
+        return {"size": size} | (small if size <= SMALL_PICTURE else {})
     frames = 16 if machine.is_gpu else 8
     total = median(probed.frames for probed in sample)
     span = total * min(1, 4 / seconds) if seconds else total  # frames of four seconds
@@ -63,20 +64,25 @@ def stems(views: dict[str, dict[str, Any]], machine: Machine) -> dict[str, Any]:
     return options
 
 
-def text(texts: Sequence[str], rows: int) -> dict[str, Any]:
-    """The options of the tokenizer. `positions` is a power of two that is enough for 95 % of the texts."""
+def text(texts: Sequence[str], rows: int) -> tuple[dict[str, Any], int]:
+    """The options of the tokenizer, and the length of a text with its end token, which is enough for 95 % of the texts.
+
+    `positions` is a power of two, so that queries may be longer. The number of subwords is only estimated.
+    """
     words_by_text = [re.findall(r"\w+", text.lower()) for text in texts]
     counts = Counter(word for words in words_by_text for word in {*words})
     repeated = sum(count >= 2 for count in counts.values())
     if 100 <= rows <= WORD_ROWS and 3 * repeated > len(counts):
         options = {"vocab_size": 8192, "min_df": 2}
-        lengths = sorted(map(len, words_by_text))
+        lengths = sorted(len(words) + 1 for words in words_by_text)
     else:
         options = {"vocab_size": 2048 if rows <= WORD_ROWS else 8192 if rows <= 500_000 else 32_768}
         # A subword has about three bytes: half of an English word, or a Chinese letter.
-        lengths = sorted(len(text.encode()) // 3 for text in texts)
+        lengths = sorted(len(text.encode()) // 3 + 1 for text in texts)
     longest = lengths[int(0.95 * (len(lengths) - 1))]
-    return {**options, "positions": next((length for length in (8, 16, 32, 64) if longest < length), 128)}
+    positions = next((count for count in (8, 16, 32, 64) if longest <= count), 128)
+    length = min(longest, positions) if "min_df" in options else positions
+    return {**options, "positions": positions}, length
 
 
 def model(rows: int, machine: Machine) -> dict[str, Any]:

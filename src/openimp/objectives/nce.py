@@ -45,13 +45,15 @@ def share_an_id(ids_RI: Tensor, candidate_ids_MJ: Tensor) -> Tensor:
 
 def softmax_nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
     """(N,) the loss of each row: -log softmax, averaged over its positives, which `same_NM` marks (SupCon, arXiv
-    2004.11362). If each row has one positive, it is InfoNCE.
+    2004.11362), minus its least value. So it is 0 if the positives of a row have equal shares of the probability. If
+    each row has one positive, it is InfoNCE.
 
     MIL-NCE, which IMP uses, sums the probabilities of the positives instead. Then one near positive is enough, and a
     class with many examples in a batch learns slowly (docs/paper.md).
     """
-    positive_N = (logits_NM * same_NM).sum(1) / same_NM.sum(1)
-    return logits_NM.logsumexp(1) - positive_N
+    positives_N = same_NM.sum(1)
+    mean_positive_N = (logits_NM * same_NM).sum(1) / positives_N
+    return logits_NM.logsumexp(1) - mean_positive_N - positives_N.log()
 
 
 def sigmoid_nce(logits_NM: Tensor, same_NM: Tensor, bias: Tensor | float = 0.0) -> Tensor:
