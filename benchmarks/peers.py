@@ -53,13 +53,13 @@ MUON_RATES = (4e-3, 8e-3)  # candidates of --tune, as are the next ones
 ADAMW_RATES = (3e-4, 1e-3, 3e-3)
 CNN_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 LIGHTLY_RATES = (1e-4, 3.5e-4, 1e-3)  # lightly-train multiplies them by sqrt(batch size / 16)
-# The best of `--tune --minutes 1.5 --seeds 1` without the lowest candidates, which were added after that.
+# The best of `photos --tune --minutes 1.5 --seeds 1`. The lowest candidates were added after that.
 ADAMW_LR = 1e-3
 TIMM_LR = 1e-3
 TIMM_STRONG_LR = 1e-3
 LIGHTLY_LR = 3.5e-4
 OPEN_CLIP_LR = 1e-3
-CNN_LR = 2e-3  # not tuned yet
+CNN_LR = 2e-3  # of `speech --tune --minutes 1 --seeds 1`, in which the three highest candidates were equal
 PILOT_STEPS = 40
 """Steps that tell the CPU time per step."""
 

@@ -19,6 +19,7 @@ from openimp.common.json_lines import read_lines
 from openimp.drafting.assembling import assemble
 from openimp.drafting.draft import find_tasks, fit
 from openimp.drafting.machine import Machine
+from openimp.drafting.sizing import text
 from openimp.drafting.writing import write
 from openimp.evaluation.results import percent, read_results
 from openimp.model.build import build_model
@@ -161,6 +162,19 @@ def test_few_cores_prepare_decoded_data_without_another_process(media_folder):
     uncached = replace(CPU, host_memory=1000)
     for machine, workers in ((CPU, 0), (replace(CPU, workers=4), 4), (uncached, 1), (GPU, 8)):
         assert assemble("all", tasks, machine).recipe["train"]["num_workers"] == workers
+
+
+def test_names_of_classes_are_short_texts_and_classify_with_full_weight():
+    write_files("colors", by_color=True)
+    (task,), _ = find_tasks(["colors"])
+    recipe = assemble("colors", [task], CPU).recipe
+    (drafted,) = recipe["tasks"].values()
+    assert drafted["inputs"]["text"] == "label"
+    assert [objective.get("weight", 1) for objective in drafted["objectives"]] == [1, 1]
+    for view in drafted["views"]:
+        assert view["image"]["jitter"] == 0, "the pictures are small"
+    named = text(["red", "dark green", "blue"] * 2, rows=1000)
+    assert named == ({"vocab_size": 8192, "min_df": 2, "positions": 8}, 3), "two words and the end token"
 
 
 @pytest.mark.slow

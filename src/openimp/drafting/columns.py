@@ -49,7 +49,7 @@ class MediaColumn(NamedTuple):
 
 
 class TextColumn(NamedTuple):
-    """A column of texts, of lists of texts, or of classes, whose names are the texts."""
+    """A column whose values are texts, lists of texts, or names of classes."""
 
     name: str
     sample: list[str]  # texts of sampled rows

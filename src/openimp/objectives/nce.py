@@ -44,12 +44,14 @@ def share_an_id(ids_RI: Tensor, candidate_ids_MJ: Tensor) -> Tensor:
 
 
 def softmax_nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
-    """(N,) the loss of each row: -log softmax, averaged over its positives, which `same_NM` marks (SupCon, arXiv
-    2004.11362), minus its least value. So it is 0 if the positives of a row have equal shares of the probability. If
-    each row has one positive, it is InfoNCE.
+    """(N,) the loss of each row: -log softmax, averaged over the positives that `same_NM` marks (SupCon, arXiv
+    2004.11362). With one positive per row, it is InfoNCE.
 
-    MIL-NCE, which IMP uses, sums the probabilities of the positives instead. Then one near positive is enough, and a
-    class with many examples in a batch learns slowly (docs/paper.md).
+    A constant is subtracted: the smallest possible average, log(number of positives). So the loss of a row is 0 if its
+    positives share all of the probability equally.
+
+    IMP uses MIL-NCE, which sums the probabilities of the positives. Then one near positive is enough, and classes with
+    many examples in a batch are learned slowly.
     """
     positives_N = same_NM.sum(1)
     mean_positive_N = (logits_NM * same_NM).sum(1) / positives_N

@@ -19,7 +19,7 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
 SIMILARITY_BYTES = 21
-"""Bytes that the sigmoid loss holds at its peak per pair of items, which the softmax loss does not exceed."""
+"""Bytes that the sigmoid loss holds at its peak per similarity. The softmax loss holds fewer."""
 
 # Bytes of a GPU's memory that an update reads and writes per parameter, in fp32.
 CLIPPING_BYTES = 12  # The norm reads the gradient; clipping reads and writes it.

@@ -130,7 +130,7 @@ def set_up(
         console.print(warm_start.load(model, data.classes), soft_wrap=True)
     flops_before = None
     if recipe.alternation.views == "sequence":
-        # The last steps then cost several times as much as the first, so the number of steps is no measure of progress.
+        # The last steps cost several times as many FLOPs as the first. The learning rate must not be near zero by then.
         flops = data.schedule.per_step({task_view: cost.flops for task_view, cost in step_costs.items()})
         flops_before = np.cumsum([0, *flops])
     updater = Updater(recipe, model, flops_before)
