@@ -179,9 +179,9 @@ def test_a_text_is_encoded_once_for_all_modalities_which_are_searched_once_each(
     likes = [Like(hit.id) for hit in disjoint_index.search("noise", modalities=["image"])[:2]]
     counts = counting(disjoint_index)
     for query, modalities, expected in (
-        # Encoded per part, and searched per modality, by meaning and by words.
-        (["noise", picture], ["image", "video"], {"encode": 2, "search": 4}),
-        ("noise", None, {"encode": 1, "search": 8}),
+        # Encoded per part, and searched per modality: by meaning, by any and by all words.
+        (["noise", picture], ["image", "video"], {"encode": 2, "search": 6}),
+        ("noise", None, {"encode": 1, "search": 12}),
         (likes, ["image"], {"search": 2}),  # one look-up for all items of the query, and one search
     ):
         counts.clear()
@@ -269,6 +269,7 @@ def test_meaning_and_words_are_merged(captioned):
     for hit in hits:
         assert hit.score == pytest.approx(by_meaning[hit.id], abs=1e-3)
         assert hit.found_by == ("both" if hit.text else "meaning")
+    assert [bool(hit.text) for hit in hits] == [True] * 3 + [False] * 3, "with words first, of all modalities"
     pictures = [hit.text for hit in hits if hit.modality == "image"]
     assert pictures == ["A red guitar.", "Two green Guitars and a drum", None], (
         "items with more of the words come first"

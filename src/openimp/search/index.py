@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -90,10 +91,11 @@ class Index:
         """Returns the `k` best items.
 
         By meaning, items of one modality are ranked by their cosine with the weighted sum of the queries. By words,
-        items are ranked whose texts (captions, names, lines) have words of the query's texts, by BM25. By both, an item
-        gets the sum of its reciprocal ranks. The modalities take turns, because their cosines cannot be compared: in
-        most models, all texts are closer to a text than any picture is. The modality with the best item begins. Of a
-        file that was cut into segments, only the best segment is returned, unless `under` is that file.
+        items whose texts (captions, names, lines) have words of the query's texts are ranked by BM25: those with any of
+        the words, and those with all of them. An item gets the sum of its reciprocal ranks. So modalities that are
+        ranked by meaning take turns, because cosines of different modalities cannot be compared: in most models, all
+        texts are closer to a text than any picture is. The modality with the best item begins. Of a file that was cut
+        into segments, only the best segment is returned, unless `under` is that file.
 
         Args:
             queries: one part of the query or several. A string is a text. Items in the query are not returned.
@@ -119,7 +121,7 @@ class Index:
             filters.append(f"NOT {any_of('id', likes)}")
         if under is not None:
             filters.append(self._below(under))
-        hits_by_modality: list[list[Hit]] = []
+        ranked_by_modality: list[list[Ranked]] = []
         for name in dict.fromkeys(modalities or self.counts):
             vector = unit_vector(encoded, self._space(name, self._metadata.towards[name]))
             if vector is None and not words:
@@ -132,20 +134,21 @@ class Index:
             if vector is not None and (by != "words" or not words):
                 rankings.append(self._nearest(vector, max(k, RANKED) if words else k, where, under))
             if words:
-                rankings.append(self._with_words(words, vector, max(k, RANKED), where, under))
-            hits = merged(rankings, under)
+                # Two rankings, so an item that has all words comes before one that is only near.
+                rankings.append(self._with_words(words, False, vector, max(k, RANKED), where, under))
+                rankings.append(self._with_words(words, True, vector, max(k, RANKED), where, under))
+            ranked = merged(rankings, under)
             if min_score is not None:
-                hits = [hit for hit in hits if hit.score is not None and hit.score >= min_score]
-            hits_by_modality.append(hits[:k])
-        if not hits_by_modality:
+                ranked = [item for item in ranked if item.hit.score is not None and item.hit.score >= min_score]
+            ranked_by_modality.append(ranked[:k])
+        if not ranked_by_modality:
             kinds = ", ".join(dict.fromkeys(part.modality for part in parts if not isinstance(part, str | Like)))
             items = ", ".join(modalities or self.counts)
             raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
-        # Modalities with an item that has the words come before those without.
-        best_first = sorted(
-            filter(None, hits_by_modality), key=lambda hits: (hits[0].found_by == "meaning", -(hits[0].score or 0))
-        )
-        return [hit for hit in chain.from_iterable(zip_longest(*best_first)) if hit][:k]
+        # Of equal sums, which all items have that are ranked by meaning only, that of the modality with the best item.
+        ranked_by_modality.sort(key=lambda ranked: -max((item.hit.score or 0 for item in ranked), default=0))
+        best_first = sorted(chain.from_iterable(ranked_by_modality), key=lambda item: -item.sum)
+        return [item.hit for item in best_first[:k]]
 
     def text_query(self, text: str, weight: float = 1.0) -> Query:
         """A part of a query that is a text. UserError if the model reads no texts."""
@@ -304,14 +307,20 @@ class Index:
             row_count *= 4
 
     def _with_words(
-        self, words: str, vector: np.ndarray | None, k: int, where: str | None, under: str | Path | None
+        self,
+        words: str,
+        all_words: bool,
+        vector: np.ndarray | None,
+        k: int,
+        where: str | None,
+        under: str | Path | None,
     ) -> list[Hit]:
         """The hits whose texts have words, the best by BM25 first, and of those that are equal the closest to a vector.
 
         All segments of a file have its caption. The one that is closest to the vector stands for them.
         """
         scored_hits: list[tuple[float, Hit]] = []
-        for row in self._items.with_words(words, k, where):
+        for row in self._items.with_words(words, all_words, k, where):
             bm25 = row.pop("_score")
             item_vector = np.asarray(row.pop("vector"), np.float32)
             cosine = None if vector is None else float(item_vector @ vector)
@@ -339,16 +348,25 @@ def unit_vector(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray | Non
     return total / length
 
 
-def merged(rankings: Iterable[Sequence[Hit]], under: str | Path | None) -> list[Hit]:
-    """Merges rankings by the sum of their reciprocal ranks."""
-    scores: dict[str, float] = defaultdict(float)
+class Ranked(NamedTuple):
+    """A result, and the sum of its reciprocal ranks."""
+
+    hit: Hit
+    sum: float
+
+
+def merged(rankings: Iterable[Sequence[Hit]], under: str | Path | None) -> list[Ranked]:
+    """Merges rankings by the sum of reciprocal ranks, the largest first."""
+    sums: dict[str, float] = defaultdict(float)
     hits: dict[str, Hit] = {}
     for ranking in rankings:
         for rank, hit in enumerate(ranking, start=1):
             key = result_key(hit, under)
-            scores[key] += 1 / (RANK_CONSTANT + rank)
-            hits[key] = replace(hits[key], found_by="both") if key in hits else hit
-    return sorted(hits.values(), key=lambda hit: -scores[result_key(hit, under)])
+            sums[key] += 1 / (RANK_CONSTANT + rank)
+            first = hits.setdefault(key, hit)
+            if first.found_by != hit.found_by:
+                hits[key] = replace(first, found_by="both")
+    return sorted((Ranked(hit, sums[key]) for key, hit in hits.items()), key=lambda item: -item.sum)
 
 
 def result_key(hit: Hit, under: str | Path | None) -> str:

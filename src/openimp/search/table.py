@@ -115,15 +115,16 @@ class Items:
         """Whether the words of the items' texts have an index. Older versions built none."""
         return "text" in self.indexed()
 
-    def with_words(self, text: str, k: int, where: str | None = None) -> list[dict[str, Any]]:
-        """At most `k` rows, with their vectors, whose texts have words of `text`: the best by BM25 first.
+    def with_words(self, text: str, all_words: bool, k: int, where: str | None = None) -> list[dict[str, Any]]:
+        """At most `k` rows, with their vectors, whose texts have any or all words of `text`: the best by BM25 first.
 
         Words are compared without case, accents and endings, such as that of the plural. Stop words do not count.
         """
-        from lancedb.query import MatchQuery
+        from lancedb.query import FullTextOperator, MatchQuery
 
+        match = MatchQuery(text, "text", operator=FullTextOperator.AND if all_words else FullTextOperator.OR)
         columns = [*HIT_COLUMNS, "vector", "_score"]
-        query = self.table.search(MatchQuery(text, "text"), query_type="fts").limit(k).select(columns)
+        query = self.table.search(match, query_type="fts").limit(k).select(columns)
         if where:
             query = query.where(where)
         with _read_errors():

@@ -1,0 +1,70 @@
+"""Measures whether a search finds what everyday words say.
+
+    openimp index runs/demo
+    python benchmarks/everyday_words.py runs/demo/search.index
+
+Each query is one word. A result is right if the item's text (of the demo: its name and keywords) has the word, in the
+singular or plural. Only words that the texts of at least five items have are searched. A word that the model does not
+know finds nothing by meaning.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple, get_args
+
+from openimp.common.errors import UserError
+from openimp.search import open_index
+from openimp.search.index import Index
+from openimp.search.query import By
+from openimp.search.table import Items
+
+WORDS = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").split()
+MODALITIES = ("image", "video")
+"""Modalities of the results."""
+
+
+class Precision(NamedTuple):
+    """Shares of the results that are right, as means over the words."""
+
+    first: float
+    first_five: float
+
+
+def says(text: str | None, word: str) -> bool:
+    """Whether a text has a word, in the singular or plural."""
+    return re.search(rf"\b{word}(s|es)?\b", text or "", re.IGNORECASE) is not None
+
+
+def precision(index: Index, by: By) -> Precision:
+    """The precision of searches by the words that are in the text of an item."""
+    modalities = [name for name in MODALITIES if name in index.counts]
+    texts = [text for (text,) in Items(index.folder).columns("text")]
+    first = []
+    first_five = []
+    for word in WORDS:
+        if sum(says(text, word) for text in texts) < 5:
+            continue
+        try:
+            hits = index.search(word, k=5, modalities=modalities, by=by)
+        except UserError:  # No word that the model knows.
+            hits = []
+        right = [says(hit.text, word) for hit in hits]
+        first.append(sum(right[:1]))
+        first_five.append(sum(right) / 5)
+    return Precision(mean(first), mean(first_five))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("index")
+    index = open_index(parser.parse_args().index)
+    print("| search by | first result right | first five right |\n|---|---|---|")
+    for by in get_args(By):
+        first, first_five = precision(index, by)
+        print(f"| {by} | {first:.1%} | {first_five:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
