@@ -262,7 +262,7 @@ def test_a_text_finds_items_by_meaning_by_words_or_by_both(server: Server, ids):
     assert server.items("q=circle&modality=image")[0] == ids["1.png"]
     page = server.ask("/?q=circle&by=words").text
     assert re.search(r'value="words" checked', page)
-    assert page.count(">by words<") == len(server.items("q=circle&by=words"))
+    assert page.count(">words</span>") == len(server.items("q=circle&by=words"))
     assert "No item has these words" in server.ask("/?q=piano&by=words").text
     assert server.ask("/?q=circle&by=smell").status == 400
 
