@@ -1,4 +1,4 @@
-"""Measures whether a search finds what everyday words say.
+"""Measures how often the items that an everyday word finds have this word in their texts.
 
     openimp index runs/demo
     python benchmarks/everyday_words.py runs/demo/search.index
@@ -28,6 +28,7 @@ MODALITIES = ("image", "video")
 class Precision(NamedTuple):
     """Shares of the results that are right, as means over the words."""
 
+    words: int
     first: float
     first_five: float
 
@@ -40,7 +41,7 @@ def says(text: str | None, word: str) -> bool:
 def precision(index: Index, by: By) -> Precision:
     """The precision of searches by the words that are in the text of an item."""
     modalities = [name for name in MODALITIES if name in index.counts]
-    texts = [text for (text,) in Items(index.folder).columns("text")]
+    texts = [text for text, name in Items(index.folder).columns("text", "modality") if name in modalities]
     first = []
     first_five = []
     for word in WORDS:
@@ -53,17 +54,17 @@ def precision(index: Index, by: By) -> Precision:
         right = [says(hit.text, word) for hit in hits]
         first.append(sum(right[:1]))
         first_five.append(sum(right) / 5)
-    return Precision(mean(first), mean(first_five))
+    return Precision(len(first), mean(first), mean(first_five))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index")
     index = open_index(parser.parse_args().index)
-    print("| search by | first result right | first five right |\n|---|---|---|")
+    print("| search by | words | first result right | first five right |\n|---|---|---|---|")
     for by in get_args(By):
-        first, first_five = precision(index, by)
-        print(f"| {by} | {first:.1%} | {first_five:.1%} |")
+        words, first, first_five = precision(index, by)
+        print(f"| {by} | {words} | {first:.1%} | {first_five:.1%} |")
 
 
 if __name__ == "__main__":

@@ -76,14 +76,6 @@ def counts(corpus: Path, bundled: Path) -> Iterator[str]:
         f"All icons have {sizes[0] / 1e6:.1f} MB, the bundled ones {sizes[1] / 1e6:.1f} MB. Of the {of_sets} sets, "
         f"{color_sets} are in color: {colored[0]:,} icons, of which {colored[1]:,} are bundled.\n"
     )
-    licenses = {k: Counter(row["license"] for row in rows) for k, rows in tables.items()}
-    sets = {row["set"]: row["license"] for row in tables["all"]}
-    of_license = Counter(sets.values())
-    by_license = [
-        f"{spdx} {number:,} (sets: {of_license[spdx]}, bundled: {licenses['bundled'][spdx]:,})"
-        for spdx, number in licenses["all"].most_common()
-    ]
-    yield f"Icons by license: {', '.join(by_license)}.\n"
     per = Counter(row["name"] for row in tables["all"])
     yield (
         f"Of the {len(per):,} names, {sum(n == 1 for n in per.values()):,} have one icon and "

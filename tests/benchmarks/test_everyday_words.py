@@ -23,7 +23,7 @@ def test_the_words_of_texts_are_found(tiny_model_folder, tmp_path, monkeypatch, 
     monkeypatch.setattr("sys.argv", ["everyday_words.py", str(index)])
     main()
     rows = dict(row[2:].split(" | ", 1) for row in capsys.readouterr().out.splitlines() if row.startswith("| "))
-    assert rows["words"] == rows["both"] == "100.0% | 100.0% |"
+    assert rows["words"] == rows["both"] == "1 | 100.0% | 100.0% |"
     assert rows["meaning"] != rows["both"]
 
 

@@ -179,9 +179,9 @@ def test_a_text_is_encoded_once_for_all_modalities_which_are_searched_once_each(
     likes = [Like(hit.id) for hit in disjoint_index.search("noise", modalities=["image"])[:2]]
     counts = counting(disjoint_index)
     for query, modalities, expected in (
-        # Encoded per part, and searched per modality: by meaning, by any and by all words.
-        (["noise", picture], ["image", "video"], {"encode": 2, "search": 6}),
-        ("noise", None, {"encode": 1, "search": 12}),
+        # Encoded per part, and searched per modality.
+        (["noise", picture], ["image", "video"], {"encode": 2, "search": 2}),
+        ("noise", None, {"encode": 1, "search": 12}),  # by meaning, by any and by all words
         (likes, ["image"], {"search": 2}),  # one look-up for all items of the query, and one search
     ):
         counts.clear()
@@ -253,6 +253,8 @@ def test_items_are_found_by_the_words_of_their_texts(captioned):
     assert {hit.text for hit in hits} == guitars
     assert [hit.score for hit in hits] == [None] * 3, "the model does not know the word"
     assert captioned.search("guitar", min_score=-1) == [], "and without a score no item is close enough"
+    with refuses():
+        captioned.search("piano")
     assert [hit.text for hit in captioned.search("drums", by="words")] == ["Two green Guitars and a drum"]
     assert captioned.search("piano", by="words") == []
     assert {hit.modality for hit in captioned.search("guitar", modalities=["audio"], by="words")} == {"audio"}
@@ -276,6 +278,50 @@ def test_meaning_and_words_are_merged(captioned):
     )
     sounds = [hit.text for hit in hits if hit.modality == "audio"]
     assert sounds[0] == "the noise of a guitar"
+
+
+def test_items_with_all_words_come_first(word_model, tmp_path):
+    """By BM25, a short text with the rarer word alone is better."""
+    both = "red " + "paper " * 40 + "noise"
+    (tmp_path / "lines.txt").write_text("\n".join(["noise noise", both, *["red"] * 20]), encoding="utf-8")
+    index = open_index(build_index(word_model, [tmp_path / "lines.txt"], tmp_path / "x.index").folder)
+    assert [hit.text for hit in index.search("red noise", k=2, by="words")] == [both, "noise noise"]
+
+
+def test_items_with_words_that_are_subtracted_are_left_out_of_those_with_words(captioned):
+    minus = Query("text", "drums", -1.0)
+    assert [hit.text for hit in captioned.search(["guitar", minus], by="words", modalities=["image"])] == [
+        "A red guitar."
+    ]
+    with refuses():
+        captioned.search([minus], by="words")
+
+
+def test_a_query_with_more_than_texts_is_ranked_by_meaning(captioned):
+    (red, *_) = captioned.search("red", by="meaning")
+    for query in (["red", Like(red.id)], [Like(red.id)]):
+        for by in ("both", "words"):
+            hits = captioned.search(query, k=100, by=by)
+            assert hits == captioned.search(query, k=100, by="meaning")
+    with refuses():
+        captioned.search(["guitar", Like(red.id)])
+
+
+def test_segments_of_a_file_with_a_caption_leave_room_for_other_files(word_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("openimp.search.index.RANKED", 8)
+    for name, seconds in (("0", 60), *((str(i), 1) for i in range(1, 5))):
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(16_000 * seconds), 16_000)
+        (tmp_path / f"{name}.txt").write_text("a noise", encoding="utf-8")
+    index = open_index(build_index(word_model, [tmp_path], tmp_path / "x.index").folder)
+    assert index.counts["audio"] > 12, "the sound of a minute has more segments than a ranking has rows at first"
+    for by in ("words", "both"):
+        assert len({hit.path for hit in index.search("noise", k=5, by=by)}) == 5
+
+
+def test_more_results_begin_with_those_that_are_shown_already(index):
+    hits = index.search("red noise", k=100)
+    for k in (1, 5, 9):
+        assert index.search("red noise", k=k) == hits[:k]
 
 
 def test_an_index_without_words_compares_the_meaning(captioned):

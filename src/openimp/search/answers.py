@@ -1,5 +1,6 @@
 """The content of the page for a query: its parts, and its results in order."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -129,9 +130,8 @@ def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
     if hits:
         start = "The first " if len(hits) == state.k else ""
         page.status = f"{start}{counted(len(hits), 'result')}{at_least}"
-    elif best := find(1) if state.min else []:
-        reason = "" if best[0].score is None else f"; the best has {best[0].score:.2f}"
-        page.status = f"No result{at_least}{reason}"
+    elif closest := _closest(find) if state.min else []:
+        page.status = f"No result{at_least}; the best has {closest[0].score:.2f}"
     elif state.by == "words" and state.q:
         page.status = "No item has these words"
     else:
@@ -142,6 +142,14 @@ def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
     page.items = [_item(index, hit, stands_for_file(hit, state.under or None)) for hit in hits]
     if len(hits) == state.k < MAX_RESULTS:
         page.next = state.link(k=min(state.k + PAGE_RESULTS, MAX_RESULTS))
+
+
+def _closest(find: Callable[..., list[Hit]]) -> list[Hit]:
+    """The item that is closest to the query by meaning, if the model knows a word of it."""
+    try:
+        return find(1, by="meaning")
+    except UserError:
+        return []
 
 
 def _item(index: Index, hit: Hit, is_best_segment: bool = False) -> Item:

@@ -3,9 +3,9 @@
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +25,12 @@ from openimp.encoding.engine import ItemEncoder
 from openimp.inference.model import Model, load
 from openimp.search.folder import INDEX_FILES, Metadata, built_with, read_metadata
 from openimp.search.media import media_state, row_media, source_table
-from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, Space
+from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, Space, Words
 from openimp.search.table import HIT_COLUMNS, Items, any_of, below, quoted
 
-RANKED = 200
-"""Least number of items that are ranked by meaning and by words, before the two rankings are merged."""
+RANKED = 500
+"""Least number of rows in a ranking that is merged with others. The page shows fewer, so more results do not change
+the order of those that are shown already."""
 RANK_CONSTANT = 60
 """Of reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): the larger, the less the first ranks count."""
 
@@ -103,10 +104,12 @@ class Index:
             modalities: only items of these modalities. None: all that can be compared with the queries.
             under: only this file, files in this folder, or rows of the source of this name.
             min_score: only items with at least this cosine.
-            by: "both", "meaning" or "words". Without a text in the query, items are always ranked by meaning.
+            by: "both", "meaning" or "words". A query that has anything but texts is always ranked by meaning. Items
+                with words of a text that is subtracted are not found by words.
 
         Raises:
-            UserError: a query cannot be read, or no item can be compared with it.
+            UserError: a query cannot be read, no item can be compared with it, or neither the model nor an item has a
+                word of it.
         """
         parts = [queries] if isinstance(queries, str | QueryPart) else queries
         if not parts:
@@ -122,6 +125,7 @@ class Index:
         if under is not None:
             filters.append(self._below(under))
         ranked_by_modality: list[list[Ranked]] = []
+        is_found = False
         for name in dict.fromkeys(modalities or self.counts):
             vector = unit_vector(encoded, self._space(name, self._metadata.towards[name]))
             if vector is None and not words:
@@ -131,13 +135,16 @@ class Index:
                 modality_filters.append(f"modality = {quoted(name)}")
             where = " AND ".join(modality_filters) or None
             rankings: list[list[Hit]] = []
-            if vector is not None and (by != "words" or not words):
-                rankings.append(self._nearest(vector, max(k, RANKED) if words else k, where, under))
-            if words:
-                # Two rankings, so an item that has all words comes before one that is only near.
-                rankings.append(self._with_words(words, False, vector, max(k, RANKED), where, under))
-                rankings.append(self._with_words(words, True, vector, max(k, RANKED), where, under))
+            if vector is not None and (by != "words" or words is None):
+                read = partial(self._nearest, vector, where)
+                rankings.append(distinct(read, k, RANKED if words else k, under))
+            if words is not None:
+                # Two rankings, so that an item with all words comes before one that is only near.
+                for all_words in (False, True):
+                    read = partial(self._with_words, words, all_words, vector, where)
+                    rankings.append(distinct(read, k, RANKED, under))
             ranked = merged(rankings, under)
+            is_found |= bool(ranked)
             if min_score is not None:
                 ranked = [item for item in ranked if item.hit.score is not None and item.hit.score >= min_score]
             ranked_by_modality.append(ranked[:k])
@@ -145,7 +152,9 @@ class Index:
             kinds = ", ".join(dict.fromkeys(part.modality for part in parts if not isinstance(part, str | Like)))
             items = ", ".join(modalities or self.counts)
             raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
-        # Of equal sums, which all items have that are ranked by meaning only, that of the modality with the best item.
+        if words and by == "both" and not is_found and not any(query.vectors for query in encoded):
+            raise UserError(f"{words.wanted!r} has no word that the model knows, and no item has its words")
+        # Items that are ranked by meaning only have equal sums. Then the modality with the highest cosine is first.
         ranked_by_modality.sort(key=lambda ranked: -max((item.hit.score or 0 for item in ranked), default=0))
         best_first = sorted(chain.from_iterable(ranked_by_modality), key=lambda item: -item.sum)
         return [item.hit for item in best_first[:k]]
@@ -237,17 +246,21 @@ class Index:
         vector_by_space = {space: vector.cpu().numpy() for space, vector in zip(modality_by_space, vectors)}
         return EncodedQuery(name, vector_by_space, query.weight, text)
 
-    def _words(self, encoded: Sequence[EncodedQuery], by: By) -> str:
-        """The words to look for in the texts of items; "" if the query has no text, or only its meaning counts."""
+    def _words(self, encoded: Sequence[EncodedQuery], by: By) -> Words | None:
+        """The words to look for in the texts of items. None if only the meaning of the query counts.
+
+        That is so if the query has anything but texts: words cannot say what to change in a picture.
+        """
         if by == "words" and not self.has_words:
             raise UserError(f"{self.folder}: has no words; run openimp index again")
-        words = ""
-        if by != "meaning" and self.has_words:
-            words = " ".join(query.text for query in encoded if query.text and query.weight > 0)
+        wanted = " ".join(query.text for query in encoded if query.text and query.weight > 0)
+        unwanted = " ".join(query.text for query in encoded if query.text and query.weight < 0)
+        if by != "meaning" and self.has_words and wanted and all(query.text for query in encoded):
+            return Words(wanted, unwanted)
         for query in encoded:
-            if not query.vectors and not (words and query.weight > 0):
+            if not query.vectors:
                 raise UserError(f"{query.text!r} has no word that the model knows")
-        return words
+        return None
 
     def _encode_all(self, parts: Sequence[str | QueryPart]) -> list[EncodedQuery]:
         """The parts with their vectors. Items have their stored vectors."""
@@ -290,46 +303,22 @@ class Index:
         name = quoted(str(under))
         return f"(source = {name} OR path = {name} OR {below(os.path.abspath(under))})"
 
-    def _nearest(self, vector: np.ndarray, k: int, where: str | None, under: str | Path | None) -> list[Hit]:
-        """The `k` hits that are closest to a vector (Z,), with only the best segment of each file.
-
-        Several of the nearest items may be segments of the same file, so more rows are read until there are `k` hits.
-        """
-        row_count = k
-        while True:
-            rows = self._items.nearest(vector, row_count, where)
-            best_hits: dict[str, Hit] = {}
-            for row in rows:
-                hit = Hit(score=1 - row.pop("_distance"), **row)
-                best_hits.setdefault(result_key(hit, under), hit)
-            if len(best_hits) >= k or len(rows) < row_count:
-                return list(best_hits.values())[:k]
-            row_count *= 4
+    def _nearest(self, vector: np.ndarray, where: str | None, count: int) -> list[Hit]:
+        """The `count` items that are closest to a vector (Z,)."""
+        return [Hit(score=1 - row.pop("_distance"), **row) for row in self._items.nearest(vector, count, where)]
 
     def _with_words(
-        self,
-        words: str,
-        all_words: bool,
-        vector: np.ndarray | None,
-        k: int,
-        where: str | None,
-        under: str | Path | None,
+        self, words: Words, all_words: bool, vector: np.ndarray | None, where: str | None, count: int
     ) -> list[Hit]:
-        """The hits whose texts have words, the best by BM25 first, and of those that are equal the closest to a vector.
+        """`count` items whose texts have words, the best by BM25 first, and of equal ones the closest to a vector.
 
-        All segments of a file have its caption. The one that is closest to the vector stands for them.
+        All segments of a file have its caption, so the closest one stands for the file.
         """
-        scored_hits: list[tuple[float, Hit]] = []
-        for row in self._items.with_words(words, all_words, k, where):
-            bm25 = row.pop("_score")
-            item_vector = np.asarray(row.pop("vector"), np.float32)
-            cosine = None if vector is None else float(item_vector @ vector)
-            scored_hits.append((bm25, Hit(score=cosine, found_by="words", **row)))
-        scored_hits.sort(key=lambda scored: (-scored[0], -(scored[1].score or 0)))
-        best_hits: dict[str, Hit] = {}
-        for _, hit in scored_hits:
-            best_hits.setdefault(result_key(hit, under), hit)
-        return list(best_hits.values())
+        rows, item_vectors = self._items.with_words(words, all_words, count, where)
+        cosines = [None] * len(rows) if vector is None else (item_vectors @ vector).tolist()
+        bm25 = [row.pop("_score") for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: (-bm25[i], -(cosines[i] or 0)))
+        return [Hit(score=cosines[i], found_by="words", **rows[i]) for i in order]
 
 
 def unit_vector(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray | None:
@@ -353,6 +342,27 @@ class Ranked(NamedTuple):
 
     hit: Hit
     sum: float
+
+
+def distinct(read: Callable[[int], list[Hit]], k: int, count: int, under: str | Path | None) -> list[Hit]:
+    """At least `k` hits if there are as many, with only the best segment of each file.
+
+    Several of the best items may be segments of the same file, so more rows are read until there are `k` hits.
+
+    Args:
+        read: returns the best items, as many as its argument.
+        count: number of rows that are read first.
+        under: see `Index.search`.
+    """
+    count = max(k, count)
+    while True:
+        hits = read(count)
+        best_hits: dict[str, Hit] = {}
+        for hit in hits:
+            best_hits.setdefault(result_key(hit, under), hit)
+        if len(best_hits) >= k or len(hits) < count:
+            return list(best_hits.values())
+        count *= 4
 
 
 def merged(rankings: Iterable[Sequence[Hit]], under: str | Path | None) -> list[Ranked]:

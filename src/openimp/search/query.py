@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,13 @@ class EncodedQuery:
     text: str | None = None  # None for media and items
 
 
+class Words(NamedTuple):
+    """Texts with words to look for in the texts of items."""
+
+    wanted: str
+    unwanted: str  # items with any of these words are not found by words; may be empty
+
+
 QueryPart = Query | Like | EncodedQuery
 
 
@@ -59,5 +66,5 @@ class Hit:
     row: int | None  # number of that row
     column: str | None
     state: str  # of the media when they were indexed; see `Media.state`
-    score: float | None = 1.0  # cosine with the query; None if the model knows no word of the query
-    found_by: By = "meaning"
+    score: float | None = 1.0  # cosine with the query, None if it has none; 1 outside of a search
+    found_by: By = "meaning"  # the rankings that it is in

@@ -50,7 +50,7 @@ class State:
             raise UserError("min and k must be numbers") from None
         if not (-1 <= score <= 1 and 1 <= count <= MAX_RESULTS):
             raise UserError(f"min must be between -1 and 1, and k between 1 and {MAX_RESULTS}")
-        by = parameters.get("by") or "both"
+        by: Any = parameters.get("by") or "both"
         if by not in get_args(By):
             raise UserError(f"by must be {' or '.join(get_args(By))}")
         return cls(**texts, **lists, min=score, by=by, k=count)

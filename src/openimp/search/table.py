@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from openimp.common.errors import UserError
-from openimp.search.query import Hit
+from openimp.search.query import Hit, Words
 
 ITEMS = "items"
 HIT_COLUMNS = [field.name for field in fields(Hit) if field.name not in ("score", "found_by")]
@@ -115,20 +115,28 @@ class Items:
         """Whether the words of the items' texts have an index. Older versions built none."""
         return "text" in self.indexed()
 
-    def with_words(self, text: str, all_words: bool, k: int, where: str | None = None) -> list[dict[str, Any]]:
-        """At most `k` rows, with their vectors, whose texts have any or all words of `text`: the best by BM25 first.
+    def with_words(
+        self, words: Words, all_words: bool, k: int, where: str | None = None
+    ) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """At most `k` rows whose texts have any or all of the wanted words, the best by BM25 first; and their vectors.
 
-        Words are compared without case, accents and endings, such as that of the plural. Stop words do not count.
+        Words are compared without case, accents and endings, such as that of the plural. English stop words, such as
+        `the`, do not count.
         """
-        from lancedb.query import FullTextOperator, MatchQuery
-
-        match = MatchQuery(text, "text", operator=FullTextOperator.AND if all_words else FullTextOperator.OR)
-        columns = [*HIT_COLUMNS, "vector", "_score"]
-        query = self.table.search(match, query_type="fts").limit(k).select(columns)
+        lance = import_lancedb().query
+        operator = lance.FullTextOperator.AND if all_words else lance.FullTextOperator.OR
+        match = lance.MatchQuery(words.wanted, "text", operator=operator)
+        if words.unwanted:
+            unwanted = lance.MatchQuery(words.unwanted, "text")
+            match = lance.BooleanQuery([(lance.Occur.MUST, match), (lance.Occur.MUST_NOT, unwanted)])
+        query = self.table.search(match, query_type="fts").limit(k).select([*HIT_COLUMNS, "vector", "_score"])
         if where:
             query = query.where(where)
         with _read_errors():
-            return query.to_list()
+            found = query.to_arrow()
+        values = found["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        vectors = values.astype(np.float32).reshape(len(found), found.schema.field("vector").type.list_size)
+        return found.drop_columns(["vector"]).to_pylist(), vectors
 
     def rows(self, column: str, values: Iterable[str], columns: list[str]) -> list[dict[str, Any]]:
         """The rows with one of these values in a column; vectors are lists of floats."""
