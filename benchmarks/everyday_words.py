@@ -10,6 +10,7 @@ know finds nothing by meaning.
 
 import argparse
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple, get_args
@@ -28,7 +29,6 @@ MODALITIES = ("image", "video")
 class Precision(NamedTuple):
     """Shares of the results that are right, as means over the words."""
 
-    words: int
     first: float
     first_five: float
 
@@ -38,15 +38,18 @@ def says(text: str | None, word: str) -> bool:
     return re.search(rf"\b{word}(s|es)?\b", text or "", re.IGNORECASE) is not None
 
 
-def precision(index: Index, by: By) -> Precision:
-    """The precision of searches by the words that are in the text of an item."""
+def frequent_words(index: Index) -> list[str]:
+    """The words that the texts of at least five items have."""
+    texts = [text for text, name in Items(index.folder).columns("text", "modality") if name in MODALITIES]
+    return [word for word in WORDS if sum(says(text, word) for text in texts) >= 5]
+
+
+def precision(index: Index, words: Iterable[str], by: By) -> Precision:
+    """The precision of searches, each by one word."""
     modalities = [name for name in MODALITIES if name in index.counts]
-    texts = [text for text, name in Items(index.folder).columns("text", "modality") if name in modalities]
     first = []
     first_five = []
-    for word in WORDS:
-        if sum(says(text, word) for text in texts) < 5:
-            continue
+    for word in words:
         try:
             hits = index.search(word, k=5, modalities=modalities, by=by)
         except UserError:  # No word that the model knows.
@@ -54,17 +57,18 @@ def precision(index: Index, by: By) -> Precision:
         right = [says(hit.text, word) for hit in hits]
         first.append(sum(right[:1]))
         first_five.append(sum(right) / 5)
-    return Precision(len(first), mean(first), mean(first_five))
+    return Precision(mean(first), mean(first_five))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index")
     index = open_index(parser.parse_args().index)
+    words = frequent_words(index)
     print("| search by | words | first result right | first five right |\n|---|---|---|---|")
     for by in get_args(By):
-        words, first, first_five = precision(index, by)
-        print(f"| {by} | {words} | {first:.1%} | {first_five:.1%} |")
+        first, first_five = precision(index, words, by)
+        print(f"| {by} | {len(words)} | {first:.1%} | {first_five:.1%} |")
 
 
 if __name__ == "__main__":

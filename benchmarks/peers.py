@@ -50,20 +50,19 @@ TITLES = {
 }
 INTRODUCTIONS = {
     "photos": """\
-The first row is the recipe `photos_and_speech` with its task `photos` alone. A picture's class is the one whose name
-has the nearest embedding; without texts, the classifier's. In each of the next rows, up to `classification loss alone`,
-one option is changed. The last rows are other training programs, with a ViT of the same size as openimp's. The learning
-rates of openimp, of AdamW and of the other programs are the best of two or three candidates in trainings of 1.5 minutes
-on nine tenths of the training rows, measured on the rest (`--tune`).""",
+The first row is the recipe `photos_and_speech` with its task `photos` alone. The predicted class is the name with the
+nearest embedding; without texts, the classification head tells it. In each of the next rows, up to `classification loss
+alone`, one option is changed. The last rows are other training programs, with a ViT of the same size as openimp's. The
+learning rates of openimp, of AdamW and of the other programs are the best of two or three candidates in trainings of
+1.5 minutes on nine tenths of the training rows, measured on the rest (`--tune`).""",
     "speech": """\
-openimp is the recipe `photos_and_speech` with its task `digits` alone. A recording's digit is the one whose name has
-the nearest embedding. The peer is a convolutional network on log-mel spectrograms. In the official split, the speakers
-of the test are those of the training. `without george`: trained on the other five speakers, and tested on all
-recordings of george.""",
+openimp is the recipe `photos_and_speech` with its task `digits` alone. The predicted digit is the name with the nearest
+embedding. The peer is a convolutional network on log-mel spectrograms. In the official split, the speakers of the test
+are those of the training. `without george`: trained on the other five speakers, and tested on recordings of george.""",
     "drafts": """\
 The photographs are CIFAR-10, and the digits the official split of the spoken digits. The recipe by hand is
 `photos_and_speech` with one of its tasks. The drafted recipe is what `openimp init` writes for the training rows. The
-class of an item is the one whose name has the nearest embedding.""",
+predicted class is the name with the nearest embedding.""",
 }
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 MUON_RATES = (4e-3, 8e-3)  # candidates of --tune, as are the next ones

@@ -141,7 +141,9 @@ def test_weak_penalties_are_not_tried_after_worse_ones(monkeypatch):
     classes = (np.arange(120) % 10 == 0).astype(int)
     features = rng.normal(size=(120, 20))
     features[:, :2] += 1.5 * classes[:, None]
-    chosen = linear(features, classes, features)
+    with monkeypatch.context() as last:
+        last.setattr("openimp.evaluation.probe.STRENGTHS", [*STRENGTHS, -1.0])  # Trying it would be an error.
+        chosen = linear(features, classes, features)
     monkeypatch.setattr("openimp.evaluation.probe.PATIENCE", len(STRENGTHS) + 1)
     answers, c = linear(features, classes, features)
     assert c == chosen[1] > STRENGTHS[2]

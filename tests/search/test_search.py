@@ -318,10 +318,12 @@ def test_segments_of_a_file_with_a_caption_leave_room_for_other_files(word_model
         assert len({hit.path for hit in index.search("noise", k=5, by=by)}) == 5
 
 
-def test_more_results_begin_with_those_that_are_shown_already(index):
-    hits = index.search("red noise", k=100)
-    for k in (1, 5, 9):
-        assert index.search("red noise", k=k) == hits[:k]
+def test_more_results_begin_with_those_that_are_shown_already(index, captioned):
+    for searched in (index, captioned):
+        for text in ("red noise", "a red guitar", "green guitar", "a blue line", "noise"):
+            hits = searched.search(text, k=100)
+            for k in (1, 2, 5, 9):
+                assert searched.search(text, k=k) == hits[:k], (text, k)
 
 
 def test_an_index_without_words_compares_the_meaning(captioned):

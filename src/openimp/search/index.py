@@ -128,7 +128,7 @@ class Index:
         is_found = False
         for name in dict.fromkeys(modalities or self.counts):
             vector = unit_vector(encoded, self._space(name, self._metadata.towards[name]))
-            if vector is None and not words:
+            if vector is None and words is None:
                 continue
             modality_filters = list(filters)
             if len(self.counts) > 1:  # Without a filter, LanceDB does not have to scan a column.
@@ -137,7 +137,7 @@ class Index:
             rankings: list[list[Hit]] = []
             if vector is not None and (by != "words" or words is None):
                 read = partial(self._nearest, vector, where)
-                rankings.append(distinct(read, k, RANKED if words else k, under))
+                rankings.append(distinct(read, k, k if words is None else RANKED, under))
             if words is not None:
                 # Two rankings, so that an item with all words comes before one that is only near.
                 for all_words in (False, True):
@@ -147,12 +147,12 @@ class Index:
             is_found |= bool(ranked)
             if min_score is not None:
                 ranked = [item for item in ranked if item.hit.score is not None and item.hit.score >= min_score]
-            ranked_by_modality.append(ranked[:k])
+            ranked_by_modality.append(ranked)
         if not ranked_by_modality:
             kinds = ", ".join(dict.fromkeys(part.modality for part in parts if not isinstance(part, str | Like)))
             items = ", ".join(modalities or self.counts)
             raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
-        if words and by == "both" and not is_found and not any(query.vectors for query in encoded):
+        if words is not None and by == "both" and not is_found and not any(query.vectors for query in encoded):
             raise UserError(f"{words.wanted!r} has no word that the model knows, and no item has its words")
         # Items that are ranked by meaning only have equal sums. Then the modality with the highest cosine is first.
         ranked_by_modality.sort(key=lambda ranked: -max((item.hit.score or 0 for item in ranked), default=0))
