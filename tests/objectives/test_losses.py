@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openimp.common.modality import StemSpec, Tokens
-from openimp.common.objective import Objective
+from openimp.common.objective import Objective, TargetSizes
 from openimp.data.batch import Batch, head_key
 from openimp.model.imp import IMP, Encoded
 from openimp.objectives.classification import Classification, sigmoid_classification, softmax_classification
 from openimp.objectives.contrastive import Contrastive
 from openimp.objectives.distill import Distill
 from openimp.objectives.losses import task_losses
-from openimp.objectives.nce import sigmoid_nce
+from openimp.objectives.nce import sigmoid_nce, softmax_nce
 from openimp.recipe.model import Model
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
@@ -130,6 +130,30 @@ def test_items_with_several_positives(items, draw, kind):
     objective = Contrastive(type="contrastive", loss=kind)
     found = losses_of(model, objective, encoded, item=torch.tensor(items))["image-text"].item()
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_text_is_a_positive_of_each_example_that_has_it_as_a_value():
+    """The third text is the whole caption of its row, so it is no value of the others."""
+    rows = [
+        {"name": "dog face", "keywords": ["Dog", "pet"]},
+        {"name": "guide dog", "keywords": ["dog", "blind"]},
+        {"name": "cat", "keywords": ["pet"]},
+        {"name": "star", "keywords": None},
+    ]
+    texts = ["dog", "blind", "cat, pet", "pet"]
+    objective = Contrastive(type="contrastive", positives_by="name", positives_in="keywords")
+    task = task_of(objective)
+    examples = [
+        objective.read(task, row, i, TargetSizes(8, {})) | objective.read_texts({"text": [text]})
+        for i, (row, text) in enumerate(zip(rows, texts))
+    ]
+    targets = {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
+    positive = torch.tensor([[1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)  # image, text
+    model = small()
+    encoded = encoded_of(4)
+    logits = similarities(model, encoded)
+    expected = (softmax_nce(logits, positive).mean() + softmax_nce(logits.T, positive.T).mean()) / 2
+    torch.testing.assert_close(losses_of(model, objective, encoded, **targets)["image-text"], expected)
 
 
 def test_the_sigmoid_loss_is_siglips():

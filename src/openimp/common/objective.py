@@ -111,6 +111,10 @@ class Objective(Strict, ABC):
             BadMedia: the target cannot be read; the example is skipped.
         """
 
+    def read_texts(self, texts: Mapping[str, list[str]]) -> Tensors:
+        """More targets of one example, from the texts that were drawn for it: `draw` of them by text modality."""
+        return {}
+
     @abstractmethod
     def zeros(self, task: Task, examples: int, sizes: TargetSizes) -> Tensors:
         """The targets of a batch, of zeros: tensors of the shapes (B, ...) that the loader stacks."""

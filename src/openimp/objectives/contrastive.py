@@ -11,18 +11,21 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from openimp.common.device import full_precision
 from openimp.common.errors import UserError
 from openimp.common.modality import Tokens
 from openimp.common.objective import Compared, Objective, Row, TargetSizes, Tensors
-from openimp.data.tables import item_id
+from openimp.data.tables import item_id, value_id
 from openimp.model.embedder import Embedder, EncodedAll
 from openimp.objectives.nce import mean_by_blocks, sigmoid_nce, softmax_nce
 from openimp.parallel.distributed import all_gather
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
+MAX_VALUES = 32
+"""Number of values of a list that `positives_in` compares with texts."""
 DUPLICATE_TEXT_WARNING = 0.1
 """Share of duplicate texts in a batch above which `positives_by` is suggested."""
 
@@ -46,6 +49,11 @@ class Contrastive(Objective):
     """Rows with equal values in this column are the same item, so they are positives of each other. Case and white
     space do not count. A row without a value is an item by itself. Default: each row is an item."""
 
+    positives_in: str | None = None
+    """A text that equals a value of this column, such as one of a list of keywords, is a positive of each example that
+    has this value. Let templates draw single values: `text: {column: [caption, keywords]}`. Of a list, the first 32
+    values count."""
+
     def check(self, location: str, task: Task, recipe: Recipe) -> None:
         pairs = self.compared_pairs(task)
         if not pairs:
@@ -66,14 +74,28 @@ class Contrastive(Objective):
         return self.loss == "softmax"
 
     def columns(self) -> set[str]:
-        return {self.positives_by} if self.positives_by else set()
+        return {column for column in (self.positives_by, self.positives_in) if column}
 
     def read(self, task: Task, row: Row, number: int, sizes: TargetSizes) -> Tensors:
         item = item_id(row[self.positives_by], number) if self.positives_by else number
-        return {"item": torch.tensor(item)}
+        targets = {"item": torch.tensor(item)}
+        if self.positives_in:
+            cell = row[self.positives_in]
+            values = cell if isinstance(cell, list) else [cell]
+            ids = [value_id(value) for value in values[:MAX_VALUES] if value is not None]
+            targets["values"] = torch.tensor(ids + [item] * (MAX_VALUES - len(ids)))
+        return targets
+
+    def read_texts(self, texts: Mapping[str, list[str]]) -> Tensors:
+        if not self.positives_in:
+            return {}
+        return {name: torch.tensor([value_id(text) for text in drawn]) for name, drawn in texts.items()}
 
     def zeros(self, task: Task, examples: int, sizes: TargetSizes) -> Tensors:
-        return {"item": torch.zeros(examples, dtype=torch.int64)}
+        targets = {"item": torch.zeros(examples, dtype=torch.int64)}
+        if self.positives_in:
+            targets["values"] = torch.zeros(examples, MAX_VALUES, dtype=torch.int64)
+        return targets
 
     def losses(self, model: Embedder, task: Task, encoded: EncodedAll, targets: Tensors) -> Tensors:
         """The loss of each pair of modalities, by the name "a-b". Embeddings, similarities and softmax are fp32.
@@ -81,32 +103,41 @@ class Contrastive(Objective):
         Each rank compares its own N and M embeddings with those of all ranks, in blocks of rows, so no rank holds all
         similarities. The mean over the ranks is the loss of the global batch.
         """
-        local_items = targets["item"]
-        (all_items,) = all_gather(local_items)
         losses = {}
         for a, b in self.compared_pairs(task):
             # A joint head is applied again for each pair. That is cheap compared with the encoder, which runs once.
             z_NZ = model.project(encoded[a].features, a, b)
             z_MZ = model.project(encoded[b].features, b, a)
-            draws_a = len(z_NZ) // len(local_items)
-            draws_b = len(z_MZ) // len(local_items)
-            local_items_a = local_items.repeat_interleave(draws_a)
-            local_items_b = local_items.repeat_interleave(draws_b)
-            all_items_a = all_items.repeat_interleave(draws_a)
-            all_items_b = all_items.repeat_interleave(draws_b)
+            ids_a = self._ids(a, len(z_NZ), targets)
+            ids_b = self._ids(b, len(z_MZ), targets)
+            all_ids_a, all_ids_b = all_gather(ids_a, ids_b)
             temperature, bias = model.temperature(a, b)()
             with full_precision(z_NZ.device):
                 if self.loss == "softmax":
                     all_b, all_a = all_gather(z_MZ, z_NZ)
-                    loss_a = mean_by_blocks(softmax_nce, 1 / temperature * z_NZ, local_items_a, all_b, all_items_b)
-                    loss_b = mean_by_blocks(softmax_nce, 1 / temperature * z_MZ, local_items_b, all_a, all_items_a)
+                    loss_a = mean_by_blocks(softmax_nce, 1 / temperature * z_NZ, ids_a, all_b, all_ids_b)
+                    loss_b = mean_by_blocks(softmax_nce, 1 / temperature * z_MZ, ids_b, all_a, all_ids_a)
                     loss = (loss_a + loss_b) / 2
                 else:
                     (all_b,) = all_gather(z_MZ)
                     biased = partial(sigmoid_nce, bias=bias)
-                    loss = mean_by_blocks(biased, 1 / temperature * z_NZ, local_items_a, all_b, all_items_b)
+                    loss = mean_by_blocks(biased, 1 / temperature * z_NZ, ids_a, all_b, all_ids_b)
                 losses[f"{a}-{b}"] = loss
         return losses
+
+    def _ids(self, modality: str, embeddings: int, targets: Tensors) -> Tensor:
+        """The ids (N, I) of embeddings of a modality; those that share an id are positives.
+
+        The first id is that of the item. With `positives_in`, a text has an id of itself, and media those of the
+        values.
+        """
+        items = targets["item"]
+        ids = items.repeat_interleave(embeddings // len(items))[:, None]
+        if self.positives_in:
+            values = targets["values"].repeat_interleave(embeddings // len(items), dim=0)
+            more = targets[modality].reshape(-1, 1) if modality in targets else values
+            ids = torch.cat([ids, more], dim=1)
+        return ids
 
     def compared(self, task: Task, examples: int) -> Compared:
         """The sigmoid loss uses each pair of items once, and gathers the vectors of one modality."""
