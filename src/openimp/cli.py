@@ -180,7 +180,12 @@ def index(
         typer.Argument(help="Files and folders.", show_default="the media in the sources of the run's recipe"),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the index.", show_default="RUN/search.index")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder of the index.",
+            show_default="RUN/search.index, or in the cache for openimp:NAME",
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Files per batch.")] = 64,
     allow_sources: AllowSourcesOption = False,

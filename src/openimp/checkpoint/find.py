@@ -4,9 +4,11 @@ from pathlib import Path
 
 from openimp.checkpoint.folder import CONFIG, RECIPE, checkpoints
 from openimp.checkpoint.wrapped import wrapped_folder
-from openimp.common.errors import UserError
-from openimp.common.names import HUB, OPEN_CLIP, HubName, Name
+from openimp.common.errors import UserError, nearest
+from openimp.common.names import BUNDLED, HUB, OPEN_CLIP, HubName, Name
 from openimp.common.safe_files import refuse_links
+
+BUNDLED_MODELS = Path(__file__).parent.parent / "models"
 
 
 def find_model(name: str | Path) -> Path:
@@ -16,15 +18,24 @@ def find_model(name: str | Path) -> Path:
     unless it has been already.
     """
     scheme, identifier = Name.parse(name)
+    if scheme == BUNDLED:
+        return _bundled(identifier)
     if scheme == OPEN_CLIP:
         return wrapped_folder(str(name))
     if scheme == HUB:
         return _find_local(_download(str(name), HubName.parse(identifier)))
     if scheme is not None:
-        raise UserError(f"{name}: expected a folder, hub:OWNER/NAME or open_clip:NAME/TAG for a model")
+        raise UserError(f"{name}: expected a folder, openimp:NAME, hub:OWNER/NAME or open_clip:NAME/TAG for a model")
     if not Path(name).exists():
         raise UserError(f"{name}: no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME")
     return _find_local(Path(name))
+
+
+def _bundled(name: str) -> Path:
+    models = [folder.name for folder in BUNDLED_MODELS.iterdir()]
+    if name not in models:
+        raise UserError(f"{BUNDLED}:{name}: openimp comes with no such model{nearest(name, models)}")
+    return BUNDLED_MODELS / name
 
 
 def _find_local(path: Path) -> Path:
