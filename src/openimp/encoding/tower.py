@@ -1,8 +1,8 @@
 """Towers: a public encoder, or a model of openimp, as the frozen first part of a modality.
 
-A tower turns an item into a vector, which is the only token of the item. It is a part of the modality and not of the
-model: it is never trained, saved or distributed. Training embeds each item once, before the first step
-(`StepBatches.embed`), and then reads vectors.
+A tower turns an item into a vector, which is the only token of the item. The tower is a part of the modality and not of
+the model: it is never trained, saved or distributed. Training embeds its items before the first step
+(`StepBatches.embed`), and then reads vectors. Evaluation and inference run the tower.
 """
 
 import json
@@ -29,10 +29,9 @@ BATCH = 64
 
 
 class Tower(Modality):
-    """A modality whose tokens are the vectors of a frozen encoder.
+    """A modality that reads items with a frozen encoder, and whose tokens are the encoder's vectors.
 
-    The tower's own modality reads the items, in the tower's view for inference. `tower_class` makes the subclass for a
-    modality.
+    `tower_class` makes the subclass for a modality.
     """
 
     class Config(Strict):
@@ -53,7 +52,7 @@ class Tower(Modality):
 
     @cached_property
     def encoder(self) -> FrozenEncoder:
-        """The tower, on the GPU if there is one."""
+        """The frozen encoder, on the GPU if there is one."""
         return open_encoder(self.config.tower, self.name)
 
     def state(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from openimp.evaluation.results import main_metric
 
 
 class StopTraining(Exception):
-    """A callback raises it to end the training. The run is then saved and evaluated as at its last step."""
+    """A callback raises it to end the training. The run is then saved, and evaluated unless this step was evaluated."""
 
 
 class Callback:
@@ -20,7 +20,8 @@ class Callback:
     """
 
     def on_step(self, step: int, figures: dict[str, Any] | None) -> None:
-        """Called after each step. `step` counts from 1. `figures` is the line of metrics.jsonl if one is written."""
+        """Called when the update of a step is confirmed. `step` counts from 1. `figures` is the line of metrics.jsonl,
+        if one is written."""
 
     def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
         """Called after each evaluation, with the lines of results.jsonl."""

@@ -38,9 +38,10 @@ class TensorBoard:
 
 
 class Tracker:
-    """A run of Weights & Biases, or of Trackio, which has the same functions. A resumed run continues it.
+    """A run of Weights & Biases, or of Trackio, which has the same functions.
 
-    Their environment variables choose the account and the mode, such as WANDB_MODE=offline.
+    If openimp resumes a run, the tracker's run continues. That of Weights & Biases is found by the run's folder, that
+    of Trackio by its name. Environment variables choose the account and the mode, such as WANDB_MODE=offline.
     """
 
     def __init__(self, library: str, run: Path, recipe: Recipe) -> None:
