@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo serve test check install constraints docs clean
+.PHONY: demo serve test check install constraints docs dist site clean
 
 demo: $(VENV)/.installed
 	@if [ -e runs/demo/results.jsonl ]; then \
@@ -33,6 +33,17 @@ constraints: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python tools/write_recipe_reference.py
+
+# The source distribution, and the wheel that it builds.
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tools/check_dist.py dist
+
+# The documentation as a site, in the folder site/. A dead link is an error.
+site: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -243,29 +243,28 @@ def timm_step(batch: int, fused: bool, **changes: Any) -> Step:
 def comparisons(smoke: bool, compiled: bool, folder: Path) -> list[Comparison]:
     """The rows of the table. `folder` is an empty one."""
     batch, fewer = (2, {"layers": 2}) if smoke else (64, {})
-    experts = {**Recipe.load("imp_moe_s").model.model_dump()["moe"], **({"layers": 1} if smoke else {})}
+    moe = {**Recipe.load("imp_moe_s").model.model_dump()["moe"], **({"layers": 1} if smoke else {})}
+    by_stem = {**moe, "experts": {"vision": moe["experts"]}}
 
     def dense(drop: float = 0.0, compiled: bool = False) -> Step:
         return openimp_step(batch, "imp_s", drop, compiled, **fewer)
 
-    def sparse(routing: str, compiled: bool = False, **changes: Any) -> Step:
-        moe = {**experts, "routing": routing}
-        return openimp_step(batch, "imp_moe_s", compiled=compiled, moe=moe, **fewer, **changes)
+    def sparse(compiled: bool = False, **changes: Any) -> Step:
+        return openimp_step(batch, "imp_moe_s", compiled=compiled, **{"moe": moe, **fewer, **changes})
 
     base = dense()
     one_thread, two_threads = demo_steps(smoke, folder)
     found = [
         Comparison("IMP-S", base, "timm ViT, fused attention", timm_step(batch, fused=True, **fewer), 0.9),
         Comparison("IMP-S", base, "timm ViT, plain attention", timm_step(batch, fused=False, **fewer), 0.9),
-        Comparison("IMP-MoE-S, expert choice", sparse("expert_choice"), "IMP-S", base, 0.8),
-        Comparison("IMP-MoE-S, expert choice without QK-norm", sparse("expert_choice", qk_norm=False), "IMP-S", base),
-        Comparison("IMP-MoE-S, expert choice across the batch", sparse("expert_choice_batch"), "IMP-S", base),
-        Comparison("IMP-MoE-S, token choice", sparse("token_choice"), "IMP-S", base),
+        Comparison("IMP-MoE-S", sparse(), "IMP-S", base, 0.8),
+        Comparison("IMP-MoE-S without QK-norm", sparse(qk_norm=False), "IMP-S", base),
+        Comparison("IMP-MoE-S, experts by stem", sparse(moe=by_stem), "IMP-S", base),
         Comparison("IMP-S, 75% of tokens dropped", dense(0.75), "IMP-S", base, 3.0),
         Comparison("demo, two threads", two_threads, "demo, one thread", one_thread),
     ]
     if compiled:
-        both = dense(compiled=True), sparse("expert_choice", compiled=True)
+        both = dense(compiled=True), sparse(compiled=True)
         found += [
             Comparison(f"{name}, compiled", step, "IMP-S", base) for name, step in zip(("IMP-S", "IMP-MoE-S"), both)
         ]

@@ -66,11 +66,11 @@ def write(name: str, folder: Path) -> str:
         {key: value.contiguous() for key, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
     )
     if "hf_tokenizer_name" in config["text_cfg"]:
-        _word_tokenizer().save_pretrained(folder)
+        word_tokenizer().save_pretrained(folder)
     return f"open_clip:local-dir:{folder}"
 
 
-def _word_tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(

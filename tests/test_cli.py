@@ -126,7 +126,7 @@ def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, lit
     (damaged / "config.json").write_text('{"format": 6, "model": "IMP", "classes": {}}')
     assert "config.json: damaged: its recipe cannot be read: KeyError('recipe')" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 99}')
-    assert "in format 99, and this version of openimp reads formats 6 and 7 only; use the version" in refused(
+    assert "in format 99, and this version of openimp reads formats 6, 7 and 8 only; use the version" in refused(
         "info", damaged
     )
 
@@ -187,13 +187,16 @@ def test_the_views_of_another_recipe_must_suit_the_model(refused, succeeded, lit
     succeeded(*command, tmp_path / "24.yaml")
 
 
-def test_info_counts_the_experts_of_a_token(openimp, little_data):
-    """Choosing 2 of 2 experts uses all of the encoder, whatever the room in them. The stem has two linear layers."""
-    moe = "model.moe={experts: 2, layers: 1, routing: token_choice, top_k: 2, capacity_factor: 1.5}"
+@pytest.mark.parametrize(
+    ("experts", "unused"), [("2", 0), ("{vision: 2, text: 4, audio: 3}", 7)], ids=["shared", "by stem"]
+)
+def test_info_counts_the_experts_of_a_token(openimp, little_data, experts, unused):
+    """2 experts of 2, or of all that the stems have. An expert has two layers, and the stem as well."""
+    moe = f"model.moe={{experts: {experts}, layers: 1, capacity_factor: 2}}"
     _, printed, _ = openimp("info", little_data / "recipe.yaml", *sets(moe))
     printed_counts = (re.search(rf"{part}\W+([\d,]+)", printed)[1] for part in ("after its embedding", "encoder"))
     used, encoder = (int(count.replace(",", "")) for count in printed_counts)
-    assert used == encoder + 2 * (32 * 32 + 32)
+    assert used == encoder + 2 * (32 * 32 + 32) - unused * 2 * 32 * 64
 
 
 @pytest.mark.slow

@@ -129,21 +129,6 @@ def test_the_examples_of_the_data_page_are_read(tmp_path, monkeypatch):
     assert read == {"photos", "songs", "more_songs", "birds", "shards", "table", "stream"}
 
 
-def test_the_evaluators_page_runs(little_data, little_run, tmp_path, monkeypatch, capsys):
-    """The little run stands for the demo's, and its coloured squares, which it knows, for the pictures."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    Path("runs").mkdir()
-    Path("runs/demo").symlink_to(little_run)
-    Path("pictures").symlink_to(little_data / "pictures")
-    page = ROOT / "docs" / "evaluators.md"
-    known = {"__name__": "evaluators"}
-    for _, code in blocks(page, "python"):
-        exec(code, known)
-    assert capsys.readouterr().out.splitlines()[-1] == "1.0"
-
-
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
 def test_the_python_on_the_page_runs(page, little_data, little_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 
 from openimp.common.modality import Modality
 from openimp.common.objective import Objective
+from openimp.encoding.tower import Tower
 from openimp.modalities.open_clip import READERS
 from openimp.recipe.inputs import View
 from openimp.recipe.registry import MODALITIES, OBJECTIVES
@@ -72,6 +73,7 @@ def sections() -> dict[type[BaseModel], str]:
             if schema is Recipe and name == "modalities":
                 for modality in modalities.values():
                     titles[modality.Config] = f"`modalities.{modality.stem}`"
+                titles[Tower.Config] = "`modalities.STEM` with a tower"
                 for modality in READERS.values():
                     titles[modality.Config] = f"`modalities.{modality.stem}` with `model.wrap`"
             for part, suffix in _schemas(field.annotation):
@@ -80,6 +82,7 @@ def sections() -> dict[type[BaseModel], str]:
         if schema is View:
             for name, modality in modalities.items():
                 titles[modality.View] = f"`{path}.{name}`"
+            titles[Tower.View] = f"`{path}.MODALITY` with a tower"
             for name, modality in READERS.items():
                 titles[modality.View] = f"`{path}.{name}` with `model.wrap`"
 

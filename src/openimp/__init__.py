@@ -4,18 +4,45 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from openimp.inference.model import load
+    from openimp.inference.embed import embed
+    from openimp.inference.model import Model, load
     from openimp.inference.sentence_transformers import sentence_transformer
     from openimp.model.imp import IMP
     from openimp.recipe.schema import Recipe
+    from openimp.search import open_index
+    from openimp.search.build import build_index
+    from openimp.training.callbacks import Callback, EarlyStopping, StopTraining
+    from openimp.training.trainer import train
 
-__all__ = ["IMP", "Recipe", "__version__", "load", "sentence_transformer"]
 _HOME = {
+    "Callback": "openimp.training.callbacks",
+    "EarlyStopping": "openimp.training.callbacks",
     "IMP": "openimp.model.imp",
+    "Model": "openimp.inference.model",
     "Recipe": "openimp.recipe.schema",
+    "StopTraining": "openimp.training.callbacks",
+    "build_index": "openimp.search.build",
+    "embed": "openimp.inference.embed",
     "load": "openimp.inference.model",
+    "open_index": "openimp.search",
     "sentence_transformer": "openimp.inference.sentence_transformers",
+    "train": "openimp.training.trainer",
 }
+__all__ = [
+    "IMP",
+    "Callback",
+    "EarlyStopping",
+    "Model",
+    "Recipe",
+    "StopTraining",
+    "__version__",
+    "build_index",
+    "embed",
+    "load",
+    "open_index",
+    "sentence_transformer",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

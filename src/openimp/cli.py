@@ -66,11 +66,18 @@ def init(
     ],
     text: Annotated[str | None, typer.Option(help="The column with the texts.")] = None,
     label: Annotated[str | None, typer.Option(help="The column with the classes.")] = None,
+    tower: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A model that embeds the media and texts once, before training: a run, open_clip:NAME/TAG, "
+            "sentence_transformers:OWNER/NAME, ... Can be repeated."
+        ),
+    ] = None,
 ) -> None:
     """Write a recipe that trains on your data to standard output: openimp init photos > mine.yaml."""
     from openimp.commands import run_init
 
-    run_init(paths, text, label)
+    run_init(paths, text, label, tower or [])
 
 
 @app.command()

@@ -63,9 +63,9 @@ def run_demo(overrides: list[str], run: Path | None) -> None:
     )
 
 
-def run_init(paths: list[str], text: str | None, label: str | None) -> None:
+def run_init(paths: list[str], text: str | None, label: str | None, towers: list[str]) -> None:
     """Prints a recipe for data to standard output, and to standard error what was found."""
-    drafted = draft_recipe(paths, text, label)
+    drafted = draft_recipe(paths, text, label, towers)
     for note in drafted.notes:
         notice(note)
     sys.stdout.buffer.write(drafted.text.encode())
@@ -217,7 +217,7 @@ def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
             continue
         for name in recipe.modality_names:
             if isinstance(view.get(name), dict):
-                removed_keys = class_for(name, recipe.model).View.renamed
+                removed_keys = class_for(name, recipe.model, recipe.modalities).View.renamed
                 view[name] = {key: value for key, value in view[name].items() if key not in removed_keys}
 
 

@@ -42,16 +42,16 @@ def require_equal_vectors(model: Model) -> None:
 def with_keys_that_went(folder: Path) -> Path:
     """Gives a model in format 6 keys of its recipe that this version no longer has."""
     config = json.loads((folder / "config.json").read_text())
-    config["recipe"]["model"]["moe"] |= {"gates": "softmax", "slots": 1}
+    config["recipe"]["model"]["moe"] |= {"gates": "softmax", "slots": 1, "routing": "expert_choice", "top_k": 2}
     config["recipe"]["train"]["upcycle"] = True
     config["recipe"]["evaluation"]["sets"]["stills"]["type"] = "telepathy"
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def test_formats_6_and_7_are_there():
-    assert FORMATS == ["format-6", "format-7"]
-    assert sum(file.stat().st_size for file in FIXTURES.rglob("*") if file.is_file()) < 300_000
+def test_formats_6_to_8_are_there():
+    assert FORMATS == ["format-6", "format-7", "format-8"]
+    assert sum(file.stat().st_size for file in FIXTURES.rglob("*") if file.is_file()) < 400_000
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "pushed", *FORMATS])
@@ -125,7 +125,10 @@ def test_a_model_is_used_although_its_recipe_has_keys_that_went(fixtures, capsys
     ("change", "message"),
     [
         ({"moe": {"experts": 2, "layers": 1, "gates": "scaled"}}, r"model\.moe\.gates is 'scaled', which this version"),
-        ({"moe": {"experts": 2, "layers": 1, "routing": "soft"}}, r"model\.moe\.routing: expected 'expert_choice', "),
+        (
+            {"moe": {"experts": 2, "layers": 1, "routing": "token_choice"}},
+            r"model\.moe\.routing is 'token_choice', which",
+        ),
         ({"heads": 3}, "model: width 8 is not a multiple of heads 3"),
     ],
 )
@@ -138,7 +141,7 @@ def test_a_model_that_this_version_cannot_compute_is_refused(fixtures, change, m
         openimp.load("format-6")
 
 
-def test_a_run_in_format_6_resumes_and_goes_on_in_format_7(fixtures):
+def test_a_run_in_format_6_resumes_and_goes_on_in_format_8(fixtures):
     folder = Path(shutil.copytree("checkpoint", "run/checkpoints/step-00000003"))
     (folder / "recipe.yaml").unlink()
     config = json.loads(Path("format-6/config.json").read_text())
@@ -151,7 +154,7 @@ def test_a_run_in_format_6_resumes_and_goes_on_in_format_7(fixtures):
     assert train(Recipe.load("recipe.yaml", ["train.steps=5"]), Path("run"), resume=True)
     assert [line["step"] for line in read_lines(Path("run/metrics.jsonl"))] == [5]
     newest = checkpoints(Path("run"))[-1]
-    assert json.loads((newest / "config.json").read_text())["format"] == 7
+    assert json.loads((newest / "config.json").read_text())["format"] == 8
     assert openimp.load("run").recipe.train.steps == 5
 
 

@@ -139,7 +139,8 @@ def test_a_checkpoint_of_an_older_format_is_refused(run, little_data):
     for found in (4, 5, None):
         (folder / "config.json").write_text(json.dumps(config | {"format": found}))
         told = (
-            f"in format {found}, and this version of openimp reads formats 6 and 7 only; use the version that saved it"
+            f"in format {found}, and this version of openimp reads formats 6, 7 and 8 only; "
+            "use the version that saved it"
         )
         with pytest.raises(UserError, match=told):
             openimp.load(run)

@@ -93,9 +93,13 @@ def test_a_head_of_the_same_classes_is_taken_and_of_other_classes_is_not(little_
     assert not torch.isclose(classifier("renamed", "evaluation={}"), before).any()
 
 
-def test_a_modality_that_is_new_starts_anew(own_data, tmp_path, capsys):
-    """A model that only saw learns to hear and to read: its tokenizer is made of the new texts."""
+@pytest.mark.parametrize("by_stem", [False, True])
+def test_a_modality_that_is_new_starts_anew(own_data, tmp_path, capsys, by_stem):
+    """A model that only saw learns to hear and to read: its tokenizer is made of the new texts, its experts are new."""
     text = (own_data / "recipe.yaml").read_text()
+    if by_stem:
+        (own_data / "recipe.yaml").write_text(text.replace("experts: 2", "experts: {vision: 2, text: 2, audio: 4}"))
+        text = text.replace("experts: 2", "experts: {vision: 2}")
     seeing = re.sub(r"  (audio|text): \{(window|vocab).*\n", "", text)
     (own_data / "seeing.yaml").write_text(seeing)
     only = (
@@ -108,6 +112,7 @@ def test_a_modality_that_is_new_starts_anew(own_data, tmp_path, capsys):
     training = Trainer(set_up(recipe, tmp_path / "hearing"))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("starts from"))
     assert "; loaded: stems.vision, encoder, classifiers.pictures:label; new: stems.text, stems.audio, " in line
+    assert ("encoder.blocks.*.mlp.groups.audio.router.weight_ED" in line) == by_stem
     before = dcp.read(checkpoints(tmp_path / "seeing")[-1] / "ema")
     assert torch.equal(training.model.state_dict()["stems.vision.embed.weight"], before["stems.vision.embed.weight"])
     for loaded in load_batches(training.data, 0, 6):
@@ -139,6 +144,7 @@ def test_resuming_does_not_start_again(little_run, pictures_only, tmp_path):
         ("model.width=64", "model.width is 32 there, 64 here"),
         ("model.heads=4", "model.heads is 2 there, 4 here"),
         ("model.moe=null", "model.moe.experts is 2 there, None here"),
+        ("model.moe.experts={vision: 2, text: 2}", "model.moe.experts is 2 there, 'text: 2, vision: 2' here"),
         ("modalities.vision.patch=[2, 4, 4]", "modalities.vision.patch.1 is 8 there, 4 here"),
         ("modalities.text.vocab_size=400", "modalities.text.vocab_size is 300 there, 400 here"),
         ("modalities.text.tokenizer=other.json", "modalities.text.tokenizer is None there, '"),

@@ -228,14 +228,3 @@ def test_what_cannot_be_measured_is_told_and_the_mode_is_restored(named, picture
     assert made.model.training
     with refuses():
         evaluate(*made, sets=["thing"])
-
-
-def test_a_training_model_is_measured_in_evaluation_mode(named):
-    """With experts that choose across the batch, training mode would make the figures those of the batches."""
-    moe = {"experts": 4, "layers": 2, "routing": "expert_choice_batch"}
-    made = named([png(i) for i in range(30)], [f"{i} number" for i in range(30)], model={"moe": moe})
-    made.model.train()
-    in_training = evaluate(*made)
-    assert made.model.training
-    made.model.eval()
-    assert evaluate(*made) == in_training

@@ -47,7 +47,12 @@ def inputs_of(modality: str, folder: Path) -> list:
 
 
 @pytest.mark.parametrize(
-    "moe", [None, {"experts": 4, "layers": 1}, {"routing": "token_choice", "top_k": 2, "layers": 2}]
+    "moe",
+    [
+        None,
+        {"experts": 4, "layers": 1},
+        {"experts": {"vision": 4, "audio": 2, "text": 1}, "layers": 2},
+    ],
 )
 def test_an_embedding_does_not_depend_on_the_rest_of_its_batch(moe, tiny_recipe, model_of, media_folder):
     model = model_of(tiny_recipe({"moe": moe}))
@@ -315,7 +320,7 @@ def test_import_is_quick_and_imports_no_torch():
         "import sys, time; start = time.perf_counter(); import openimp; spent = time.perf_counter() - start\n"
         "assert 'torch' not in sys.modules and 'pydantic' not in sys.modules\n"
         "assert openimp.__version__\n"
-        "assert sorted(dir(openimp)) == ['IMP', 'Recipe', '__version__', 'load', 'sentence_transformer']\n"
+        "assert {'IMP', 'Recipe', '__version__', 'load', 'train'} <= {*dir(openimp)}\n"
         "print(spent)"
     )
     run = [sys.executable, "-c", code]

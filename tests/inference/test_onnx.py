@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 DENSE = {"moe": None}
 EXPERT_CHOICE = {"moe": {"experts": 4, "layers": 1}}
-TOKEN_CHOICE = {"moe": {"experts": 4, "layers": 1, "routing": "token_choice", "top_k": 2}}
+BY_STEM = {"moe": {"experts": {"vision": 4, "audio": 2, "text": 2}, "layers": 1}}
 BIASED = {"moe": {"experts": 4, "layers": 1}, "bias": True, "gelu": "erf"}
 GRID = {"positions": "grid", "tables": [2, 4, 4]}
 
@@ -63,10 +63,10 @@ def inputs(model, name, batch):
     [
         (DENSE, ["image", "video", "audio"], {}),
         (EXPERT_CHOICE, ["image", "video", "audio"], {}),
-        (TOKEN_CHOICE, ["image"], {}),
+        (BY_STEM, ["image", "video", "audio"], {}),
         (BIASED, ["image", "video"], GRID),
     ],
-    ids=["dense", "expert_choice", "token_choice", "as in public ViTs"],
+    ids=["dense", "expert_choice", "experts by stem", "as in public ViTs"],
 )
 def test_onnxruntime_computes_the_vectors_of_the_model(changes, tasks, vision, exported):
     """At batch sizes other than that of the export, for each modality that an output is compared with."""

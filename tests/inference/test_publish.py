@@ -60,6 +60,8 @@ def test_a_pushed_model_is_loaded_from_the_hub_by_its_name_and_a_private_one_is_
     assert torch.equal(theirs.encode_image(picture), ours.encode_image(picture))
     assert torch.equal(theirs.encode_text("a red square"), ours.encode_text("a red square"))
     assert theirs.classes == ours.classes
+    same = openimp.Model.from_pretrained("me/little", device="cpu")
+    assert torch.equal(same.encode_text("a red square"), ours.encode_text("a red square"))
 
     push(little_run, "me/little")
     assert len(server.messages) == 2, "a second push is a second commit"

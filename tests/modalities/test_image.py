@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -41,6 +43,34 @@ def test_lossless_files_keep_their_pixels(form, tmp_path):
     PIL.Image.fromarray(grey).save(path, form, **({"lossless": True} if form == "WEBP" else {}))
     for raw in (path, str(path), path.read_bytes()):
         np.testing.assert_array_equal(IMAGE.decode(raw, [Image.View()]), grey)
+
+
+def test_pictures_of_phones_are_read_and_turned_upright(tmp_path):
+    """HEIC files, whose pixels are upright, and others whose EXIF data say that the camera was turned."""
+    pytest.importorskip("pillow_heif")
+    seen = smooth(40, 60)
+    stored = PIL.Image.fromarray(np.rot90(seen).copy())
+    PIL.Image.fromarray(seen).save(tmp_path / "x.heic", quality=95)
+    for name in ("x.avif", "x.jpg", "x.png"):
+        exif = PIL.Image.Exif()  # A new one, because Pillow's AVIF encoder moves its orientation elsewhere.
+        exif[0x0112] = 6  # Orientation: to be turned clockwise.
+        stored.save(tmp_path / name, exif=exif, quality=95)
+    for name in ("x.heic", "x.avif", "x.jpg", "x.png"):
+        decoded = IMAGE.decode(tmp_path / name, [Image.View()])
+        assert decoded.shape == seen.shape, name
+        assert np.abs(decoded.astype(int) - seen).mean() < 3, name
+
+
+def test_what_heic_pictures_need_is_said(tmp_path):
+    pytest.importorskip("pillow_heif")
+    PIL.Image.fromarray(smooth(40, 60)).save(tmp_path / "x.heic")
+    code = (
+        "import sys; sys.modules['pillow_heif'] = None\n"  # As if it were not installed.
+        "from openimp.modalities.image import Image\n"
+        "Image(Image.Config()).decode(sys.argv[1], [Image.View()])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x.heic"], capture_output=True, text=True)
+    assert "a HEIC picture, which needs pillow-heif: pip install 'openimp[heif]'" in done.stderr
 
 
 def test_grey_and_16_bits_are_three_equal_channels():

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from messages import refuses
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -100,10 +99,3 @@ def test_less_memory_for_the_same_batch_and_all_flops_are_counted(little_data, t
     assert peaks["pieces"] < 0.5 * peaks["all"]
     assert peaks["again"] < 0.7 * peaks["all"]
     assert flops["pieces"] > 1.25 * flops["all"]
-
-
-@pytest.mark.parametrize("routing", ["expert_choice_batch", "token_choice"])
-def test_a_routing_across_the_batch_takes_no_pieces(little_data, routing):
-    moe = f"model.moe={{experts: 2, layers: 1, routing: {routing}}}"
-    with refuses():
-        Recipe.load(little_data / "recipe.yaml", [moe, "memory.chunk_size=4"])

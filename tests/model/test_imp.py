@@ -8,8 +8,8 @@ from openimp.common.modality import StemSpec, Tokens
 from openimp.model.embedding import Stem
 from openimp.model.heads import Temperature
 from openimp.model.imp import IMP
-from openimp.model.moe import set_usage_collection
-from openimp.recipe.model import Model
+from openimp.model.moe import ExpertGroups, Router, Segment, set_usage_collection
+from openimp.recipe.model import Model, MoE
 
 
 def small(space: str = "disjoint", pairs=(("image", "text"), ("video", "text")), **options) -> IMP:
@@ -70,14 +70,23 @@ def test_positions_are_looked_up_by_coordinate():
     assert not torch.allclose(stem(moved), stem(tokens))
 
 
+GROUPS = {"vision": 4, "text": 2}
+
+
+def prefer(model: IMP) -> None:
+    """Routers start nearly indifferent. After this they have preferences."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            torch.nn.init.normal_(module.weight_ED, std=0.7)
+
+
 @pytest.mark.parametrize("own", [0, 1])
-@pytest.mark.parametrize("routing", [None, "expert_choice", "expert_choice_batch", "token_choice"])
-def test_one_pass_of_all_modalities_equals_a_pass_of_each(routing, own):
+@pytest.mark.parametrize("experts", [None, 4, GROUPS])
+def test_one_pass_of_all_modalities_equals_a_pass_of_each(experts, own):
     """Features, router statistics and gradients; batch sizes differ, and one modality has a mask."""
-    moe = routing and {"experts": 4, "layers": 1 + own, "routing": routing}
+    moe = experts and {"experts": experts, "layers": 1 if experts == GROUPS else 1 + own}
     model = small(moe=moe, modality_specific_layers=own, qk_norm=True).train()
-    if routing:  # Routers start nearly indifferent; this one has preferences.
-        torch.nn.init.normal_(model.encoder.blocks[-1].mlp.router.weight_ED, std=0.7)
+    prefer(model)
     set_usage_collection(model, True)
     inputs = {"image": patches(3), "text": texts([3, 16, 1, 7, 0, 9], 16), "video": patches(2)}
     generator = torch.Generator().manual_seed(0)
@@ -90,7 +99,7 @@ def test_one_pass_of_all_modalities_equals_a_pass_of_each(routing, own):
     (together, gradients), (separate, expected) = results
     for name in inputs:
         torch.testing.assert_close(together[name].features, separate[name].features, rtol=0, atol=1e-5)
-        assert len(together[name].routing) == len(separate[name].routing) == (1 + own if routing else 0)
+        assert len(together[name].routing) == len(separate[name].routing) == (moe["layers"] if moe else 0)
         for found, wanted in zip(together[name].routing, separate[name].routing):
             torch.testing.assert_close([found.aux, *found.usage], [wanted.aux, *wanted.usage], rtol=0, atol=1e-5)
     assert not together["text"].features[4].any()  # It has no valid token.
@@ -108,15 +117,53 @@ def test_a_model_in_bf16_or_fp64_encodes_in_its_own_type(moe):
             assert model.project(encoded.features, name, "text" if name == "image" else "image").isfinite().all()
 
 
-@pytest.mark.parametrize("moe", [None, {"experts": 4, "layers": 1}])
+def test_stems_may_have_experts_to_themselves():
+    """A pass gives no gradient to the experts of other stems, and the statistics show it."""
+    model = small(moe={"experts": GROUPS, "layers": 1}).train()
+    prefer(model)
+    set_usage_collection(model, True)
+    groups = model.encoder.blocks[-1].mlp.groups
+    assert {stem: len(group.experts.up_EDF) for stem, group in groups.items()} == GROUPS
+    inputs = {"image": patches(3), "text": texts([3, 16], 16)}
+    for name, stem in (("image", "vision"), ("text", "text")):
+        model.zero_grad(set_to_none=True)
+        encoded = model.encode({name: inputs[name]})
+        (encoded.features.square().sum() + encoded.routing[0].aux).backward()
+        for other, group in groups.items():
+            gradients = [weight.grad is not None for weight in group.parameters()]
+            assert all(gradients) if other == stem else not any(gradients)
+        usage = encoded.routing[0].usage
+        used = torch.tensor([owner == stem for owner, count in GROUPS.items() for _ in range(count)])
+        assert torch.equal(usage.load_E > 0, used)
+        assert torch.equal(usage.gate_E > 0, used)
+        assert usage.gate_E.sum() == pytest.approx(1)
+
+
+def test_the_gates_of_a_group_are_about_one_at_first():
+    """So a block does about as much as a dense one. Shared experts have gates of about 1 / experts."""
+    torch.manual_seed(0)
+    x_TD = torch.randn(12, 32)
+    valid, counts = [torch.ones(1, 12, dtype=torch.bool)], [torch.tensor(12.0)]
+    options = {"bias": False, "gelu_kind": "tanh"}
+    config = MoE(experts={"a": 4, "b": 2})
+    groups = ExpertGroups(32, 64, config, **options).groups
+    for stem, group in groups.items():
+        ((routing, _),) = group.router(x_TD, valid, counts)
+        filled = routing.gate_BEC[routing.gate_BEC > 0]
+        assert filled.mean().item() == pytest.approx(1, rel=0.2), stem
+
+
+@pytest.mark.parametrize("moe", [None, {"experts": 4, "layers": 1}, {"experts": GROUPS, "layers": 1}])
 def test_fused_modalities_make_one_sequence(moe):
     """Their tokens are concatenated, attend to each other, and are pooled together; pads still count for nothing."""
     model = small(moe=moe)
+    prefer(model)
     image, text = patches(2), texts([3, 7], 16)
     together = model.encode({"image": image, "text": text}).features
     parts = [model.stems["vision"](image), model.stems["text"](text)]
     mask = torch.cat([torch.ones(2, 12, dtype=torch.bool), text.mask], dim=1)
-    (x,), _ = model.encoder([torch.cat(parts, dim=1)], [mask])
+    segments = [Segment("vision", 0, 12), Segment("text", 12, 12 + text.coords.shape[1])]
+    (x,), _ = model.encoder([torch.cat(parts, dim=1)], [mask], [segments])
     read = torch.cat([model.stems["vision"].after(x[:, :12]), model.stems["text"].after(x[:, 12:])], dim=1)
     expected = torch.stack([read[i][mask[i]].mean(0) for i in range(2)])
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-5)

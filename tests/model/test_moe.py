@@ -19,14 +19,14 @@ from openimp.model.moe import (
 )
 from openimp.recipe.model import MoE
 
-ROUTINGS = ["expert_choice", "expert_choice_batch", "token_choice"]
 WIDTH, HIDDEN = 12, 20
 
 
 def layer_of(seed: int = 0, bias: bool = False, **options) -> SparseMLP:
     """With biases, GELU is exact; otherwise it is the approximation."""
     torch.manual_seed(seed)
-    layer = SparseMLP(WIDTH, HIDDEN, MoE.model_validate(options), bias, "erf" if bias else "tanh")
+    config = MoE.model_validate(options)
+    layer = SparseMLP(WIDTH, HIDDEN, config.experts, config, bias, "erf" if bias else "tanh")
     # Routers start nearly indifferent; these have preferences.
     torch.nn.init.normal_(layer.router.weight_ED, std=0.7)
     for parameter in layer.experts.parameters():
@@ -68,36 +68,15 @@ def chosen_by_experts(probs: Tensor, tokens: list[int], capacity_factor: float) 
     ]
 
 
-def chosen_by_tokens(probs: Tensor, tokens: list[int], top_k: int, slots: float) -> list[tuple[int, int]]:
-    """(token, expert) pairs: all first choices in the order of the tokens, then all second ones, if there is room."""
-    filled = [0] * probs.shape[1]
-    pairs = []
-    for rank in range(top_k):
-        for token in tokens:
-            expert = int(probs[token].argsort(descending=True)[rank])
-            if filled[expert] < slots:
-                filled[expert] += 1
-                pairs.append((token, expert))
-    return pairs
-
-
 def naive(layer: SparseMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
     """What the layer should give, and the gates of all (token, expert) pairs; tokens numbered over the batch."""
-    config, flat, mask = layer.router.config, x.flatten(0, 1), valid.flatten()
+    flat, mask = x.flatten(0, 1), valid.flatten()
     probs = (flat @ layer.router.weight_ED.T).softmax(-1)
-    across = layer.training and config.routing != "expert_choice"
-    groups = [range(len(flat))] if across else [range(i * x.shape[1], (i + 1) * x.shape[1]) for i in range(len(x))]
     pairs = []
-    for group in groups:
-        tokens = [i for i in group if mask[i]]
-        if not tokens:
-            continue
-        if config.routing == "token_choice":
-            # The capacity counts padding too, so that shapes are static.
-            room = slots_of(len(group), config.top_k * config.capacity_factor / config.experts)
-            pairs += chosen_by_tokens(probs, tokens, config.top_k, room if layer.training else float("inf"))
-        else:
-            pairs += chosen_by_experts(probs, tokens, config.capacity_factor)
+    for i in range(len(x)):
+        tokens = [token for token in range(i * x.shape[1], (i + 1) * x.shape[1]) if mask[token]]
+        if tokens:
+            pairs += chosen_by_experts(probs, tokens, layer.router.config.capacity_factor)
     gates = {(token, expert): probs[token, expert] for token, expert in pairs}
     out = [torch.zeros(WIDTH) for _ in flat]
     for (token, expert), gate in gates.items():
@@ -116,25 +95,19 @@ def mlp(layer: SparseMLP, expert: int, x_D: Tensor) -> Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    routing=st.sampled_from(ROUTINGS),
     training=st.booleans(),
     seed=st.integers(0, 1000),
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4),
     pads=st.integers(0, 4),
     experts=st.integers(2, 5),
-    top_k=st.integers(1, 3),
     capacity=st.sampled_from([0.3, 1.0, 1.25, 2.0, 9.0]),
     bias=st.booleans(),
 )
-@example("expert_choice_batch", True, 0, [6, 9], 0, 3, 1, 0.3, False)  # 15 tokens x 0.3 / 3: half a slot
-@example("expert_choice", True, 0, [6, 0], 3, 4, 1, 2.0, True)
-@example("expert_choice", True, 0, [0, 0], 5, 4, 1, 1.0, True)
-@example("expert_choice_batch", True, 0, [0, 0], 5, 4, 1, 1.0, True)
-@example("token_choice", True, 0, [0, 0], 5, 4, 1, 1.0, True)
-def test_the_layer_does_what_its_routing_says(routing, training, seed, lengths, pads, experts, top_k, capacity, bias):
-    """Output, gradients and statistics equal those of a loop over tokens; groups, padding and capacities included."""
-    top_k = min(top_k, experts)
-    options = {"routing": routing, "experts": experts, "top_k": top_k, "capacity_factor": capacity}
+@example(True, 0, [6, 0], 3, 4, 2.0, True)
+@example(True, 0, [0, 0], 5, 4, 1.0, True)
+def test_each_expert_processes_its_most_probable_tokens(training, seed, lengths, pads, experts, capacity, bias):
+    """Output, gradients and statistics equal those of a loop over tokens; padding and capacities included."""
+    options = {"experts": experts, "capacity_factor": capacity}
     layer = layer_of(seed, bias, **options).train(training)
     x, valid = batch_of(seed, lengths, max(1, *lengths) + pads)
     x.requires_grad_()
@@ -172,23 +145,22 @@ def test_capacity_depends_on_valid_tokens_and_is_at_least_one(valid, pads, exper
     probs = torch.rand(1, valid + pads, experts, generator=torch.Generator().manual_seed(valid)) + 0.01
     is_valid = (torch.arange(valid + pads) < valid)[None]
     padded = expert_choice(probs, is_valid, capacity)
-    filled = padded.gate_GEC > 0
-    assert padded.token_GEC[filled].max() < valid
+    filled = padded.gate_BEC > 0
+    assert padded.token_BEC[filled].max() < valid
     alone = expert_choice(probs[:, :valid], is_valid[:, :valid], capacity)
-    assert filled.sum(-1).unique().tolist() == [(alone.gate_GEC > 0).sum(-1).max().item()]
+    assert filled.sum(-1).unique().tolist() == [(alone.gate_BEC > 0).sum(-1).max().item()]
     assert filled.sum(-1).min() == max(1, min(valid, int(valid * (capacity / experts) + 0.5)))
 
 
 def test_shapes_follow_from_shapes_alone():
     """What torch.compile needs: whatever the tokens and their mask, each expert has as many slots."""
-    for routing in ROUTINGS:
-        router = layer_of(routing=routing, experts=4, top_k=2).train().router
-        shapes = set()
-        for seed, lengths in enumerate(([9, 9], [1, 9], [2, 1])):
-            x, valid = batch_of(seed, lengths, 9)
-            for part in route(router, x, valid):
-                shapes.add(part.shape)
-        assert len(shapes) == 1, routing
+    router = layer_of(experts=4).train().router
+    shapes = set()
+    for seed, lengths in enumerate(([9, 9], [1, 9], [2, 1])):
+        x, valid = batch_of(seed, lengths, 9)
+        for part in route(router, x, valid):
+            shapes.add(part.shape)
+    assert len(shapes) == 1
 
 
 def test_the_z_loss_is_the_mean_squared_logsumexp_of_the_valid_tokens():
@@ -201,21 +173,6 @@ def test_the_z_loss_is_the_mean_squared_logsumexp_of_the_valid_tokens():
     torch.testing.assert_close(aux, expected, rtol=1e-5, atol=0)
     gradients = (torch.autograd.grad(loss, layer.router.weight_ED)[0] for loss in (aux, expected))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-
-
-def test_the_balance_loss_is_experts_times_load_times_probability():
-    """Switch's formula, only in token choice: 1 if all is even, the number of experts if one gets everything."""
-    layer = layer_of(experts=3, z_loss=0.0, balance_loss=2.0, routing="token_choice")
-    x, valid = batch_of(0, [4, 2], 4)
-    probs = (x[valid] @ layer.router.weight_ED.T).softmax(-1)
-    share = F.one_hot(probs.argmax(-1), 3).float().mean(0)
-    expected = 2.0 * 3 * (share * probs.mean(0)).sum()
-    assert apply(layer, x, valid)[1].aux.item() == pytest.approx(expected.item(), rel=1e-5)
-    other = layer_of(experts=3, z_loss=0.0, balance_loss=2.0)
-    assert apply(other, x, valid)[1].aux == 0
-    with torch.no_grad():
-        layer.router.weight_ED.copy_(torch.tensor([50.0, 0.0, 0.0])[:, None].expand(3, WIDTH))
-    assert apply(layer, x.abs(), valid)[1].aux.item() == pytest.approx(2.0 * 3, rel=1e-4)
 
 
 def test_usage_is_only_computed_if_it_is_collected():
@@ -241,7 +198,7 @@ def test_the_router_computes_in_fp32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         cast = route(layer.router, x, valid)
         out, _ = apply(layer, x, valid)
-    assert cast.gate_GEC.dtype == torch.float32
-    assert torch.equal(cast.gate_GEC, exact.gate_GEC)
-    assert torch.equal(cast.token_GEC, exact.token_GEC)
+    assert cast.gate_BEC.dtype == torch.float32
+    assert torch.equal(cast.gate_BEC, exact.gate_BEC)
+    assert torch.equal(cast.token_BEC, exact.token_BEC)
     assert out.dtype == torch.bfloat16

@@ -52,6 +52,7 @@ pytestmark = pytest.mark.slow
 
 MUON = "optimizer={muon_lr: 0.07, warmup_steps: 1}"
 CHUNKS = ["memory={chunk_size: 2, activation_checkpointing: true}", "model.moe.z_loss=1"]
+BY_STEM = "model.moe.experts={vision: 2, text: 4, audio: 2}"
 CASES = {
     "shards": [
         "tasks.named.objectives=[{type: classification, label: label}, {type: contrastive}]",
@@ -89,14 +90,23 @@ CASES = {
     "expert parallelism, replicas": ["parallel={shard_degree: 1, expert_degree: 2}", MUON],
     "expert parallelism, shards": ["parallel.expert_degree=2"],
     "expert parallelism, shards, chunks": ["parallel.expert_degree=2", *CHUNKS],
+    "experts by stem, shards, chunks": [BY_STEM, *CHUNKS],
+    "experts by stem, expert parallelism": [BY_STEM, "parallel={shard_degree: 1, expert_degree: 2}", MUON],
 }
-FOUR = ("shards", "replicas, Muon", "replicas of shards", "expert parallelism, replicas", "expert parallelism, shards")
+FOUR = (
+    "shards",
+    "replicas, Muon",
+    "replicas of shards",
+    "expert parallelism, replicas",
+    "expert parallelism, shards",
+    "experts by stem, expert parallelism",
+)
 """The cases in which four ranks do something that two do not."""
 STREAMED = ["train.save_every=10", "train.keep_last=3"]
 EVALUATED = {
     "shards": [],
     "replicas": ["parallel.shard_degree=1"],
-    "expert parallelism": ["parallel={shard_degree: 1, expert_degree: 2}", "model.moe.routing=token_choice"],
+    "expert parallelism": ["parallel={shard_degree: 1, expert_degree: 2}", BY_STEM],
 }
 """Layouts in which all kinds of evaluation sets are measured."""
 MEASURED = [*LARGEST_TASK, "train.precision=bf16", "tasks.stills.batch_size=384"]

@@ -131,7 +131,7 @@ def types_of(trainer: Trainer) -> dict[str, Any]:
     def note_routing(router: nn.Module, inputs: tuple[Any, ...], outputs: list[Any]) -> None:
         probs = F.linear(inputs[0].float(), router.weight_ED.float()).softmax(-1)
         for routing, _ in outputs:
-            gates = routing.gate_GEC[routing.gate_GEC > 0]
+            gates = routing.gate_BEC[routing.gate_BEC > 0]
             note("gates are those of fp32 logits", bool(torch.isin(gates, probs).all()))
         note("autocast", torch.is_autocast_enabled("cpu"))
 

@@ -38,13 +38,13 @@ def recipe_of(moe: dict | None, bias: bool) -> Recipe:
 def by_hand(image_tokens: int, moe: dict | None) -> int:
     """Forward and backward FLOPs; a backward pass costs two products where a forward one costs one."""
     total = 0
-    for tokens in (image_tokens, TEXT_TOKENS):
+    for stem, tokens in (("vision", image_tokens), ("text", TEXT_TOKENS)):
         n = B * tokens
         attention = 2 * n * D * 4 * D + 2 * 2 * n * tokens * D
         mlp = 2 * 2 * n * D * F
         sparse = mlp
         if moe:
-            experts = moe["experts"]
+            experts = moe["experts"] if isinstance(moe["experts"], int) else moe["experts"][stem]
             slots = max(1, int(tokens / experts + 0.5))
             sparse = 2 * 2 * B * experts * slots * D * F + 2 * n * D * experts
         layers = LAYERS * attention + (LAYERS - (moe["layers"] if moe else 0)) * mlp
@@ -58,7 +58,7 @@ def by_hand(image_tokens: int, moe: dict | None) -> int:
     return total + 3 * (2 * 2 * B * B * Z + 2 * B * D * CLASSES)
 
 
-@pytest.mark.parametrize("moe", [None, MOE, {**MOE, "experts": 8}])
+@pytest.mark.parametrize("moe", [None, MOE, {**MOE, "experts": 8}, {**MOE, "experts": {"vision": 4, "text": 8}}])
 def test_flops_are_those_of_the_closed_formula(moe):
     """Biases are not among them, but among the parameters that get a gradient."""
     recipe = recipe_of(moe, bias=moe == MOE)

@@ -97,7 +97,11 @@ REFUSED = {
     "model.heads=3": "model: width 32 is not a multiple of heads 3",
     "model.moe.layers=3": "model: moe.layers 3 is more than layers 2",
     "parallel.expert_degree=3": "parallel.expert_degree: 2 experts cannot be divided equally among 3 ranks",
-    "model.moe.top_k=3": "model: moe.top_k 3 is more than moe.experts 2",
+    "model.moe.experts={vision: 2, text: 2}": "model.moe.experts: no number of experts for the stem audio",
+    "model.moe.experts={vision: 2, texts: 2, audio: 2}": "model.moe.experts: unknown key 'texts'; did you mean 'text'?",
+    "model={layers: 2, modality_specific_layers: 2, moe: {experts: {vision: 2, text: 2, audio: 2}, layers: 1}}": (
+        "model: moe.experts by stem: the modality-specific layers must come before the sparse layers"
+    ),
     "sources.pictures={}": "sources.pictures: give exactly one of path and hub",
     "sources.pictures.hub=x/y": "sources.pictures: give exactly one of path and hub",
     "sources.pictures={path: x.tar, stream: true, cache: disk}": "sources.pictures: a streamed source cannot be "

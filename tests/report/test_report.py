@@ -27,6 +27,7 @@ from openimp.evaluation.results import read_results
 from openimp.recipe.schema import Recipe
 from openimp.report.charts import Curve, line_chart
 from openimp.report.page import TEMPLATES
+from openimp.report.training import experts
 from openimp.report.write import write_report
 from openimp.training.metrics_file import read_metrics
 from openimp.training.trainer import train
@@ -338,6 +339,18 @@ def test_a_line_that_is_not_of_metrics_is_refused_in_one_sentence(little_run, tm
     for command in (lambda: write_report(tmp_path), lambda: read_metrics(tmp_path / "metrics.jsonl")):
         with refuses():
             command()
+
+
+def test_experts_of_a_stem_are_compared_with_each_other(little_run, tmp_path):
+    lines = read_lines(little_run / "metrics.jsonl")
+    used = {"image": [0.5, 0.5, 0, 0, 0], "text": [0, 0, 0.2, 0.4, 0.4], "audio": [0, 0, 0.2, 0.4, 0.4]}
+    for line in lines:
+        for name, layers in line["experts"].items():
+            for layer in layers:
+                layer["load"] = layer["gate"] = used[name]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    (found,) = experts(read_metrics(tmp_path / "metrics.jsonl"))["maps"]
+    assert {name: count for name, _, count, _ in found["rows"]} == {"image": 2, "text": 3, "audio": 3}
 
 
 def test_a_diverged_run_has_a_report(little_run, tmp_path):

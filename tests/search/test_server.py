@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import sys
+from dataclasses import fields
 from itertools import cycle
 from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
@@ -265,6 +266,35 @@ def test_a_text_finds_items_by_meaning_by_words_or_by_both(server: Server, ids):
     assert page.count(">words</span>") == len(server.items("q=circle&by=words"))
     assert "No item has these words" in server.ask("/?q=piano&by=words").text
     assert server.ask("/?q=circle&by=smell").status == 400
+
+
+def test_programs_search_as_the_page_does(server: Server, media_folder: Path, ids):
+    """The description of the interface, at /static/openapi.json, has the parameters and fields that there are."""
+    described = json.loads(server.ask("/static/openapi.json").body)
+    parameters = described["paths"]["/api/search"]["get"]["parameters"]
+    schemas = {parameter["name"]: parameter["schema"] for parameter in parameters}
+    assert schemas.keys() == {field.name for field in fields(State)}
+    for name in ("min", "by", "k"):
+        assert schemas[name]["default"] == getattr(State(), name)
+
+    found = json.loads(server.ask("/api/search?q=a+red+square&k=5").body)
+    assert [item["id"] for item in found["results"]] == server.items("q=a+red+square&k=5")
+    for item in found["results"]:
+        assert item.keys() == described["components"]["schemas"]["Item"]["properties"].keys()
+        assert json.loads(server.ask(f"/api/items/{item['id']}").body)["path"] == item["path"]
+        assert server.ask(item["media"]).status == 200
+
+    picture = (media_folder / "0.png").read_bytes()
+    upload = json.loads(server.upload("0.png", picture).body)["id"]
+    (best,) = json.loads(server.ask(f"/api/search?file={upload}&modality=image&k=1").body)["results"]
+    assert best["id"] == ids["0.png"]
+    assert best["score"] == pytest.approx(1, abs=1e-3)
+
+    for path, code in (("/api/search?k=0", 400), (f"/api/items/{'0' * 32}", 404), ("/api/nothing", 404)):
+        refused = server.ask(path, Accept="text/html")
+        assert refused.status == code
+        assert json.loads(refused.body).keys() == {"error"}
+    assert server.ask("/api/search?q=a", Host="elsewhere.example").status == 421
 
 
 def test_filters_keep_what_they_say(server: Server, folder: Path, ids):

@@ -37,8 +37,15 @@ def limits():
 
 @pytest.mark.slow
 @NEEDS_COMPILER
-@pytest.mark.parametrize("frozen", ["{}", "{stems: 0, encoder.blocks.0: 0}"])
-def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, capsys, monkeypatch, frozen):
+@pytest.mark.parametrize(
+    ("frozen", "moe"),
+    [
+        ("{}", "null"),
+        ("{stems: 0, encoder.blocks.0: 0}", "null"),
+        ("{}", "{experts: {vision: 2, text: 3, audio: 2}, layers: 1}"),
+    ],
+)
+def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, capsys, monkeypatch, frozen, moe):
     """And its code is in the user's own cache."""
     monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
@@ -46,6 +53,7 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, c
     # In chunks of 4 too: of 8 examples, twice the same shape.
     for compiled, memory in (("false", "{}"), ("true", "{chunk_size: 4, activation_checkpointing: true}")):
         changes = [*QUICK, f"train.compile={compiled}", f"memory={memory}", f"optimizer.lr_scale={frozen}"]
+        changes.append(f"model.moe={moe}")
         recipe = Recipe.load(little_data / "recipe.yaml", changes)
         training = Trainer(set_up(recipe, tmp_path / compiled))
         losses[compiled] = [

@@ -71,7 +71,7 @@ def test_numbers_are_read_on_logged_steps_only(little_data, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("more", [[], ["model.moe={experts: 2, layers: 1, routing: token_choice}"], ["model.moe=null"]])
+@pytest.mark.parametrize("more", [[], ["model.moe.experts={vision: 2, text: 2, audio: 2}"], ["model.moe=null"]])
 def test_the_host_never_waits_for_a_gpu_between_two_logged_steps(little_data, tmp_path, more):
     training = training_of(little_data, tmp_path / "run", "train.log_every=100", *more)
     batches = [*load_batches(training.data, 0, 8)]

@@ -102,7 +102,8 @@ def test_it_starts_from_the_public_weights_and_learns(whole, name, data, capsys)
     trainer = Trainer(set_up(recipe_of(data, name), whole.with_name("fresh")))
     assert f"starts from {name}; loaded: " in capsys.readouterr().out
     assert_contains(trainer.model.state_dict(), before.imp.state_dict())
-    (result,) = read_lines(whole / "results.jsonl")
+    untrained, result = read_lines(whole / "results.jsonl")
+    assert (untrained["step"], result["step"]) == (0, len(lines))
     assert result["top1"] > result["chance"]
 
 

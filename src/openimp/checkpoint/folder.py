@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.lift import lift_6, lift_recipe
+from openimp.checkpoint.lift import lift_6, lift_7, lift_recipe
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import Modalities, Modality
 from openimp.common.protocols import learned_files, load_learned
@@ -38,8 +38,8 @@ from openimp.recipe.file import override, parse_mapping, to_yaml
 from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
-FORMAT = 7
-"""Version of this layout and of the meaning of the weights. Format 6 is lifted, and others are refused."""
+FORMAT = 8
+"""Version of this layout and of the meaning of the weights. Formats 6 and 7 are lifted, and others are refused."""
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 RECIPE = "recipe.yaml"
@@ -158,9 +158,16 @@ def read_config(
             raise UserError(f"{file}: damaged: its recipe cannot be read: {error!r}") from None
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
+    elif data.get("format") == 7:
+        try:
+            data = lift_7(data)
+        except RecursionError:
+            raise UserError(f"{file}: damaged: it is nested too deeply") from None
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
     if (version := data.pop("format", None)) != FORMAT:
         raise UserError(
-            f"{file}: the model is in format {version}, and this version of openimp reads formats 6 and 7 "
+            f"{file}: the model is in format {version}, and this version of openimp reads formats 6, 7 and 8 "
             "only; use the version that saved it, or train the model again"
         )
     model_class = data.pop("class", None)

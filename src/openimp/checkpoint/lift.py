@@ -6,8 +6,14 @@ from typing import Any
 
 from openimp.common.errors import UserError
 
-REMOVED = {"gates": "softmax", "slots": 1}
-"""Keys of `model.moe` that were removed during format 6, with the only value that is still supported."""
+REMOVED: dict[str, tuple[Any, ...]] = {
+    "gates": ("softmax",),
+    "slots": (1,),
+    "routing": ("expert_choice", "expert_choice_batch"),
+}
+"""Keys of `model.moe` that were removed in formats 6 and 7, with the values for which a model is still the same."""
+WITHOUT_EFFECT = ("top_k", "balance_loss")
+"""Keys of `model.moe` that were removed in format 7, and had an effect only with other values of `REMOVED`."""
 
 
 def lift_recipe(old: dict[str, Any]) -> dict[str, Any]:
@@ -16,10 +22,7 @@ def lift_recipe(old: dict[str, Any]) -> dict[str, Any]:
     It may come from a stranger. What is not a mapping or a list where one is expected stays for the schema to refuse.
     """
     recipe = copy.deepcopy(old)
-    moe = _mapping(_mapping(recipe, "model"), "moe")
-    for key, only in REMOVED.items():
-        if (value := moe.pop(key, only)) != only:
-            raise UserError(f"model.moe.{key} is {value!r}, which this version of openimp no longer has")
+    _lift_experts(recipe)
     _mapping(recipe, "train").pop("upcycle", None)
     tasks = _mapping(recipe, "tasks")
     for name in tasks:
@@ -30,6 +33,16 @@ def lift_recipe(old: dict[str, Any]) -> dict[str, Any]:
     return recipe
 
 
+def _lift_experts(data: dict[str, Any]) -> None:
+    """Removes the keys of `model.moe` that were removed."""
+    moe = _mapping(_mapping(data, "model"), "moe")
+    for key, supported in REMOVED.items():
+        if (value := moe.pop(key, supported[0])) not in supported:
+            raise UserError(f"model.moe.{key} is {value!r}, which this version of openimp no longer has")
+    for key in WITHOUT_EFFECT:
+        moe.pop(key, None)
+
+
 def _mapping(data: dict[str, Any], key: str) -> dict[str, Any]:
     """The mapping at a key; an empty one if there is none."""
     value = data.get(key)
@@ -37,7 +50,7 @@ def _mapping(data: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def lift_6(old: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    """Format 7 from format 6, which had the whole recipe in config.json; `recipe` is what `lift_recipe` makes of it.
+    """Format 8 from format 6, which had the whole recipe in config.json; `recipe` is what `lift_recipe` makes of it.
 
     The recipe may have keys that this version does not know. Of the tasks, only inputs, first views and objectives are
     read.
@@ -59,7 +72,7 @@ def lift_6(old: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
                 partner = objective.get("towards") or (others[0] if len(others) == 1 else student)
                 distilled.append([student, partner])
     return {
-        "format": 7,
+        "format": 8,
         "class": old["model"],
         "name": recipe["name"],
         "model": recipe["model"],
@@ -70,3 +83,10 @@ def lift_6(old: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
         "classes": old["classes"],
         "precision": recipe["train"]["precision"],
     }
+
+
+def lift_7(old: dict[str, Any]) -> dict[str, Any]:
+    """Format 8 from format 7, whose experts had routings."""
+    config = copy.deepcopy(old)
+    _lift_experts(config)
+    return config | {"format": 8}

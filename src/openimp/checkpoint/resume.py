@@ -10,8 +10,17 @@ from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.file import differences
 from openimp.recipe.schema import Recipe
 
-FREE = {"train.num_workers", "train.prefetch_factor", "train.log_every", "train.save_every", "train.keep_last",
-        "train.max_bad_fraction", "memory.chunk_size", "memory.activation_checkpointing"}  # fmt: skip
+FREE = {
+    "train.num_workers",
+    "train.prefetch_factor",
+    "train.log_every",
+    "train.loggers",
+    "train.save_every",
+    "train.keep_last",
+    "train.max_bad_fraction",
+    "memory.chunk_size",
+    "memory.activation_checkpointing",
+}
 """Keys that may change when a run is resumed, in addition to all of `evaluation` and `parallel`."""
 
 

@@ -56,7 +56,9 @@ class SavedWeights:
         return self.name
 
     def leaves_new(self, name: str) -> bool:
-        return False
+        """The experts of a stem that the model does not have."""
+        group = re.search(r"\.groups\.\w+\.", name)
+        return group is not None and not any(group[0] in saved for saved in self.shapes)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         dcp.fill(weights_folder(self.folder), tensors)
@@ -182,6 +184,9 @@ def _title(config: Recipe | ModelConfig) -> str | None:
 def _identity(config: Recipe | ModelConfig, stems: Iterable[str]) -> dict[str, Any]:
     """The options that must be the same in two models for their weights to mean the same."""
     model = flat(config.model.model_dump(mode="json"))
+    if config.model.moe and config.model.moe.experts_by_stem:
+        by_stem = config.model.moe.experts_by_stem
+        model["moe.experts"] = ", ".join(f"{stem}: {by_stem[stem]}" for stem in sorted(stems))
     configs = {stem: config.modalities[stem].model_dump(mode="json") for stem in stems}
     return {f"model.{key}": model.get(key) for key in SAME} | flat({"modalities": configs})
 

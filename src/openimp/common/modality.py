@@ -69,6 +69,7 @@ class StemSpec:
     is_limit: bool = False  # `values` is the largest size of a vocabulary that `fit` has not learned yet
     position_norm: bool = True  # the sum of a token's position embeddings is normalized
     patch: tuple[int, int, int, int] | None = None  # frames, height, width and channels, if tokens are patches
+    vector: bool = False  # the only token of an item is the vector of a frozen encoder
 
 
 class Modality(ABC):

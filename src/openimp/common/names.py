@@ -13,9 +13,10 @@ BUNDLED = "openimp"
 HUB = "hub"
 OPEN_CLIP = "open_clip"
 TIMM = "timm"
-SCHEMES = (BUNDLED, HUB, OPEN_CLIP, TIMM)
+SENTENCE_TRANSFORMERS = "sentence_transformers"
+SCHEMES = (BUNDLED, HUB, OPEN_CLIP, TIMM, SENTENCE_TRANSFORMERS)
 LOCAL = "local-dir:"
-"""What follows `open_clip:` or `timm:` if the model is in a folder, as in these libraries."""
+"""What follows the name of a library if the model is in a folder, as in open_clip and timm."""
 
 
 class Name(NamedTuple):

@@ -1,13 +1,13 @@
 """Protocols that a modality may have besides `Modality`. A class has a protocol if it has its methods."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from openimp.common.modality import Modality, Tokens
+from openimp.common.modality import BadMedia, Modality, Tokens
 
 
 @runtime_checkable
@@ -112,6 +112,18 @@ class Segmented(Protocol):
 
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
         """Like `Modality.encode_input`, but for one of the `segments`."""
+        ...
+
+
+@runtime_checkable
+class Embedding(Protocol):
+    """A modality that embeds items with a frozen encoder. Training embeds each item once, and keeps the vectors."""
+
+    def embed_all(self, reads: Iterable[Callable[[], Any]]) -> Iterator[np.ndarray | BadMedia]:
+        """What `Modality.decode` returns for each item, in order, or why it cannot be read.
+
+        `reads` return raw values, or raise BadMedia.
+        """
         ...
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import islice
+from functools import cached_property, partial
+from itertools import chain, islice
 from math import lcm
 from typing import Any
 
@@ -18,24 +18,27 @@ import torch
 from torch.utils.data import Dataset
 
 from openimp.alternation import Alternation, Visit
+from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.objective import TargetSizes, Tensors
-from openimp.common.protocols import Learned
+from openimp.common.protocols import Embedding, Learned
 from openimp.data.batch import Batch, head_key
 from openimp.data.order import batch_digest, example_rng, permute, rows_at, seed_key
 from openimp.data.sources import open_source
-from openimp.data.store import DecodedStore, Progress
+from openimp.data.store import DecodedStore, EmbeddedTexts, Progress, media_reads, store_key
 from openimp.data.streams import Cursor, Stream
 from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import classes_of, target_sizes
-from openimp.data.templates import all_texts, columns_of, fill
+from openimp.data.templates import all_texts, columns_of, draw_text, fill
 from openimp.parallel.distributed import ranks_on_node, run_on_rank_zero
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
 CORPUS_ROWS = 100_000
 """Maximum number of rows per task to train a tokenizer: whole shards of a stream, or a random sample of a table."""
+TEXT_ROWS = 4096
+"""Rows whose texts are read at once."""
 
 
 @dataclass
@@ -109,7 +112,8 @@ class StepBatches(Dataset[LoadedBatch]):
     Attributes:
         sources: the opened source of each task with a weight above 0, by task.
         classes: the classes of each classification head in the order of its outputs, by `head_key`.
-        stores: the decoded media of each cached column, by (source, modality, column).
+        stores: the decoded media of each cached column, by (source, modality, column). A tower's are vectors.
+        texts: the vectors of the texts of each modality with a tower.
     """
 
     def __init__(
@@ -137,6 +141,7 @@ class StepBatches(Dataset[LoadedBatch]):
         self.rank = rank
         self.world_size = world_size
         self.stores: dict[tuple[str, str, str], DecodedStore] = {}
+        self.texts: dict[str, EmbeddedTexts] = {}
         self.sources: dict[str, Table | Stream] = {}
         self.classes: dict[str, list[Any]] = {}
         self._open_sources()
@@ -178,6 +183,8 @@ class StepBatches(Dataset[LoadedBatch]):
             if cache == "memory" and ranks_on_node() > 1:
                 cache = "disk"  # Ranks share the pages of a file.
             for (name, column), views in self._media_views(table.name).items():
+                if isinstance(self.modalities[name], Embedding):
+                    continue
                 store = DecodedStore.build(table, self.modalities[name], column, views, cache, progress=progress)
                 self.stores[table.name, name, column] = store
 
@@ -200,6 +207,33 @@ class StepBatches(Dataset[LoadedBatch]):
         if self.rank > 0:
             for name, learner in learners.items():
                 learner.load_state(states[name])
+
+    def embed(self, progress: Progress | None = None) -> None:
+        """Embeds the items of all modalities with a tower, which must be done before the first batch.
+
+        Vectors are stored in openimp's cache. UserError if a stream has such items, which are read only once.
+        """
+        for task_name, source in self.sources.items():
+            for name in self.recipe.tasks[task_name].inputs:
+                if isinstance(self.modalities[name], Embedding) and isinstance(source, Stream):
+                    raise UserError(f"tasks.{task_name}: a tower reads {name}, and source {source.name} is a stream")
+        tables = {source.name: source for source in self.sources.values() if isinstance(source, Table)}
+        for table in tables.values():
+            for (name, column), views in self._media_views(table.name).items():
+                modality = self.modalities[name]
+                if isinstance(modality, Embedding):
+                    whole_key = store_key(table, modality, column, views)
+                    self.stores[table.name, name, column] = DecodedStore.embed(
+                        modality,
+                        f"{table.name}.{column}",
+                        range(len(table)),
+                        partial(media_reads, table, column),
+                        partial(_part_key, whole_key),
+                        progress,
+                    )
+        for name, modality in self.modalities.items():
+            if modality.reads_text and isinstance(modality, Embedding):
+                self.texts[name] = EmbeddedTexts(modality, self._texts(name), progress)
 
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of each source, by name. That of a table covers the media files that tasks read from it."""
@@ -366,6 +400,9 @@ class StepBatches(Dataset[LoadedBatch]):
         def decode(example: Example) -> np.ndarray:
             rng = example.rng
             if modality.reads_text:
+                vectors = self.texts.get(name)
+                if vectors is not None:
+                    return vectors[draw_text(spec.columns, example.values, rng)]
                 return modality.decode(fill(spec.columns, example.values, rng), [view])
             column = spec.columns[0]
             if len(spec.columns) > 1:
@@ -403,6 +440,17 @@ class StepBatches(Dataset[LoadedBatch]):
     def _target_sizes(self) -> TargetSizes:
         return target_sizes(self.recipe, self.modalities, self.classes)
 
+    def _texts(self, name: str) -> Iterator[str]:
+        """All texts that training may draw for a modality with a tower."""
+        for task_name, source in self.sources.items():
+            spec = self.recipe.tasks[task_name].inputs.get(name)
+            if spec is not None:
+                assert isinstance(source, Table)
+                columns = columns_of(spec.columns)
+                for start in range(0, len(source), TEXT_ROWS):
+                    rows = source.rows(range(len(source))[start : start + TEXT_ROWS], columns)
+                    yield from chain.from_iterable(all_texts(spec.columns, rows))
+
     def _corpus(self, name: str) -> Iterator[list[str]]:
         """The texts that a modality learns from, one list per row."""
         for task_name, source in self.sources.items():
@@ -436,6 +484,11 @@ def _require_whole_lanes(name: str, task: Task, stream: Stream, ranks: int) -> N
             )
 
 
+def _part_key(key: str, numbers: range) -> str:
+    """The key of some rows of a column with a key."""
+    return stable_hash([key, numbers])
+
+
 def _target_columns(task: Task) -> set[str]:
     return {column for objective in task.objectives for column in objective.columns()}
 
@@ -445,5 +498,5 @@ def _sample(table: Table, key: int, columns: list[str]) -> Iterator[dict[str, An
     rows = np.arange(min(len(table), CORPUS_ROWS))
     if len(table) > CORPUS_ROWS:
         rows = np.sort(permute(rows, len(table), key))
-    for start in range(0, len(rows), 4096):
-        yield from table.rows(rows[start : start + 4096].tolist(), columns)
+    for start in range(0, len(rows), TEXT_ROWS):
+        yield from table.rows(rows[start : start + TEXT_ROWS].tolist(), columns)

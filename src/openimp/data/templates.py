@@ -64,6 +64,12 @@ def all_texts(templates: list[str], rows: Iterable[dict[str, Any]]) -> Iterator[
             yield texts
 
 
+def draw_text(templates: list[str], row: dict[str, Any], rng: np.random.Generator) -> str:
+    """One of the row's `all_texts`, which are few, at random. BadMedia if it has none."""
+    texts = next(all_texts(templates, [row]), None)
+    return fill(templates, row) if texts is None else texts[int(rng.integers(len(texts)))]
+
+
 def _write(
     pieces: Iterable[Piece], values: dict[str, list[str]], rng: np.random.Generator | None = None, turn: int = 0
 ) -> str:

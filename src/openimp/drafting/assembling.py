@@ -1,6 +1,7 @@
 """Puts the parts of a recipe together as plain data, with comments that explain them."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +12,15 @@ from openimp.drafting.finding import ROLE
 from openimp.drafting.machine import Machine
 from openimp.drafting.probing import Probed
 from openimp.drafting.splitting import Split
+from openimp.recipe.registry import modality_class
 
 BAD_ROWS_WARNING = 0.005
 """Share of bad rows in the sample above which the recipe sets `max_bad_fraction`."""
 AUGMENTATION = ("flip", "crop", "aspect", "jitter")
 """Options of a view that evaluation ignores."""
 COMMENTS = {
-    "modalities": "patch: frames, height and width of a token. min_df: whole words, of which rare ones are left out.",
+    "modalities": "patch: frames, height and width of a token. min_df: whole words, of which rare ones are left out. "
+    "tower: a frozen encoder, whose vectors are computed once; crops: vectors of each item.",
     "sources": "cache: media are decoded once, before training, and kept in memory.",
     "tasks": "positives_by: rows with equal values in this column are positives of each other, and not negatives. "
     "weight: of a task, how often it is drawn; of a view, its share of the task's steps.",
@@ -27,6 +30,13 @@ COMMENTS = {
     "parallel": "With several GPUs, each has all of the model.",
     "evaluation": "Measured at the end; with every: 500, also every 500 steps.",
 }
+
+
+class Tower(NamedTuple):
+    """A frozen encoder of a modality."""
+
+    name: str  # of the model
+    features: int  # the size of its vectors
 
 
 class NamedTask(NamedTuple):
@@ -44,8 +54,12 @@ class Draft(NamedTuple):
     comments: dict[str, str]
 
 
-def assemble(name: str, tasks: list[NamedTask], machine: Machine) -> Draft:
-    """Makes a complete recipe. Its batches may not fit into memory yet, and its training may take too long."""
+def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mapping[str, Tower] | None = None) -> Draft:
+    """Makes a complete recipe. Its batches may not fit into memory yet, and its training may take too long.
+
+    `towers` has the frozen encoders that read some of the modalities.
+    """
+    towers = towers or {}
     samples: dict[str, list[Probed]] = {}
     texts: list[str] = []
     bad = 0.0
@@ -53,17 +67,24 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine) -> Draft:
         samples.setdefault(task.media.kind, []).extend(task.media.sample)
         texts += task.text.sample if task.text else []
         bad = max(bad, task.media.bad, task.text.bad if task.text else 0)
-    views = {kind: sizing.view(kind, sample, machine) for kind, sample in samples.items()}
+    views = {kind: sizing.view(kind, sample, machine) for kind, sample in samples.items() if kind not in towers}
     modalities = sizing.stems(views, machine)
     rows = sum(split.rows for _, _, split in tasks)
-    if texts:
+    mentions_sides = any(re.search(r"\b(left|right)\b", text.lower()) for text in texts)
+    used = [*samples, *(["text"] if texts else [])]
+    for kind in used:
+        if kind in towers:
+            crops = {"crops": sizing.CROPS} if kind == "image" and not mentions_sides else {}
+            modalities[modality_class(kind).stem] = {"tower": towers[kind].name, **crops}
+            views[kind] = {}
+    if texts and "text" not in towers:
         modalities["text"], length = sizing.text(texts, rows)
         views["text"] = {"length": length}
-        if "image" in views and any(re.search(r"\b(left|right)\b", text.lower()) for text in texts):
+        if "size" in views.get("image", {}) and mentions_sides:
             views["image"]["flip"] = False  # A mirrored picture would contradict its text.
     recipe: dict[str, Any] = {
         "name": name,
-        "model": sizing.model(rows, machine),
+        "model": sizing.adapters(towers, used) if towers.keys() >= {*used} else sizing.model(rows, machine),
         "modalities": modalities,
         "sources": {},
         "tasks": {},
@@ -99,7 +120,8 @@ def _add(recipe: dict[str, Any], named: NamedTask, views: dict[str, Any], machin
     inputs = {kind: task.media.name}
     text_input = {"text": task.text.name} if task.text else {}
     text_view = {"text": views["text"]} if task.text else {}
-    fits = sizing.fits_cache(task.media.sample, views[kind], split.rows, machine)
+    view = views[kind]
+    fits = view and sizing.fits_cache(task.media.sample, view, split.rows, machine)
     recipe["sources"][name] = {**split.train, "cache": "memory" if fits else "none"}
     if split.test:
         recipe["sources"][f"{name}_test"] = split.test
@@ -112,14 +134,16 @@ def _add(recipe: dict[str, Any], named: NamedTask, views: dict[str, Any], machin
         "source": name,
         "inputs": inputs | text_input,
         "objectives": objectives,
-        "batch_size": sizing.batch_size(kind, split.rows, machine),
+        "batch_size": sizing.batch_size(kind, split.rows, machine, bool(view)),
         "views": [
-            {kind: {**views[kind], "drop_tokens": 0.75}, **text_view, "weight": 7},
-            {kind: views[kind], **text_view, "weight": 1},
+            {kind: {**view, "drop_tokens": 0.75}, **text_view, "weight": 7},
+            {kind: view, **text_view, "weight": 1},
         ],
     }
+    if not view:
+        recipe["tasks"][name]["views"] = [text_view if views.get("text") else {}]
     sets = recipe["evaluation"]["sets"]
-    view = {kind: {key: value for key, value in views[kind].items() if key not in AUGMENTATION}}
+    view = {kind: {key: value for key, value in view.items() if key not in AUGMENTATION}}
     rows = {"source": f"{name}_test" if split.test else name, "inputs": inputs, "view": view}
     if task.text and task.text.items:
         sets[name] = {"type": "retrieval", **rows, "inputs": inputs | text_input, "view": view | text_view}

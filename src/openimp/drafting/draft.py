@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +14,13 @@ from openimp.data.files import is_utf8
 from openimp.data.sources import FORMATS
 from openimp.data.targets import sort_classes
 from openimp.drafting import sizing
-from openimp.drafting.assembling import Draft, NamedTask, assemble, source_name, task_names
+from openimp.drafting.assembling import Draft, NamedTask, Tower, assemble, source_name, task_names
 from openimp.drafting.columns import TaskDraft, inspect
 from openimp.drafting.finding import find, shown
 from openimp.drafting.machine import Machine, this_machine
 from openimp.drafting.splitting import split
 from openimp.drafting.writing import write
+from openimp.encoding.frozen import vector_sizes
 from openimp.planning.ledger import costs, meta_model, mixture, short
 from openimp.planning.memory import step_memory
 from openimp.planning.plan import count
@@ -47,10 +49,13 @@ class DraftedRecipe(NamedTuple):
     notes: list[str]  # what is used and what is not, one line each
 
 
-def draft_recipe(paths: list[str], text: str | None = None, label: str | None = None) -> DraftedRecipe:
+def draft_recipe(
+    paths: list[str], text: str | None = None, label: str | None = None, towers: Iterable[str] = ()
+) -> DraftedRecipe:
     """Drafts a recipe for the data at `paths`. Paths in the recipe are relative to the current folder.
 
-    `text` and `label` name the columns with texts and classes. By default, the names of the columns tell.
+    `text` and `label` name the columns with texts and classes. By default, the names of the columns tell. `towers` are
+    models, each of which is the frozen encoder of the modalities that it has and none before it has.
 
     Raises:
         UserError: there is nothing to train on.
@@ -58,7 +63,15 @@ def draft_recipe(paths: list[str], text: str | None = None, label: str | None = 
     tasks, notes = find_tasks(paths, text, label)
     machine = this_machine()
     name = recipe_name(paths[0])
-    draft = assemble(name, tasks, machine)
+    tower_by_kind: dict[str, Tower] = {}
+    for tower in towers:
+        for kind, features in vector_sizes(tower).items():
+            tower_by_kind.setdefault(kind, Tower(tower, features))
+    kinds = {task.media.kind for _, task, _ in tasks} | {"text" for _, task, _ in tasks if task.text}
+    for tower in towers:
+        if not any(tower_by_kind[kind].name == tower for kind in kinds & tower_by_kind.keys()):
+            raise UserError(f"--tower {tower}: reads none of {', '.join(sorted(kinds))}, or another tower does")
+    draft = assemble(name, tasks, machine, tower_by_kind)
     classes = {
         head_key(draft.recipe["tasks"][name]["source"], task.label.name): sort_classes(split.classes)
         for name, task, split in tasks if task.label
@@ -67,6 +80,8 @@ def draft_recipe(paths: list[str], text: str | None = None, label: str | None = 
     minutes = max(1, round(flops / machine.speed / 60))
     cost = f"{short(flops)}FLOPs, roughly {minutes:,} min on {machine.name}"
     options = [*(["--text", text] if text else []), *(["--label", label] if label else [])]
+    for tower in towers:
+        options += ["--tower", tower]
     command = " ".join(shlex.quote(shown(argument, limit=1000)) for argument in [*paths, *options])
     draft.comments["name"] = HEAD.format(command=command, cost=cost)
     return DraftedRecipe(name, write(draft.recipe, draft.comments), notes)

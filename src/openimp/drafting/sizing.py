@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 from statistics import mean, median
 from typing import Any
@@ -30,6 +30,8 @@ LONG_CLIP = 128
 """Frames: half of the limit up to which a cache holds all of a clip (`cache` in docs/recipe.md)."""
 LONG_SOUND = 150.0
 """Seconds, likewise."""
+CROPS = 4
+"""Vectors of each picture, clip or sound that a tower reads."""
 
 
 def view(kind: str, sample: Sequence[Probed], machine: Machine) -> dict[str, Any]:
@@ -106,9 +108,18 @@ def model(rows: int, machine: Machine) -> dict[str, Any]:
     }
 
 
-def batch_size(kind: str, rows: int, machine: Machine) -> int:
-    """Examples per step: a power of two, and at most half of the rows, so that batches differ."""
-    largest = (128 if kind == "image" else 64) * (2 if machine.is_gpu else 1)
+def adapters(towers: Mapping[str, Any], kinds: Iterable[str]) -> dict[str, Any]:
+    """The model for data of which each modality has a tower: heads alone, as wide as the largest vectors."""
+    width = max(towers[kind].features for kind in kinds)
+    return {"width": width, "layers": 0, "heads": 1, "space": "joint", "embed_dim": width, "init_temperature": 0.05}
+
+
+def batch_size(kind: str, rows: int, machine: Machine, decodes: bool = True) -> int:
+    """Examples per step: a power of two, and at most half of the rows, so that batches differ.
+
+    With a tower, a step does not decode media but reads vectors.
+    """
+    largest = (128 if kind == "image" else 64) * (2 if machine.is_gpu else 1) if decodes else 1024
     return max(2, min(largest, 2 ** (rows.bit_length() - 2)))
 
 

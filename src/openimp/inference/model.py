@@ -16,6 +16,7 @@ from openimp.checkpoint.folder import NO_RECIPE, SavedRecipe, load_model, save_m
 from openimp.common.device import Precision, pick_device, precision_of
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia, Modalities, Modality
+from openimp.common.names import HUB, HubName
 from openimp.common.progress import notice
 from openimp.common.protocols import PictureReader, Tensors, TextReader
 from openimp.encoding.engine import ItemEncoder
@@ -74,6 +75,22 @@ class Model(nn.Module):
         )
         self._texts = next((modality for modality in modalities.values() if isinstance(modality, TextReader)), None)
         self._reported_texts: set[str] = set()  # texts without a known word that were reported already
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        precision: Precision = "auto",
+    ) -> "Model":
+        """`load`, as users of Hugging Face call it: OWNER/NAME is a model on the Hub, unless there is such a folder.
+
+        `revision` is a commit, tag or branch on the Hub.
+        """
+        if not Path(name).exists() and HubName.parse(str(name)):
+            name = f"{HUB}:{name}"
+        return load(name if revision is None else f"{name}@{revision}", device, precision)
 
     def encode(
         self, modality: str, inputs: Any, normalize: bool = False, towards: str | None = None, batch_size: int = 64

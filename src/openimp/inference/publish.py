@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import CONFIG, RECIPE
 from openimp.common.errors import UserError, nearest
+from openimp.common.names import Name
 from openimp.common.progress import console
 from openimp.common.versions import openimp_version
 from openimp.data.files import DEMO
@@ -60,6 +61,12 @@ def write(model: Model, model_folder: Path, name: str, license: str | None, fold
 
     The model was loaded from the checkpoint or folder `model_folder`.
     """
+    for stem, options in model.config.modalities.items():
+        tower = getattr(options, "tower", None)
+        if tower is not None and (Name.parse(tower).scheme is None or Name.parse(tower).folder):
+            raise UserError(
+                f"modalities.{stem}.tower: {tower} is on this machine; push it, and train with its name there"
+            )
     card = model_card(model, model_folder, name, license)
     model.save(folder)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

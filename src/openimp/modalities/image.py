@@ -16,13 +16,22 @@ from openimp.common.modality import BadMedia, Rng
 from openimp.modalities.media import MAX_PIXELS, PREVIEW, MediaFile, decoder_errors, encode_webp, open_source
 from openimp.modalities.vision import Vision, check_pixels, decoded_size, shrink, to_rgb
 
+try:
+    import pillow_heif
+except ImportError:
+    pass
+else:
+    pillow_heif.register_heif_opener(thumbnails=False, decode_threads=1)
+
 # Formats that contain only pixels, if this build of Pillow has them. Pillow passes others, such as EPS, to an external
 # program.
 PIL.Image.init()
-PIXELS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
+PIXELS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "HEIF")
 FORMATS = tuple(name for name in PIXELS if name in PIL.Image.OPEN)
 ICON = b"\0\0\1\0"
 """First bytes of an ICO file."""
+HEIC = (b"ftyphe", b"ftypmif1", b"ftypmsf1")
+"""What HEIC files, which most phones write, have from byte 4 on."""
 COSTLY = ("WEBP", "AVIF", "JPEG2000")
 """Formats whose decoders need at least twice the memory per pixel that others need."""
 RAW_SIDE = 32
@@ -37,7 +46,8 @@ class Image(Vision):
 
     name = "image"
     tensor_axes = ("B", "3", "H", "W")
-    extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga", ".ico")
+    extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".ppm",
+                  ".tga", ".ico")  # fmt: skip
     decoders: ClassVar[tuple[str, ...]] = ("pillow",)
     raw_features_name = "pixels"
 
@@ -82,9 +92,15 @@ class Image(Vision):
 
 def open_picture(media_file: MediaFile) -> PIL.Image.Image:
     """Opens a picture without decoding it. `PIL.Image.open` would decode an icon at once, however large it is."""
-    if media_file.peek(4)[:4] == ICON:
+    head = media_file.peek(12)[:12]
+    if head[:4] == ICON:
         return PIL.IcoImagePlugin.IcoFile(media_file).frame(0)
-    return PIL.Image.open(media_file, formats=FORMATS)
+    try:
+        return PIL.Image.open(media_file, formats=FORMATS)
+    except PIL.UnidentifiedImageError:
+        if head[4:].startswith(HEIC) and "HEIF" not in FORMATS:
+            raise BadMedia("a HEIC picture, which needs pillow-heif: pip install 'openimp[heif]'") from None
+        raise
 
 
 @contextmanager

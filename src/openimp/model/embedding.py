@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openimp.common.modality import StemSpec, Tokens
-from openimp.model.init import lecun_normal_, linear
+from openimp.model.init import identity_, lecun_normal_, linear
 
 
 class Stem(nn.Module):
@@ -50,6 +50,27 @@ class Stem(nn.Module):
             x_BLD = _embed_patches(self.embed, tokens.values, self.scale)
         positions = sum(table(index) for table, index in zip(self.positions, tokens.coords.unbind(-1)))
         return self.before(x_BLD + self.position_norm(positions))
+
+
+class VectorStem(nn.Module):
+    """The stem of a modality with a tower in a model without an encoder: one linear layer.
+
+    It starts as the identity, so that vectors of one tower can be compared at first as they are.
+    """
+
+    def __init__(self, spec: StemSpec, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(spec.values, width)
+        if spec.values <= width:
+            identity_(self.embed.weight)
+        else:
+            lecun_normal_(self.embed.weight, spec.values)
+        nn.init.zeros_(self.embed.bias)
+        self.after = nn.Identity()
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Maps vectors (B, 1, P) to (B, 1, D)."""
+        return self.embed(tokens.values.to(self.embed.weight.dtype))
 
 
 def embedding_scale(spec: StemSpec, width: int) -> float:

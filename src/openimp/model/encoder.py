@@ -15,13 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from openimp.model.init import lecun_normal_, linear, mimetic_keys_, mimetic_output_
 from openimp.model.kernels import attend, gelu
-from openimp.model.moe import RouterStats, SparseMLP, split_tokens, valid_tokens_per_rank
+from openimp.model.moe import ExpertGroups, RouterStats, Segment, SparseMLP, split_tokens, valid_tokens_per_rank
 from openimp.recipe.model import Gelu, Model
 
 Shapes = Sequence[torch.Size]
 """The shape (B, L) of each input of a pass."""
 Masks = Sequence[Tensor | None]
 """The mask (B, L) of each input, False for padding; None if it has none."""
+Segments = Sequence[Sequence[Segment]]
+"""The segments of each input, in order. An input has several if it holds tokens of several modalities."""
 
 
 class Attention(nn.Module):
@@ -93,12 +95,17 @@ class Block(nn.Module):
         return MLP(config.width, config.mlp_dim, config.bias, config.gelu)
 
     def forward(
-        self, x_TD: Tensor, shapes: Shapes, masks: Masks, mean_token_counts: Sequence[Tensor] = ()
+        self,
+        x_TD: Tensor,
+        shapes: Shapes,
+        masks: Masks,
+        mean_token_counts: Sequence[Tensor] = (),
+        segments: Segments = (),
     ) -> tuple[Tensor, list[RouterStats]]:
         """Maps (T, D) to (T, D), and returns router statistics per input if the block is sparse.
 
         A sparse block needs `mean_token_counts`: per input, its valid tokens averaged over ranks
-        (`valid_tokens_per_rank`).
+        (`valid_tokens_per_rank`). If stems have their own experts, it needs `segments`, and a count per segment.
         """
         x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
         return x_TD + self.mlp(self.norm2(x_TD)), []
@@ -113,11 +120,20 @@ class SparseBlock(Block):
     sparse = True
 
     def _make_mlp(self, config: Model) -> nn.Module:
-        assert config.moe is not None
-        return SparseMLP(config.width, config.mlp_dim, config.moe, config.bias, config.gelu)
+        moe = config.moe
+        assert moe is not None
+        if moe.experts_by_stem:
+            return ExpertGroups(config.width, config.mlp_dim, moe, config.bias, config.gelu)
+        (experts,) = moe.group_sizes
+        return SparseMLP(config.width, config.mlp_dim, experts, moe, config.bias, config.gelu)
 
     def forward(
-        self, x_TD: Tensor, shapes: Shapes, masks: Masks, mean_token_counts: Sequence[Tensor] = ()
+        self,
+        x_TD: Tensor,
+        shapes: Shapes,
+        masks: Masks,
+        mean_token_counts: Sequence[Tensor] = (),
+        segments: Segments = (),
     ) -> tuple[Tensor, list[RouterStats]]:
         x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
         valid = [
@@ -125,12 +141,14 @@ class SparseBlock(Block):
             for shape, mask_BL in zip(shapes, masks)
         ]
         # Experts get bf16 tokens, also where CUDA's autocast lets the norm return fp32.
-        y_TD, stats = self.mlp(self.norm2(x_TD).type_as(x_TD), valid, mean_token_counts)
+        groups = (segments,) if segments else ()
+        y_TD, stats = self.mlp(self.norm2(x_TD).type_as(x_TD), valid, mean_token_counts, *groups)
         return x_TD + y_TD, stats
 
 
 class Encoder(nn.Module):
-    """Blocks and a final LayerNorm, with the sizes of arXiv 2305.06324. It does not depend on modalities.
+    """Blocks and a final LayerNorm, with the sizes of arXiv 2305.06324. Stems share it, except
+    `moe.experts` by stem.
 
     For comparison with a fully shared encoder, each stem may have its own copy of the first
     `config.modality_specific_layers` blocks. `stems` has their names.
@@ -147,34 +165,48 @@ class Encoder(nn.Module):
         # The modality-specific blocks of each stem.
         self.own = nn.ModuleDict({name: blocks(0, specific_layers) for name in stems if specific_layers})
         self.blocks = blocks(specific_layers, config.layers)
-        self.norm = _norm(config.width, bias=True)
+        self.norm = _norm(config.width, bias=True) if config.layers else nn.Identity()
+        self.has_expert_groups = bool(config.moe and config.moe.experts_by_stem)
         self.activation_checkpointing = False  # compute each block's activations again in the backward pass
 
     def forward_specific(self, x_BLD: Tensor, mask_BL: Tensor | None, stem: str) -> tuple[Tensor, list[RouterStats]]:
         """Applies the stem's modality-specific blocks to one input, as `forward` does the shared ones."""
         if not self.own:
             return x_BLD, []
-        x_TD, (routing,) = self._run(self.own[stem], [x_BLD], [mask_BL])
+        x_TD, (routing,) = self._run(self.own[stem], [x_BLD], [mask_BL], ())
         return x_TD.view_as(x_BLD), routing
 
-    def forward(self, inputs: Sequence[Tensor], masks: Masks) -> tuple[list[Tensor], list[list[RouterStats]]]:
+    def forward(
+        self, inputs: Sequence[Tensor], masks: Masks, segments: Segments = ()
+    ) -> tuple[list[Tensor], list[list[RouterStats]]]:
         """Maps each input (B, L, D) to (B, L, D) in one pass, and returns, per input, the router statistics of each
         sparse block, in order."""
-        x_TD, routing = self._run(self.blocks, inputs, masks)
+        x_TD, routing = self._run(self.blocks, inputs, masks, segments)
         return split_tokens(self.norm(x_TD), [x_BLD.shape[:2] for x_BLD in inputs]), routing
 
-    def _run(self, blocks: nn.Module, inputs: Sequence[Tensor], masks: Masks) -> tuple[Tensor, list[list[RouterStats]]]:
+    def _run(
+        self, blocks: nn.Module, inputs: Sequence[Tensor], masks: Masks, segments: Segments
+    ) -> tuple[Tensor, list[list[RouterStats]]]:
         shapes = [x_BLD.shape[:2] for x_BLD in inputs]
         x_TD = torch.cat([x_BLD.flatten(0, 1) for x_BLD in inputs])
         routing: list[list[RouterStats]] = [[] for _ in inputs]
         # Computed once for all blocks, because it takes an all-reduce.
         sparse = any(block.sparse for block in blocks.children())
-        mean_token_counts = [valid_tokens_per_rank(*pair) for pair in zip(inputs, masks)] if sparse else []
+        mean_token_counts: list[Tensor] = []
+        if not sparse or not self.has_expert_groups:
+            segments = ()  # The other layers do not depend on stems.
+        if sparse and segments:
+            for x_BLD, mask_BL, input_segments in zip(inputs, masks, segments):
+                for _, start, end in input_segments:
+                    part_mask = None if mask_BL is None else mask_BL[:, start:end]
+                    mean_token_counts.append(valid_tokens_per_rank(x_BLD[:, start:end], part_mask))
+        elif sparse:
+            mean_token_counts = [valid_tokens_per_rank(*pair) for pair in zip(inputs, masks)]
         for block in blocks.children():
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_TD, stats = checkpoint(block, x_TD, shapes, masks, mean_token_counts, use_reentrant=False)
+                x_TD, stats = checkpoint(block, x_TD, shapes, masks, mean_token_counts, segments, use_reentrant=False)
             else:
-                x_TD, stats = block(x_TD, shapes, masks, mean_token_counts)
+                x_TD, stats = block(x_TD, shapes, masks, mean_token_counts, segments)
             for input_routing, input_stats in zip(routing, stats):
                 input_routing.append(input_stats)
         return x_TD, routing

@@ -27,6 +27,20 @@ class Projection(nn.Module):
         return self.norm(self.down(gelu(self.up(x_BD))))
 
 
+class Adapter(nn.Module):
+    """Adds a two-layer GELU MLP to vectors, whose results are zero at first (as in CLIP-Adapter, arXiv 2110.04544)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = linear(width, width)
+        self.down = nn.Linear(width, width)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return x_BD + self.down(gelu(self.up(x_BD)))
+
+
 class Temperature(nn.Module):
     """The learned temperature of one pair of modalities, and a bias that only the sigmoid loss uses.
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from openimp.common.modality import Modalities, StemSpec, Tokens
 from openimp.model.embedder import Embedder, Encoded
-from openimp.model.embedding import Stem
+from openimp.model.embedding import Stem, VectorStem
 from openimp.model.encoder import Attention, Encoder
-from openimp.model.heads import Projection, Temperature
+from openimp.model.heads import Adapter, Projection, Temperature
 from openimp.model.init import linear
-from openimp.model.moe import Experts, RouterStats
+from openimp.model.moe import Experts, RouterStats, Segment
 from openimp.recipe.model import Model
 from openimp.recipe.model_config import ModelConfig
 
@@ -44,11 +44,11 @@ class IMP(Embedder):
         self.stem_of = dict(stem_of)
         self.head_of = self.stem_of if config.share_heads else {name: name for name in stem_of}
         self.pairs = [(min(pair), max(pair)) for pair in pairs]
-        self.stems = nn.ModuleDict({name: Stem(spec, config.width) for name, spec in stems.items()})
+        self.stems = nn.ModuleDict({name: make_stem(spec, config) for name, spec in stems.items()})
         self.encoder = Encoder(config, self.stems)
         directions = chain(*map(permutations, self.pairs), distilled)
         heads = sorted({self.head_name(modality, other) for modality, other in directions})
-        self.projections = nn.ModuleDict({name: Projection(config.width, config.embed_dim) for name in heads})
+        self.projections = nn.ModuleDict({name: make_head(config) for name in heads})
         temperatures = dict.fromkeys(self.temperature_name(*pair) for pair in self.pairs)
         self.temperatures = nn.ModuleDict({name: Temperature(config.init_temperature) for name in temperatures})
         self.classifiers = nn.ModuleDict({name: linear(config.width, n) for name, n in (classes or {}).items()})
@@ -82,7 +82,7 @@ class IMP(Embedder):
 
     def _encode(self, sequences: Sequence[Mapping[str, Tokens]]) -> list[Encoded]:
         embedded, masks, specific_routing = zip(*map(self._embed, sequences))
-        outputs, shared_routing = self.encoder(embedded, masks)
+        outputs, shared_routing = self.encoder(embedded, masks, [self._segments(inputs) for inputs in sequences])
         features = map(self._pool, sequences, outputs, masks)
         routing = [specific + shared for specific, shared in zip(specific_routing, shared_routing)]
         return [*map(Encoded, features, routing)]
@@ -98,6 +98,16 @@ class IMP(Embedder):
             mask_BL = torch.cat([tokens.valid() for tokens in inputs.values()], dim=1)
         embedded, routing = zip(*outputs)
         return torch.cat(embedded, dim=1), mask_BL, [*chain.from_iterable(routing)]
+
+    def _segments(self, inputs: Mapping[str, Tokens]) -> list[Segment]:
+        """The places of the modalities' tokens in an input of the encoder."""
+        segments = []
+        start = 0
+        for name, tokens in inputs.items():
+            end = start + tokens.coords.shape[1]
+            segments.append(Segment(self.stem_of[name], start, end))
+            start = end
+        return segments
 
     def _pool(self, inputs: Mapping[str, Tokens], x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
         """The features (B, D) of the encoder's output for `inputs`."""
@@ -179,6 +189,16 @@ class IMP(Embedder):
         """The name of the projection head that maps `modality` to the space that it shares with `other`."""
         head = self.head_of[modality]
         return head if self.config.space == "joint" else f"{head}-to-{self.head_of[other]}"
+
+
+def make_stem(spec: StemSpec, config: Model) -> nn.Module:
+    """The stem of a modality."""
+    return VectorStem(spec, config.width) if spec.vector and not config.layers else Stem(spec, config.width)
+
+
+def make_head(config: Model) -> nn.Module:
+    """A projection head."""
+    return Projection(config.width, config.embed_dim) if config.layers else Adapter(config.width)
 
 
 def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:

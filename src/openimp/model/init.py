@@ -40,6 +40,14 @@ def mimetic_output_(out_weight: Tensor, qkv_weight: Tensor) -> None:
     out_weight.detach().copy_(-values.T)
 
 
+def identity_(weight: Tensor) -> None:
+    """Makes a linear layer with at least as many outputs as inputs keep its inputs, and append zeros."""
+    if has_torch_function_unary(weight):
+        handle_torch_function(identity_, (weight,), weight)
+        return
+    weight.detach().zero_().fill_diagonal_(1)
+
+
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     """A linear layer with LeCun normal weights and a zero bias."""
     layer = nn.Linear(inputs, outputs, bias=bias)

@@ -5,9 +5,8 @@ applies the experts, multiplies each result by its gate, and adds it to the outp
 inputs, for example one per modality. The router treats each of them separately, and the experts process the slots of
 all of them at once.
 
-Shape suffixes: B examples, L tokens per example, T tokens of all inputs, G groups, N tokens per group, K choices per
-token, M = K N choices per group, E experts, C slots per expert and group (capacity), S slots (in ES: of one expert,
-otherwise of all experts), D width, F hidden width, 1 a dimension of size 1.
+Shape suffixes: B examples, L tokens per example, T tokens of all inputs, E experts, C slots per expert and example
+(capacity), S slots (in ES: of one expert, otherwise of all experts), D width, F hidden width, 1 a dimension of size 1.
 """
 
 from collections.abc import Sequence
@@ -20,21 +19,21 @@ from torch import Tensor, nn
 from openimp.common.device import full_precision
 from openimp.model.init import lecun_normal_
 from openimp.model.kernels import gelu
-from openimp.parallel.distributed import all_gather_object, all_reduce_mean
+from openimp.parallel.distributed import all_reduce_mean
 from openimp.parallel.layout import combine_from_experts, dispatch_to_experts, local_experts
-from openimp.recipe.model import BATCH_ROUTINGS, Gelu, MoE
+from openimp.recipe.model import Gelu, MoE
 
 
 class Routing(NamedTuple):
     """The assignment of tokens to slots.
 
     Attributes:
-        token_GEC: int64, the token in each slot, as an index within its group.
-        gate_GEC: fp32, the factor of each slot's result; 0 for an empty slot.
+        token_BEC: int64, the token in each slot, as an index within its example.
+        gate_BEC: fp32, the factor of each slot's result; 0 for an empty slot.
     """
 
-    token_GEC: Tensor
-    gate_GEC: Tensor
+    token_BEC: Tensor
+    gate_BEC: Tensor
 
 
 class Usage(NamedTuple):
@@ -66,7 +65,8 @@ class RouterStats(NamedTuple):
 
     @staticmethod
     def mean(chunks: Sequence["RouterStats"], token_shares: Sequence[Tensor]) -> "RouterStats":
-        """The statistics of a batch from those of its chunks, weighted by each chunk's share of the tokens."""
+        """The statistics of a batch from those of its chunks, or of an input from those of its segments, weighted by
+        their shares of the tokens."""
 
         def weighted_mean(values: Sequence[Any]) -> Any:
             return sum(share * value for share, value in zip(token_shares, values))
@@ -77,53 +77,21 @@ class RouterStats(NamedTuple):
         return RouterStats(aux, usage)
 
 
-def expert_choice(probs_GNE: Tensor, valid_GN: Tensor, capacity_factor: float) -> Routing:
-    """Each expert takes its top tokens of a group, so a token may reach 0 to E experts (arXiv 2202.09368).
+def expert_choice(probs_BLE: Tensor, valid_BL: Tensor, capacity_factor: float) -> Routing:
+    """Each expert takes its top tokens of an example, so a token may reach 0 to E experts (arXiv 2202.09368).
 
-    The number of tokens of a group that an expert takes is `capacity_factor * valid tokens / experts`, rounded, and at
-    least 1. So padding never changes what valid tokens receive. To keep shapes static, C counts padding too, and the
-    slots that are not needed stay empty.
+    An expert takes `capacity_factor * valid tokens / experts` tokens of an example, rounded, and at least 1. So padding
+    never changes what valid tokens receive. To keep shapes static, C counts padding too, and the slots that are not
+    needed stay empty.
     """
-    _, tokens, experts = probs_GNE.shape
+    _, tokens, experts = probs_BLE.shape
     capacity = min(tokens, _capacity(tokens, capacity_factor / experts))
-    score_GEN = probs_GNE.masked_fill(~valid_GN[..., None], -1.0).transpose(1, 2)
-    gate_GEC, token_GEC = score_GEN.topk(capacity, dim=-1)
+    score_BEL = probs_BLE.masked_fill(~valid_BL[..., None], -1.0).transpose(1, 2)
+    gate_BEC, token_BEC = score_BEL.topk(capacity, dim=-1)
     # fp64, like Python's floats in `_capacity`: fp32 could round a half the other way.
-    taken_G = (valid_GN.sum(-1).double() * (capacity_factor / experts) + 0.5).floor().clamp(min=1)
-    filled_GEC = (torch.arange(capacity, device=gate_GEC.device) < taken_G[:, None, None]) & (gate_GEC > 0)
-    return Routing(token_GEC, gate_GEC * filled_GEC)
-
-
-def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, capacity: int | None) -> Routing:
-    """Each token chooses its `top_k` experts (GShard, arXiv 2006.16668; V-MoE, arXiv 2106.05974).
-
-    An expert takes up to `capacity` tokens of a group: first the tokens whose first choice it is, in their order, then
-    those whose second choice it is, and so on. It drops all further tokens. If `capacity` is None, it is the number of
-    tokens of the busiest expert on any rank, so no token is dropped.
-    """
-    groups, tokens, experts = probs_GNE.shape
-    gate_GNK, choice_GNK = probs_GNE.topk(top_k, dim=-1)
-    # M: all first choices, then all second choices, and so on.
-    choice_GM = choice_GNK.transpose(1, 2).flatten(1)
-    gate_GM = gate_GNK.transpose(1, 2).flatten(1)
-    valid_GM = valid_GN.repeat(1, top_k)
-    chosen_GME = F.one_hot(choice_GM, experts) * valid_GM[..., None]
-    if capacity is None and torch.compiler.is_exporting():
-        capacity = tokens  # A graph for export has static shapes, so each expert has a slot for every token.
-    elif capacity is None:
-        # Ranks that share the experts need equally many slots.
-        capacity = max(1, *all_gather_object(int(chosen_GME.sum(1).max())))
-    # The expert's slot that each choice would take, if there were enough of them.
-    place_GM = (chosen_GME.cumsum(1) - 1).gather(-1, choice_GM[..., None]).squeeze(-1)
-    kept_GM = valid_GM & (place_GM < capacity)
-    # Slots are ordered by expert. Dropped choices go to an extra slot at the end, which is cut off: S = E C + 1.
-    slot_GM = torch.where(kept_GM, choice_GM * capacity + place_GM, experts * capacity)
-    token_GM = torch.arange(tokens, device=probs_GNE.device).repeat(top_k).expand(groups, -1)
-    token_GS = token_GM.new_zeros(groups, experts * capacity + 1).scatter(1, slot_GM, token_GM)
-    gate_GS = gate_GM.new_zeros(groups, experts * capacity + 1).scatter(1, slot_GM, gate_GM)
-    token_GEC = token_GS[:, :-1].unflatten(1, (experts, capacity))
-    gate_GEC = gate_GS[:, :-1].unflatten(1, (experts, capacity))
-    return Routing(token_GEC, gate_GEC)
+    taken_B = (valid_BL.sum(-1).double() * (capacity_factor / experts) + 0.5).floor().clamp(min=1)
+    filled_BEC = (torch.arange(capacity, device=gate_BEC.device) < taken_B[:, None, None]) & (gate_BEC > 0)
+    return Routing(token_BEC, gate_BEC * filled_BEC)
 
 
 def valid_tokens_per_rank(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
@@ -144,28 +112,25 @@ def split_tokens(x_TD: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 
 
 def _capacity(tokens: int, share: float) -> int:
-    """Slots of an expert that takes a `share` of the tokens of a group."""
+    """Slots of an expert that takes a `share` of the tokens of an example."""
     return max(1, int(tokens * share + 0.5))
 
 
 class Router(nn.Module):
-    """One linear layer in fp32 without bias, shared by all modalities, followed by expert choice or token choice."""
+    """One linear layer in fp32 without bias, followed by expert choice."""
 
-    def __init__(self, width: int, config: MoE) -> None:
+    def __init__(self, width: int, experts: int, config: MoE, gate_scale: float) -> None:
         super().__init__()
         self.config = config
+        self.gate_scale = gate_scale
         self.collects_usage = False
-        self.weight_ED = nn.Parameter(torch.empty(config.experts, width))
+        self.weight_ED = nn.Parameter(torch.empty(experts, width))
         nn.init.normal_(self.weight_ED, std=0.02)
 
     def forward(
         self, x_TD: Tensor, valid: Sequence[Tensor], mean_token_counts: Sequence[Tensor]
     ) -> list[tuple[Routing, RouterStats]]:
-        """Routes the tokens of each input within its groups. See `SparseMLP` for the arguments.
-
-        A group is one example or, in training with one of `BATCH_ROUTINGS`, this rank's batch of one input. Outside of
-        training, token choice drops nothing. So an embedding never depends on the other examples of its batch.
-        """
+        """Routes the tokens of each example of each input. See `SparseMLP` for the arguments."""
         # bf16 logits cause ties and coarse gates. Training is more stable with fp32 (ST-MoE, arXiv 2202.08906).
         with full_precision(x_TD.device):
             logits_TE = F.linear(x_TD.float(), self.weight_ED.float())
@@ -177,33 +142,12 @@ class Router(nn.Module):
     def _route(
         self, probs_BLE: Tensor, z_loss_BL: Tensor, valid_BL: Tensor, mean_token_count: Tensor
     ) -> tuple[Routing, RouterStats]:
-        config = self.config
-        probs_GNE = probs_BLE
-        valid_GN = valid_BL
-        if self.training and config.routing in BATCH_ROUTINGS:
-            probs_GNE = probs_BLE.flatten(0, 1)[None]
-            valid_GN = valid_BL.flatten()[None]
-        aux = config.z_loss * (z_loss_BL * valid_BL).sum() / mean_token_count
-        if config.routing == "token_choice":
-            share = config.top_k * config.capacity_factor / config.experts
-            capacity = _capacity(probs_GNE.shape[1], share) if self.training else None
-            routing = token_choice(probs_GNE, valid_GN, config.top_k, capacity)
-            aux = aux + config.balance_loss * config.experts * _imbalance(probs_BLE, valid_BL, mean_token_count)
-        else:
-            routing = expert_choice(probs_GNE, valid_GN, config.capacity_factor)
+        aux = self.config.z_loss * (z_loss_BL * valid_BL).sum() / mean_token_count
+        routing = expert_choice(probs_BLE, valid_BL, self.config.capacity_factor)
         # Compiled layers always collect, because that costs them little and a switch would compile each of them twice.
         collects = torch.compiler.is_compiling() or self.collects_usage
-        usage = _usage(routing, valid_GN, mean_token_count) if collects else None
-        return routing, RouterStats(aux, usage)
-
-
-def _imbalance(probs_BLE: Tensor, valid_BL: Tensor, mean_token_count: Tensor) -> Tensor:
-    """The sum over experts of their share of first choices times their mean probability (arXiv 2101.03961, 2.2)."""
-    is_valid_BL1 = valid_BL[..., None]
-    first_choices_E = (F.one_hot(probs_BLE.argmax(-1), probs_BLE.shape[-1]) * is_valid_BL1).sum((0, 1))
-    prob_E = (probs_BLE * is_valid_BL1).sum((0, 1)) / mean_token_count
-    share_E = all_reduce_mean(first_choices_E.float()) / mean_token_count
-    return (share_E * prob_E).sum()
+        usage = _usage(routing, valid_BL, mean_token_count) if collects else None
+        return routing._replace(gate_BEC=self.gate_scale * routing.gate_BEC), RouterStats(aux, usage)
 
 
 def set_usage_collection(model: nn.Module, enabled: bool) -> None:
@@ -215,13 +159,13 @@ def set_usage_collection(model: nn.Module, enabled: bool) -> None:
 
 
 @torch.no_grad()
-def _usage(routing: Routing, valid_GN: Tensor, mean_token_count: Tensor) -> Usage:
-    filled_GEC = (routing.gate_GEC > 0).float()
-    load_E = filled_GEC.sum((0, 2))
-    gate_E = routing.gate_GEC.sum((0, 2))
-    taken_GN = torch.zeros_like(valid_GN, dtype=torch.float32)
-    taken_GN = taken_GN.scatter_add(1, routing.token_GEC.flatten(1), filled_GEC.flatten(1))
-    dropped = ((taken_GN == 0) & valid_GN).sum() / mean_token_count
+def _usage(routing: Routing, valid_BL: Tensor, mean_token_count: Tensor) -> Usage:
+    filled_BEC = (routing.gate_BEC > 0).float()
+    load_E = filled_BEC.sum((0, 2))
+    gate_E = routing.gate_BEC.sum((0, 2))
+    taken_BL = torch.zeros_like(valid_BL, dtype=torch.float32)
+    taken_BL = taken_BL.scatter_add(1, routing.token_BEC.flatten(1), filled_BEC.flatten(1))
+    dropped = ((taken_BL == 0) & valid_BL).sum() / mean_token_count
     # A batch of padding fills no slot. `clamp` prevents 0 / 0 there.
     return Usage(load_E / load_E.sum().clamp(min=1), gate_E / gate_E.sum().clamp(min=1e-9), dropped)
 
@@ -266,10 +210,19 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class SparseMLP(nn.Module):
     """A router, and experts that process the tokens it selects."""
 
-    def __init__(self, width: int, hidden: int, config: MoE, bias: bool = False, gelu_kind: Gelu = "tanh") -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        experts: int,
+        config: MoE,
+        bias: bool = False,
+        gelu_kind: Gelu = "tanh",
+        gate_scale: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.router = Router(width, config)
-        self.experts = Experts(config.experts, width, hidden, bias, gelu_kind)
+        self.router = Router(width, experts, config, gate_scale)
+        self.experts = Experts(experts, width, hidden, bias, gelu_kind)
 
     def forward(
         self, x_TD: Tensor, valid: Sequence[Tensor], mean_token_counts: Sequence[Tensor]
@@ -286,10 +239,9 @@ class SparseMLP(nn.Module):
         input_start = 0
         for valid_BL, (routing, stats) in zip(valid, self.router(x_TD, valid, mean_token_counts)):
             input_end = input_start + valid_BL.numel()
-            group_size = valid_BL.numel() // routing.token_GEC.shape[0]
-            group_start_G = torch.arange(input_start, input_end, group_size, device=x_TD.device)
-            rows.append((routing.token_GEC + group_start_G[:, None, None]).transpose(0, 1).flatten(1))
-            gates.append(routing.gate_GEC.transpose(0, 1).flatten(1))
+            example_start_B = torch.arange(input_start, input_end, valid_BL.shape[1], device=x_TD.device)
+            rows.append((routing.token_BEC + example_start_B[:, None, None]).transpose(0, 1).flatten(1))
+            gates.append(routing.gate_BEC.transpose(0, 1).flatten(1))
             all_stats.append(stats)
             input_start = input_end
         row_ES = torch.cat(rows, dim=1)
@@ -299,3 +251,87 @@ class SparseMLP(nn.Module):
         out_SD = self.experts(x_ESD).flatten(0, 1)
         sum_TD = torch.zeros_like(x_TD, dtype=out_SD.dtype)
         return sum_TD.index_add(0, row_S, out_SD * gate_S1.to(out_SD.dtype)), all_stats
+
+
+class Segment(NamedTuple):
+    """The tokens `start` to `end` of each example of an input, which one stem made."""
+
+    stem: str
+    start: int
+    end: int
+
+
+class ExpertGroups(nn.Module):
+    """A router and experts per stem, so that experts specialize on stems (MoMa, arXiv 2407.21770).
+
+    The gates are multiplied by the number of experts of the group, so that they are about 1 at first. The experts of
+    each group are divided among all ranks, so each rank has work in every step.
+    """
+
+    def __init__(self, width: int, hidden: int, config: MoE, bias: bool = False, gelu_kind: Gelu = "tanh") -> None:
+        super().__init__()
+        self.groups = nn.ModuleDict(
+            {
+                stem: SparseMLP(width, hidden, experts, config, bias, gelu_kind, gate_scale=experts)
+                for stem, experts in config.experts_by_stem.items()
+            }
+        )
+        self.experts_by_stem = config.experts_by_stem
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        valid: Sequence[Tensor],
+        mean_token_counts: Sequence[Tensor],
+        segments: Sequence[Sequence[Segment]],
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """Maps (T, D) to (T, D), and returns statistics per input. They list the experts of all groups, in order; those
+        of stems without tokens in the input have 0.
+
+        Args:
+            valid: per input, (B, L), False for padding.
+            mean_token_counts: for each segment of the first input, then of the second, and so on, its valid tokens
+                averaged over ranks.
+            segments: per input.
+        """
+        inputs = split_tokens(x_TD, [valid_BL.shape for valid_BL in valid])
+        tokens = []  # per segment
+        valid_tokens = []
+        stems = []
+        for x_BLD, valid_BL, input_segments in zip(inputs, valid, segments):
+            for stem, start, end in input_segments:
+                tokens.append(x_BLD[:, start:end])
+                valid_tokens.append(valid_BL[:, start:end])
+                stems.append(stem)
+        outputs: dict[int, Tensor] = {}
+        all_stats: dict[int, RouterStats] = {}
+        for stem in dict.fromkeys(stems):
+            members = [index for index, other in enumerate(stems) if other == stem]
+            group_TD = torch.cat([tokens[index].flatten(0, 1) for index in members])
+            group_valid = [valid_tokens[index] for index in members]
+            out_TD, group_stats = self.groups[stem](group_TD, group_valid, [mean_token_counts[i] for i in members])
+            outputs |= zip(members, split_tokens(out_TD, [valid_BL.shape for valid_BL in group_valid]))
+            all_stats |= zip(members, (self._among_all(stats, stem) for stats in group_stats))
+        results = []  # per input
+        results_stats = []
+        first = 0
+        for input_segments in segments:
+            numbers = range(first, first + len(input_segments))
+            results.append(torch.cat([outputs[i] for i in numbers], dim=1).flatten(0, 1))
+            counts = [mean_token_counts[i] for i in numbers]
+            shares = [count / sum(counts) for count in counts]
+            results_stats.append(RouterStats.mean([all_stats[i] for i in numbers], shares))
+            first = numbers.stop
+        return torch.cat(results), results_stats
+
+    def _among_all(self, stats: RouterStats, stem: str) -> RouterStats:
+        """The statistics of a group, with a share of 0 for each expert of the other groups."""
+        if stats.usage is None:
+            return stats
+        stems = list(self.experts_by_stem)
+        sizes = list(self.experts_by_stem.values())
+        place = stems.index(stem)
+        padding = (sum(sizes[:place]), sum(sizes[place + 1 :]))
+        load_E = F.pad(stats.usage.load_E, padding)
+        gate_E = F.pad(stats.usage.gate_E, padding)
+        return RouterStats(stats.aux, Usage(load_E, gate_E, stats.usage.dropped))

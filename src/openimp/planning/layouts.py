@@ -65,7 +65,7 @@ def alternatives(recipe: Recipe, gpus: int) -> list[Layout]:
 
     Each of them comes also with the experts of a layer distributed over a node.
     """
-    experts = recipe.model.moe.experts if recipe.model.moe else 1
+    experts = gcd(*recipe.model.moe.group_sizes) if recipe.model.moe else 1
     layouts: dict[Layout, None] = {}
     for expert_degree in (1, gcd(experts, gpus, GPUS_PER_NODE)):
         for shard_degree in (1, min(GPUS_PER_NODE, gpus), gpus):

@@ -163,20 +163,20 @@ def per_token(model: Embedder) -> int | None:
     """Number of parameters that a token uses on average, after its embedding and before the mean over the tokens.
 
     These are the encoder without the experts that do not process the token, and the stem's linear layers before and
-    after the encoder. On average, `capacity_factor` experts process a token with expert choice, and `top_k` with token
-    choice. None for a wrapped model.
+    after the encoder. On average, `capacity_factor` experts process a token. None for a wrapped model.
     """
     if not isinstance(model, IMP):
         return None
     width = model.config.width
-    # `Stem.before` and `Stem.after` are width x width, with bias.
-    stem_parameters = 2 * (width * width + width)
+    # `Stem.before` and `Stem.after` are width x width, with bias. Without an encoder, there are no such layers.
+    stem_parameters = 2 * (width * width + width) if model.config.layers else 0
     # A token passes only through the modality-specific blocks of its stem. Those of all stems are equally large.
     blocks_by_stem = [count(blocks) for blocks in model.encoder.own.values()]
     parameters = count(model.encoder) - sum(blocks_by_stem[1:]) + stem_parameters
     moe = model.config.moe
     if moe is None:
         return parameters
-    experts_per_token = moe.top_k if moe.routing == "token_choice" else min(moe.capacity_factor, moe.experts)
-    expert_parameters = moe.layers * count(model.experts()[0])
-    return round(parameters - expert_parameters * (1 - experts_per_token / moe.experts))
+    expert_size = count(model.experts()[0]) / moe.group_sizes[0]
+    # If stems have different numbers of experts, a token of the stem with the most uses the most.
+    experts_per_token = min(moe.capacity_factor, max(moe.group_sizes))
+    return round(parameters - moe.layers * expert_size * (sum(moe.group_sizes) - experts_per_token))

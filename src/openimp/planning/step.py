@@ -130,8 +130,7 @@ class StepPlanner:
         moe = self.recipe.model.moe
         if moe is None:
             return Traffic()
-        slots_per_token = moe.capacity_factor * (moe.top_k if moe.routing == "token_choice" else 1)
-        slots = slots_per_token * cost.tokens / self.sharding.layout.ranks * moe.layers
+        slots = moe.capacity_factor * cost.tokens / self.sharding.layout.ranks * moe.layers
         memory = self.recipe.memory
         exchanges = 4 + 2 * (memory.chunk_size is not None) + 2 * memory.activation_checkpointing
         slot_bytes = self.sharding.gathered_type_bytes * self.recipe.model.width

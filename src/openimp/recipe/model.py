@@ -5,10 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from openimp.common.names import LOCAL, OPEN_CLIP, Name, absolute_name
-from openimp.common.schema import Count, Positive, Strict, base_folder
+from openimp.common.schema import Count, Positive, Strict, Whole, base_folder
 
-BATCH_ROUTINGS = ("expert_choice_batch", "token_choice")
-"""Routings that depend on all tokens of the batch in training."""
 Gelu = Literal["tanh", "erf"]
 """tanh: the usual approximation of GELU. erf: GELU itself, by the error function."""
 
@@ -20,26 +18,32 @@ class MoE(Strict):
         "capacity": "capacity_factor",
         "gates": "gates are the router's probabilities; remove the key",
         "slots": "it was for soft routing, which openimp no longer has; remove the key",
+        "routing": "openimp has only expert_choice, within an example; remove the key",
+        "top_k": "it was for token choice, which openimp no longer has; remove the key",
+        "balance_loss": "it was for token choice, which openimp no longer has; remove the key",
     }
 
-    experts: Count = 16
-    """Experts per block. The paper: 16 in B and L, 4 in S."""
+    experts: Count | Annotated[dict[str, Count], Field(min_length=1)] = 16
+    """Experts per block, which all modalities share. The paper: 16 in B and L, 4 in S. Or the experts per block that
+    each stem has to itself, with a router of its own, such as {vision: 4, text: 4}."""
     layers: Count = 6
     """Number of sparse blocks, which are the last ones."""
-    routing: Literal["expert_choice", "expert_choice_batch", "token_choice"] = "expert_choice"
-    """How tokens are assigned to experts. expert_choice: experts choose among the tokens of one example.
-    expert_choice_batch: in training, they choose among those of the modality's whole batch. token_choice: each token
-    chooses its `top_k` experts, in training up to their capacity."""
     capacity_factor: Positive = 1.0
-    """Capacity of an expert, as a multiple of tokens / experts (in token choice, of `top_k` x tokens / experts)."""
-    top_k: Count = 1
-    """Experts per token, only for token choice."""
+    """Capacity of an expert, as a multiple of tokens / experts, for each example."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-3
     """Weight of the router z-loss: the mean over tokens of logsumexp(logits)^2, summed over layers (ST-MoE, arXiv
     2202.08906, section 3.2). The authors' release and the `imp_moe_*` recipes use 1, which makes short trainings worse
     (docs/results/paper.md)."""
-    balance_loss: Annotated[float, Field(ge=0)] = 1e-2
-    """Weight of the load-balancing loss, only for token choice (Switch, arXiv 2101.03961, section 2.2)."""
+
+    @property
+    def experts_by_stem(self) -> dict[str, int]:
+        """The number of experts of each stem; empty if all modalities share the experts."""
+        return self.experts if isinstance(self.experts, dict) else {}
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """The number of experts of each router in a block."""
+        return [*self.experts.values()] if isinstance(self.experts, dict) else [self.experts]
 
 
 def _library_name(name: Any, info: ValidationInfo) -> Any:
@@ -60,8 +64,9 @@ class Model(Strict):
 
     width: Count = 384
     """Features per token."""
-    layers: Count = 12
-    """Transformer blocks."""
+    layers: Whole = 12
+    """Transformer blocks. 0: no encoder, for towers. The vectors of a tower then go through a linear layer that starts
+    as the identity, and heads that add a small MLP; `width` and `embed_dim` must be equal."""
     heads: Count = 6
     """Attention heads. The paper's have 64 features each."""
     mlp_dim: Count = 1536
@@ -104,12 +109,15 @@ class Model(Strict):
                     raise ValueError(f"{name} is for openimp's own encoder; remove it, or remove wrap")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if not self.layers and self.width != self.embed_dim:
+            raise ValueError(f"layers 0 needs equal sizes, but width is {self.width} and embed_dim {self.embed_dim}")
         if self.moe and self.moe.layers > self.layers:
             raise ValueError(f"moe.layers {self.moe.layers} is more than layers {self.layers}")
         if self.modality_specific_layers > self.layers:
             raise ValueError(
                 f"modality_specific_layers {self.modality_specific_layers} is more than layers {self.layers}"
             )
-        if self.moe and self.moe.top_k > self.moe.experts:
-            raise ValueError(f"moe.top_k {self.moe.top_k} is more than moe.experts {self.moe.experts}")
+        first_sparse = self.layers - (self.moe.layers if self.moe else 0)
+        if self.moe and self.moe.experts_by_stem and self.modality_specific_layers > first_sparse:
+            raise ValueError("moe.experts by stem: the modality-specific layers must come before the sparse layers")
         return self

@@ -1,6 +1,6 @@
 """`ModelConfig`: the configuration of a trained model, without what only training needs, such as data and losses."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Modality
 from openimp.common.schema import FolderName, Strict, base_folder, checked, unknown_key
 from openimp.recipe.model import Model
-from openimp.recipe.registry import modality_class
+from openimp.recipe.registry import modality_class, tower_class
 
 TwoNames = Annotated[tuple[str, str], Field(strict=False)]
 
@@ -60,9 +60,17 @@ class ModelConfig(Strict):
         return make_modalities(self.views, self.modalities, self.model)
 
 
-def class_for(name: str, model: Model) -> type[Modality]:
-    """The class that reads a modality for a model. UserError if a wrapped model cannot read it."""
+def class_for(name: str, model: Model, stems: Mapping[str, Any]) -> type[Modality]:
+    """The class that reads a modality for a model. `stems` are the options of each stem, validated or not.
+
+    UserError if a wrapped model cannot read the modality.
+    """
     modality = modality_class(name)
+    options = stems.get(modality.stem)
+    if hasattr(options, "tower") or (isinstance(options, Mapping) and "tower" in options):
+        if model.wrap:
+            raise UserError(f"modalities.{modality.stem}.tower: is for openimp's own encoder, not for a wrapped model")
+        return tower_class(name)
     if not model.wrap:
         return modality
     from openimp.modalities.open_clip import READERS  # It imports the libraries of all media.
@@ -74,19 +82,26 @@ def class_for(name: str, model: Model) -> type[Modality]:
 
 def make_modalities(names: Iterable[str], stems: dict[str, Any], model: Model) -> dict[str, Modality]:
     """New instances of modalities, by name. `stems` are the options of each stem."""
-    classes = {name: class_for(name, model) for name in names}
+    classes = {name: class_for(name, model, stems) for name in names}
     return {name: modality(stems[modality.stem]) for name, modality in classes.items()}
 
 
 def fill_stems(stems: dict[str, Any], names: Iterable[str], model: Model, location: str, info: ValidationInfo) -> None:
     """Validates the options of the modalities' stems in place, and adds defaults. `location` is that of the names."""
     try:
-        configs = {modality_class(name).stem: class_for(name, model).Config for name in names}
+        configs = {modality_class(name).stem: class_for(name, model, stems).Config for name in names}
     except UserError as error:
         raise UserError(f"{location}: {error}") from None
     for stem in stems:
         if stem not in configs:
             raise UserError(f"modalities: {unknown_key(stem, configs)}")
+    experts = model.moe.experts_by_stem if model.moe else {}
+    for stem in experts:
+        if stem not in configs:
+            raise UserError(f"model.moe.experts: {unknown_key(stem, configs)}")
+    for stem in configs if experts else ():
+        if stem not in experts:
+            raise UserError(f"model.moe.experts: no number of experts for the stem {stem}")
     for stem, config in configs.items():
         stems[stem] = checked(config, stems.get(stem, {}), f"modalities.{stem}", base_folder(None, info))
 

@@ -1,6 +1,6 @@
 """Finds modalities and objectives by entry point, so that other packages can add some."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -14,12 +14,19 @@ from openimp.common.objective import Objective
 
 MODALITIES = "openimp.modalities"
 OBJECTIVES = "openimp.objectives"
+TOWERS = "openimp.towers"
 
 
 @cache
 def modality_class(name: str) -> type[Modality]:
     """The class that an installed package registers as `name` in the entry point group `openimp.modalities`."""
     return _registered(MODALITIES, "modality", name)
+
+
+def tower_class(name: str) -> type[Modality]:
+    """The class that reads the modality `name` with a frozen encoder. It is in a folder above this one."""
+    make: Callable[[str], type[Modality]] = _registered(TOWERS, "kind of tower", "frozen")
+    return make(name)
 
 
 @cache

@@ -16,7 +16,7 @@ from openimp.common.schema import FolderName, Strict, Whole, checked
 from openimp.recipe.evaluation import ClassHead, Evaluation, EvaluationSet, Probe, Retrieval, ZeroShot
 from openimp.recipe.file import read_recipe, to_yaml
 from openimp.recipe.inputs import View
-from openimp.recipe.model import BATCH_ROUTINGS, Model
+from openimp.recipe.model import Model
 from openimp.recipe.model_config import ComparedPair, ModelConfig, fill_stems, make_modalities
 from openimp.recipe.registry import modality_class
 from openimp.recipe.tasks import Source, Task
@@ -58,6 +58,12 @@ class Recipe(Strict):
         """The modalities that tasks read, in the order of first use."""
         return list(dict.fromkeys(name for task in self.tasks.values() for name in task.inputs))
 
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether the model can do something before the first step."""
+        has_tower = any(hasattr(options, "tower") for options in self.modalities.values())
+        return bool(self.train.init or self.model.wrap or (has_tower and not self.model.layers))
+
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = (), folder: Path | None = None) -> "Recipe":
         """Reads and checks a recipe: a YAML file, or the name of a recipe that comes with openimp.
@@ -86,19 +92,16 @@ class Recipe(Strict):
     def _check_training(self) -> None:
         if not any(task.weight for task in self.tasks.values()):
             raise UserError("every task has weight 0; nothing would be trained")
-        if self.memory.chunk_size and self.model.moe and self.model.moe.routing in BATCH_ROUTINGS:
-            raise UserError(
-                f"memory.chunk_size: routing {self.model.moe.routing} looks at the whole batch at once; "
-                "expert_choice does not"
-            )
         if self.model.wrap and self.train.compile:
             raise UserError("train.compile: is for openimp's own encoder, not for a wrapped model")
         if self.model.wrap and (self.train.init or "").startswith("timm:"):
             raise UserError("train.init: a model of timm is for openimp's own encoder, not for a wrapped model")
-        experts = self.model.moe.experts if self.model.moe else 0
         degree = self.parallel.expert_degree
-        if degree > 1 and (experts == 0 or experts % degree):
-            raise UserError(f"parallel.expert_degree: {experts} experts cannot be divided equally among {degree} ranks")
+        for experts in self.model.moe.group_sizes if self.model.moe else [0]:
+            if degree > 1 and (experts == 0 or experts % degree):
+                raise UserError(
+                    f"parallel.expert_degree: {experts} experts cannot be divided equally among {degree} ranks"
+                )
 
     def _check_tasks(self) -> None:
         heads: dict[tuple[str, str], tuple[str, ClassColumn]] = {}

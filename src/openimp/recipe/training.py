@@ -132,6 +132,9 @@ class Train(Strict):
     log_every: Count = 50
     """Steps between log records. On other steps, the training waits for no GPU, and ranks exchange nothing but tensors
     of the model."""
+    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+    """What shows the figures of the run, besides metrics.jsonl. wandb and trackio must be installed; a resumed run
+    continues theirs."""
     save_every: Count = 1000
     """Steps between checkpoints. The last step is always saved."""
     keep_last: Count = 2

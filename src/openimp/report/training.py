@@ -10,8 +10,6 @@ from openimp.training.metrics_file import MetricsLine
 
 ROUTER = "router"
 """The name of the router loss. It gets its own chart, because it is much smaller than the other parts of a loss."""
-EVEN = 0.01
-"""Largest relative deviation from an equal split at which an expert's load counts as even."""
 
 
 def sections(metrics: list[MetricsLine]) -> dict[str, Any]:
@@ -62,7 +60,7 @@ def optimization(metrics: list[MetricsLine]) -> list[dict[str, Any]]:
 def experts(metrics: list[MetricsLine]) -> dict[str, Any] | None:
     """How each modality uses the experts of each sparse layer, averaged over the last quarter of the lines.
 
-    The maps of the load are left out if it is even, as with expert choice.
+    The maps are of the gate weights, because experts that choose have equal loads.
     """
     last_lines = metrics[-ceil(len(metrics) / 4) :]
     modalities = list(dict.fromkeys(name for line in last_lines for name in line.experts))
@@ -77,20 +75,11 @@ def experts(metrics: list[MetricsLine]) -> dict[str, Any] | None:
             means.append(np.mean([[getattr(layer, key) for layer in usage] for usage in usages], axis=0))
         return np.stack(means)
 
-    load = mean("load")
+    gate = mean("gate")
     dropped = mean("dropped")
-    is_even = bool(np.abs(load * load.shape[2] - 1).max() <= EVEN)
-    mapped = {"gate weight": mean("gate")}
-    if not is_even:
-        mapped["load"] = load
+    used = (mean("load") > 0).sum(-1)  # With experts by stem, only those of one stem.
     maps = []
-    for what, shares in mapped.items():
-        for i in range(load.shape[1]):
-            rows = list(zip(modalities, shares[:, i].tolist(), dropped[:, i].tolist()))
-            maps.append({"layer": i + 1, "what": what, "rows": rows})
-    return {
-        "first": last_lines[0].step,
-        "last": last_lines[-1].step,
-        "even_load": load.mean() if is_even else None,
-        "maps": maps,
-    }
+    for i in range(gate.shape[1]):
+        rows = list(zip(modalities, gate[:, i].tolist(), used[:, i].tolist(), dropped[:, i].tolist()))
+        maps.append({"layer": i + 1, "rows": rows})
+    return {"first": last_lines[0].step, "last": last_lines[-1].step, "maps": maps}

@@ -21,7 +21,7 @@ from openimp.common.protocols import Pictured
 from openimp.search.answers import answer
 from openimp.search.index import Index
 from openimp.search.media_types import UNKNOWN, kind_of, media_type
-from openimp.search.query import Query
+from openimp.search.query import Hit, Query
 from openimp.search.uploads import MAX_UPLOAD_BYTES, Upload, Uploads
 
 TEMPLATES = Environment(
@@ -78,6 +78,20 @@ class Page:
         """The form with the results of the query in the URL."""
         search = partial(answer, self.index, self.uploads, request.query_params)
         return self._render("search.html", **vars(await to_thread.run_sync(search, limiter=self.searching)))
+
+    async def api_search(self, request: Request) -> Response:
+        """The results of the query in the URL as JSON; static/openapi.json describes them."""
+        search = partial(answer, self.index, self.uploads, request.query_params)
+        found = await to_thread.run_sync(search, limiter=self.searching)
+        if found.code != 200:
+            return JSONResponse({"error": found.status}, found.code)
+        return JSONResponse(
+            {"status": found.status, "notes": found.notes, "results": [_described(item.hit) for item in found.items]}
+        )
+
+    async def api_item(self, request: Request) -> Response:
+        """An item as JSON."""
+        return JSONResponse(_described(await to_thread.run_sync(self.index.hit, request.path_params["id"])))
 
     async def media(self, request: Request) -> Response:
         """The file of an item, or the range of it that the Range header asks for."""
@@ -159,6 +173,8 @@ class Page:
         """Answers an error with one sentence: a page for browsers, plain text otherwise."""
         code = error.status_code if isinstance(error, HTTPException) else 404
         text = "There is no such page" if isinstance(error, HTTPException) else str(error)
+        if request.url.path.startswith("/api/"):
+            return JSONResponse({"error": text}, code)
         if "text/html" in request.headers.get("accept", ""):
             return self._render("error.html", code=code, status=text)
         return PlainTextResponse(text.encode(errors="replace"), code)
@@ -189,6 +205,13 @@ async def _body(request: Request, name: str) -> bytes:
 
 def _refused(reason: str, code: int = 400) -> JSONResponse:
     return JSONResponse({"error": f"Cannot search with {reason}."}, code)
+
+
+def _described(hit: Hit) -> dict[str, Any]:
+    """An item for programs. Its URLs are relative to the server's."""
+    shown = ("id", "modality", "path", "text", "start", "end", "part", "parts", "source", "row", "score", "found_by")
+    urls = {"media": f"/media/{hit.id}", "thumbnail": f"/thumbnails/{hit.id}"}
+    return {name: getattr(hit, name) for name in shown} | urls
 
 
 def _picture(picture: bytes | None) -> Response:

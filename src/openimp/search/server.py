@@ -23,6 +23,8 @@ def create_app(index: Index, host: str = "127.0.0.1") -> Guard:
     page = Page(index)
     routes = [
         Route("/", page.search),
+        Route("/api/search", page.api_search),
+        Route("/api/items/{id}", page.api_item),
         Route("/media/{id}", page.media),
         Route("/thumbnails/{id}", page.item_thumbnail),
         Route("/uploads/{id}", page.upload_thumbnail),

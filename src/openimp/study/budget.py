@@ -87,6 +87,9 @@ def _keep_tasks(data: dict[str, Any], names: list[str], common: Recipe) -> None:
     used = {name for task in data["tasks"].values() for name in task["inputs"]}
     stems = {modality.stem for name, modality in common.make_modalities().items() if name in used}
     data["modalities"] = {stem: options for stem, options in data["modalities"].items() if stem in stems}
+    moe = data["model"].get("moe")
+    if moe and isinstance(moe["experts"], dict):
+        moe["experts"] = {stem: count for stem, count in moe["experts"].items() if stem in stems}
     kept_sets = {}
     for name, options in data["evaluation"]["sets"].items():
         needed = {*options["inputs"]}

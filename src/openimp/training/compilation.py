@@ -1,6 +1,7 @@
 """torch.compile for the blocks of the encoder, once per signature and class of blocks.
 
-The signature of a pass has the number of examples and tokens of each of its inputs, and whether they have a mask.
+The signature of a pass has the number of examples and tokens of each of its inputs, and whether they have a mask. If
+stems have their own experts, it has the stems as well.
 """
 
 import os
@@ -18,13 +19,14 @@ from openimp.common.safe_files import private_folder
 from openimp.model.embedder import Embedder, pass_sizes
 from openimp.recipe.schema import Recipe
 
-Signature = tuple[tuple[int, int, bool], ...]
-"""(examples, tokens, whether there is a mask) of each input of a pass."""
+Signature = tuple[tuple[str, int, int, bool], ...]
+"""(stem or "", examples, tokens, whether there is a mask) of each input of a pass."""
 
 
 def signatures(recipe: Recipe, modalities: Modalities, ranks: int) -> set[Signature]:
     """The signatures of all passes through a block on one of `ranks` ranks, in a training run."""
     passes: set[Signature] = set()
+    depends_on_stem = bool(recipe.model.moe and recipe.model.moe.experts_by_stem)
     for task in recipe.tasks.values():
         if not task.weight:
             continue
@@ -32,10 +34,11 @@ def signatures(recipe: Recipe, modalities: Modalities, ranks: int) -> set[Signat
             batch_size = view.batch_size or task.batch_size
             rows = {name: batch_size * spec.draw // ranks for name, spec in task.inputs.items()}
             for sizes in pass_sizes(rows, recipe.memory.chunk_size):
-                inputs = [
-                    (examples, modalities[name].length(view[name]), modalities[name].masked)
-                    for name, examples in sizes.items()
-                ]
+                inputs = []
+                for name, examples in sizes.items():
+                    modality = modalities[name]
+                    stem = modality.stem if depends_on_stem else ""
+                    inputs.append((stem, examples, modality.length(view[name]), modality.masked))
                 passes.add(tuple(inputs))
                 if recipe.model.modality_specific_layers:
                     passes.update((single_input,) for single_input in inputs)

@@ -16,6 +16,7 @@ from openimp.parallel import distributed
 from openimp.planning.gpus import peak_flops
 from openimp.planning.ledger import Costs, mixture_table
 from openimp.training.bad_examples import BadExamples
+from openimp.training.loggers import open_loggers
 from openimp.training.metrics import Metrics
 from openimp.training.step_timer import StepTimer, speed_text
 
@@ -37,7 +38,8 @@ class Log:
         self.recipe = data.recipe
         self.costs = costs
         self.timer = StepTimer()
-        self.metrics = Metrics(run, step, peak_flops(device, train.precision), state.get("totals"))
+        loggers = open_loggers(data.recipe, run, step) if distributed.rank() == 0 else []
+        self.metrics = Metrics(run, step, peak_flops(device, train.precision), state.get("totals"), loggers)
         self.bad_examples = BadExamples(run, step, train.max_bad_fraction, state.get("bad"))
         self._begun_tasks: set[str] = set()
 
@@ -97,14 +99,16 @@ class Log:
         self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view], loaded.digest)
         self.bad_examples.add(visit.step, visit.task, visit.batch_size, loaded.bad)
 
-    def write(self, steps_done: int, lr_factor: float, grad_norm: float, bar: StepBar) -> None:
-        """Writes and prints a line after `steps_done` steps, with the learning rate and norm of the last update."""
+    def write(self, steps_done: int, lr_factor: float, grad_norm: float, bar: StepBar) -> dict[str, Any]:
+        """Writes, prints and returns a line after `steps_done` steps, with the learning rate and norm of the last
+        update."""
         lr = self.recipe.optimizer.lr * lr_factor
         line = self.metrics.write(steps_done, lr, grad_norm, self.timer.record())
         losses = {task: line["tasks"][task]["loss"] for task in self.recipe.tasks if task in line["tasks"]}
         bar.report(steps_done, losses, speed_text(line))
         if warning := self.timer.warning(line, self.recipe, self.data.modalities):
             console.print(warning, soft_wrap=True)
+        return line
 
     def print_warnings_of_objectives(self, loaded: LoadedBatch) -> None:
         """Prints the warnings of a task's objectives, if this batch is the first of its task."""

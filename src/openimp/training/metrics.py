@@ -1,6 +1,7 @@
-"""Aggregates metrics over steps and ranks, and writes metrics.jsonl, results.jsonl and TensorBoard files."""
+"""Aggregates metrics over steps and ranks, and writes metrics.jsonl and results.jsonl."""
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from openimp.common.json_lines import append, forget_after, replace_after
 from openimp.objectives.losses import Losses
 from openimp.parallel.distributed import all_gather_object, all_reduce_mean, rank, world_size
 from openimp.planning.ledger import Cost
+from openimp.training.loggers import Logger
 
 DIGEST_MODULUS = 2**48
 """The digest of a line is the sum of its examples' 48-bit hashes modulo this."""
@@ -20,20 +22,24 @@ class Metrics:
     """Aggregates the metrics of the steps since the last line, and writes the next line.
 
     Rank 0 writes. Losses and router statistics are means over all ranks. `peak` is a device's FLOP/s (`peak_flops`).
-    docs/metrics.md explains every field.
+    `loggers` get the figures too; they are those of rank 0. docs/metrics.md explains every field.
     """
 
-    def __init__(self, run: Path, step: int, peak: float, totals: dict[str, dict[str, int]] | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self,
+        run: Path,
+        step: int,
+        peak: float,
+        totals: dict[str, dict[str, int]] | None = None,
+        loggers: Sequence[Logger] = (),
+    ) -> None:
         self.file = run / "metrics.jsonl"
         self.results_file = run / "results.jsonl"
         self.peak = peak
-        self.board: SummaryWriter | None = None
+        self.loggers = loggers
         if rank() == 0:
             forget_after(self.file, step)
             forget_after(self.results_file, step)
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
         self.totals = {task: Counter(amounts) for task, amounts in (totals or {}).items()}
         self._reset()
 
@@ -91,10 +97,10 @@ class Metrics:
             "totals": {task: dict(amounts) for task, amounts in self.totals.items()},
         }
         self._reset()
-        if self.board is not None:
+        if rank() == 0:
             append(self.file, line)
-            for name, value in _scalars(line).items():
-                self.board.add_scalar(name, value, step)
+        for logger in self.loggers:
+            logger.log(_scalars(line), step)
         return line
 
     def _mean_usage(self, modality: str) -> list[dict[str, Any]]:
@@ -108,21 +114,23 @@ class Metrics:
 
     def write_results(self, results: list[dict[str, Any]]) -> None:
         """Writes evaluation results, on rank 0, and removes older ones of the same step."""
-        assert self.board is not None
         replace_after(self.results_file, max(result["step"] for result in results) - 1, results)
         for result in results:
-            for key in ("r1", "r5", "mrr", "top1", "map"):
-                if key in result:
-                    self.board.add_scalar(f"{key}/{result['set']}/{result['task']}", result[key], result["step"] or 0)
-        self.board.flush()
+            figures = {
+                f"{key}/{result['set']}/{result['task']}": result[key]
+                for key in ("r1", "r5", "mrr", "top1", "map")
+                if key in result
+            }
+            for logger in self.loggers:
+                logger.log(figures, result["step"] or 0)
 
     def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
+        for logger in self.loggers:
+            logger.close()
 
 
 def _scalars(line: dict[str, Any]) -> dict[str, float]:
-    """The figures of a line that TensorBoard shows, by name."""
+    """The figures of a line that loggers show, by name."""
     keys = ("lr", "grad_norm", "examples_per_s", "tokens_per_s", "mfu", "hfu", "data_wait", "step_p50", "step_p95")
     scalars = {key: line[key] for key in keys if key in line}
     scalars |= {f"data_wait/{task}": share for task, share in line["waits"].items()}

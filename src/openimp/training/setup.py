@@ -36,6 +36,7 @@ from openimp.recipe.tasks import Task
 from openimp.training.checkpointing import Checkpointing
 from openimp.training.compilation import compile_blocks, signatures, variants
 from openimp.training.log import Log
+from openimp.training.loggers import check_loggers
 from openimp.training.run_directory import RunDirectory
 from openimp.training.updater import Updater
 from openimp.training.validation import Validation
@@ -103,6 +104,7 @@ def set_up(
     device = distributed.start()
     keep_freed_memory()
     _check_ranks(recipe, variant)
+    check_loggers(recipe)
     directory = RunDirectory(run, recipe)
     checkpoint = directory.checkpoint(resume, variant.name)
     modalities = variant.make_modalities(recipe)
@@ -123,6 +125,7 @@ def set_up(
         changed = changed_sources(checkpoint, fingerprints, allow_changed_data)
         if saved_classes != data.classes:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
+    distributed.run_first_on_node(lambda: data.embed(track))
     step_costs = variant.costs(recipe, modalities, data.classes)
     signature_count = len(signatures(recipe, modalities, world_size)) if recipe.train.compile else 0
     model, model_files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)

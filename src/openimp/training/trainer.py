@@ -1,7 +1,8 @@
 """The training loop: alternating gradient descent. Each step trains one task with one of its views."""
 
 import math
-from contextlib import closing
+from collections.abc import Iterable
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain
@@ -11,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from openimp.checkpoint.folder import checkpoint_folder
 from openimp.checkpoint.saver import CheckpointError
 from openimp.common.device import HostCopy
 from openimp.common.errors import UserError, counted
@@ -27,6 +29,7 @@ from openimp.parallel import distributed
 from openimp.parallel.layout import mixed_precision
 from openimp.planning.ledger import empty_batch
 from openimp.recipe.schema import Recipe
+from openimp.training.callbacks import Callback, Callbacks, StopTraining
 from openimp.training.run_directory import RunDirectory, locked
 from openimp.training.setup import Parts, Variant, set_up
 from openimp.training.stopping import Stop, Stopped, stop_all_ranks, stop_signals
@@ -34,26 +37,32 @@ from openimp.training.stopping import Stop, Stopped, stop_all_ranks, stop_signal
 
 @distributed.report_dead_ranks()
 def train(
-    recipe: Recipe,
-    run: Path,
+    recipe: Recipe | str | Path,
+    run: str | Path | None = None,
     resume: bool | Literal["auto"] = False,
     variant: Variant | None = None,
     allow_changed_data: bool = False,
+    callbacks: Iterable[Callback] = (),
 ) -> bool:
     """Trains and evaluates a recipe. Returns True if the run is complete, and False if a signal stopped it.
 
     Args:
-        run: directory to write to; with `resume`, that of an interrupted run of the same recipe.
+        recipe: a recipe, its file, or the name of one that comes with openimp.
+        run: directory to write to; with `resume`, that of an interrupted run of the same recipe. None: runs/NAME.
         resume: True requires a checkpoint and resumes from the newest intact one; "auto" starts from step 0 if there is
             no checkpoint. Ranks that torchrun has restarted always use "auto".
         variant: what a study changes.
         allow_changed_data: resume even if a source has changed since the checkpoint was saved.
+        callbacks: are told of steps, evaluations and checkpoints, and may end the training.
 
     Raises:
         UserError: the run cannot start, resume or continue. If data is bad or a loss is not finite, all complete steps
             are saved. If a rank died, the steps since the last checkpoint are lost.
         CheckpointError: a checkpoint cannot be written. Steps since the previous one are lost.
     """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    run = Path("runs") / recipe.name if run is None else Path(run)
     distributed.start()
     variant = variant or Variant()
     with locked(run):
@@ -61,7 +70,7 @@ def train(
             complete = True
             console.print(f"{run}: all {recipe.train.steps:,} steps are done and evaluated already", soft_wrap=True)
         else:
-            complete = Trainer(set_up(recipe, run, resume, variant, allow_changed_data)).train()
+            complete = Trainer(set_up(recipe, run, resume, variant, allow_changed_data), callbacks).train()
     distributed.shut_down()
     return complete
 
@@ -101,8 +110,12 @@ class Trainer(Parts):
         encode_all: `model.encode_all`, in chunks if the recipe says so.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, callbacks: Iterable[Callback] = ()) -> None:
         super().__init__(**vars(parts))
+        self.callbacks = Callbacks(callbacks)
+        self._announced_step = self.checkpointing.saved_step
+        self._evaluated_step: int | None = None
+        self._must_stop = False  # A callback has asked for it after a checkpoint.
         self.modalities = self.data.modalities
         self.encode_all = in_chunks(self.model.encode_all, self.recipe.memory.chunk_size)
         self.step = self.checkpointing.saved_step
@@ -123,10 +136,16 @@ class Trainer(Parts):
         # The run stops after a signal, or if a checkpoint could not be written.
         with stop_signals(self.checkpointing.saver.failed) as stop, self._bar, closing(self.log.metrics):
             try:
-                self._train_steps(stop)
+                try:
+                    self._train_steps(stop)
+                except StopTraining:
+                    console.print(f"a callback ended the training after step {self.step}", soft_wrap=True)
                 self.save()
-                self.evaluate(stop.watch)
+                if self._evaluated_step != self.step:
+                    with suppress(StopTraining):
+                        self.evaluate(stop.watch)
                 self.checkpointing.wait()
+                self._announce_checkpoint()
                 self.log.bad_examples.report()
                 return True
             except Stopped:
@@ -151,8 +170,10 @@ class Trainer(Parts):
     def _train_steps(self, stop: Stop) -> None:
         save_every = self.recipe.train.save_every
         evaluate_every = self.recipe.evaluation.every
-        if self.step and self._is_due(evaluate_every, self.step):
-            self.evaluate(stop.watch)  # The interrupted run may have saved this step without evaluating it.
+        # An interrupted run may have saved a step without evaluating it. What a public model can do before the training
+        # shows what it forgets.
+        if self._is_due(evaluate_every, self.step) if self.step else self.recipe.starts_from_weights:
+            self.evaluate(stop.watch)
         batches = self.log.timer.timed(load_batches(self.data, self.step))
         try:
             # The alternation has chosen the task and the view of each batch: `loaded.visit`. On several
@@ -160,6 +181,9 @@ class Trainer(Parts):
             # placeholder if loading failed. A single rank stops at once.
             for loaded in stop.watch_steps(batches, self.step, self._placeholder_batch):
                 self.make_step(loaded)
+                if self._must_stop:
+                    self.settle()
+                    raise StopTraining
                 if self.variant.prints_warnings:
                     self.log.print_warnings_of_objectives(loaded)
                 steps_done = loaded.visit.step + 1
@@ -246,8 +270,10 @@ class Trainer(Parts):
                 self.cursors[visit.task] = step.loaded.cursors
             self.log.record(step.loaded, step.losses)
         self._bar.step(self.step)
+        figures = None
         if any(self.log.is_due(step.loaded.visit.step + 1) for step in steps):
-            self.log.write(self.step, self.updater.lr_factor(self.step - 1), self.grad_norm, self._bar)
+            figures = self.log.write(self.step, self.updater.lr_factor(self.step - 1), self.grad_norm, self._bar)
+        self.callbacks.on_step(self.step, figures)
 
     def settle(self) -> None:
         """Confirms the queued steps, and gathers bad examples from all ranks.
@@ -260,9 +286,22 @@ class Trainer(Parts):
     def save(self, wait: bool = False) -> None:
         """Starts saving the confirmed steps, unless they are saved; with `wait`, returns when the files are written."""
         self.settle()
+        self._announce_checkpoint()
         self.checkpointing.save(self.state())
         if wait:
             self.checkpointing.wait()
+            self._announce_checkpoint()
+
+    def _announce_checkpoint(self) -> None:
+        """Waits for the newest checkpoint and tells the callbacks of it, unless they know it."""
+        step = self.checkpointing.saved_step
+        if self.callbacks.callbacks and step != self._announced_step:
+            self.checkpointing.wait()
+            self._announced_step = step
+            try:
+                self.callbacks.on_checkpoint(step, checkpoint_folder(self.run, step))
+            except StopTraining:
+                self._must_stop = True
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores for resuming besides tensors, as JSON values. Every rank must call this."""
@@ -281,8 +320,12 @@ class Trainer(Parts):
         """
         self.settle()
         if self.recipe.evaluation.sets:
-            self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
+            self._evaluated_step = self.step
+            results = self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
+            self._announce_checkpoint()
             self.validation.keep_best(self.step, self.checkpointing, self.state())
+            self._announce_checkpoint()
+            self.callbacks.on_evaluation(self.step, results)
 
     def _is_due(self, every: int | None, steps_done: int) -> bool:
         """Whether `steps_done` is a multiple of `every`. False within a round and after the last step."""

@@ -27,8 +27,11 @@ class Validation:
     data: StepBatches
     model: Embedder
 
-    def evaluate(self, step: int, ema: EMA | None, metrics: Metrics, watch: Progress | None = None) -> None:
-        """Measures the model after `step` steps, with the weights of `ema` if given, and writes and prints the results.
+    def evaluate(
+        self, step: int, ema: EMA | None, metrics: Metrics, watch: Progress | None = None
+    ) -> list[dict[str, Any]]:
+        """Measures the model after `step` steps, with the weights of `ema` if given. Writes, prints and returns the
+        results.
 
         Then it raises NotMeasured if a set could not be measured. `watch` wraps the passes; see `Evaluator`.
         """
@@ -49,6 +52,7 @@ class Validation:
             console.print(table(results))
         if failure:
             raise failure
+        return results
 
     def keep_best(self, step: int, checkpointing: Checkpointing, state: dict[str, Any]) -> None:
         """Saves a checkpoint if the evaluation after `step` steps is the best so far, and links to the best one.

@@ -1,0 +1,200 @@
+"""Towers: a public encoder, or a model of openimp, as the frozen first part of a modality.
+
+A tower turns an item into a vector, which is the only token of the item. The tower is a part of the modality and not of
+the model: it is never trained, saved or distributed. Training embeds its items before the first step
+(`StepBatches.embed`), and then reads vectors. Evaluation and inference run the tower.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openimp.common.errors import UserError
+from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
+from openimp.common.protocols import Pictured, Segmented
+from openimp.common.schema import Count, RecipePath, Strict, checked
+from openimp.encoding.engine import ahead
+from openimp.encoding.frozen import CLIPS, FrozenEncoder, open_encoder
+from openimp.recipe.registry import modality_class
+
+
+class SavedTower(Strict):
+    """What a model remembers of its tower."""
+
+    weights: str
+    """`FrozenEncoder.weights`."""
+    features: Count
+    """The size of its vectors."""
+
+
+class Tower(Modality):
+    """A modality that reads items with a frozen encoder, and whose tokens are the encoder's vectors.
+
+    `tower_class` makes the subclass for a modality.
+    """
+
+    class Config(Strict):
+        """A frozen encoder instead of a patch embedding."""
+
+        tower: RecipePath
+        """The model that embeds items: a run, `hub:OWNER/NAME`, `open_clip:NAME/TAG`, or
+        `sentence_transformers:OWNER/NAME`."""
+        crops: Count = 1
+        """Vectors that training has of each picture, clip or sound. The first is of the item as in evaluation (of a
+        long item, the mean over its clips), the others are of random crops, changed as in the tower's own training.
+        Each step draws one of them."""
+
+    class View(Strict):
+        """A tower reads items in its own view."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._saved: SavedTower | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.name, self.config, self.state())  # Without the encoder.
+
+    @cached_property
+    def encoder(self) -> FrozenEncoder:
+        """The frozen encoder, on the GPU if there is one. UserError if it is not the one of training."""
+        encoder = open_encoder(self.config.tower, self.name)
+        if self._saved and self._saved.weights != encoder.weights:
+            raise UserError(f"tower {self.config.tower}: has other weights or options now than in training")
+        return encoder
+
+    def state(self) -> dict[str, str]:
+        # By modality, because those of a stem may have different views.
+        saved = self._saved or SavedTower(weights=self.encoder.weights, features=self.encoder.features)
+        return {f"tower-{self.name}.json": saved.model_dump_json(indent=1)}
+
+    def load_state(self, state: Mapping[str, str]) -> None:
+        """Remembers what the tower was in training. It is opened when it is used."""
+        file = f"tower-{self.name}.json"
+        if file not in state:
+            raise UserError(f"{file}: missing")
+        try:
+            self._saved = checked(SavedTower, json.loads(state[file]), file)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}: damaged: {error}") from None
+
+    def fit(self, corpus: Iterable[list[str]]) -> None:
+        """Learns nothing."""
+
+    def stem_spec(self) -> StemSpec:
+        features = self._saved.features if self._saved else self.encoder.features
+        return StemSpec(values=features, axes=(1,), vector=True)
+
+    def check(self, view: Any) -> None:
+        """Every view fits."""
+
+    def length(self, view: Any) -> int:
+        return 1
+
+    def embed_all(self, reads: Iterable[Callable[[], Any]]) -> Iterator[np.ndarray | BadMedia]:
+        """The vectors (crops, features) fp16 of each item, or why it cannot be read. `reads` return raw values."""
+        attempts = ahead(self._attempt, enumerate(reads))
+        batch: list[list[np.ndarray] | BadMedia] = []
+        clips = 0
+        for item in attempts:
+            batch.append(item)
+            clips += 0 if isinstance(item, BadMedia) else sum(map(len, item))
+            if clips >= CLIPS:
+                yield from self._embedded(batch)
+                batch = []
+                clips = 0
+        yield from self._embedded(batch)
+
+    def _embedded(self, batch: list[list[np.ndarray] | BadMedia]) -> Iterator[np.ndarray | BadMedia]:
+        crops = [crop for item in batch if not isinstance(item, BadMedia) for crop in item]
+        vectors = iter(self._vectors(crops) if crops else ())
+        for item in batch:
+            yield item if isinstance(item, BadMedia) else np.stack([*islice(vectors, len(item))])
+
+    def _attempt(self, numbered: tuple[int, Callable[[], Any]]) -> list[np.ndarray] | BadMedia:
+        """The clips of each crop of an item."""
+        number, read = numbered
+        try:
+            value = read()
+            crops = [self.encoder.read(value)]
+            for crop in range(1, 1 if self.reads_text else self.config.crops):
+                crops.append(self.encoder.read(value, np.random.default_rng([number, crop])))
+            return crops
+        except BadMedia as error:
+            return error
+
+    def _vectors(self, crops: list[np.ndarray]) -> np.ndarray:
+        """A vector (N, features) fp16 of each array of clips."""
+        z_MD = F.normalize(self.encoder.embed(np.concatenate(crops)).float(), dim=-1)
+        means = [z.mean(0) for z in z_MD.split([len(clips) for clips in crops])]
+        return _scaled(torch.stack(means)).cpu().numpy().astype(np.float16)
+
+    def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
+        """The vectors of one item; see `embed_all`."""
+        (vectors,) = self.embed_all([lambda: raw])
+        if isinstance(vectors, BadMedia):
+            raise vectors
+        return vectors
+
+    def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
+        """One of the vectors of an item. Evaluation uses `encode_input` instead."""
+        assert rng is not None
+        return item[int(rng.integers(len(item)))]
+
+    def encode_input(self, value: Any, view: Any) -> np.ndarray:
+        """The clips as the tower's modality reads them. `tokens` embeds them."""
+        return self.encoder.read(value)
+
+    def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
+        """One token per vector (B, features), or, without `rngs`, per clip, which the tower embeds."""
+        vectors_BD = torch.from_numpy(items).float() if rngs is not None else _scaled(self.encoder.embed(items))
+        return Tokens(vectors_BD[:, None], torch.zeros(len(items), 1, 1, dtype=torch.int64, device=vectors_BD.device))
+
+
+class MediaTower(Tower):
+    """A tower for media, which shows and cuts them as the tower's modality does."""
+
+    def show(self, value: Any, view: Any) -> bytes:
+        return self._reader(Pictured).show(value, self.encoder.view)
+
+    def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
+        return self._reader(Pictured).thumbnail(value, self.encoder.view, side, segment)
+
+    def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
+        reader = self.encoder.reader
+        return reader.segments(value, self.encoder.view) if isinstance(reader, Segmented) else []
+
+    def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
+        return self._reader(Segmented).encode_segment(value, self.encoder.view, start, end)
+
+    def _reader(self, protocol: Any) -> Any:
+        reader = self.encoder.reader
+        if not isinstance(reader, protocol):
+            raise BadMedia(f"{self.name} of tower {self.config.tower} has no pictures")
+        return reader
+
+
+@cache
+def tower_class(name: str) -> type[Tower]:
+    """The class that reads a modality with a tower. It has what is the same for all readers of the modality."""
+    plain = modality_class(name)
+    base = Tower if plain.reads_text else MediaTower
+    shared = ("name", "stem", "reads_text", "extensions", "decoders")
+    return type(f"{plain.__name__}Tower", (base,), {key: getattr(plain, key) for key in shared})
+
+
+def _restored(name: str, config: Any, state: dict[str, str]) -> Tower:
+    tower = tower_class(name)(config)
+    tower.load_state(state)
+    return tower
+
+
+def _scaled(vectors_BD: Tensor) -> Tensor:
+    """Vectors of length sqrt(D), so that their values have about variance 1, which a stem expects."""
+    return F.normalize(vectors_BD.float(), dim=-1) * vectors_BD.shape[-1] ** 0.5

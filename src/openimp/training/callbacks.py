@@ -1,0 +1,81 @@
+"""Callbacks: what a program does during a training run, without a trainer of its own."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from openimp.common.errors import UserError
+from openimp.evaluation.results import main_metric
+
+
+class StopTraining(Exception):
+    """A callback raises it to end the training. The run is then saved, and evaluated unless this step was evaluated."""
+
+
+class Callback:
+    """A program's own part of a training run, for `openimp.train`. Override any of the methods.
+
+    With several ranks, each of them calls the callbacks. Steps and results are equal on all ranks, but times in
+    `figures` are not: do not end the training because of them.
+    """
+
+    def on_step(self, step: int, figures: dict[str, Any] | None) -> None:
+        """Called when the update of a step is confirmed. `step` counts from 1. `figures` is the line of metrics.jsonl,
+        if one is written."""
+
+    def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
+        """Called after each evaluation, with the lines of results.jsonl."""
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        """Called once a checkpoint is complete on disk, which may be some steps after `step`."""
+
+
+class EarlyStopping(Callback):
+    """Ends the training if the main metric of an evaluation set has not improved in `patience` evaluations in a row.
+
+    `evaluation.every` says how often sets are evaluated, and `evaluation.best` keeps the best checkpoint. If the run is
+    resumed, counting starts again.
+    """
+
+    def __init__(self, set: str, patience: int = 3) -> None:
+        self.set = set
+        self.patience = patience
+        self._best = float("-inf")
+        self._without_gain = 0
+
+    def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
+        metrics = [main_metric(result) for result in results if result["set"] == self.set]
+        if not metrics:
+            raise UserError(f"EarlyStopping: no evaluation set is called {self.set!r}")
+        metric = fmean(metrics)
+        self._without_gain = 0 if metric > self._best else self._without_gain + 1
+        self._best = max(self._best, metric)
+        if self._without_gain >= self.patience:
+            raise StopTraining
+
+
+class Callbacks(Callback):
+    """Several callbacks. All of them are called, in order, before one of them ends the training."""
+
+    def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
+        self.callbacks = list(callbacks)
+
+    def on_step(self, step: int, figures: dict[str, Any] | None) -> None:
+        self._call(lambda callback: callback.on_step(step, figures))
+
+    def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
+        self._call(lambda callback: callback.on_evaluation(step, results))
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        self._call(lambda callback: callback.on_checkpoint(step, folder))
+
+    def _call(self, call: Callable[[Callback], None]) -> None:
+        stops = False
+        for callback in self.callbacks:
+            try:
+                call(callback)
+            except StopTraining:
+                stops = True
+        if stops:
+            raise StopTraining

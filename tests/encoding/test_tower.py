@@ -1,0 +1,303 @@
+"""Towers: frozen encoders whose vectors training reads."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import little
+import numpy as np
+import open_clip
+import PIL.Image
+import public
+import pytest
+import torch
+import torch.nn.functional as F
+from messages import refuses
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
+from typer.testing import CliRunner
+
+import openimp
+from openimp.checkpoint.folder import checkpoints, read_weights
+from openimp.cli import app
+from openimp.data.step_batches import StepBatches
+from openimp.drafting.draft import draft_recipe
+from openimp.inference.publish import push
+from openimp.recipe.schema import Recipe
+from openimp.training.trainer import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Pictures in folders of their classes, and sounds; see tests/little.py."""
+    return little.write(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> tuple[str, Path]:
+    """A model of open_clip: its name and its folder."""
+    folder = tmp_path_factory.mktemp("clip") / "model"
+    return public.write("clip", folder), folder
+
+
+def recipe_of(data: Path, tower: str, **changes: Any) -> Recipe:
+    content = {
+        "name": "bound",
+        "model": {"width": 24, "layers": 0, "heads": 1, "space": "joint", "embed_dim": 24},
+        "modalities": {"vision": {"tower": tower}, "text": {"tower": tower}},
+        "sources": {"pictures": {"path": str(data / "pictures")}},
+        "tasks": {
+            "pictures": {
+                "source": "pictures",
+                "inputs": {"image": "file", "text": ["a {label} square", "{label}"]},
+                "objectives": [{"type": "contrastive", "positives_by": "label"}],
+                "batch_size": 8,
+                "views": [{}],
+            }
+        },
+        "train": {"steps": 4, "num_workers": 0, "save_every": 2},
+        "evaluation": {
+            "sets": {
+                "colours": {"type": "zero_shot", "source": "pictures", "inputs": {"image": "file"}, "label": "label"}
+            }
+        },
+    }
+    return Recipe.build({**content, **changes})
+
+
+def library_vectors(folder: Path, files: list[Path], texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit vectors as open_clip computes them."""
+    library, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}", pretrained_text=False)
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    images = torch.stack([transform(PIL.Image.open(file)) for file in files])
+    with torch.no_grad():
+        library.eval()
+        return library.encode_image(images, normalize=True), library.encode_text(tokenizer(texts), normalize=True)
+
+
+class Counted:
+    """A progress bar that counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, items: Iterable[Any], description: str) -> Iterable[Any]:
+        for item in items:
+            self.count += 1
+            yield item
+
+
+def test_training_reads_the_vectors_of_the_library_which_are_computed_once(data, clip):
+    name, folder = clip
+    recipe = recipe_of(data, name)
+    batches = StepBatches(recipe, recipe.make_modalities())
+    bar = Counted()
+    batches.embed(bar)
+    assert bar.count == 24 + 8  # pictures, and two texts of each class
+    batch = batches[0].batch
+    rows = batches.sources["pictures"].rows(batch.rows, ["file", "label"])
+    files = [data / "pictures" / row["file"] for row in rows]
+    images, _ = library_vectors(folder, files, ["red"])
+    torch.testing.assert_close(batch.tokens["image"].values[:, 0], images * 24**0.5, atol=4e-3, rtol=1e-3)  # fp16
+    for row, vector in zip(rows, batch.tokens["text"].values[:, 0]):
+        _, texts = library_vectors(folder, files[:1], [f"a {row['label']} square", row["label"]])
+        assert (texts * 24**0.5 - vector).abs().amax(-1).min() < 4e-3
+
+    again = StepBatches(recipe, recipe.make_modalities())
+    embedded = {file: file.stat().st_mtime_ns for file in Path(os.environ["OPENIMP_CACHE"]).glob("embedded/*/*")}
+    again.embed()
+    assert embedded == {
+        file: file.stat().st_mtime_ns for file in Path(os.environ["OPENIMP_CACHE"]).glob("embedded/*/*")
+    }
+    assert torch.equal(again[0].batch.tokens["image"].values, batch.tokens["image"].values)
+    # A worker that is spawned gets the vectors without the tower.
+    copy = pickle.loads(pickle.dumps(again))
+    assert torch.equal(copy[0].batch.tokens["text"].values, again[0].batch.tokens["text"].values)
+
+
+def test_a_model_without_an_encoder_starts_with_the_cosines_of_its_tower(data, clip, tmp_path):
+    name, folder = clip
+    recipe = recipe_of(data, name, optimizer={"lr": 1e-12})
+    train(recipe, tmp_path / "run")
+    model = openimp.load(tmp_path / "run", "cpu", "fp32")
+    files = sorted((data / "pictures").rglob("*.png"))[:3]
+    texts = ["a red square", "blue"]
+    cosines = model.encode_image(files, normalize=True) @ model.encode_text(texts, normalize=True).T
+    images, text_vectors = library_vectors(folder, files, texts)
+    torch.testing.assert_close(cosines, images @ text_vectors.T, atol=1e-5, rtol=1e-5)
+
+
+def test_crops_are_further_vectors_of_a_picture(data, clip):
+    name, _ = clip
+    recipe = recipe_of(data, name, modalities={"vision": {"tower": name, "crops": 3}, "text": {"tower": name}})
+    batches = StepBatches(recipe, recipe.make_modalities())
+    batches.embed()
+    vectors = batches.stores["pictures", "image", "file"][0]
+    assert vectors.shape == (3, 24)
+    assert len(np.unique(vectors, axis=0)) == 3
+
+
+def test_an_encoder_above_a_tower_trains_resumes_and_searches(data, clip, tmp_path):
+    """Texts are read by an ordinary stem."""
+    name, _ = clip
+    model = {"width": 32, "layers": 1, "heads": 2, "mlp_dim": 64, "space": "joint", "embed_dim": 24}
+    stems = {"vision": {"tower": name}, "text": {"vocab_size": 300, "positions": 16}}
+    recipe = recipe_of(data, name, model=model, modalities=stems)
+    run = tmp_path / "run"
+    train(recipe, run)
+    *_, last = checkpoints(run)
+    weights = read_weights(last)
+    shutil.rmtree(last)
+    train(recipe, run, resume=True)
+    assert all(torch.equal(weight, weights[name]) for name, weight in read_weights(last).items())
+    index = CliRunner().invoke(app, ["index", str(run)], catch_exceptions=False)
+    assert index.exit_code == 0, index.output
+    found = CliRunner().invoke(app, ["search", str(run / "search.index"), "red", "-k", "2"])
+    assert found.exit_code == 0, found.output
+    assert "image" in found.output
+
+
+def test_a_model_of_openimp_is_a_tower_for_sounds(data, tmp_path):
+    train(Recipe.load(str(data / "recipe.yaml"), ["train.steps=2"]), tmp_path / "tower")
+    recipe = Recipe.build(
+        {
+            "name": "sounds",
+            "model": {"width": 32, "layers": 0, "heads": 1, "space": "joint", "embed_dim": 32},
+            "modalities": {stem: {"tower": str(tmp_path / "tower")} for stem in ("audio", "text")},
+            "sources": {"sounds": {"path": str(data / "sounds.jsonl")}},
+            "tasks": {
+                "heard": {
+                    "source": "sounds",
+                    "inputs": {"audio": "sound", "text": "caption"},
+                    "objectives": [{"type": "contrastive", "positives_by": "caption"}],
+                    "batch_size": 6,
+                    "views": [{}],
+                }
+            },
+            "train": {"steps": 2, "num_workers": 0},
+        }
+    )
+    audio = recipe.make_modalities()["audio"]
+    file = data / "0.wav"
+    vector = audio.tokens(audio.encode_input(file, None), None, None).values[0, 0]
+    assert vector.norm() == pytest.approx(32**0.5, rel=1e-4)
+    train(recipe, tmp_path / "run")
+    assert openimp.load(tmp_path / "run", "cpu").encode_audio(file).shape == (1, 32)
+
+
+def test_what_a_run_costs_is_known_before_it_is_trained(data, clip, tmp_path):
+    """On the meta device, on which weights have no values, the tower is not made."""
+    recipe = recipe_of(data, clip[0])
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    shown = CliRunner().invoke(app, ["info", str(tmp_path / "recipe.yaml")], catch_exceptions=False)
+    assert shown.exit_code == 0, shown.output
+    assert "one step" in shown.output
+
+
+def test_a_model_of_transformers_reads_texts(data, clip, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(public.WORDS), **sizes)).save_pretrained(tmp_path / "bert")
+    public.word_tokenizer().save_pretrained(tmp_path / "bert")
+    name = f"sentence_transformers:local-dir:{tmp_path / 'bert'}"
+    model = {"width": 32, "layers": 0, "heads": 1, "space": "joint", "embed_dim": 32}
+    recipe = recipe_of(data, clip[0], model=model, modalities={"vision": {"tower": clip[0]}, "text": {"tower": name}})
+    text = recipe.make_modalities()["text"]
+    vectors = text.tokens(np.concatenate([text.encode_input(words, None) for words in ("a cat", "red")]), None, None)
+    expected = SentenceTransformer(str(tmp_path / "bert")).encode(["a cat", "red"], convert_to_tensor=True)
+    torch.testing.assert_close(vectors.values[:, 0], F.normalize(expected) * 32**0.5, atol=1e-4, rtol=1e-4)
+    train(recipe, tmp_path / "run")
+    assert openimp.load(tmp_path / "run", "cpu").encode_text(["red", "a cat"]).shape == (2, 32)
+
+
+def test_pickled_weights_of_transformers_are_refused(data, tmp_path):
+    folder = tmp_path / "bert"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertModel(BertConfig(vocab_size=len(public.WORDS), **sizes))
+    model.save_pretrained(folder)
+    public.word_tokenizer().save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    name = f"sentence_transformers:local-dir:{folder}"
+    with refuses():
+        recipe_of(data, name).make_modalities()["text"].stem_spec()
+
+
+def test_a_tower_of_a_strangers_model_is_not_opened_before_it_is_used(data, clip, tmp_path):
+    """Neither one that does not exist, nor the model itself, nor damaged facts about it."""
+    train(recipe_of(data, clip[0]), tmp_path / "run")
+    (folder,) = (tmp_path / "run" / "checkpoints").glob("step-*4")
+    config = json.loads((folder / "config.json").read_text())
+    for tower in ("hub:somebody/nothing", str(folder)):
+        config["modalities"]["text"]["tower"] = tower
+        (folder / "config.json").write_text(json.dumps(config))
+        assert CliRunner().invoke(app, ["info", str(folder)], catch_exceptions=False).exit_code == 0
+    with refuses():
+        openimp.load(folder, "cpu").encode_text("red")
+    for content in ("[]", "{", '{"weights": "a", "features": "24"}'):
+        (folder / "tower-text.json").write_text(content)
+        with refuses():
+            openimp.load(folder, "cpu")
+
+
+def test_configurations_that_name_code_are_refused(data, tmp_path):
+    folder = tmp_path / "bert"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(public.WORDS), **sizes)).save_pretrained(folder)
+    public.word_tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+    name = f"sentence_transformers:local-dir:{folder}"
+    with refuses():
+        recipe_of(data, name).make_modalities()["text"].stem_spec()
+
+
+def test_a_local_tower_cannot_be_pushed_and_a_changed_one_is_noticed(data, tmp_path):
+    folder = tmp_path / "model"
+    name = public.write("clip", folder)
+    train(recipe_of(data, name), tmp_path / "run")
+    with refuses():
+        push(tmp_path / "run", "me/model", to=tmp_path / "pushed")
+    weights = load_file(folder / "open_clip_model.safetensors")
+    save_file({key: 2 * value for key, value in weights.items()}, folder / "open_clip_model.safetensors")
+    model = openimp.load(tmp_path / "run", "cpu")
+    with refuses():
+        model.encode_text("red")
+
+
+def test_what_a_tower_cannot_do_is_said_in_a_sentence(data, clip, tmp_path):
+    name, _ = clip
+    stems = {"vision": {"tower": name}, "text": {"tower": name}}
+    with refuses():
+        recipe_of(data, name, model={"wrap": name})
+    with refuses():
+        recipe_of(data, name, model={"width": 24, "layers": 0, "heads": 1, "embed_dim": 32})
+    with refuses():
+        recipe_of(data, name, modalities={**stems, "vision": {"tower": name, "patch": [1, 8, 8]}})
+    with refuses():
+        recipe_of(data, str(tmp_path / "nothing")).make_modalities()["image"].stem_spec()
+    sounds = recipe_of(data, name).to_dict()
+    sounds["modalities"] = {"audio": {"tower": name}, "text": {"tower": name}}
+    sounds["sources"] = {"pictures": {"path": str(data / "sounds.jsonl")}}
+    inputs = {"audio": "sound", "text": "caption"}
+    sounds["tasks"]["pictures"] |= {"inputs": inputs, "objectives": [{"type": "contrastive"}], "views": [{}]}
+    sounds["evaluation"] = {}
+    with refuses():
+        Recipe.build(sounds).make_modalities()["audio"].stem_spec()
+
+
+def test_a_draft_with_towers_trains(data, clip, tmp_path, monkeypatch):
+    name, _ = clip
+    monkeypatch.chdir(tmp_path)
+    drafted = draft_recipe([str(data / "pictures")], towers=[name])
+    (tmp_path / "mine.yaml").write_text(drafted.text)
+    recipe = Recipe.load("mine.yaml", ["train.steps=2", "train.num_workers=0"])
+    assert (recipe.model.layers, recipe.model.width) == (0, 24)
+    assert recipe.modalities["vision"].tower == recipe.modalities["text"].tower == name
+    train(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "results.jsonl").exists()

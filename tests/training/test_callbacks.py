@@ -1,0 +1,105 @@
+"""Callbacks of `openimp.train`."""
+
+from pathlib import Path
+from typing import Any
+
+import little
+import pytest
+
+import openimp
+from openimp.checkpoint.folder import checkpoints, verify
+from openimp.common.json_lines import read_lines
+
+CHANGES = ["train.steps=6", "train.save_every=2", "train.log_every=2", "tasks.heard.weight=0", "evaluation.every=2"]
+
+
+class Recorded(openimp.Callback):
+    """Records what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, bool]] = []
+        self.evaluations: list[int] = []
+        self.checkpoints: list[int] = []
+
+    def on_step(self, step: int, figures: dict[str, Any] | None) -> None:
+        assert figures is None or figures["step"] == step
+        self.steps.append((step, figures is not None))
+
+    def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
+        assert {result["step"] for result in results} == {step}
+        self.evaluations.append(step)
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        verify(folder)
+        self.checkpoints.append(step)
+
+
+class StopAfter(openimp.Callback):
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def on_step(self, step: int, figures: dict[str, Any] | None) -> None:
+        if step == self.last:
+            raise openimp.StopTraining
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> openimp.Recipe:
+    data = little.write(tmp_path_factory.mktemp("data"))
+    return openimp.Recipe.load(data / "recipe.yaml", CHANGES)
+
+
+def test_callbacks_are_told_of_steps_evaluations_and_checkpoints(recipe, tmp_path):
+    told = Recorded()
+    assert openimp.train(recipe, tmp_path / "run", callbacks=[told])
+    assert told.steps == [(step, step % 2 == 0) for step in range(1, 7)]
+    assert told.evaluations == [2, 4, 6]
+    assert told.checkpoints == [2, 4, 6]
+
+
+def test_a_callback_ends_the_training_and_the_run_is_complete_and_can_go_on(recipe, tmp_path):
+    told = Recorded()
+    assert openimp.train(recipe, str(tmp_path / "run"), callbacks=[StopAfter(3), told])
+    assert [step for step, _ in told.steps] == [1, 2, 3]
+    (*_, last) = checkpoints(tmp_path / "run")
+    assert last.name == "step-00000003"
+    assert read_lines(tmp_path / "run" / "results.jsonl")[-1]["step"] == 3
+    assert openimp.train(recipe, tmp_path / "run", resume=True, callbacks=[told])
+    assert [step for step, _ in told.steps] == [1, 2, 3, 4, 5, 6]
+
+
+def test_early_stopping_waits_for_a_gain(recipe, tmp_path):
+    """With a learning rate of zero nothing improves."""
+    frozen = openimp.Recipe.build({**recipe.to_dict(), "optimizer": {"lr": 1e-30, "warmup_steps": 1}})
+    told = Recorded()
+    openimp.train(frozen, tmp_path / "run", callbacks=[told, openimp.EarlyStopping("colours", patience=1)])
+    assert told.evaluations == [2, 4]
+    assert {line["step"] for line in read_lines(tmp_path / "run" / "results.jsonl")} == {2, 4}
+
+
+def test_the_functions_of_the_commands_are_in_the_package():
+    assert {"train", "embed", "build_index", "open_index", "load"} <= set(dir(openimp))
+    for name in dir(openimp):
+        assert getattr(openimp, name) is not None
+
+
+class StopAtCheckpoint(openimp.Callback):
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        raise openimp.StopTraining
+
+
+def test_each_checkpoint_is_announced_and_may_end_the_training(recipe, tmp_path):
+    """The callback behind the one that stops is told, too."""
+    told = Recorded()
+    assert openimp.train(recipe, tmp_path / "run", callbacks=[StopAtCheckpoint(), told])
+    assert told.checkpoints[0] == 2
+    assert told.checkpoints[-1] == told.steps[-1][0] < 6
+
+
+def test_the_best_checkpoint_is_announced_besides_the_others(recipe, tmp_path):
+    data = recipe.to_dict()
+    data["evaluation"]["best"] = "colours"
+    data["train"]["save_every"] = 4
+    told = Recorded()
+    assert openimp.train(openimp.Recipe.build(data), tmp_path / "run", callbacks=[told])
+    assert {2, 4, 6} <= {*told.checkpoints}  # The evaluation after step 2 is the best so far.
