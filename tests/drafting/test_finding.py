@@ -65,11 +65,11 @@ def test_subfolders_that_have_only_subfolders_are_sources_of_their_own(touch):
 
 
 def test_each_kind_of_media_in_a_folder_is_a_source_and_other_files_are_counted(touch):
-    touch("in/cat/0.jpg", "in/cat/1.PNG", "in/cat/0.wav", "in/cat/0.txt", "in/cat/x.heic", "in/loose.jpg")
+    touch("in/cat/0.jpg", "in/cat/1.PNG", "in/cat/0.wav", "in/cat/0.txt", "in/cat/x.raw", "in/loose.jpg")
     (audio, image) = find(["in"])
     assert audio.source == {"path": "in", "where": {"extension": ["wav"]}}
     assert image.source == {"path": "in", "where": {"extension": ["jpg", "png"]}}
-    assert (audio.left_out, image.left_out) == (".heic 1, .jpg 1", "")
+    assert (audio.left_out, image.left_out) == (".jpg 1, .raw 1", "")
 
 
 def test_links_are_not_followed_and_a_folder_without_media_says_what_was_looked_for(touch, folder):

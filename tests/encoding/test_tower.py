@@ -1,5 +1,7 @@
 """Towers: frozen encoders whose vectors training reads."""
 
+import json
+import os
 import pickle
 import shutil
 from collections.abc import Iterable
@@ -106,8 +108,11 @@ def test_training_reads_the_vectors_of_the_library_which_are_computed_once(data,
         assert (texts * 24**0.5 - vector).abs().amax(-1).min() < 4e-3
 
     again = StepBatches(recipe, recipe.make_modalities())
-    again.embed(bar)
-    assert bar.count == 24 + 8
+    embedded = {file: file.stat().st_mtime_ns for file in Path(os.environ["OPENIMP_CACHE"]).glob("embedded/*/*")}
+    again.embed()
+    assert embedded == {
+        file: file.stat().st_mtime_ns for file in Path(os.environ["OPENIMP_CACHE"]).glob("embedded/*/*")
+    }
     assert torch.equal(again[0].batch.tokens["image"].values, batch.tokens["image"].values)
     # A worker that is spawned gets the vectors without the tower.
     copy = pickle.loads(pickle.dumps(again))
@@ -184,6 +189,15 @@ def test_a_model_of_openimp_is_a_tower_for_sounds(data, tmp_path):
     assert openimp.load(tmp_path / "run", "cpu").encode_audio(file).shape == (1, 32)
 
 
+def test_what_a_run_costs_is_known_before_it_is_trained(data, clip, tmp_path):
+    """On the meta device, on which weights have no values, the tower is not made."""
+    recipe = recipe_of(data, clip[0])
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    shown = CliRunner().invoke(app, ["info", str(tmp_path / "recipe.yaml")], catch_exceptions=False)
+    assert shown.exit_code == 0, shown.output
+    assert "one step" in shown.output
+
+
 def test_a_model_of_transformers_reads_texts(data, clip, tmp_path):
     from sentence_transformers import SentenceTransformer
 
@@ -214,6 +228,35 @@ def test_pickled_weights_of_transformers_are_refused(data, tmp_path):
         recipe_of(data, name).make_modalities()["text"].stem_spec()
 
 
+def test_a_tower_of_a_strangers_model_is_not_opened_before_it_is_used(data, clip, tmp_path):
+    """Neither one that does not exist, nor the model itself, nor damaged facts about it."""
+    train(recipe_of(data, clip[0]), tmp_path / "run")
+    (folder,) = (tmp_path / "run" / "checkpoints").glob("step-*4")
+    config = json.loads((folder / "config.json").read_text())
+    for tower in ("hub:somebody/nothing", str(folder)):
+        config["modalities"]["text"]["tower"] = tower
+        (folder / "config.json").write_text(json.dumps(config))
+        assert CliRunner().invoke(app, ["info", str(folder)], catch_exceptions=False).exit_code == 0
+    with refuses():
+        openimp.load(folder, "cpu").encode_text("red")
+    for content in ("[]", "{", '{"weights": "a", "features": "24"}'):
+        (folder / "tower-text.json").write_text(content)
+        with refuses():
+            openimp.load(folder, "cpu")
+
+
+def test_configurations_that_name_code_are_refused(data, tmp_path):
+    folder = tmp_path / "bert"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(public.WORDS), **sizes)).save_pretrained(folder)
+    public.word_tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+    name = f"sentence_transformers:local-dir:{folder}"
+    with refuses():
+        recipe_of(data, name).make_modalities()["text"].stem_spec()
+
+
 def test_a_local_tower_cannot_be_pushed_and_a_changed_one_is_noticed(data, tmp_path):
     folder = tmp_path / "model"
     name = public.write("clip", folder)
@@ -222,8 +265,9 @@ def test_a_local_tower_cannot_be_pushed_and_a_changed_one_is_noticed(data, tmp_p
         push(tmp_path / "run", "me/model", to=tmp_path / "pushed")
     weights = load_file(folder / "open_clip_model.safetensors")
     save_file({key: 2 * value for key, value in weights.items()}, folder / "open_clip_model.safetensors")
+    model = openimp.load(tmp_path / "run", "cpu")
     with refuses():
-        openimp.load(tmp_path / "run", "cpu")
+        model.encode_text("red")
 
 
 def test_what_a_tower_cannot_do_is_said_in_a_sentence(data, clip, tmp_path):

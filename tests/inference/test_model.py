@@ -320,7 +320,7 @@ def test_import_is_quick_and_imports_no_torch():
         "import sys, time; start = time.perf_counter(); import openimp; spent = time.perf_counter() - start\n"
         "assert 'torch' not in sys.modules and 'pydantic' not in sys.modules\n"
         "assert openimp.__version__\n"
-        "assert sorted(dir(openimp)) == ['IMP', 'Recipe', '__version__', 'load', 'sentence_transformer']\n"
+        "assert {'IMP', 'Recipe', '__version__', 'load', 'train'} <= {*dir(openimp)}\n"
         "print(spent)"
     )
     run = [sys.executable, "-c", code]

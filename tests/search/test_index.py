@@ -112,17 +112,17 @@ def assert_equal(one: Path, other: Path) -> None:
 
 
 def test_a_folder_becomes_rows_for_files_segments_and_lines(build, tiny_model_folder, folder, tmp_path, capsys):
-    for name in ("notes.docx", "a.HEIC", "b.heic", "Makefile"):
+    for name in ("notes.docx", "a.RAW", "b.raw", "Makefile"):
         (folder / name).write_bytes(b"PK")
     done = build(folder)
     assert (done.new, done.changed, done.moved, done.unchanged, done.removed) == (14, 0, 0, 0, 0)
     assert list(done.skipped) == [str(folder / "broken.png")]
-    assert done.unknown == {".heic": 2, ".docx": 1, "": 1}
+    assert done.unknown == {".raw": 2, ".docx": 1, "": 1}
     printed = capsys.readouterr().out
     for sentence in (
         "17 items, exact search; files: 14 new",
         "1 file could not be read",
-        "no modality of the model reads: .heic 2, without extension 1, .docx 1\n",
+        "no modality of the model reads: .raw 2, without extension 1, .docx 1\n",
         str(folder / "broken.png"),
     ):
         assert sentence in printed

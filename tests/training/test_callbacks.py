@@ -60,12 +60,12 @@ def test_callbacks_are_told_of_steps_evaluations_and_checkpoints(recipe, tmp_pat
 def test_a_callback_ends_the_training_and_the_run_is_complete_and_can_go_on(recipe, tmp_path):
     told = Recorded()
     assert openimp.train(recipe, str(tmp_path / "run"), callbacks=[StopAfter(3), told])
-    assert [step for step, _ in told.steps] == [1, 2]
+    assert [step for step, _ in told.steps] == [1, 2, 3]
     (*_, last) = checkpoints(tmp_path / "run")
     assert last.name == "step-00000003"
     assert read_lines(tmp_path / "run" / "results.jsonl")[-1]["step"] == 3
     assert openimp.train(recipe, tmp_path / "run", resume=True, callbacks=[told])
-    assert [step for step, _ in told.steps] == [1, 2, 4, 5, 6]
+    assert [step for step, _ in told.steps] == [1, 2, 3, 4, 5, 6]
 
 
 def test_early_stopping_waits_for_a_gain(recipe, tmp_path):
@@ -81,3 +81,25 @@ def test_the_functions_of_the_commands_are_in_the_package():
     assert {"train", "embed", "build_index", "open_index", "load"} <= set(dir(openimp))
     for name in dir(openimp):
         assert getattr(openimp, name) is not None
+
+
+class StopAtCheckpoint(openimp.Callback):
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        raise openimp.StopTraining
+
+
+def test_each_checkpoint_is_announced_and_may_end_the_training(recipe, tmp_path):
+    """The callback behind the one that stops is told, too."""
+    told = Recorded()
+    assert openimp.train(recipe, tmp_path / "run", callbacks=[StopAtCheckpoint(), told])
+    assert told.checkpoints[0] == 2
+    assert told.checkpoints[-1] == told.steps[-1][0] < 6
+
+
+def test_the_best_checkpoint_is_announced_besides_the_others(recipe, tmp_path):
+    data = recipe.to_dict()
+    data["evaluation"]["best"] = "colours"
+    data["train"]["save_every"] = 4
+    told = Recorded()
+    assert openimp.train(openimp.Recipe.build(data), tmp_path / "run", callbacks=[told])
+    assert {2, 4, 6} <= {*told.checkpoints}  # The evaluation after step 2 is the best so far.

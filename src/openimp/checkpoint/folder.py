@@ -161,6 +161,8 @@ def read_config(
     elif data.get("format") == 7:
         try:
             data = lift_7(data)
+        except RecursionError:
+            raise UserError(f"{file}: damaged: it is nested too deeply") from None
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
     if (version := data.pop("format", None)) != FORMAT:

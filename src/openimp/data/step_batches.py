@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from openimp.alternation import Alternation, Visit
+from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.objective import TargetSizes, Tensors
@@ -222,12 +223,13 @@ class StepBatches(Dataset[LoadedBatch]):
             for (name, column), views in self._media_views(table.name).items():
                 modality = self.modalities[name]
                 if isinstance(modality, Embedding):
+                    whole_key = store_key(table, modality, column, views)
                     self.stores[table.name, name, column] = DecodedStore.embed(
                         modality,
                         f"{table.name}.{column}",
                         range(len(table)),
                         partial(media_reads, table, column),
-                        store_key(table, modality, column, views),
+                        partial(_part_key, whole_key),
                         progress,
                     )
         for name, modality in self.modalities.items():
@@ -485,6 +487,11 @@ def _require_whole_lanes(name: str, task: Task, stream: Stream, ranks: int) -> N
                 f"tasks.{name}: batch_size {batch_size} is not a multiple of the {stream.lanes} lanes of stream "
                 f"{stream.name}; use {' or '.join(valid_sizes)}, or set sources.{stream.name}.lanes"
             )
+
+
+def _part_key(key: str, numbers: range) -> str:
+    """The key of some rows of a column with a key."""
+    return stable_hash([key, numbers])
 
 
 def _target_columns(task: Task) -> set[str]:

@@ -90,7 +90,7 @@ class DecodedStore:
         name: str,
         numbers: range,
         reads: Callable[[range], Iterable[Callable[[], Any]]],
-        key: str,
+        key: Callable[[range], str],
         progress: Progress | None = None,
     ) -> "DecodedStore":
         """Embeds items with a tower, or opens what earlier runs have embedded, also if they were stopped.
@@ -99,12 +99,15 @@ class DecodedStore:
             name: of what is embedded, for the progress bar.
             numbers: of the items.
             reads: makes, for some of the numbers, functions that return the raw values, or raise BadMedia.
-            key: a hash of the items and of the tower.
+            key: a hash of some of the items and of the tower.
         """
         bar = iter(progress(numbers, f"embedding {name}") if progress else numbers)
+        passed = numbers.start  # by the bar
 
         def write(folder: Path, part: range) -> None:
+            nonlocal passed
             _write(folder, (vectors for vectors, _ in zip(modality.embed_all(reads(part)), bar)))
+            passed = part.stop
 
         def checked_file(folder: Path) -> Path:
             _read_part(folder / ROWS)
@@ -113,8 +116,11 @@ class DecodedStore:
         files = []
         for start in numbers[::EMBEDDED_TOGETHER]:
             part = numbers[start : start + EMBEDDED_TOGETHER]
-            files.append(cached("embedded", stable_hash([key, start]), checked_file, partial(write, part=part)))
-        return _read(*files)
+            files.append(cached("embedded", key(part), checked_file, partial(write, part=part)))
+            for _ in islice(bar, part.stop - passed):  # An earlier run has embedded them.
+                passed += 1
+        next(bar, None)  # Ends the bar.
+        return _read(*files) if files else cls(SCHEMA.empty_table())
 
 
 class EmbeddedTexts:
@@ -126,7 +132,11 @@ class EmbeddedTexts:
         def reads(numbers: range) -> Iterator[Callable[[], str]]:
             return (partial(str, distinct[number]) for number in numbers)
 
-        key = stable_hash([*_code(modality), *distinct])
+        code = _code(modality)
+
+        def key(numbers: range) -> str:
+            return stable_hash([*code, *(distinct[number] for number in numbers)])
+
         self._store = DecodedStore.embed(modality, "texts", range(len(distinct)), reads, key, progress)
         self._number = {text: number for number, text in enumerate(distinct)}
 

@@ -70,16 +70,17 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mappin
     views = {kind: sizing.view(kind, sample, machine) for kind, sample in samples.items() if kind not in towers}
     modalities = sizing.stems(views, machine)
     rows = sum(split.rows for _, _, split in tasks)
+    mentions_sides = any(re.search(r"\b(left|right)\b", text.lower()) for text in texts)
     used = [*samples, *(["text"] if texts else [])]
     for kind in used:
         if kind in towers:
-            crops = {} if kind == "text" else {"crops": sizing.CROPS}
+            crops = {"crops": sizing.CROPS} if kind == "image" and not mentions_sides else {}
             modalities[modality_class(kind).stem] = {"tower": towers[kind].name, **crops}
             views[kind] = {}
     if texts and "text" not in towers:
         modalities["text"], length = sizing.text(texts, rows)
         views["text"] = {"length": length}
-        if "size" in views.get("image", {}) and any(re.search(r"\b(left|right)\b", text.lower()) for text in texts):
+        if "size" in views.get("image", {}) and mentions_sides:
             views["image"]["flip"] = False  # A mirrored picture would contradict its text.
     recipe: dict[str, Any] = {
         "name": name,

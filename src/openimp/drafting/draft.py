@@ -67,6 +67,10 @@ def draft_recipe(
     for tower in towers:
         for kind, features in vector_sizes(tower).items():
             tower_by_kind.setdefault(kind, Tower(tower, features))
+    kinds = {task.media.kind for _, task, _ in tasks} | {"text" for _, task, _ in tasks if task.text}
+    for tower in towers:
+        if not any(tower_by_kind[kind].name == tower for kind in kinds & tower_by_kind.keys()):
+            raise UserError(f"--tower {tower}: reads none of {', '.join(sorted(kinds))}, or another tower does")
     draft = assemble(name, tasks, machine, tower_by_kind)
     classes = {
         head_key(draft.recipe["tasks"][name]["source"], task.label.name): sort_classes(split.classes)

@@ -14,22 +14,31 @@ import torch
 from torch import Tensor
 
 from openimp.checkpoint.find import find_model
-from openimp.checkpoint.folder import SavedModel, load_model
+from openimp.checkpoint.folder import SavedModel, load_model, read_config
+from openimp.common.cache import stable_hash
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality, Rng
 from openimp.common.names import SENTENCE_TRANSFORMERS, HubName, Name
+from openimp.common.protocols import learned_files
+from openimp.common.safe_files import read_text, refuse_links
 from openimp.encoding.engine import ItemEncoder
 from openimp.modalities.image import upright
 from openimp.modalities.media import decoder_errors
+from openimp.modalities.open_clip import CODE
 from openimp.modalities.vision import inception_box
 from openimp.model.embedder import Embedder
+from openimp.parallel.distributed import alone
 from openimp.recipe.registry import modality_class
 
 CROP = 0.5
 """Smallest share of a picture's area in a random crop."""
 ASPECT = 1.33
 """Largest factor by which a random crop changes the aspect ratio."""
+CLIPS = 64
+"""Clips in a forward pass of a tower."""
+LONGEST_SIDE = 2048
+"""Pixels to which a picture is shrunk for a library, which shrinks it further."""
 
 
 class FrozenEncoder(ABC):
@@ -37,7 +46,7 @@ class FrozenEncoder(ABC):
 
     Attributes:
         features: D.
-        weights: a hash of its weights.
+        weights: a hash of everything that decides on its vectors.
         reader: openimp's modality that shows and cuts items.
         view: what `reader` takes.
     """
@@ -48,7 +57,7 @@ class FrozenEncoder(ABC):
     view: Any
 
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
-        """The clips (M, ...) of a raw value; with `rng`, a single random crop. BadMedia if it cannot be read."""
+        """The clips (M, ...) of a raw value; with `rng`, one clip as in training. BadMedia if it cannot be read."""
         if rng is None:
             return self.reader.encode_input(value, self.view)
         return self.reader.transform(self.reader.decode(value, [self.view], rng), self.view, rng)[None]
@@ -62,32 +71,38 @@ class OwnEncoder(FrozenEncoder):
     """A model that openimp loads, also one of open_clip. Its vectors are the features before the heads."""
 
     def __init__(self, name: str, modality: str) -> None:
-        model, saved = _open(find_model(name))
-        if modality not in saved.modalities:
-            raise UserError(f"tower {name}: has no modality {modality}; it has {', '.join(saved.modalities)}")
-        if "tower" in type(saved.modalities[modality].config).model_fields:
-            raise UserError(f"tower {name}: its {modality} has a tower itself")
+        folder = find_model(name)
+        config, _, _ = read_config(folder)
+        if modality not in config.views:
+            raise UserError(f"tower {name}: has no modality {modality}; it has {', '.join(config.views)}")
+        if any(hasattr(options, "tower") for options in config.modalities.values()):
+            raise UserError(f"tower {name}: has a tower itself")
+        model, saved, weights = _open(folder)
         self.reader = saved.modalities[modality]
         self.view = saved.config.views[modality]
         self.features = model.config.width
-        self.weights = _hash(model)
+        self.weights = stable_hash([weights, sorted(learned_files([self.reader]).items()), self.view])[:16]
         self._encoder = ItemEncoder(model, self.reader, self.view, None, "fp32")  # Once, so it may take longer.
 
-    @torch.no_grad()
     def embed(self, clips: np.ndarray) -> Tensor:
-        return self._encoder.encode_tokens(self.reader.tokens(clips, self.view, None))
+        # Ranks embed different items, so the routers of a sparse model must not wait for each other.
+        with torch.no_grad(), alone():
+            parts = [clips[start : start + CLIPS] for start in range(0, len(clips), CLIPS)]
+            tokens = (self.reader.tokens(part, self.view, None) for part in parts)
+            return torch.cat([self._encoder.encode_tokens(part) for part in tokens])
 
 
 class LibraryEncoder(FrozenEncoder):
     """A model of sentence-transformers, or of transformers, which that library opens as well."""
 
     def __init__(self, name: str, modality: str) -> None:
-        self._library = _open_library(name)
+        self._library, weights = _open_library(name)
         if modality not in self._library.modalities:
-            raise UserError(f"tower {name}: has no modality {modality}; it has {', '.join(self._library.modalities)}")
+            names = ", ".join(map(str, self._library.modalities))
+            raise UserError(f"tower {name}: has no modality {modality}; it has {names}")
         self._modality = modality
         self.features = self._library.get_embedding_dimension()
-        self.weights = _hash(self._library)
+        self.weights = weights
         plain = modality_class(modality)
         options = {}
         if modality == "audio":
@@ -106,6 +121,7 @@ class LibraryEncoder(FrozenEncoder):
             size = (picture.height, picture.width)
             box = inception_box(size, size, CROP, ASPECT, rng.random(4).tolist())
             picture = picture.crop(box)
+        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))  # Many of them are in memory at a time.
         return _objects(picture)
 
     def embed(self, clips: np.ndarray) -> Tensor:
@@ -120,42 +136,42 @@ class LibraryEncoder(FrozenEncoder):
 def open_encoder(name: str, modality: str) -> FrozenEncoder:
     """Opens the encoder of a modality by the name of its model."""
     kind = LibraryEncoder if Name.parse(name).scheme == SENTENCE_TRANSFORMERS else OwnEncoder
-    return kind(name, modality)
+    with torch.device("cpu"):  # Whatever the default device is: a plan makes models without values.
+        return kind(name, modality)
 
 
 def vector_sizes(name: str) -> dict[str, int]:
     """The modalities that a model can be a tower of, with the size of its vectors."""
     if Name.parse(name).scheme == SENTENCE_TRANSFORMERS:
-        library = _open_library(name)
-        return dict.fromkeys(library.modalities, library.get_embedding_dimension())
-    model, saved = _open(find_model(name))
+        library, _ = _open_library(name)
+        names = [modality for modality in library.modalities if isinstance(modality, str)]
+        return dict.fromkeys(names, library.get_embedding_dimension())
+    model, saved, _ = _open(find_model(name))
     return dict.fromkeys(saved.modalities, model.config.width)
 
 
 @cache
-def _open(folder: Path) -> tuple[Embedder, SavedModel]:
-    """A model on the GPU if there is one. Several modalities share it."""
+def _open(folder: Path) -> tuple[Embedder, SavedModel, str]:
+    """A model, on the GPU if there is one, and a hash of its weights. Several modalities share it."""
     model, saved = load_model(folder)
-    return model.to(pick_device()), saved
+    return model.to(pick_device()), saved, _hash(model)
 
 
 @cache
-def _open_library(name: str) -> Any:
+def _open_library(name: str) -> tuple[Any, str]:
+    """A model of sentence-transformers, on the GPU if there is one, and a hash of its weights and configuration."""
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise UserError(f"{name}: needs sentence-transformers: pip install 'openimp[sentence-transformers]'") from None
-    parsed = Name.parse(name)
-    hub_name = HubName.parse(parsed.rest)
-    place = hub_name.repository if hub_name else parsed.folder
-    if place is None:
-        raise UserError(
-            f"{name}: expected {SENTENCE_TRANSFORMERS}:OWNER/NAME or {SENTENCE_TRANSFORMERS}:local-dir:FOLDER"
-        )
+    folder = _library_folder(name)
+    texts = {file.relative_to(folder).as_posix(): read_text(file) for file in sorted(folder.rglob("*.json"))}
+    for file, text in texts.items():
+        if any(f'"{key}"' in text for key in CODE):
+            raise UserError(f"{name}: {file} names code, which openimp does not run")
     try:
-        return SentenceTransformer(
-            place,
-            revision=hub_name.revision if hub_name else None,
+        library = SentenceTransformer(
+            str(folder),
             device=str(pick_device()),
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True},
@@ -163,6 +179,29 @@ def _open_library(name: str) -> Any:
     except Exception as error:  # The libraries raise many kinds.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{name}: sentence-transformers cannot open it: {reason}") from None
+    return library, stable_hash([_hash(library), *texts.items()])[:16]
+
+
+def _library_folder(name: str) -> Path:
+    """The folder of a model of sentence-transformers, which is downloaded if it is on the Hub."""
+    parsed = Name.parse(name)
+    hub_name = HubName.parse(parsed.rest)
+    if parsed.folder is not None:
+        folder = Path(parsed.folder)
+        if not folder.is_dir():
+            raise UserError(f"{name}: no such folder")
+        refuse_links(folder, ("**/*",))
+        return folder
+    if hub_name is None:
+        raise UserError(f"{name}: expected OWNER/NAME or local-dir:FOLDER after {SENTENCE_TRANSFORMERS}:")
+    from huggingface_hub import snapshot_download
+
+    try:
+        allowed = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        return Path(snapshot_download(hub_name.repository, revision=hub_name.revision, allow_patterns=allowed))
+    except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}: the Hugging Face Hub did not provide the model: {reason}") from None
 
 
 def _hash(model: torch.nn.Module) -> str:
@@ -170,7 +209,7 @@ def _hash(model: torch.nn.Module) -> str:
     for name, weight in model.state_dict().items():
         total.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
         total.update(weight.reshape(-1).view(torch.uint8).cpu().numpy())
-    return total.hexdigest()[:16]
+    return total.hexdigest()
 
 
 def _objects(value: Any) -> np.ndarray:

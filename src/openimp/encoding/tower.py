@@ -1,8 +1,8 @@
 """Towers: a public encoder, or a model of openimp, as the frozen first part of a modality.
 
-A tower turns an item into a vector, which is the only token of the item. It is a part of the modality and not of the
-model: it is never trained, saved or distributed. Training embeds each item once, before the first step
-(`StepBatches.embed`), and then reads vectors.
+A tower turns an item into a vector, which is the only token of the item. The tower is a part of the modality and not of
+the model: it is never trained, saved or distributed. Training embeds its items before the first step
+(`StepBatches.embed`), and then reads vectors. Evaluation and inference run the tower.
 """
 
 import json
@@ -19,20 +19,25 @@ from torch import Tensor
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
 from openimp.common.protocols import Pictured, Segmented
-from openimp.common.schema import Count, RecipePath, Strict
+from openimp.common.schema import Count, RecipePath, Strict, checked
 from openimp.encoding.engine import ahead
-from openimp.encoding.frozen import FrozenEncoder, open_encoder
+from openimp.encoding.frozen import CLIPS, FrozenEncoder, open_encoder
 from openimp.recipe.registry import modality_class
 
-BATCH = 64
-"""Items that a tower embeds together."""
+
+class SavedTower(Strict):
+    """What a model remembers of its tower."""
+
+    weights: str
+    """`FrozenEncoder.weights`."""
+    features: Count
+    """The size of its vectors."""
 
 
 class Tower(Modality):
-    """A modality whose tokens are the vectors of a frozen encoder.
+    """A modality that reads items with a frozen encoder, and whose tokens are the encoder's vectors.
 
-    The tower's own modality reads the items, in the tower's view for inference. `tower_class` makes the subclass for a
-    modality.
+    `tower_class` makes the subclass for a modality.
     """
 
     class Config(Strict):
@@ -42,33 +47,49 @@ class Tower(Modality):
         """The model that embeds items: a run, `hub:OWNER/NAME`, `open_clip:NAME/TAG`, or
         `sentence_transformers:OWNER/NAME`."""
         crops: Count = 1
-        """Vectors that training has of each picture, clip or sound: the first as in evaluation, the others of random
-        crops. Each step draws one of them."""
+        """Vectors that training has of each picture, clip or sound. The first is of the item as in evaluation (of a
+        long item, the mean over its clips), the others are of random crops, changed as in the tower's own training.
+        Each step draws one of them."""
 
     class View(Strict):
         """A tower reads items in its own view."""
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._saved: SavedTower | None = None
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self.name, self.config)  # Without the tower.
+        return _restored, (self.name, self.config, self.state())  # Without the encoder.
 
     @cached_property
     def encoder(self) -> FrozenEncoder:
-        """The tower, on the GPU if there is one."""
-        return open_encoder(self.config.tower, self.name)
+        """The frozen encoder, on the GPU if there is one. UserError if it is not the one of training."""
+        encoder = open_encoder(self.config.tower, self.name)
+        if self._saved and self._saved.weights != encoder.weights:
+            raise UserError(f"tower {self.config.tower}: has other weights or options now than in training")
+        return encoder
 
     def state(self) -> dict[str, str]:
-        facts = {"tower": self.config.tower, "weights": self.encoder.weights}
-        return {f"tower-{self.stem}.json": json.dumps(facts, indent=1)}
+        # By modality, because those of a stem may have different views.
+        saved = self._saved or SavedTower(weights=self.encoder.weights, features=self.encoder.features)
+        return {f"tower-{self.name}.json": saved.model_dump_json(indent=1)}
 
     def load_state(self, state: Mapping[str, str]) -> None:
-        if json.loads(state.get(f"tower-{self.stem}.json", "{}")).get("weights") != self.encoder.weights:
-            raise UserError(f"tower {self.config.tower}: has other weights now than in training")
+        """Remembers what the tower was in training. It is opened when it is used."""
+        file = f"tower-{self.name}.json"
+        if file not in state:
+            raise UserError(f"{file}: missing")
+        try:
+            self._saved = checked(SavedTower, json.loads(state[file]), file)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}: damaged: {error}") from None
 
     def fit(self, corpus: Iterable[list[str]]) -> None:
         """Learns nothing."""
 
     def stem_spec(self) -> StemSpec:
-        return StemSpec(values=self.encoder.features, axes=(1,), vector=True)
+        features = self._saved.features if self._saved else self.encoder.features
+        return StemSpec(values=features, axes=(1,), vector=True)
 
     def check(self, view: Any) -> None:
         """Every view fits."""
@@ -79,11 +100,22 @@ class Tower(Modality):
     def embed_all(self, reads: Iterable[Callable[[], Any]]) -> Iterator[np.ndarray | BadMedia]:
         """The vectors (crops, features) fp16 of each item, or why it cannot be read. `reads` return raw values."""
         attempts = ahead(self._attempt, enumerate(reads))
-        while batch := list(islice(attempts, BATCH)):
-            crops = [crop for item in batch if not isinstance(item, BadMedia) for crop in item]
-            vectors = iter(self._vectors(crops) if crops else ())
-            for item in batch:
-                yield item if isinstance(item, BadMedia) else np.stack([*islice(vectors, len(item))])
+        batch: list[list[np.ndarray] | BadMedia] = []
+        clips = 0
+        for item in attempts:
+            batch.append(item)
+            clips += 0 if isinstance(item, BadMedia) else sum(map(len, item))
+            if clips >= CLIPS:
+                yield from self._embedded(batch)
+                batch = []
+                clips = 0
+        yield from self._embedded(batch)
+
+    def _embedded(self, batch: list[list[np.ndarray] | BadMedia]) -> Iterator[np.ndarray | BadMedia]:
+        crops = [crop for item in batch if not isinstance(item, BadMedia) for crop in item]
+        vectors = iter(self._vectors(crops) if crops else ())
+        for item in batch:
+            yield item if isinstance(item, BadMedia) else np.stack([*islice(vectors, len(item))])
 
     def _attempt(self, numbered: tuple[int, Callable[[], Any]]) -> list[np.ndarray] | BadMedia:
         """The clips of each crop of an item."""
@@ -111,7 +143,9 @@ class Tower(Modality):
         return vectors
 
     def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
-        return item[:1] if rng is None else item[int(rng.integers(len(item)))]
+        """One of the vectors of an item. Evaluation uses `encode_input` instead."""
+        assert rng is not None
+        return item[int(rng.integers(len(item)))]
 
     def encode_input(self, value: Any, view: Any) -> np.ndarray:
         """The clips as the tower's modality reads them. `tokens` embeds them."""
@@ -155,8 +189,10 @@ def tower_class(name: str) -> type[Tower]:
     return type(f"{plain.__name__}Tower", (base,), {key: getattr(plain, key) for key in shared})
 
 
-def _restored(name: str, config: Any) -> Tower:
-    return tower_class(name)(config)
+def _restored(name: str, config: Any, state: dict[str, str]) -> Tower:
+    tower = tower_class(name)(config)
+    tower.load_state(state)
+    return tower
 
 
 def _scaled(vectors_BD: Tensor) -> Tensor:

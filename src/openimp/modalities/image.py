@@ -30,9 +30,9 @@ PIXELS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPE
 FORMATS = tuple(name for name in PIXELS if name in PIL.Image.OPEN)
 ICON = b"\0\0\1\0"
 """First bytes of an ICO file."""
-HEIC = (b"heic", b"heix", b"mif1")
-"""Bytes 8 to 12 of HEIC files, which most phones write."""
-COSTLY = ("WEBP", "AVIF", "JPEG2000", "HEIF")
+HEIC = (b"ftyphe", b"ftypmif1", b"ftypmsf1")
+"""What HEIC files, which most phones write, have from byte 4 on."""
+COSTLY = ("WEBP", "AVIF", "JPEG2000")
 """Formats whose decoders need at least twice the memory per pixel that others need."""
 RAW_SIDE = 32
 """Pixels per side of the pictures that are compared without an encoder."""
@@ -92,12 +92,15 @@ class Image(Vision):
 
 def open_picture(media_file: MediaFile) -> PIL.Image.Image:
     """Opens a picture without decoding it. `PIL.Image.open` would decode an icon at once, however large it is."""
-    head = media_file.peek(12)
+    head = media_file.peek(12)[:12]
     if head[:4] == ICON:
         return PIL.IcoImagePlugin.IcoFile(media_file).frame(0)
-    if head[8:12] in HEIC and "HEIF" not in FORMATS:
-        raise BadMedia("a HEIC picture, which needs pillow-heif: pip install 'openimp[heif]'")
-    return PIL.Image.open(media_file, formats=FORMATS)
+    try:
+        return PIL.Image.open(media_file, formats=FORMATS)
+    except PIL.UnidentifiedImageError:
+        if head[4:].startswith(HEIC) and "HEIF" not in FORMATS:
+            raise BadMedia("a HEIC picture, which needs pillow-heif: pip install 'openimp[heif]'") from None
+        raise
 
 
 @contextmanager

@@ -173,8 +173,7 @@ class Encoder(nn.Module):
         """Applies the stem's modality-specific blocks to one input, as `forward` does the shared ones."""
         if not self.own:
             return x_BLD, []
-        segment = Segment(stem, 0, x_BLD.shape[1])
-        x_TD, (routing,) = self._run(self.own[stem], [x_BLD], [mask_BL], [[segment]])
+        x_TD, (routing,) = self._run(self.own[stem], [x_BLD], [mask_BL], ())
         return x_TD.view_as(x_BLD), routing
 
     def forward(

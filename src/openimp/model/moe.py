@@ -65,7 +65,8 @@ class RouterStats(NamedTuple):
 
     @staticmethod
     def mean(chunks: Sequence["RouterStats"], token_shares: Sequence[Tensor]) -> "RouterStats":
-        """The statistics of a batch from those of its chunks, weighted by each chunk's share of the tokens."""
+        """The statistics of a batch from those of its chunks, or of an input from those of its segments, weighted by
+        their shares of the tokens."""
 
         def weighted_mean(values: Sequence[Any]) -> Any:
             return sum(share * value for share, value in zip(token_shares, values))
@@ -261,10 +262,10 @@ class Segment(NamedTuple):
 
 
 class ExpertGroups(nn.Module):
-    """A router and experts per stem, so that experts specialize on modalities (MoMa, arXiv 2407.21770).
+    """A router and experts per stem, so that experts specialize on stems (MoMa, arXiv 2407.21770).
 
-    The gates are multiplied by the number of experts of the group, so that they are about 1 at first. With several
-    ranks, the experts of each group are divided among all of them, so each rank has work in every step.
+    The gates are multiplied by the number of experts of the group, so that they are about 1 at first. The experts of
+    each group are divided among all ranks, so each rank has work in every step.
     """
 
     def __init__(self, width: int, hidden: int, config: MoE, bias: bool = False, gelu_kind: Gelu = "tanh") -> None:
@@ -284,11 +285,13 @@ class ExpertGroups(nn.Module):
         mean_token_counts: Sequence[Tensor],
         segments: Sequence[Sequence[Segment]],
     ) -> tuple[Tensor, list[RouterStats]]:
-        """Maps (T, D) to (T, D), and returns statistics per input, with the experts of all groups.
+        """Maps (T, D) to (T, D), and returns statistics per input. They list the experts of all groups, in order; those
+        of stems without tokens in the input have 0.
 
         Args:
             valid: per input, (B, L), False for padding.
-            mean_token_counts: per segment of each input, in order, its valid tokens averaged over ranks.
+            mean_token_counts: for each segment of the first input, then of the second, and so on, its valid tokens
+                averaged over ranks.
             segments: per input.
         """
         inputs = split_tokens(x_TD, [valid_BL.shape for valid_BL in valid])

@@ -28,7 +28,7 @@ TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for another rank that is alive. The connection to a rank that died breaks at once."""
 LONG_TIMEOUT = timedelta(days=1)
 """How long the ranks wait while rank 0 works, or while a disk is slow."""
-_rank_zero_works = False
+_works_alone = False
 _patient_group: Group | None = None
 
 
@@ -122,8 +122,8 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Number of ranks; 1 while rank 0 runs the work of `run_on_rank_zero`."""
-    return dist.get_world_size() if dist.is_initialized() and not _rank_zero_works else 1
+    """Number of ranks; 1 within `alone`."""
+    return dist.get_world_size() if dist.is_initialized() and not _works_alone else 1
 
 
 def local_world_size() -> int:
@@ -212,16 +212,24 @@ def run_on_rank_zero(work: Callable[[], T]) -> T:
         return work()
 
     def work_alone() -> T | None:
-        global _rank_zero_works
         if rank():
             return None
-        _rank_zero_works = True
-        try:
+        with alone():
             return work()
-        finally:
-            _rank_zero_works = False
 
     return cast(T, run_on_all_ranks(work_alone, _patient_group)[0])
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it, this rank computes as if there was no other."""
+    global _works_alone
+    before = _works_alone
+    _works_alone = True
+    try:
+        yield
+    finally:
+        _works_alone = before
 
 
 def own_part(n: int) -> range:

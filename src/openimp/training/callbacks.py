@@ -1,6 +1,6 @@
 """Callbacks: what a program does during a training run, without a trainer of its own."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,17 +10,19 @@ from openimp.evaluation.results import main_metric
 
 
 class StopTraining(Exception):
-    """A callback raises it to end the training. The run is then saved and evaluated as at its last step."""
+    """A callback raises it to end the training. The run is then saved, and evaluated unless this step was evaluated."""
 
 
 class Callback:
     """A program's own part of a training run, for `openimp.train`. Override any of the methods.
 
-    With several ranks, each of them calls the callbacks, with equal arguments.
+    With several ranks, each of them calls the callbacks. Steps and results are equal on all ranks, but times in
+    `figures` are not: do not end the training because of them.
     """
 
     def on_step(self, step: int, figures: dict[str, Any] | None) -> None:
-        """Called after each step. `step` counts from 1. `figures` is the line of metrics.jsonl if one is written."""
+        """Called when the update of a step is confirmed. `step` counts from 1. `figures` is the line of metrics.jsonl,
+        if one is written."""
 
     def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
         """Called after each evaluation, with the lines of results.jsonl."""
@@ -32,7 +34,8 @@ class Callback:
 class EarlyStopping(Callback):
     """Ends the training if the main metric of an evaluation set has not improved in `patience` evaluations in a row.
 
-    `evaluation.every` says how often sets are evaluated, and `evaluation.best` keeps the best checkpoint.
+    `evaluation.every` says how often sets are evaluated, and `evaluation.best` keeps the best checkpoint. If the run is
+    resumed, counting starts again.
     """
 
     def __init__(self, set: str, patience: int = 3) -> None:
@@ -53,19 +56,26 @@ class EarlyStopping(Callback):
 
 
 class Callbacks(Callback):
-    """Several callbacks, called in order."""
+    """Several callbacks. All of them are called, in order, before one of them ends the training."""
 
     def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
         self.callbacks = list(callbacks)
 
     def on_step(self, step: int, figures: dict[str, Any] | None) -> None:
-        for callback in self.callbacks:
-            callback.on_step(step, figures)
+        self._call(lambda callback: callback.on_step(step, figures))
 
     def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
-        for callback in self.callbacks:
-            callback.on_evaluation(step, results)
+        self._call(lambda callback: callback.on_evaluation(step, results))
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
+        self._call(lambda callback: callback.on_checkpoint(step, folder))
+
+    def _call(self, call: Callable[[Callback], None]) -> None:
+        stops = False
         for callback in self.callbacks:
-            callback.on_checkpoint(step, folder)
+            try:
+                call(callback)
+            except StopTraining:
+                stops = True
+        if stops:
+            raise StopTraining

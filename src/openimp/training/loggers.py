@@ -1,11 +1,12 @@
 """Where the figures of a run go besides metrics.jsonl: TensorBoard, Weights & Biases, or Trackio."""
 
+import secrets
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError
 from openimp.recipe.schema import Recipe
 
@@ -38,21 +39,25 @@ class TensorBoard:
 
 
 class Tracker:
-    """A run of Weights & Biases, or of Trackio, which has the same functions. A resumed run continues it.
+    """A run of Weights & Biases, or of Trackio, which has the same functions.
 
-    Their environment variables choose the account and the mode, such as WANDB_MODE=offline.
+    The file logger.id in the run's directory names the tracker's run, which continues if openimp resumes. Environment
+    variables choose the account and the mode, such as WANDB_MODE=offline.
     """
 
     def __init__(self, library: str, run: Path, recipe: Recipe) -> None:
-        try:
-            module: Any = import_module(library)
-        except ImportError:
-            raise UserError(f"train.loggers: {library} is not installed: pip install {library}") from None
-        options: dict[str, Any] = {"project": "openimp", "name": run.name, "config": recipe.to_dict()}
+        module: Any = import_module(library)
+        id_file = run / "logger.id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(8))
+        id = id_file.read_text()
+        options: dict[str, Any] = {"project": "openimp", "config": recipe.to_dict(), "resume": "allow"}
         if library == "wandb":
-            options |= {"id": stable_hash([str(run.resolve())])[:16], "dir": str(run)}
+            options |= {"id": id, "name": run.name, "dir": str(run)}
+        else:
+            options["name"] = f"{run.name}-{id}"
         try:
-            module.init(**options, resume="allow")
+            module.init(**options)
         except Exception as error:  # The libraries raise many kinds.
             raise UserError(f"train.loggers: {library} cannot start: {' '.join(str(error).split()):.300}") from None
         self._module = module
@@ -62,6 +67,13 @@ class Tracker:
 
     def close(self) -> None:
         self._module.finish()
+
+
+def check_loggers(recipe: Recipe) -> None:
+    """Raises UserError if the library of a logger is not installed."""
+    for name in recipe.train.loggers:
+        if name != "tensorboard" and find_spec(name) is None:
+            raise UserError(f"train.loggers: {name} is not installed: pip install {name}")
 
 
 def open_loggers(recipe: Recipe, run: Path, step: int) -> list[Logger]:

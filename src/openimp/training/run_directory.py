@@ -63,7 +63,7 @@ class RunDirectory:
         run. Ranks that torchrun has restarted always use "auto". `trainer` is the name of the `Variant`.
         """
         saved = bool(common_checkpoints(self.path))
-        begun = saved or (self.path / "tensorboard").exists()
+        begun = saved or any((self.path / name).exists() for name in ("tensorboard", "logger.id", "metrics.jsonl"))
         has_recipe = self.recipe_file.exists()
         # A run that died before it began leaves this very recipe; any other file was written by the user.
         if has_recipe and not begun and self.recipe_file.read_bytes() != self.recipe.to_yaml().encode():

@@ -36,6 +36,7 @@ from openimp.recipe.tasks import Task
 from openimp.training.checkpointing import Checkpointing
 from openimp.training.compilation import compile_blocks, signatures, variants
 from openimp.training.log import Log
+from openimp.training.loggers import check_loggers
 from openimp.training.run_directory import RunDirectory
 from openimp.training.updater import Updater
 from openimp.training.validation import Validation
@@ -103,6 +104,7 @@ def set_up(
     device = distributed.start()
     keep_freed_memory()
     _check_ranks(recipe, variant)
+    check_loggers(recipe)
     directory = RunDirectory(run, recipe)
     checkpoint = directory.checkpoint(resume, variant.name)
     modalities = variant.make_modalities(recipe)

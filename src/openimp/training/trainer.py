@@ -115,6 +115,7 @@ class Trainer(Parts):
         self.callbacks = Callbacks(callbacks)
         self._announced_step = self.checkpointing.saved_step
         self._evaluated_step: int | None = None
+        self._must_stop = False  # A callback has asked for it after a checkpoint.
         self.modalities = self.data.modalities
         self.encode_all = in_chunks(self.model.encode_all, self.recipe.memory.chunk_size)
         self.step = self.checkpointing.saved_step
@@ -180,6 +181,9 @@ class Trainer(Parts):
             # placeholder if loading failed. A single rank stops at once.
             for loaded in stop.watch_steps(batches, self.step, self._placeholder_batch):
                 self.make_step(loaded)
+                if self._must_stop:
+                    self.settle()
+                    raise StopTraining
                 if self.variant.prints_warnings:
                     self.log.print_warnings_of_objectives(loaded)
                 steps_done = loaded.visit.step + 1
@@ -282,19 +286,22 @@ class Trainer(Parts):
     def save(self, wait: bool = False) -> None:
         """Starts saving the confirmed steps, unless they are saved; with `wait`, returns when the files are written."""
         self.settle()
-        state = self.state()
-        if self.callbacks.callbacks and state["step"] != self.checkpointing.saved_step:
-            self.checkpointing.wait()
-            self._announce_checkpoint()
-        self.checkpointing.save(state)
+        self._announce_checkpoint()
+        self.checkpointing.save(self.state())
         if wait:
             self.checkpointing.wait()
+            self._announce_checkpoint()
 
     def _announce_checkpoint(self) -> None:
-        """Tells the callbacks of the newest checkpoint, which is complete, unless they know it."""
-        if self.checkpointing.saved_step != self._announced_step:
-            self._announced_step = self.checkpointing.saved_step
-            self.callbacks.on_checkpoint(self._announced_step, checkpoint_folder(self.run, self._announced_step))
+        """Waits for the newest checkpoint and tells the callbacks of it, unless they know it."""
+        step = self.checkpointing.saved_step
+        if self.callbacks.callbacks and step != self._announced_step:
+            self.checkpointing.wait()
+            self._announced_step = step
+            try:
+                self.callbacks.on_checkpoint(step, checkpoint_folder(self.run, step))
+            except StopTraining:
+                self._must_stop = True
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores for resuming besides tensors, as JSON values. Every rank must call this."""
@@ -315,7 +322,9 @@ class Trainer(Parts):
         if self.recipe.evaluation.sets:
             self._evaluated_step = self.step
             results = self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
+            self._announce_checkpoint()
             self.validation.keep_best(self.step, self.checkpointing, self.state())
+            self._announce_checkpoint()
             self.callbacks.on_evaluation(self.step, results)
 
     def _is_due(self, every: int | None, steps_done: int) -> bool:
