@@ -13,7 +13,8 @@ COPY studies studies
 # hadolint ignore=DL3013  # constraints.txt has the versions.
 RUN pip install --no-cache-dir --constraint constraints.txt \
       --extra-index-url "https://download.pytorch.org/whl/${TORCH}" '.[search]' \
-    && useradd --create-home --uid 1000 openimp
+    && useradd --create-home --uid 1000 openimp \
+    && install --directory --owner openimp /data
 USER 1000
 WORKDIR /data
 ENTRYPOINT ["openimp"]

@@ -239,7 +239,7 @@ def test_a_tower_of_a_strangers_model_is_not_opened_before_it_is_used(data, clip
         assert CliRunner().invoke(app, ["info", str(folder)], catch_exceptions=False).exit_code == 0
     with refuses():
         openimp.load(folder, "cpu").encode_text("red")
-    for content in ("[]", "{", '{"weights": "a", "features": "24"}'):
+    for content in ("[]", "{", '{"fingerprint": "a", "features": "24"}'):
         (folder / "tower-text.json").write_text(content)
         with refuses():
             openimp.load(folder, "cpu")
@@ -251,7 +251,7 @@ def test_configurations_that_name_code_are_refused(data, tmp_path):
     BertModel(BertConfig(vocab_size=len(public.WORDS), **sizes)).save_pretrained(folder)
     public.word_tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+    (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "evil/kernel"}))
     name = f"sentence_transformers:local-dir:{folder}"
     with refuses():
         recipe_of(data, name).make_modalities()["text"].stem_spec()

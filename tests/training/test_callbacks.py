@@ -14,7 +14,7 @@ CHANGES = ["train.steps=6", "train.save_every=2", "train.log_every=2", "tasks.he
 
 
 class Recorded(openimp.Callback):
-    """Records what it is told."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[int, bool]] = []
@@ -50,30 +50,30 @@ def recipe(tmp_path_factory) -> openimp.Recipe:
 
 
 def test_callbacks_are_told_of_steps_evaluations_and_checkpoints(recipe, tmp_path):
-    told = Recorded()
-    assert openimp.train(recipe, tmp_path / "run", callbacks=[told])
-    assert told.steps == [(step, step % 2 == 0) for step in range(1, 7)]
-    assert told.evaluations == [2, 4, 6]
-    assert told.checkpoints == [2, 4, 6]
+    recorded = Recorded()
+    assert openimp.train(recipe, tmp_path / "run", callbacks=[recorded])
+    assert recorded.steps == [(step, step % 2 == 0) for step in range(1, 7)]
+    assert recorded.evaluations == [2, 4, 6]
+    assert recorded.checkpoints == [2, 4, 6]
 
 
 def test_a_callback_ends_the_training_and_the_run_is_complete_and_can_go_on(recipe, tmp_path):
-    told = Recorded()
-    assert openimp.train(recipe, str(tmp_path / "run"), callbacks=[StopAfter(3), told])
-    assert [step for step, _ in told.steps] == [1, 2, 3]
+    recorded = Recorded()
+    assert openimp.train(recipe, str(tmp_path / "run"), callbacks=[StopAfter(3), recorded])
+    assert [step for step, _ in recorded.steps] == [1, 2, 3]
     (*_, last) = checkpoints(tmp_path / "run")
     assert last.name == "step-00000003"
     assert read_lines(tmp_path / "run" / "results.jsonl")[-1]["step"] == 3
-    assert openimp.train(recipe, tmp_path / "run", resume=True, callbacks=[told])
-    assert [step for step, _ in told.steps] == [1, 2, 3, 4, 5, 6]
+    assert openimp.train(recipe, tmp_path / "run", resume=True, callbacks=[recorded])
+    assert [step for step, _ in recorded.steps] == [1, 2, 3, 4, 5, 6]
 
 
 def test_early_stopping_waits_for_a_gain(recipe, tmp_path):
     """With a learning rate of zero nothing improves."""
     frozen = openimp.Recipe.build({**recipe.to_dict(), "optimizer": {"lr": 1e-30, "warmup_steps": 1}})
-    told = Recorded()
-    openimp.train(frozen, tmp_path / "run", callbacks=[told, openimp.EarlyStopping("colours", patience=1)])
-    assert told.evaluations == [2, 4]
+    recorded = Recorded()
+    openimp.train(frozen, tmp_path / "run", callbacks=[recorded, openimp.EarlyStopping("colours", patience=1)])
+    assert recorded.evaluations == [2, 4]
     assert {line["step"] for line in read_lines(tmp_path / "run" / "results.jsonl")} == {2, 4}
 
 
@@ -89,17 +89,17 @@ class StopAtCheckpoint(openimp.Callback):
 
 
 def test_each_checkpoint_is_announced_and_may_end_the_training(recipe, tmp_path):
-    """The callback behind the one that stops is told, too."""
-    told = Recorded()
-    assert openimp.train(recipe, tmp_path / "run", callbacks=[StopAtCheckpoint(), told])
-    assert told.checkpoints[0] == 2
-    assert told.checkpoints[-1] == told.steps[-1][0] < 6
+    """The callback behind the one that stops is called, too."""
+    recorded = Recorded()
+    assert openimp.train(recipe, tmp_path / "run", callbacks=[StopAtCheckpoint(), recorded])
+    assert recorded.checkpoints[0] == 2
+    assert recorded.checkpoints[-1] == recorded.steps[-1][0] < 6
 
 
 def test_the_best_checkpoint_is_announced_besides_the_others(recipe, tmp_path):
     data = recipe.to_dict()
     data["evaluation"]["best"] = "colours"
     data["train"]["save_every"] = 4
-    told = Recorded()
-    assert openimp.train(openimp.Recipe.build(data), tmp_path / "run", callbacks=[told])
-    assert {2, 4, 6} <= {*told.checkpoints}  # The evaluation after step 2 is the best so far.
+    recorded = Recorded()
+    assert openimp.train(openimp.Recipe.build(data), tmp_path / "run", callbacks=[recorded])
+    assert {2, 4, 6} <= {*recorded.checkpoints}  # The evaluation after step 2 is the best so far.

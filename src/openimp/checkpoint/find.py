@@ -1,5 +1,6 @@
 """Finds the folder of a model by its name."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from openimp.checkpoint.folder import CONFIG, RECIPE, checkpoints
@@ -23,7 +24,7 @@ def find_model(name: str | Path) -> Path:
     if scheme == OPEN_CLIP:
         return wrapped_folder(str(name))
     if scheme == HUB:
-        return _find_local(_download(str(name), HubName.parse(identifier)))
+        return _find_local(download(str(name), ("*.json", "*.safetensors", RECIPE)))
     if scheme is not None:
         raise UserError(f"{name}: expected a folder, openimp:NAME, hub:OWNER/NAME or open_clip:NAME/TAG for a model")
     if not Path(name).exists():
@@ -48,15 +49,20 @@ def _find_local(path: Path) -> Path:
     return saved[-1]
 
 
-def _download(name: str, hub_name: HubName | None) -> Path:
+def download(name: str, patterns: Collection[str]) -> Path:
+    """The files of a model of the Hugging Face Hub that match the patterns. `name` is SCHEME:OWNER/NAME[@REVISION]."""
+    scheme, identifier = Name.parse(name)
+    hub_name = HubName.parse(identifier)
     if hub_name is None:
-        raise UserError(f"{name}: expected hub:OWNER/NAME or hub:OWNER/NAME@REVISION")
+        raise UserError(f"{name}: expected {scheme}:OWNER/NAME or {scheme}:OWNER/NAME@REVISION")
     from huggingface_hub import snapshot_download
 
-    allowed = ["*.json", "*.safetensors", RECIPE]
     try:
         folder = snapshot_download(
-            hub_name.repository, revision=hub_name.revision, allow_patterns=allowed, ignore_patterns=["optimizer*"]
+            hub_name.repository,
+            revision=hub_name.revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=["optimizer*"],
         )
     except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")

@@ -116,8 +116,8 @@ class Segmented(Protocol):
 
 
 @runtime_checkable
-class Embedding(Protocol):
-    """A modality that embeds items with a frozen encoder. Training embeds each item once, and keeps the vectors."""
+class Towered(Protocol):
+    """A modality with a tower: a frozen encoder, whose vectors of the training items are kept."""
 
     def embed_all(self, reads: Iterable[Callable[[], Any]]) -> Iterator[np.ndarray | BadMedia]:
         """What `Modality.decode` returns for each item, in order, or why it cannot be read.

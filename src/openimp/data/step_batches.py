@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from itertools import chain, islice
+from functools import cached_property
+from itertools import islice
 from math import lcm
 from typing import Any
 
@@ -18,15 +18,15 @@ import torch
 from torch.utils.data import Dataset
 
 from openimp.alternation import Alternation, Visit
-from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.objective import TargetSizes, Tensors
-from openimp.common.protocols import Embedding, Learned
+from openimp.common.protocols import Learned, Towered
 from openimp.data.batch import Batch, head_key
+from openimp.data.embedded import TEXT_ROWS, EmbeddedTexts, embed_column, texts_in
 from openimp.data.order import batch_digest, example_rng, permute, rows_at, seed_key
 from openimp.data.sources import open_source
-from openimp.data.store import DecodedStore, EmbeddedTexts, Progress, media_reads, store_key
+from openimp.data.store import DecodedStore, Progress
 from openimp.data.streams import Cursor, Stream
 from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import classes_of, target_sizes
@@ -37,8 +37,6 @@ from openimp.recipe.tasks import Task
 
 CORPUS_ROWS = 100_000
 """Maximum number of rows per task to train a tokenizer: whole shards of a stream, or a random sample of a table."""
-TEXT_ROWS = 4096
-"""Rows whose texts are read at once."""
 
 
 @dataclass
@@ -184,7 +182,7 @@ class StepBatches(Dataset[LoadedBatch]):
             if cache == "memory" and ranks_on_node() > 1:
                 cache = "disk"  # Ranks share the pages of a file.
             for (name, column), views in self._media_views(table.name).items():
-                if isinstance(self.modalities[name], Embedding):
+                if isinstance(self.modalities[name], Towered):
                     continue
                 store = DecodedStore.build(table, self.modalities[name], column, views, cache, progress=progress)
                 self.stores[table.name, name, column] = store
@@ -216,24 +214,17 @@ class StepBatches(Dataset[LoadedBatch]):
         """
         for task_name, source in self.sources.items():
             for name in self.recipe.tasks[task_name].inputs:
-                if isinstance(self.modalities[name], Embedding) and isinstance(source, Stream):
+                if isinstance(self.modalities[name], Towered) and isinstance(source, Stream):
                     raise UserError(f"tasks.{task_name}: a tower reads {name}, and source {source.name} is a stream")
         tables = {source.name: source for source in self.sources.values() if isinstance(source, Table)}
         for table in tables.values():
             for (name, column), views in self._media_views(table.name).items():
                 modality = self.modalities[name]
-                if isinstance(modality, Embedding):
-                    whole_key = store_key(table, modality, column, views)
-                    self.stores[table.name, name, column] = DecodedStore.embed(
-                        modality,
-                        f"{table.name}.{column}",
-                        range(len(table)),
-                        partial(media_reads, table, column),
-                        partial(_part_key, whole_key),
-                        progress,
-                    )
+                if isinstance(modality, Towered):
+                    store = embed_column(table, modality, column, views, progress)
+                    self.stores[table.name, name, column] = store
         for name, modality in self.modalities.items():
-            if modality.reads_text and isinstance(modality, Embedding):
+            if modality.reads_text and isinstance(modality, Towered):
                 self.texts[name] = EmbeddedTexts(modality, self._texts(name), progress)
 
     def fingerprints(self) -> dict[str, str]:
@@ -451,10 +442,7 @@ class StepBatches(Dataset[LoadedBatch]):
             spec = self.recipe.tasks[task_name].inputs.get(name)
             if spec is not None:
                 assert isinstance(source, Table)
-                columns = columns_of(spec.columns)
-                for start in range(0, len(source), TEXT_ROWS):
-                    rows = source.rows(range(len(source))[start : start + TEXT_ROWS], columns)
-                    yield from chain.from_iterable(all_texts(spec.columns, rows))
+                yield from texts_in(source, spec.columns)
 
     def _corpus(self, name: str) -> Iterator[list[str]]:
         """The texts that a modality learns from, one list per row."""
@@ -487,11 +475,6 @@ def _require_whole_lanes(name: str, task: Task, stream: Stream, ranks: int) -> N
                 f"tasks.{name}: batch_size {batch_size} is not a multiple of the {stream.lanes} lanes of stream "
                 f"{stream.name}; use {' or '.join(valid_sizes)}, or set sources.{stream.name}.lanes"
             )
-
-
-def _part_key(key: str, numbers: range) -> str:
-    """The key of some rows of a column with a key."""
-    return stable_hash([key, numbers])
 
 
 def _target_columns(task: Task) -> set[str]:

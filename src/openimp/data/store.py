@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
@@ -13,7 +12,7 @@ import pyarrow as pa
 
 from openimp.common.cache import cached, stable_hash
 from openimp.common.modality import BadMedia, Modality
-from openimp.common.protocols import Embedding, learned_files
+from openimp.common.protocols import learned_files
 from openimp.data.tables import Table
 
 LAYOUT = 3
@@ -25,8 +24,6 @@ SCHEMA = pa.schema(
 ALIGN = 8
 """The bytes of each array are padded to a multiple, so that the next array is aligned."""
 ROWS = "rows.arrow"
-EMBEDDED_TOGETHER = 4096
-"""Items whose vectors are stored together. If embedding is stopped, the next run embeds at most so many again."""
 CHUNK = 256
 """Number of rows that are read and decoded together."""
 
@@ -58,7 +55,7 @@ class DecodedStore:
         return array
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_read, tuple(self._files)) if self._files else (DecodedStore, (self._rows,))
+        return (read_store, tuple(self._files)) if self._files else (DecodedStore, (self._rows,))
 
     @classmethod
     def build(
@@ -81,68 +78,9 @@ class DecodedStore:
         if cache == "memory":
             return cls(pa.Table.from_batches(_batches(decoded), SCHEMA))
         key = store_key(table, modality, column, views)
-        return cached("decoded", key, lambda folder: _read(folder / ROWS), lambda folder: _write(folder, decoded))
-
-    @classmethod
-    def embed(
-        cls,
-        modality: Embedding,
-        name: str,
-        numbers: range,
-        reads: Callable[[range], Iterable[Callable[[], Any]]],
-        key: Callable[[range], str],
-        progress: Progress | None = None,
-    ) -> "DecodedStore":
-        """Embeds items with a tower, or opens what earlier runs have embedded, also if they were stopped.
-
-        Args:
-            name: of what is embedded, for the progress bar.
-            numbers: of the items.
-            reads: makes, for some of the numbers, functions that return the raw values, or raise BadMedia.
-            key: a hash of some of the items and of the tower.
-        """
-        bar = iter(progress(numbers, f"embedding {name}") if progress else numbers)
-        passed = numbers.start  # by the bar
-
-        def write(folder: Path, part: range) -> None:
-            nonlocal passed
-            _write(folder, (vectors for vectors, _ in zip(modality.embed_all(reads(part)), bar)))
-            passed = part.stop
-
-        def checked_file(folder: Path) -> Path:
-            _read_part(folder / ROWS)
-            return folder / ROWS
-
-        files = []
-        for start in numbers[::EMBEDDED_TOGETHER]:
-            part = numbers[start : start + EMBEDDED_TOGETHER]
-            files.append(cached("embedded", key(part), checked_file, partial(write, part=part)))
-            for _ in islice(bar, part.stop - passed):  # An earlier run has embedded them.
-                passed += 1
-        next(bar, None)  # Ends the bar.
-        return _read(*files) if files else cls(SCHEMA.empty_table())
-
-
-class EmbeddedTexts:
-    """The vectors of texts: `texts[text]`."""
-
-    def __init__(self, modality: Embedding, texts: Iterable[str], progress: Progress | None = None) -> None:
-        distinct = list(dict.fromkeys(texts))
-
-        def reads(numbers: range) -> Iterator[Callable[[], str]]:
-            return (partial(str, distinct[number]) for number in numbers)
-
-        code = _code(modality)
-
-        def key(numbers: range) -> str:
-            return stable_hash([*code, *(distinct[number] for number in numbers)])
-
-        self._store = DecodedStore.embed(modality, "texts", range(len(distinct)), reads, key, progress)
-        self._number = {text: number for number, text in enumerate(distinct)}
-
-    def __getitem__(self, text: str) -> np.ndarray:
-        """The vectors of a text; BadMedia as when it was embedded."""
-        return self._store[self._number[text]]
+        return cached(
+            "decoded", key, lambda folder: read_store(folder / ROWS), lambda folder: write_store(folder, decoded)
+        )
 
 
 def _decode(
@@ -172,11 +110,6 @@ def row_chunks(table: Table, column: str, numbers: range) -> Iterator[list[dict[
     return (table.rows(numbers[start : start + CHUNK], [column]) for start in range(0, len(numbers), CHUNK))
 
 
-def media_reads(table: Table, column: str, numbers: range) -> Iterator[Callable[[], Any]]:
-    """For each row with one of these numbers, a function that reads its media, or raises BadMedia."""
-    return (partial(table.media, row[column]) for chunk in row_chunks(table, column, numbers) for row in chunk)
-
-
 def _batches(decoded: Iterator[Decoded]) -> Iterator[pa.RecordBatch]:
     while chunk := list(islice(decoded, CHUNK)):
         yield pa.RecordBatch.from_pylist([_row(item) for item in chunk], SCHEMA)
@@ -189,18 +122,20 @@ def _row(item: Decoded) -> dict[str, Any]:
     return {"data": data + bytes(-len(data) % ALIGN), "shape": item.shape, "dtype": item.dtype.str}
 
 
-def _write(folder: Path, decoded: Iterator[Decoded]) -> None:
+def write_store(folder: Path, decoded: Iterator[Decoded]) -> None:
+    """Writes a store, or a part of one, to an empty folder."""
     with pa.ipc.new_file(folder / ROWS, SCHEMA) as writer:
         for batch in _batches(decoded):
             writer.write_batch(batch)
 
 
-def _read(*files: Path) -> DecodedStore:
+def read_store(*files: Path) -> DecodedStore:
     """Opens a store on disk, from the files of its parts."""
-    return DecodedStore(pa.concat_tables(map(_read_part, files)), files)
+    rows = pa.concat_tables(map(read_part, files)) if files else SCHEMA.empty_table()
+    return DecodedStore(rows, files)
 
 
-def _read_part(file: Path) -> pa.Table:
+def read_part(file: Path) -> pa.Table:
     """Opens a file of a store. Raises OSError, ValueError or TypeError if it is damaged."""
     rows = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
     if rows.schema != SCHEMA:
@@ -217,10 +152,10 @@ def store_key(table: Table, modality: Modality, column: str, views: list[Any]) -
     """A hash of everything that decides on what a column's rows are decoded to."""
     view_options = sorted({view.model_dump_json() for view in views})
     files = [(path, table.file_state(path)) for path in table.paths(column)]
-    return stable_hash([*_code(modality), table.fingerprint, column, view_options, files])
+    return stable_hash([*code_of(modality), table.fingerprint, column, view_options, files])
 
 
-def _code(modality: Any) -> list[Any]:
+def code_of(modality: Any) -> list[Any]:
     """The code of a modality, its options, and what it learned. No view has the size of a wrapped model's pictures."""
     modality_class = type(modality)
     code = [LAYOUT, version("openimp"), modality_class.__module__, modality_class.__qualname__]

@@ -55,7 +55,7 @@ def draft_recipe(
     """Drafts a recipe for the data at `paths`. Paths in the recipe are relative to the current folder.
 
     `text` and `label` name the columns with texts and classes. By default, the names of the columns tell. `towers` are
-    models, each of which is the frozen encoder of the modalities that it has and none before it has.
+    frozen encoders. If several can read a modality, the first one does.
 
     Raises:
         UserError: there is nothing to train on.

@@ -31,7 +31,7 @@ LONG_CLIP = 128
 LONG_SOUND = 150.0
 """Seconds, likewise."""
 CROPS = 4
-"""Vectors of each picture, clip or sound that a tower reads."""
+"""Vectors of each picture that a tower reads."""
 
 
 def view(kind: str, sample: Sequence[Probed], machine: Machine) -> dict[str, Any]:

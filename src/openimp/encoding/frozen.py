@@ -3,7 +3,7 @@
 Shape suffixes: M clips, D features.
 """
 
-import hashlib
+import json
 from abc import ABC, abstractmethod
 from functools import cache
 from pathlib import Path
@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openimp.checkpoint.find import find_model
+from openimp.checkpoint.find import download, find_model
 from openimp.checkpoint.folder import SavedModel, load_model, read_config
 from openimp.common.cache import stable_hash
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality, Rng
-from openimp.common.names import SENTENCE_TRANSFORMERS, HubName, Name
+from openimp.common.names import SENTENCE_TRANSFORMERS, Name
 from openimp.common.protocols import learned_files
-from openimp.common.safe_files import read_text, refuse_links
+from openimp.common.safe_files import read_text, refuse_links, sha256
 from openimp.encoding.engine import ItemEncoder
 from openimp.modalities.image import upright
 from openimp.modalities.media import decoder_errors
@@ -29,6 +29,7 @@ from openimp.modalities.open_clip import CODE
 from openimp.modalities.vision import inception_box
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import alone
+from openimp.parallel.layout import weights_hash
 from openimp.recipe.registry import modality_class
 
 CROP = 0.5
@@ -46,13 +47,13 @@ class FrozenEncoder(ABC):
 
     Attributes:
         features: D.
-        weights: a hash of everything that decides on its vectors.
+        fingerprint: a hash of everything that decides on its vectors.
         reader: openimp's modality that shows and cuts items.
         view: what `reader` takes.
     """
 
     features: int
-    weights: str
+    fingerprint: str
     reader: Modality
     view: Any
 
@@ -81,7 +82,7 @@ class OwnEncoder(FrozenEncoder):
         self.reader = saved.modalities[modality]
         self.view = saved.config.views[modality]
         self.features = model.config.width
-        self.weights = stable_hash([weights, sorted(learned_files([self.reader]).items()), self.view])[:16]
+        self.fingerprint = stable_hash([weights, sorted(learned_files([self.reader]).items()), self.view])[:16]
         self._encoder = ItemEncoder(model, self.reader, self.view, None, "fp32")  # Once, so it may take longer.
 
     def embed(self, clips: np.ndarray) -> Tensor:
@@ -96,13 +97,12 @@ class LibraryEncoder(FrozenEncoder):
     """A model of sentence-transformers, or of transformers, which that library opens as well."""
 
     def __init__(self, name: str, modality: str) -> None:
-        self._library, weights = _open_library(name)
+        self._library, self.fingerprint = _open_library(name)
         if modality not in self._library.modalities:
             names = ", ".join(map(str, self._library.modalities))
             raise UserError(f"tower {name}: has no modality {modality}; it has {names}")
         self._modality = modality
         self.features = self._library.get_embedding_dimension()
-        self.weights = weights
         plain = modality_class(modality)
         options = {}
         if modality == "audio":
@@ -154,7 +154,7 @@ def vector_sizes(name: str) -> dict[str, int]:
 def _open(folder: Path) -> tuple[Embedder, SavedModel, str]:
     """A model, on the GPU if there is one, and a hash of its weights. Several modalities share it."""
     model, saved = load_model(folder)
-    return model.to(pick_device()), saved, _hash(model)
+    return model.to(pick_device()), saved, weights_hash(model).hexdigest()
 
 
 @cache
@@ -165,10 +165,10 @@ def _open_library(name: str) -> tuple[Any, str]:
     except ImportError:
         raise UserError(f"{name}: needs sentence-transformers: pip install 'openimp[sentence-transformers]'") from None
     folder = _library_folder(name)
-    texts = {file.relative_to(folder).as_posix(): read_text(file) for file in sorted(folder.rglob("*.json"))}
-    for file, text in texts.items():
-        if any(f'"{key}"' in text for key in CODE):
-            raise UserError(f"{name}: {file} names code, which openimp does not run")
+    files = sorted(folder.rglob("*.json"))
+    for file in files:
+        if file.name.endswith("config.json"):
+            _refuse_kernels(name, file)
     try:
         library = SentenceTransformer(
             str(folder),
@@ -179,37 +179,31 @@ def _open_library(name: str) -> tuple[Any, str]:
     except Exception as error:  # The libraries raise many kinds.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{name}: sentence-transformers cannot open it: {reason}") from None
-    return library, stable_hash([_hash(library), *texts.items()])[:16]
+    options = [(file.relative_to(folder).as_posix(), sha256(file)) for file in files]
+    return library, stable_hash([weights_hash(library).hexdigest(), *options])[:16]
+
+
+def _refuse_kernels(name: str, file: Path) -> None:
+    """Refuses a configuration that names a kernel on the Hugging Face Hub, which transformers may download and run."""
+    try:
+        config = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{name}: {file.name} is damaged: {error}") from None
+    for key in CODE & config.keys() if isinstance(config, dict) else ():
+        if isinstance(config[key], str) and "/" in config[key]:
+            raise UserError(f"{name}: {key} in {file.name} names code, {config[key]!r}, which openimp does not run")
 
 
 def _library_folder(name: str) -> Path:
     """The folder of a model of sentence-transformers, which is downloaded if it is on the Hub."""
-    parsed = Name.parse(name)
-    hub_name = HubName.parse(parsed.rest)
-    if parsed.folder is not None:
-        folder = Path(parsed.folder)
-        if not folder.is_dir():
-            raise UserError(f"{name}: no such folder")
-        refuse_links(folder, ("**/*",))
-        return folder
-    if hub_name is None:
-        raise UserError(f"{name}: expected OWNER/NAME or local-dir:FOLDER after {SENTENCE_TRANSFORMERS}:")
-    from huggingface_hub import snapshot_download
-
-    try:
-        allowed = ["*.json", "*.txt", "*.model", "*.safetensors"]
-        return Path(snapshot_download(hub_name.repository, revision=hub_name.revision, allow_patterns=allowed))
-    except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: the Hugging Face Hub did not provide the model: {reason}") from None
-
-
-def _hash(model: torch.nn.Module) -> str:
-    total = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        total.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
-        total.update(weight.reshape(-1).view(torch.uint8).cpu().numpy())
-    return total.hexdigest()
+    path = Name.parse(name).folder
+    if path is None:
+        return download(name, ("*.json", "*.txt", "*.model", "*.safetensors"))
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{name}: no such folder")
+    refuse_links(folder, ("**/*",))
+    return folder
 
 
 def _objects(value: Any) -> np.ndarray:

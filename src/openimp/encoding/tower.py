@@ -28,8 +28,8 @@ from openimp.recipe.registry import modality_class
 class SavedTower(Strict):
     """What a model remembers of its tower."""
 
-    weights: str
-    """`FrozenEncoder.weights`."""
+    fingerprint: str
+    """`FrozenEncoder.fingerprint`."""
     features: Count
     """The size of its vectors."""
 
@@ -65,13 +65,13 @@ class Tower(Modality):
     def encoder(self) -> FrozenEncoder:
         """The frozen encoder, on the GPU if there is one. UserError if it is not the one of training."""
         encoder = open_encoder(self.config.tower, self.name)
-        if self._saved and self._saved.weights != encoder.weights:
+        if self._saved and self._saved.fingerprint != encoder.fingerprint:
             raise UserError(f"tower {self.config.tower}: has other weights or options now than in training")
         return encoder
 
     def state(self) -> dict[str, str]:
         # By modality, because those of a stem may have different views.
-        saved = self._saved or SavedTower(weights=self.encoder.weights, features=self.encoder.features)
+        saved = self._saved or SavedTower(fingerprint=self.encoder.fingerprint, features=self.encoder.features)
         return {f"tower-{self.name}.json": saved.model_dump_json(indent=1)}
 
     def load_state(self, state: Mapping[str, str]) -> None:

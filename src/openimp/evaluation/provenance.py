@@ -1,6 +1,5 @@
 """Where a result comes from: two equal evaluations write equal results, and two different ones show the difference."""
 
-import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +12,7 @@ from openimp.common.versions import library_version, openimp_version
 from openimp.data.tables import Table
 from openimp.evaluation.evaluator import ReadableRows
 from openimp.model.embedder import Embedder
-from openimp.parallel.layout import full_tensor
+from openimp.parallel.layout import weights_hash
 from openimp.recipe.evaluation import EvaluationSet, ZeroShot
 from openimp.recipe.schema import Recipe
 
@@ -23,11 +22,7 @@ NAMED = 20
 
 def checkpoint_fields(model: Embedder, modalities: Modalities) -> dict[str, Any]:
     """A hash of the model's weights and of what its modalities learned, and the version of openimp."""
-    total = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        full: Any = full_tensor(tensor)
-        total.update(f"{name} {full.dtype} {list(full.shape)}\n".encode())
-        total.update(full.reshape(-1).view(torch.uint8).cpu().numpy())
+    total = weights_hash(model)
     for modality in modalities.values():
         total.update(repr(sorted(learned_files([modality]).items())).encode())
     return {"checkpoint": total.hexdigest()[:16], "openimp": openimp_version()}

@@ -4,6 +4,7 @@ FSDP2 shards and gathers the parameters and reduces the gradients. A tensor that
 mesh is a DTensor.
 """
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
@@ -202,6 +203,16 @@ def local_shard(tensor: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered from the shards of all ranks. Every rank must call this."""
     return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def weights_hash(module: nn.Module) -> Any:
+    """SHA-256 of the names, types, shapes and values of a module's weights, unsharded. Every rank must call this."""
+    total = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        full: Any = full_tensor(tensor)
+        total.update(f"{name} {full.dtype} {list(full.shape)}\n".encode())
+        total.update(full.reshape(-1).view(torch.uint8).cpu().numpy())
+    return total
 
 
 def group_by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

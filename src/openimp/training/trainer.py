@@ -53,7 +53,7 @@ def train(
             no checkpoint. Ranks that torchrun has restarted always use "auto".
         variant: what a study changes.
         allow_changed_data: resume even if a source has changed since the checkpoint was saved.
-        callbacks: are told of steps, evaluations and checkpoints, and may end the training.
+        callbacks: their methods are called after steps, evaluations and checkpoints, and may end the training.
 
     Raises:
         UserError: the run cannot start, resume or continue. If data is bad or a loss is not finite, all complete steps
@@ -170,10 +170,10 @@ class Trainer(Parts):
     def _train_steps(self, stop: Stop) -> None:
         save_every = self.recipe.train.save_every
         evaluate_every = self.recipe.evaluation.every
-        # An interrupted run may have saved a step without evaluating it. What a public model can do before the training
-        # shows what it forgets.
-        if self._is_due(evaluate_every, self.step) if self.step else self.recipe.starts_from_weights:
-            self.evaluate(stop.watch)
+        if self.step == 0 and self.recipe.starts_from_weights:
+            self.evaluate(stop.watch)  # A later result then shows what a public model has forgotten.
+        if self.step and self._is_due(evaluate_every, self.step):
+            self.evaluate(stop.watch)  # The interrupted run may have saved this step without evaluating it.
         batches = self.log.timer.timed(load_batches(self.data, self.step))
         try:
             # The alternation has chosen the task and the view of each batch: `loaded.visit`. On several

@@ -1,0 +1,115 @@
+"""The vectors of the items that towers embed before the training.
+
+They are stored in openimp's cache, in files of `ITEMS_PER_FILE` items. If embedding is stopped, the next run continues.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openimp.common.cache import cached, stable_hash
+from openimp.common.protocols import Towered
+from openimp.data.store import (
+    ROWS,
+    DecodedStore,
+    Progress,
+    code_of,
+    read_part,
+    read_store,
+    row_chunks,
+    store_key,
+    write_store,
+)
+from openimp.data.tables import Table
+from openimp.data.templates import all_texts, columns_of
+
+ITEMS_PER_FILE = 4096
+"""A run that continues after a stop embeds at most so many items again."""
+TEXT_ROWS = 4096
+"""Rows whose texts are read at once."""
+
+Reads = Iterable[Callable[[], Any]]
+"""Functions that return the raw values of items, or raise BadMedia."""
+
+
+def embed_column(
+    table: Table, modality: Any, column: str, views: list[Any], progress: Progress | None = None
+) -> DecodedStore:
+    """The vectors of the media in a table's column, by row."""
+    key = store_key(table, modality, column, views)
+
+    def reads(rows: range) -> Reads:
+        return (partial(table.media, row[column]) for chunk in row_chunks(table, column, rows) for row in chunk)
+
+    return _embed(
+        modality, f"{table.name}.{column}", len(table), reads, lambda rows: stable_hash([key, rows]), progress
+    )
+
+
+class EmbeddedTexts:
+    """The vectors of texts: `texts[text]`."""
+
+    def __init__(self, modality: Towered, texts: Iterable[str], progress: Progress | None = None) -> None:
+        distinct = list(dict.fromkeys(texts))
+        code = code_of(modality)
+
+        def reads(numbers: range) -> Reads:
+            return (partial(str, distinct[number]) for number in numbers)
+
+        def key(numbers: range) -> str:
+            return stable_hash([*code, *(distinct[number] for number in numbers)])
+
+        self._store = _embed(modality, "texts", len(distinct), reads, key, progress)
+        self._number = {text: number for number, text in enumerate(distinct)}
+
+    def __getitem__(self, text: str) -> np.ndarray:
+        """The vectors of a text; BadMedia as when it was embedded."""
+        return self._store[self._number[text]]
+
+
+def texts_in(table: Table, templates: list[str]) -> Iterator[str]:
+    """All texts that training may draw from a table."""
+    columns = columns_of(templates)
+    for start in range(0, len(table), TEXT_ROWS):
+        rows = table.rows(range(len(table))[start : start + TEXT_ROWS], columns)
+        yield from chain.from_iterable(all_texts(templates, rows))
+
+
+def _embed(
+    modality: Towered,
+    name: str,
+    count: int,
+    reads: Callable[[range], Reads],
+    key: Callable[[range], str],
+    progress: Progress | None,
+) -> DecodedStore:
+    """Embeds `count` items, except those that an earlier run has embedded.
+
+    `name` is shown with the progress. For the items with some numbers, `reads` makes the functions that read them, and
+    `key` a hash of the items and their tower.
+    """
+    numbers = range(count)
+    bar = iter(progress(numbers, f"embedding {name}") if progress else numbers)
+    passed = 0  # by the bar
+
+    def write(folder: Path, part: range) -> None:
+        nonlocal passed
+        write_store(folder, (vectors for vectors, _ in zip(modality.embed_all(reads(part)), bar)))
+        passed = part.stop
+
+    def checked_file(folder: Path) -> Path:
+        read_part(folder / ROWS)
+        return folder / ROWS
+
+    files = []
+    for start in range(0, count, ITEMS_PER_FILE):
+        part = numbers[start : start + ITEMS_PER_FILE]
+        files.append(cached("embedded", key(part), checked_file, partial(write, part=part)))
+        for _ in islice(bar, part.stop - passed):  # An earlier run has embedded them.
+            passed += 1
+    next(bar, None)  # Ends the bar.
+    return read_store(*files)
