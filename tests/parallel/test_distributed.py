@@ -65,7 +65,8 @@ CASES = {
     "shards, several texts": [
         "model.space=disjoint",
         "model.modality_specific_layers=1",
-        'tasks.named.inputs.text={column: "a {label} square", draw: 2}',
+        'tasks.named.inputs.text={column: ["a {label} square", "{label}"], draw: 2}',
+        "tasks.named.objectives=[{type: contrastive, positives_in: label}]",
     ],
     "shards, chunks": CHUNKS,
     "shards kept gathered, chunks, Muon": ["parallel.reshard_after_forward=false", *CHUNKS, MUON],

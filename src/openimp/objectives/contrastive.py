@@ -19,8 +19,8 @@ from openimp.common.modality import Tokens
 from openimp.common.objective import Compared, Objective, Row, TargetSizes, Tensors
 from openimp.data.tables import item_id, value_id
 from openimp.model.embedder import Embedder, EncodedAll
-from openimp.objectives.nce import mean_by_blocks, sigmoid_nce, softmax_nce
-from openimp.parallel.distributed import all_gather
+from openimp.objectives.nce import both_ways, mean_by_blocks, sigmoid_nce, softmax_nce
+from openimp.parallel.distributed import all_gather, world_size
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
@@ -110,10 +110,13 @@ class Contrastive(Objective):
             z_MZ = model.project(encoded[b].features, b, a)
             ids_a = self._ids(a, len(z_NZ), targets)
             ids_b = self._ids(b, len(z_MZ), targets)
-            all_ids_a, all_ids_b = all_gather(ids_a, ids_b)
+            (all_ids_a,) = all_gather(ids_a)  # Apart from the others, because media may have more ids than texts.
+            (all_ids_b,) = all_gather(ids_b)
             temperature, bias = model.temperature(a, b)()
             with full_precision(z_NZ.device):
-                if self.loss == "softmax":
+                if self.loss == "softmax" and (world_size() == 1 or z_NZ.is_meta):  # Counts do not depend on ranks.
+                    loss = both_ways(softmax_nce, 1 / temperature * z_NZ, ids_a, z_MZ, ids_b)
+                elif self.loss == "softmax":
                     all_b, all_a = all_gather(z_MZ, z_NZ)
                     loss_a = mean_by_blocks(softmax_nce, 1 / temperature * z_NZ, ids_a, all_b, all_ids_b)
                     loss_b = mean_by_blocks(softmax_nce, 1 / temperature * z_MZ, ids_b, all_a, all_ids_a)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-BLOCK = 2**24
-"""Largest number of similarities that a contrastive loss holds at once: 64 MiB per tensor that its gradient needs."""
+BLOCK = 2**26
+"""Largest number of similarities that a contrastive loss holds at once: 256 MiB per tensor that its gradient needs."""
 
 
 def mean_by_blocks(
@@ -32,6 +32,26 @@ def mean_by_blocks(
         return rows_loss(z_NZ, ids_NI, candidate_MZ).mean()
     blocks = zip(z_NZ.split(rows), ids_NI.split(rows))
     return torch.cat([checkpoint(rows_loss, *block, candidate_MZ, use_reentrant=False) for block in blocks]).mean()
+
+
+def both_ways(
+    loss_of: Callable[..., Tensor],
+    z_NZ: Tensor,
+    ids_NI: Tensor,
+    z_MZ: Tensor,
+    ids_MJ: Tensor,
+) -> Tensor:
+    """Half the sum of `mean_by_blocks` from N to M and from M to N, if this rank has all embeddings of both.
+
+    Similarities that fit into one block are computed once for both.
+    """
+    if len(z_NZ) * len(z_MZ) > BLOCK:
+        forth = mean_by_blocks(loss_of, z_NZ, ids_NI, z_MZ, ids_MJ)
+        back = mean_by_blocks(loss_of, z_MZ, ids_MJ, z_NZ, ids_NI)
+        return (forth + back) / 2
+    logits_NM = z_NZ @ z_MZ.T
+    same_NM = share_an_id(ids_NI, ids_MJ)
+    return (loss_of(logits_NM, same_NM).mean() + loss_of(logits_NM.T, same_NM.T).mean()) / 2
 
 
 def share_an_id(ids_RI: Tensor, candidate_ids_MJ: Tensor) -> Tensor:
@@ -54,7 +74,7 @@ def softmax_nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
     many examples in a batch are learned slowly.
     """
     positives_N = same_NM.sum(1)
-    mean_positive_N = (logits_NM * same_NM).sum(1) / positives_N
+    mean_positive_N = torch.where(same_NM, logits_NM, 0).sum(1) / positives_N
     return logits_NM.logsumexp(1) - mean_positive_N - positives_N.log()
 
 
