@@ -1,0 +1,90 @@
+"""openimp:base, the model that comes with openimp."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from messages import refuses
+from safetensors import safe_open
+
+import openimp
+from openimp.checkpoint.find import BUNDLED_MODELS, find_model
+from openimp.data.sources import open_source
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Source
+from openimp.search import build_index, open_index
+from openimp.training.trainer import train
+
+WORDS = ["dog", "cat", "guitar", "moon", "pencil", "house", "car", "apple", "fish", "umbrella", "clock", "key"]
+"""Everyday words that are names of pictures."""
+
+
+@pytest.fixture(scope="module")
+def base() -> openimp.Model:
+    return openimp.load("openimp:base", "cpu")
+
+
+def test_everyday_words_find_their_pictures(base):
+    """Among the training pictures of one vendor whose name or keywords have one of the words."""
+    source = open_source("stills", Source(path="openimp:stills.parquet", where={"split": "train", "vendor": "noto"}))
+    rows = source.rows(range(len(source)))
+    texts = [f"{row['name']} {' '.join(row['keywords'])}".lower().split() for row in rows]
+    named = [i for i, text in enumerate(texts) if any(word in text for word in WORDS)]
+    image = base.encode_image([rows[i]["image"] for i in named], normalize=True)
+    found = (base.encode_text(WORDS, normalize=True) @ image.T).argmax(1)
+    right = [word in texts[named[i]] for word, i in zip(WORDS, found.tolist())]
+    assert sum(right) >= 0.8 * len(WORDS), dict(zip(WORDS, right))
+
+
+def test_the_weights_are_small_in_the_package_and_exact_in_memory(base):
+    (file,) = BUNDLED_MODELS.glob("base/model/*.safetensors")
+    assert file.stat().st_size <= 10e6
+    with safe_open(file, "pt") as weights:
+        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float16}
+    assert {parameter.dtype for parameter in base.parameters()} == {torch.float32}
+
+
+def test_training_starts_from_it(base, tmp_path):
+    """What the recipe's model shares with it is equal before the first step."""
+    model_config = json.loads(base.config.model_dump_json())
+    recipe = Recipe.build(
+        {
+            "name": "tuned",
+            "model": model_config["model"],
+            "modalities": {stem: model_config["modalities"][stem] for stem in ("vision", "text")},
+            "sources": {"stills": {"path": "openimp:stills.parquet", "limit": 16}},
+            "tasks": {
+                "stills": {
+                    "source": "stills",
+                    "inputs": {"image": "image", "text": "name"},
+                    "objectives": [{"type": "contrastive"}],
+                    "batch_size": 8,
+                    "views": [{"image": {"size": 64}, "text": {"length": 8}}],
+                }
+            },
+            "optimizer": {"lr": 1e-9, "weight_decay": 0},
+            "train": {"steps": 1, "init": "openimp:base", "num_workers": 0},
+        }
+    )
+    train(recipe, tmp_path / "run")
+    trained = openimp.load(tmp_path / "run", "cpu").imp.state_dict()
+    for name, weight in base.imp.state_dict().items():
+        if not name.startswith(("stems.audio", "projections.audio", "temperatures.audio", "classifiers")):
+            torch.testing.assert_close(trained[name], weight, rtol=0, atol=1e-7)
+
+
+def test_its_index_is_in_the_cache(tiny_model_folder, media_folder, tmp_path, monkeypatch):
+    """A bundled model is no run, in which an index could be."""
+    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("openimp.checkpoint.find.BUNDLED_MODELS", tmp_path / "models")
+    shutil.copytree(tiny_model_folder, tmp_path / "models/tiny")
+    build_index("openimp:tiny", [media_folder])
+    assert sum(open_index(tmp_path / "cache/search/tiny").counts.values()) > 0
+
+
+def test_an_unknown_name_is_refused():
+    with refuses():
+        find_model("openimp:bass")
+    assert find_model("openimp:base") == Path(openimp.__file__).parent / "models/base"
