@@ -44,7 +44,7 @@ class Tower(Modality):
         """A frozen encoder instead of a patch embedding."""
 
         tower: RecipePath
-        """The model that embeds items: a run, `hub:OWNER/NAME`, `open_clip:NAME/TAG`, or
+        """The model that embeds items: a run, `openimp:base`, `hub:OWNER/NAME`, `open_clip:NAME/TAG`, or
         `sentence_transformers:OWNER/NAME`."""
         crops: Count = 1
         """Vectors that training has of each picture, clip or sound. The first is of the item as in evaluation (of a
