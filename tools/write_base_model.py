@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from openimp.checkpoint.find import BUNDLED_MODELS, find_model
+from openimp.checkpoint.find import BUNDLED_MODELS
 from openimp.inference.model import load
 from openimp.inference.publish import write
 
@@ -23,10 +23,10 @@ FOLDER = BUNDLED_MODELS / "base"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    model_folder = find_model(parser.parse_args().run)
+    run = parser.parse_args().run
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
-    write(load(model_folder, "cpu"), model_folder, "openimp:base", "apache-2.0", FOLDER)
+    write(load(run, "cpu"), "openimp:base", "apache-2.0", FOLDER)
     (weights,) = (FOLDER / "model").glob("*.safetensors")
     halved = {name: tensor.to(torch.float16) for name, tensor in load_file(weights).items()}
     save_file(halved, weights, metadata={"format": "pt"})

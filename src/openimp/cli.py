@@ -19,7 +19,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's YAML file, or the name of a bundled recipe.")]
 RunArgument = Annotated[
     Path,
-    typer.Argument(help="A run, a checkpoint, a folder with a model, openimp:base, hub:OWNER/NAME, or open_clip:NAME/TAG."),
+    typer.Argument(
+        help="A run, a checkpoint, a folder with a model, openimp:base, hub:OWNER/NAME, or open_clip:NAME/TAG."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Change a key of the recipe: KEY=VALUE, such as train.steps=100.")

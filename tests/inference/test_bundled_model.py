@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,8 @@ def test_the_weights_are_small_in_the_package_and_exact_in_memory(base):
     (file,) = BUNDLED_MODELS.glob("base/model/*.safetensors")
     assert file.stat().st_size <= 10e6
     with safe_open(file, "pt") as weights:
-        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float16}
+        names = list(weights.keys())
+        assert {weights.get_tensor(name).dtype for name in names} == {torch.float16}
     assert {parameter.dtype for parameter in base.parameters()} == {torch.float32}
 
 
@@ -82,6 +84,12 @@ def test_its_index_is_in_the_cache(tiny_model_folder, media_folder, tmp_path, mo
     shutil.copytree(tiny_model_folder, tmp_path / "models/tiny")
     build_index("openimp:tiny", [media_folder])
     assert sum(open_index(tmp_path / "cache/search/tiny").counts.values()) > 0
+
+
+def test_it_is_among_the_models():
+    assert openimp.list_models("openimp:*") == ["openimp:base"]
+    if find_spec("open_clip"):
+        assert "open_clip:ViT-B-16-SigLIP2/webli" in openimp.list_models("*SigLIP2*")
 
 
 def test_an_unknown_name_is_refused():

@@ -1,6 +1,8 @@
 """Finds the folder of a model by its name."""
 
 from collections.abc import Collection
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 
 from openimp.checkpoint.folder import CONFIG, RECIPE, checkpoints
@@ -30,6 +32,19 @@ def find_model(name: str | Path) -> Path:
     if not Path(name).exists():
         raise UserError(f"{name}: no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME")
     return _find_local(Path(name))
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of the models that come with openimp, and with open_clip if it is installed, like `timm.list_models`.
+
+    `pattern` has the wildcards of the shell: `list_models("*SigLIP2*")`.
+    """
+    names = [f"{BUNDLED}:{folder.name}" for folder in sorted(BUNDLED_MODELS.iterdir())]
+    if find_spec("open_clip"):
+        import open_clip
+
+        names += [f"{OPEN_CLIP}:{architecture}/{tag}" for architecture, tag in open_clip.list_pretrained()]
+    return [name for name in names if fnmatchcase(name, pattern)]
 
 
 def _bundled(name: str) -> Path:

@@ -42,8 +42,11 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
     """
     device = torch.device(device or pick_device())
     precision_of(device, precision)  # An unknown precision is an error before the model is read.
-    imp, (config, modalities, recipe) = load_model(find_model(str(path)))
-    return Model(imp, config, modalities, precision, recipe).to(device).eval()
+    folder = find_model(str(path))
+    imp, (config, modalities, recipe) = load_model(folder)
+    model = Model(imp, config, modalities, precision, recipe)
+    model.folder = folder
+    return model.to(device).eval()
 
 
 class Model(nn.Module):
@@ -52,8 +55,10 @@ class Model(nn.Module):
     An input is seen in the recipe's inference view of its modality (`Recipe.inference_view`), as in evaluation: without
     augmentation, with all tokens, and with the embeddings of a long item's clips averaged. You may change `views`;
     `preprocess` and `tokenizer` follow. The other attributes are the network `imp`, its `config`, the `modalities` by
-    name, the `precision` (see `load`), and the `saved_recipe` of its training.
+    name, the `precision` (see `load`), the `saved_recipe` of its training, and the `folder` that it was loaded from.
     """
+
+    folder: Path | None = None
 
     def __init__(
         self,
@@ -182,6 +187,36 @@ class Model(nn.Module):
             raise UserError(f"{folder}: expected a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
         save_model(folder, self.imp, self.config, self.modalities, self.saved_recipe.text())
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """`save`, as users of Hugging Face call it."""
+        self.save(folder)
+
+    def push_to_hub(
+        self,
+        name: str,
+        private: bool = False,
+        license: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Uploads the model with a model card to the repository OWNER/NAME of the Hugging Face Hub; its URL.
+
+        A repository that does not exist is made. `openimp push` does the same.
+
+        Args:
+            name: the repository.
+            private: whether a new repository is private. One that is public is then refused.
+            license: the Hub's identifier of the model's license, such as apache-2.0.
+            revision: the branch, which is made if it does not exist. None: the main branch.
+            token: a token of the Hub. None: that of `hf auth login` or of HF_TOKEN.
+
+        Raises:
+            UserError: there is no login, the Hub refuses the upload, or the model was not opened by `load`.
+        """
+        from openimp.inference.publish import upload  # That module imports this one.
+
+        return upload(self, name, private, license, revision, token)
 
     @cached_property
     def recipe(self) -> Recipe:

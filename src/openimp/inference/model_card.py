@@ -44,7 +44,8 @@ TEMPLATES.filters.update(text=as_text, percent=percent, commas="{:,}".format)
 def model_card(model: Model, folder: Path, name: str, license: str | None) -> str:
     """The card in Markdown, with the Hub's metadata at its head.
 
-    `folder` is the checkpoint or the model's folder. `name` is OWNER/NAME, or the name of a bundled model. `license` is that of the model, if known.
+    `folder` is the checkpoint or the model's folder. `name` is OWNER/NAME, or the name of a bundled model. `license` is
+    that of the model, if known.
     """
     recipe = model.recipe
     names = list(model.modalities)
