@@ -245,6 +245,10 @@ def search(
         Literal["both", "meaning", "words"],
         typer.Option("--by", help="Find items by the meaning of texts, by the words of their own texts, or by both."),
     ] = "both",
+    since: Annotated[
+        str, typer.Option("--since", help="Only results of this day, month or year and later, such as 2026-05.")
+    ] = "",
+    until: Annotated[str, typer.Option("--until", help="Only results of this day, month or year and earlier.")] = "",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")] = False,
     **queries: list[str] | None,
 ) -> None:
@@ -261,6 +265,7 @@ def search(
         k=k,
         min_score=min_score,
         by=by,
+        dates=(since, until),
         as_json=json,
     )
 

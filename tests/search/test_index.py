@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import PIL.Image
 import pyarrow as pa
@@ -20,6 +21,7 @@ import soundfile
 from conftest import TEXTS
 from filelock import FileLock
 from messages import refuses
+from PIL import ExifTags
 from processes import Process
 
 import openimp
@@ -306,6 +308,87 @@ def test_an_index_of_a_version_that_hashed_all_options_is_still_used(build, fold
     write_text(index / METADATA, old.model_dump_json())
     assert open_index(index).search("a red square")
     assert build(folder / "1.png").new == 1
+
+
+@pytest.fixture
+def dated(media_folder: Path, tmp_path: Path) -> Path:
+    """A photo and a clip whose headers tell when and where they were taken, a photo that does not, and a text."""
+    top = tmp_path / "dated"
+    top.mkdir()
+    exif = PIL.Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2024:05:31 18:30:00"
+    gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
+    gps[ExifTags.GPS.GPSLatitudeRef], gps[ExifTags.GPS.GPSLatitude] = "S", (33.0, 51.0, 31.2)
+    gps[ExifTags.GPS.GPSLongitudeRef], gps[ExifTags.GPS.GPSLongitude] = "E", (151.0, 12.0, 36.0)
+    PIL.Image.open(media_folder / "0.png").save(top / "sydney.jpg", exif=exif)
+    broken = PIL.Image.Exif()
+    broken[ExifTags.Base.DateTime] = "0000:00:00 00:00:00"
+    broken.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] = (1.0, 2.0)
+    PIL.Image.open(media_folder / "1.png").save(top / "unknown.jpg", exif=broken)
+    with (
+        av.open(str(media_folder / "0.mp4")) as clip,
+        av.open(str(top / "paris.mp4"), "w", options={"movflags": "use_metadata_tags"}) as copy,
+    ):
+        copy.metadata["creation_time"] = "2025-01-02T03:04:05.000000Z"
+        copy.metadata["location"] = "+48.8577+002.2950/"
+        stream = copy.add_stream_from_template(clip.streams.video[0])
+        for packet in clip.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    (top / "text.txt").write_text("a red square")
+    for name in ("unknown.jpg", "text.txt"):
+        seconds = datetime(2023, 6, 7, 8, 9, 10).timestamp()
+        os.utime(top / name, (seconds, seconds))
+    return top
+
+
+def test_items_have_the_date_and_place_that_their_files_tell(build, dated, tmp_path):
+    build(dated)
+    found = {Path(row["path"]).name: row for row in rows(tmp_path / "x.index").values()}
+    recorded = datetime.fromisoformat("2025-01-02T03:04:05+00:00").astimezone().replace(tzinfo=None).isoformat()
+    assert {name: row["date"] for name, row in found.items()} == {
+        "sydney.jpg": "2024-05-31T18:30:00",
+        "paris.mp4": recorded,
+        "unknown.jpg": "2023-06-07T08:09:10",
+        "text.txt": "2023-06-07T08:09:10",
+    }
+    places = {name: (row["latitude"], row["longitude"]) for name, row in found.items() if row["latitude"] is not None}
+    assert places.keys() == {"sydney.jpg", "paris.mp4"}
+    assert places["sydney.jpg"] == pytest.approx((-33.8587, 151.21), abs=1e-4)
+    assert places["paris.mp4"] == pytest.approx((48.8577, 2.295), abs=1e-4)
+
+
+def test_a_search_may_be_limited_to_dates(build, dated, tmp_path):
+    build(dated)
+    index = open_index(tmp_path / "x.index", "cpu")
+
+    def found(since="", until=""):
+        return {Path(hit.path).name for hit in index.search("a", since=since, until=until)}
+
+    assert found("2024-05-31", "2024-05-31") == {"sydney.jpg"}
+    assert found("2024-06") == {"paris.mp4"}
+    assert found(until="2024-05") == {"sydney.jpg", "unknown.jpg", "text.txt"}
+    assert found("2024", "2024") == {"sydney.jpg"}
+    with refuses():
+        found("31.05.2024")
+    with refuses():
+        found(until="2024-13")
+
+
+def test_an_index_without_dates_gets_them_and_embeds_nothing_again(build, dated, tmp_path, embedded):
+    """Older versions stored no dates."""
+    build(dated)
+    items = Items(tmp_path / "x.index")
+    items.table.drop_columns(["date", "latitude", "longitude"])
+    index = open_index(tmp_path / "x.index", "cpu")
+    assert len(index.search("a")) == 4
+    with refuses():
+        index.search("a", since="2024")
+    embedded.clear()
+    result = build(dated)
+    assert (result.unchanged, result.new, embedded) == (4, 0, Counter())
+    assert len(open_index(tmp_path / "x.index", "cpu").search("a", since="2024")) == 2
 
 
 def test_links_out_of_the_folder_are_not_followed(build, folder, tmp_path):

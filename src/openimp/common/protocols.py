@@ -1,6 +1,7 @@
 """Protocols that a modality may have besides `Modality`. A class has a protocol if it has its methods."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -112,6 +113,22 @@ class Segmented(Protocol):
 
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
         """Like `Modality.encode_input`, but for one of the `segments`."""
+        ...
+
+
+class Taken(NamedTuple):
+    """When and where something was recorded."""
+
+    date: datetime | None = None  # local time
+    place: tuple[float, float] | None = None  # latitude and longitude in degrees
+
+
+@runtime_checkable
+class Dated(Protocol):
+    """A modality whose files tell when and where they were recorded, for `openimp index`."""
+
+    def taken(self, value: Any) -> Taken:
+        """What the header of a file, or of its bytes, tells. BadMedia if it cannot be read."""
         ...
 
 

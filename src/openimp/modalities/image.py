@@ -1,7 +1,8 @@
 """Pictures, read with Pillow, as one frame of patches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,9 +11,11 @@ import PIL.IcoImagePlugin
 import PIL.Image
 import PIL.ImageOps
 import torch
+from PIL import ExifTags
 from torch import Tensor
 
 from openimp.common.modality import BadMedia, Rng
+from openimp.common.protocols import Taken
 from openimp.modalities.media import MAX_PIXELS, PREVIEW, MediaFile, decoder_errors, encode_webp, open_source
 from openimp.modalities.vision import Vision, check_pixels, decoded_size, shrink, to_rgb
 
@@ -78,6 +81,16 @@ class Image(Vision):
         """The whole picture."""
         return encode_webp(self.decode(value, [Image.View(size=side)]), side)
 
+    @decoder_errors()
+    def taken(self, value: Any) -> Taken:
+        """The time and place in the EXIF data of a file."""
+        with open_source(value) as media_file:
+            exif = open_picture(media_file).getexif()
+            date = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal) or exif.get(
+                ExifTags.Base.DateTime
+            )
+            return Taken(_exif_date(date), _exif_place(exif.get_ifd(ExifTags.IFD.GPSInfo)))
+
     def raw_features(self, item: np.ndarray, view: Any) -> np.ndarray:
         """The pixels of a small square, in -1..1."""
         picture = PIL.Image.fromarray(self.transform(item, view, None)[0])
@@ -101,6 +114,28 @@ def open_picture(media_file: MediaFile) -> PIL.Image.Image:
         if head[4:].startswith(HEIC) and "HEIF" not in FORMATS:
             raise BadMedia("a HEIC picture, which needs pillow-heif: pip install 'openimp[heif]'") from None
         raise
+
+
+def _exif_date(value: Any) -> datetime | None:
+    try:
+        return datetime.strptime(str(value).strip("\0 "), "%Y:%m:%d %H:%M:%S")
+    except ValueError:  # Cameras without a clock write spaces or zeros.
+        return None
+
+
+def _exif_place(tags: Mapping[int, Any]) -> tuple[float, float] | None:
+    try:
+        latitude = _degrees(tags[ExifTags.GPS.GPSLatitude], tags[ExifTags.GPS.GPSLatitudeRef] == "S")
+        longitude = _degrees(tags[ExifTags.GPS.GPSLongitude], tags[ExifTags.GPS.GPSLongitudeRef] == "W")
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return (latitude, longitude) if abs(latitude) <= 90 and abs(longitude) <= 180 else None  # False for NaN.
+
+
+def _degrees(parts: Sequence[Any], is_negative: bool) -> float:
+    degrees, minutes, seconds = map(float, parts)
+    value = degrees + minutes / 60 + seconds / 3600
+    return -value if is_negative else value
 
 
 @contextmanager

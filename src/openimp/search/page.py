@@ -68,6 +68,7 @@ class Page:
             "colors": {name: f"c{i % 6}" for i, name in enumerate(modalities)},
             "reader": len(files) < len(modalities),
             "has_words": index.has_words,
+            "has_dates": index.has_dates,
             "readable": list(files),
             "accepted": list(self.modality_of),
             "recordable": next((name for name in files if kind_of(files[name]) == "audio"), ""),
@@ -209,9 +210,9 @@ def _refused(reason: str, code: int = 400) -> JSONResponse:
 
 def _described(hit: Hit) -> dict[str, Any]:
     """An item for programs. Its URLs are relative to the server's."""
-    shown = ("id", "modality", "path", "text", "start", "end", "part", "parts", "source", "row", "score", "found_by")
+    hidden = ("column", "media_type", "state")
     urls = {"media": f"/media/{hit.id}", "thumbnail": f"/thumbnails/{hit.id}"}
-    return {name: getattr(hit, name) for name in shown} | urls
+    return {name: value for name, value in vars(hit).items() if name not in hidden} | urls
 
 
 def _picture(picture: bytes | None) -> Response:

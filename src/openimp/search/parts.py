@@ -5,15 +5,17 @@ A part is a whole file, a segment of a recording, or a line of a text file. Each
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from openimp.common.errors import UserError
-from openimp.common.modality import BadMedia
-from openimp.common.protocols import Segmented, TextReader
+from openimp.common.modality import BadMedia, Modality
+from openimp.common.protocols import Dated, Segmented, Taken, TextReader
 from openimp.common.safe_files import sha256
 from openimp.encoding.engine import ItemEncoder
 from openimp.inference.files import file_text
@@ -25,6 +27,8 @@ MAX_LINES = 100_000
 MAX_TEXT = 10_000
 """Maximum number of characters of a line or a caption that are stored; no text encoder reads as many."""
 
+NOT_TOLD = Taken()
+
 
 @dataclass
 class File:
@@ -35,6 +39,7 @@ class File:
     text: str | None = None  # its caption or the text of its row
     problem: str = ""  # why the file, its text or a part of it cannot be read
     copied_from: str = ""  # the path of a file with the same content in the table
+    taken: Taken = NOT_TOLD
     parts: list[dict[str, Any]] = field(default_factory=list)  # rows of the table, with "vector" once it is known
 
     @property
@@ -54,10 +59,12 @@ def open_file(encoder: ItemEncoder, path_of: Mapping[tuple[str, str], str], medi
     except BadMedia as error:
         file.problem = str(error)
     try:
-        file.sha256 = sha256 or _hash(media.raw())
+        raw = media.raw()
+        file.taken = _taken(encoder.modality, raw)
+        file.sha256 = sha256 or _hash(raw)
         file.copied_from = path_of.get(file.content, "")
         if not file.copied_from:
-            file.parts = _parts(encoder, media.raw(), file.text)
+            file.parts = _parts(encoder, raw, file.text)
     except OSError as error:
         file.problem = error.strerror or str(error)
     except (BadMedia, UserError) as error:
@@ -94,6 +101,17 @@ def read_part(encoder: ItemEncoder, file: File, part: Mapping[str, Any]) -> np.n
         return modality.encode_segment(file.media.raw(), encoder.view, part["start"], part["end"])
     except BadMedia as error:
         raise BadMedia(f"{error_prefix}{error}") from None
+
+
+def _taken(modality: Modality, raw: bytes | Path | np.ndarray) -> Taken:
+    """When and where media were recorded. A file that does not tell when has the date of its last change."""
+    taken = NOT_TOLD
+    if isinstance(modality, Dated) and not isinstance(raw, np.ndarray):
+        with suppress(BadMedia):  # Whether the file is damaged, decoding tells.
+            taken = modality.taken(raw)
+    if taken.date is None and isinstance(raw, Path):
+        taken = taken._replace(date=datetime.fromtimestamp(int(raw.stat().st_mtime)))
+    return taken
 
 
 def _lines(file: Path) -> list[str]:

@@ -4,6 +4,7 @@ A write to the table is atomic and contains whole files only. So after a kill, t
 """
 
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from openimp.search.query import Hit, Words
 ITEMS = "items"
 HIT_COLUMNS = [field.name for field in fields(Hit) if field.name not in ("score", "found_by")]
 """Columns of the table that make a `Hit`."""
+PLACE = ("latitude", "longitude")
 BATCH = 8192
 """Rows that are read into memory at once."""
 APPROXIMATE_ROWS = 50_000
@@ -47,10 +49,10 @@ class Stored(NamedTuple):
 
 def schema(size: int) -> pa.Schema:
     """The table's columns, for unit vectors with `size` features. Most are those of `Hit`; `sha256` is of the media."""
-    texts = ("id", "path", "sha256", "state", "modality", "text", "media_type", "source", "column")
+    texts = ("id", "path", "sha256", "state", "modality", "text", "media_type", "source", "column", "date")
     columns = dict.fromkeys(texts, pa.string())
     columns |= dict.fromkeys(("part", "parts", "row"), pa.int64())
-    columns |= dict.fromkeys(("start", "end"), pa.float64())
+    columns |= dict.fromkeys(("start", "end", *PLACE), pa.float64())
     return pa.schema(columns | {"vector": pa.list_(pa.float16(), size)})
 
 
@@ -81,6 +83,23 @@ class Items:
         """The columns that have an index."""
         return {column for index in self.table.list_indices() for column in index.columns}
 
+    @cached_property
+    def has_dates(self) -> bool:
+        """Whether items have dates. Older versions stored none."""
+        return "date" in self.table.schema.names
+
+    @cached_property
+    def hit_columns(self) -> list[str]:
+        """The columns that make a `Hit`."""
+        return [name for name in HIT_COLUMNS if name in self.table.schema.names]
+
+    def add_dates(self) -> bool:
+        """Adds the empty columns of dates and places to a table of an older version; whether they were missing."""
+        if self.has_dates:
+            return False
+        self.table.add_columns([pa.field("date", pa.string()), *(pa.field(name, pa.float64()) for name in PLACE)])
+        return True
+
     def columns(self, *names: str) -> Iterator[tuple[Any, ...]]:
         """The values of some columns in each row."""
         for batch in self.table.search().select(list(names)).to_batches(batch_size=BATCH):
@@ -98,7 +117,7 @@ class Items:
             k: maximum number of rows.
             where: only rows that match this SQL filter.
         """
-        query = self.table.search(vector).distance_type("cosine").limit(k).select([*HIT_COLUMNS, "_distance"])
+        query = self.table.search(vector).distance_type("cosine").limit(k).select([*self.hit_columns, "_distance"])
         if where:
             query = query.where(where)
         with _read_errors():
@@ -129,7 +148,7 @@ class Items:
         if words.unwanted:
             unwanted = lance.MatchQuery(words.unwanted, "text")
             match = lance.BooleanQuery([(lance.Occur.MUST, match), (lance.Occur.MUST_NOT, unwanted)])
-        query = self.table.search(match, query_type="fts").limit(k).select([*HIT_COLUMNS, "vector", "_score"])
+        query = self.table.search(match, query_type="fts").limit(k).select([*self.hit_columns, "vector", "_score"])
         if where:
             query = query.where(where)
         with _read_errors():
@@ -196,6 +215,22 @@ def _read_errors() -> Iterator[None]:
 def any_of(column: str, values: Iterable[str]) -> str:
     """An SQL filter: the column has one of these values."""
     return f"{column} IN ({', '.join(map(quoted, values))})"
+
+
+def between(since: str, until: str) -> str:
+    """An SQL filter: the date is not before `since` and not after `until`, each a year, a month, a day or empty.
+
+    UserError if one is something else.
+    """
+    for name, date in (("since", since), ("until", until)):
+        if date and not re.fullmatch(r"\d{4}(-(0\d|1[0-2])(-([0-2]\d|3[01]))?)?", date, re.ASCII):
+            raise UserError(f"{name} {date}: expected a day, a month or a year, such as 2026-05-31, 2026-05 or 2026")
+    conditions = ["date IS NOT NULL"]
+    if since:
+        conditions.append(f"date >= {quoted(since)}")
+    if until:  # Dates are texts, and ~ follows all of their characters, so later times of the day or month count.
+        conditions.append(f"date <= {quoted(f'{until}~')}")
+    return " AND ".join(conditions)
 
 
 def below(folder: str) -> str:
