@@ -106,7 +106,7 @@ def open_vit(name: str, weights: bool) -> PublicViT:
     parsed = Name.parse(name)
     library, model = parsed
     if parsed.folder is not None:
-        _check_folder(str(library), Path(parsed.folder))
+        check_weights_folder(str(library), Path(parsed.folder))
     try:
         # The libraries initialize all weights at random, which must not change the random numbers of the training.
         with torch.random.fork_rng(devices=[]), no_log_output():
@@ -121,7 +121,7 @@ def open_vit(name: str, weights: bool) -> PublicViT:
     return vit
 
 
-def _check_folder(library: str, folder: Path) -> None:
+def check_weights_folder(library: str, folder: Path) -> None:
     """Refuses a folder from which the library would read weights of another format than safetensors."""
     refuse_links(folder)
     safe_files = sorted(file.name for file in folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Frozen encoders that a `Tower` uses: models of openimp, of open_clip, and of sentence-transformers.
+"""Frozen encoders that a `Tower` uses: models of openimp, open_clip, timm and sentence-transformers.
 
 Shape suffixes: M clips, D features.
 """
@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 
 from openimp.checkpoint.find import download, find_model
 from openimp.checkpoint.folder import SavedModel, load_model, read_config
+from openimp.checkpoint.public_vit import check_weights_folder
 from openimp.common.cache import stable_hash
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality, Rng
-from openimp.common.names import SENTENCE_TRANSFORMERS, Name
+from openimp.common.names import SENTENCE_TRANSFORMERS, TIMM, Name
 from openimp.common.protocols import learned_files
 from openimp.common.safe_files import read_text, refuse_links, sha256
 from openimp.encoding.engine import ItemEncoder
@@ -115,13 +117,7 @@ class LibraryEncoder(FrozenEncoder):
             return _objects(value)
         if self._modality != "image":
             return super().read(value, rng)
-        with decoder_errors(), upright(value) as picture:
-            picture = picture.convert("RGB")
-        if rng is not None:
-            size = (picture.height, picture.width)
-            box = inception_box(size, size, CROP, ASPECT, rng.random(4).tolist())
-            picture = picture.crop(box)
-        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))  # Many of them are in memory at a time.
+        picture = _picture(value, rng)
         return _objects(picture)
 
     def embed(self, clips: np.ndarray) -> Tensor:
@@ -133,16 +129,57 @@ class LibraryEncoder(FrozenEncoder):
         return vectors
 
 
+class TimmEncoder(FrozenEncoder):
+    """A model of timm for pictures. Its vectors are those before the classifier."""
+
+    def __init__(self, name: str, modality: str) -> None:
+        if modality != "image":
+            raise UserError(f"tower {name}: has no modality {modality}; it has image")
+        self._trunk, self._transform, self.fingerprint = _open_timm(name)
+        self.features = self._trunk.head_hidden_size
+        plain = modality_class(modality)
+        self.reader = plain(plain.Config())
+        self.view = plain.View()
+
+    def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
+        pixels: np.ndarray = self._transform(_picture(value, rng)).numpy()
+        return pixels[None]
+
+    def embed(self, clips: np.ndarray) -> Tensor:
+        device = next(self._trunk.parameters()).device
+        with torch.no_grad():
+            return torch.cat([self._trunk(part.to(device)) for part in torch.from_numpy(clips).split(CLIPS)])
+
+
+def _picture(value: Any, rng: Rng | None) -> PIL.Image.Image:
+    """A picture for a library; with `rng`, a random crop of it. BadMedia if it cannot be read."""
+    with decoder_errors(), upright(value) as opened:
+        picture = opened.convert("RGB")
+    if rng is not None:
+        size = (picture.height, picture.width)
+        picture = picture.crop(inception_box(size, size, CROP, ASPECT, rng.random(4).tolist()))
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))  # Many of them are in memory at a time.
+    return picture
+
+
+KINDS: dict[str | None, type[FrozenEncoder]] = {SENTENCE_TRANSFORMERS: LibraryEncoder, TIMM: TimmEncoder}
+"""The encoders of libraries, by the scheme of their names."""
+
+
 def open_encoder(name: str, modality: str) -> FrozenEncoder:
     """Opens the encoder of a modality by the name of its model."""
-    kind = LibraryEncoder if Name.parse(name).scheme == SENTENCE_TRANSFORMERS else OwnEncoder
+    kind: Any = KINDS.get(Name.parse(name).scheme, OwnEncoder)
     with torch.device("cpu"):  # Whatever the default device is: a plan makes models without values.
-        return kind(name, modality)
+        encoder: FrozenEncoder = kind(name, modality)
+    return encoder
 
 
 def vector_sizes(name: str) -> dict[str, int]:
     """The modalities that a model can be a tower of, with the size of its vectors."""
-    if Name.parse(name).scheme == SENTENCE_TRANSFORMERS:
+    scheme = Name.parse(name).scheme
+    if scheme == TIMM:
+        return {"image": TimmEncoder(name, "image").features}
+    if scheme == SENTENCE_TRANSFORMERS:
         library, _ = _open_library(name)
         names = [modality for modality in library.modalities if isinstance(modality, str)]
         return dict.fromkeys(names, library.get_embedding_dimension())
@@ -155,6 +192,28 @@ def _open(folder: Path) -> tuple[Embedder, SavedModel, str]:
     """A model, on the GPU if there is one, and a hash of its weights. Several modalities share it."""
     model, saved = load_model(folder)
     return model.to(pick_device()), saved, weights_hash(model).hexdigest()
+
+
+@cache
+def _open_timm(name: str) -> tuple[Any, Any, str]:
+    """A model of timm, on the GPU if there is one, its transform of pictures, and a hash of both."""
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"{name}: timm is missing: pip install 'openimp[peers]'") from None
+    parsed = Name.parse(name)
+    if parsed.folder is not None:
+        check_weights_folder(TIMM, Path(parsed.folder))
+    try:
+        # The library initializes all weights at random, which must not change the random numbers of the training.
+        with torch.random.fork_rng(devices=[]):
+            trunk = timm.create_model(parsed.rest, pretrained=True, num_classes=0).eval().requires_grad_(False)
+    except Exception as error:  # The library raises many kinds.
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{name}: timm cannot open it: {reason}") from None
+    config = timm.data.resolve_data_config(model=trunk)
+    fingerprint = stable_hash([weights_hash(trunk).hexdigest(), sorted(config.items())])[:16]
+    return trunk.to(pick_device()), timm.data.create_transform(**config), fingerprint
 
 
 @cache

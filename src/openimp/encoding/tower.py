@@ -44,8 +44,8 @@ class Tower(Modality):
         """A frozen encoder instead of a patch embedding."""
 
         tower: RecipePath
-        """The model that embeds items: a run, `openimp:base`, `hub:OWNER/NAME`, `open_clip:NAME/TAG`, or
-        `sentence_transformers:OWNER/NAME`."""
+        """The model that embeds items: a run, `openimp:base`, `hub:OWNER/NAME`, `open_clip:NAME/TAG`, `timm:NAME` for
+        pictures, or `sentence_transformers:OWNER/NAME`."""
         crops: Count = 1
         """Vectors that training has of each picture, clip or sound. The first is of the item as in evaluation (of a
         long item, the mean over its clips), the others are of random crops, changed as in the tower's own training.
