@@ -23,10 +23,10 @@ FOLDER = BUNDLED_MODELS / "base"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    run = parser.parse_args().run
+    model = load(parser.parse_args().run, "cpu")
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
-    write(load(run, "cpu"), "openimp:base", "apache-2.0", FOLDER)
+    write(model, "openimp:base", "apache-2.0", FOLDER)
     (weights,) = (FOLDER / "model").glob("*.safetensors")
     halved = {name: tensor.to(torch.float16) for name, tensor in load_file(weights).items()}
     save_file(halved, weights, metadata={"format": "pt"})

@@ -186,7 +186,7 @@ def index(
         typer.Option(
             "--out",
             help="Folder of the index.",
-            show_default="RUN/search.index, or in the cache for openimp:NAME",
+            show_default="RUN/search.index",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Files per batch.")] = 64,
@@ -246,9 +246,9 @@ def search(
         typer.Option("--by", help="Find items by the meaning of texts, by the words of their own texts, or by both."),
     ] = "both",
     since: Annotated[
-        str, typer.Option("--since", help="Only results of this day, month or year and later, such as 2026-05.")
-    ] = "",
-    until: Annotated[str, typer.Option("--until", help="Only results of this day, month or year and earlier.")] = "",
+        str | None, typer.Option("--since", help="Only results of this day and later, such as 2026-05-31.")
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", help="Only results of this day and earlier.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")] = False,
     **queries: list[str] | None,
 ) -> None:
@@ -265,7 +265,8 @@ def search(
         k=k,
         min_score=min_score,
         by=by,
-        dates=(since, until),
+        since=since,
+        until=until,
         as_json=json,
     )
 

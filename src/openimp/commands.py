@@ -176,7 +176,8 @@ def run_search(
     k: int,
     min_score: float | None,
     by: By,
-    dates: tuple[str, str],
+    since: str | None,
+    until: str | None,
     as_json: bool,
 ) -> None:
     """Searches an index and prints the results."""
@@ -184,7 +185,6 @@ def run_search(
     parts: list[str | Query | Like] = list(texts)
     parts += [Query(name, value) for name, values in queries.items() for value in values or ()]
     parts += [index.text_query(text, -1.0) for text in minus]
-    since, until = dates
     hits = index.search(parts, k, modalities, under, min_score, by, since, until)
     if under and not hits and not index.search(parts, 1, modalities, under, by=by):
         raise UserError(f"--under {under}: nothing is indexed there that the query could find")

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 import openimp
 from openimp.checkpoint.find import BUNDLED_MODELS, find_model
+from openimp.common.cache import cache_folder
 from openimp.data.sources import open_source
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
@@ -77,13 +78,16 @@ def test_training_starts_from_it(base, tmp_path):
             torch.testing.assert_close(trained[name], weight, rtol=0, atol=1e-7)
 
 
-def test_its_index_is_in_the_cache(tiny_model_folder, media_folder, tmp_path, monkeypatch):
-    """A bundled model is no run, in which an index could be."""
-    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("openimp.checkpoint.find.BUNDLED_MODELS", tmp_path / "models")
-    shutil.copytree(tiny_model_folder, tmp_path / "models/tiny")
-    build_index("openimp:tiny", [media_folder])
-    assert sum(open_index(tmp_path / "cache/search/tiny").counts.values()) > 0
+def test_the_index_of_its_own_media_is_in_the_cache(media_folder, tmp_path, monkeypatch):
+    """A bundled model is no run, in which an index could be. An index of the user's files is not in the cache."""
+    pytest.importorskip("lancedb")
+    shutil.copytree(Path(__file__).parents[1] / "fixtures/pushed", tmp_path / "small")
+    monkeypatch.setattr("openimp.checkpoint.find.BUNDLED_MODELS", tmp_path)
+    build_index("openimp:small")
+    index = open_index(cache_folder("search") / "small")
+    assert sum(index.counts.values()) > 0
+    with refuses():
+        build_index("openimp:small", [media_folder])
 
 
 def test_it_is_among_the_models():

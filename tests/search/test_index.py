@@ -5,9 +5,11 @@ import json
 import os
 import pkgutil
 import shutil
+import tempfile
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +33,8 @@ from openimp.common.errors import UserError
 from openimp.common.safe_files import write_text
 from openimp.encoding.engine import ItemEncoder
 from openimp.evaluation.provenance import checkpoint_fields
+from openimp.modalities.image import Image
+from openimp.modalities.video import Video
 from openimp.recipe.schema import Recipe
 from openimp.search import IndexResult, build_index, open_index
 from openimp.search.folder import METADATA, read_metadata
@@ -310,6 +314,20 @@ def test_an_index_of_a_version_that_hashed_all_options_is_still_used(build, fold
     assert build(folder / "1.png").new == 1
 
 
+def copy_clip(clip: Path, copy: Path, tags: dict[str, str]) -> None:
+    """Copies a clip, with other tags in its header."""
+    with (
+        av.open(str(clip)) as source,
+        av.open(str(copy), "w", options={"movflags": "use_metadata_tags"}) as target,
+    ):
+        target.metadata.update(tags)
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+
+
 @pytest.fixture
 def dated(media_folder: Path, tmp_path: Path) -> Path:
     """A photo and a clip whose headers tell when and where they were taken, a photo that does not, and a text."""
@@ -325,17 +343,8 @@ def dated(media_folder: Path, tmp_path: Path) -> Path:
     broken[ExifTags.Base.DateTime] = "0000:00:00 00:00:00"
     broken.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] = (1.0, 2.0)
     PIL.Image.open(media_folder / "1.png").save(top / "unknown.jpg", exif=broken)
-    with (
-        av.open(str(media_folder / "0.mp4")) as clip,
-        av.open(str(top / "paris.mp4"), "w", options={"movflags": "use_metadata_tags"}) as copy,
-    ):
-        copy.metadata["creation_time"] = "2025-01-02T03:04:05.000000Z"
-        copy.metadata["location"] = "+48.8577+002.2950/"
-        stream = copy.add_stream_from_template(clip.streams.video[0])
-        for packet in clip.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = stream
-                copy.mux(packet)
+    told = {"creation_time": "2025-01-02T03:04:05.000000Z", "location": "+48.8577+002.2950/"}
+    copy_clip(media_folder / "0.mp4", top / "paris.mp4", told)
     (top / "text.txt").write_text("a red square")
     for name in ("unknown.jpg", "text.txt"):
         seconds = datetime(2023, 6, 7, 8, 9, 10).timestamp()
@@ -359,36 +368,72 @@ def test_items_have_the_date_and_place_that_their_files_tell(build, dated, tmp_p
     assert places["paris.mp4"] == pytest.approx((48.8577, 2.295), abs=1e-4)
 
 
+def test_headers_that_tell_nonsense_tell_nothing(media_folder, tmp_path):
+    video, image = Video(Video.Config()), Image(Image.Config())
+    for tags, expected in (
+        ({"creation_time": "1904-01-01T00:00:00.000000Z"}, (None, None)),
+        ({"creation_time": "soon", "location": "+99.0000+500.0000/"}, (None, None)),
+        ({"location": "+00.0000+000.0000/"}, (None, None)),
+        ({"location": "+48.8577-002.2950CRSWGS_84/"}, (None, (48.8577, -2.295))),
+        ({"location": "+48.8577+002.2950+035.000/"}, (None, (48.8577, 2.295))),
+    ):
+        copy_clip(media_folder / "0.mp4", tmp_path / "clip.mp4", tags)
+        assert video.recorded(tmp_path / "clip.mp4") == expected
+    exif = PIL.Image.Exif()
+    exif[ExifTags.Base.DateTime] = "2024:05:31 18:30:00"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "0000:00:00 00:00:00"
+    gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
+    gps[ExifTags.GPS.GPSLatitude] = gps[ExifTags.GPS.GPSLongitude] = (0.0, 0.0, 0.0)
+    for name in ("photo.jpg", "photo.png", "photo.webp"):
+        PIL.Image.open(media_folder / "0.png").save(tmp_path / name, exif=exif)
+        assert image.recorded(tmp_path / name) == (datetime(2024, 5, 31, 18, 30), None)
+    assert image.recorded(media_folder / "0.png") == (None, None)
+
+
+def test_the_header_of_a_picture_is_read_without_its_pixels(tmp_path):
+    """Pillow would decode this one, which is larger than what `decode` accepts, to look for EXIF data at its end."""
+    PIL.Image.new("1", (9000, 9000)).save(tmp_path / "large.png")
+    tracemalloc.start()
+    assert Image(Image.Config()).recorded(tmp_path / "large.png") == (None, None)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+
+
 def test_a_search_may_be_limited_to_dates(build, dated, tmp_path):
     build(dated)
     index = open_index(tmp_path / "x.index", "cpu")
 
-    def found(since="", until=""):
+    def found(since=None, until=None):
         return {Path(hit.path).name for hit in index.search("a", since=since, until=until)}
 
     assert found("2024-05-31", "2024-05-31") == {"sydney.jpg"}
-    assert found("2024-06") == {"paris.mp4"}
-    assert found(until="2024-05") == {"sydney.jpg", "unknown.jpg", "text.txt"}
-    assert found("2024", "2024") == {"sydney.jpg"}
-    with refuses():
-        found("31.05.2024")
-    with refuses():
-        found(until="2024-13")
+    assert found(date(2024, 6, 1)) == {"paris.mp4"}
+    assert found(until="2024-05-31") == {"sydney.jpg", "unknown.jpg", "text.txt"}
+    for wrong in ("31.05.2024", "2024-02-31"):
+        with refuses():
+            found(wrong)
 
 
-def test_an_index_without_dates_gets_them_and_embeds_nothing_again(build, dated, tmp_path, embedded):
-    """Older versions stored no dates."""
+def test_an_index_of_an_older_version_goes_on_without_dates(build, dated, media_folder, tmp_path):
     build(dated)
-    items = Items(tmp_path / "x.index")
-    items.table.drop_columns(["date", "latitude", "longitude"])
+    Items(tmp_path / "x.index").table.drop_columns(["date", "latitude", "longitude"])
+    shutil.copy(media_folder / "2.png", dated)
+    assert (build(dated).new, build(dated).unchanged) == (1, 5)
     index = open_index(tmp_path / "x.index", "cpu")
-    assert len(index.search("a")) == 4
+    assert len(index.search("a")) == 5
     with refuses():
-        index.search("a", since="2024")
-    embedded.clear()
-    result = build(dated)
-    assert (result.unchanged, result.new, embedded) == (4, 0, Counter())
-    assert len(open_index(tmp_path / "x.index", "cpu").search("a", since="2024")) == 2
+        index.search("a", since="2024-01-01")
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system that holds such a time")
+def test_a_file_whose_time_is_none_has_no_date(build, media_folder, tmp_path, request):
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    request.addfinalizer(partial(shutil.rmtree, folder))
+    shutil.copy(media_folder / "0.png", folder)
+    far = 10**12  # in the year 33658
+    os.utime(folder / "0.png", (far, far))
+    build(folder)
+    ((row),) = rows(tmp_path / "x.index").values()
+    assert row["date"] is None
 
 
 def test_links_out_of_the_folder_are_not_followed(build, folder, tmp_path):

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from openimp.checkpoint.folder import CONFIG, RECIPE, checkpoints
-from openimp.checkpoint.wrapped import wrapped_folder
+from openimp.checkpoint.wrapped import public_names, wrapped_folder
 from openimp.common.errors import UserError, nearest
 from openimp.common.names import BUNDLED, HUB, OPEN_CLIP, HubName, Name
 from openimp.common.safe_files import refuse_links
@@ -39,19 +39,20 @@ def list_models(pattern: str = "*") -> list[str]:
 
     `pattern` has the wildcards of the shell: `list_models("*SigLIP2*")`.
     """
-    names = [f"{BUNDLED}:{folder.name}" for folder in sorted(BUNDLED_MODELS.iterdir())]
+    names = [f"{BUNDLED}:{name}" for name in _bundled_names()]
     if find_spec("open_clip"):
-        import open_clip
-
-        names += [f"{OPEN_CLIP}:{architecture}/{tag}" for architecture, tag in open_clip.list_pretrained()]
+        names += public_names()
     return [name for name in names if fnmatchcase(name, pattern)]
 
 
 def _bundled(name: str) -> Path:
-    models = [folder.name for folder in BUNDLED_MODELS.iterdir()]
-    if name not in models:
-        raise UserError(f"{BUNDLED}:{name}: openimp comes with no such model{nearest(name, models)}")
+    if name not in _bundled_names():
+        raise UserError(f"{BUNDLED}:{name}: openimp comes with no such model{nearest(name, _bundled_names())}")
     return BUNDLED_MODELS / name
+
+
+def _bundled_names() -> list[str]:
+    return sorted(file.parent.name for file in BUNDLED_MODELS.glob(f"*/{CONFIG}"))
 
 
 def _find_local(path: Path) -> Path:

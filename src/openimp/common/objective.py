@@ -112,7 +112,10 @@ class Objective(Strict, ABC):
         """
 
     def read_texts(self, texts: Mapping[str, list[str]]) -> Tensors:
-        """More targets of one example, from the texts that were drawn for it: `draw` of them by text modality."""
+        """Further targets of one example, from the texts that its text modalities have drawn, `draw` texts each.
+
+        The names must not be those of `read`. `zeros` has these targets, too.
+        """
         return {}
 
     @abstractmethod

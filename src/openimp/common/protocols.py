@@ -116,18 +116,18 @@ class Segmented(Protocol):
         ...
 
 
-class Taken(NamedTuple):
+class Recorded(NamedTuple):
     """When and where something was recorded."""
 
-    date: datetime | None = None  # local time
+    time: datetime | None = None  # local, without a time zone
     place: tuple[float, float] | None = None  # latitude and longitude in degrees
 
 
 @runtime_checkable
 class Dated(Protocol):
-    """A modality whose files tell when and where they were recorded, for `openimp index`."""
+    """A modality whose files may tell when and where they were recorded, for `openimp index`."""
 
-    def taken(self, value: Any) -> Taken:
+    def recorded(self, value: Any) -> Recorded:
         """What the header of a file, or of its bytes, tells. BadMedia if it cannot be read."""
         ...
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openimp.checkpoint.find import download, find_model
 from openimp.checkpoint.folder import SavedModel, load_model, read_config
-from openimp.checkpoint.public_vit import check_weights_folder
+from openimp.checkpoint.public_vit import library_opens
 from openimp.common.cache import stable_hash
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
@@ -197,20 +197,10 @@ def _open(folder: Path) -> tuple[Embedder, SavedModel, str]:
 @cache
 def _open_timm(name: str) -> tuple[Any, Any, str]:
     """A model of timm, on the GPU if there is one, its transform of pictures, and a hash of both."""
-    try:
+    with library_opens(name):
         import timm
-    except ImportError:
-        raise UserError(f"{name}: timm is missing: pip install 'openimp[peers]'") from None
-    parsed = Name.parse(name)
-    if parsed.folder is not None:
-        check_weights_folder(TIMM, Path(parsed.folder))
-    try:
-        # The library initializes all weights at random, which must not change the random numbers of the training.
-        with torch.random.fork_rng(devices=[]):
-            trunk = timm.create_model(parsed.rest, pretrained=True, num_classes=0).eval().requires_grad_(False)
-    except Exception as error:  # The library raises many kinds.
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{name}: timm cannot open it: {reason}") from None
+
+        trunk = timm.create_model(Name.parse(name).rest, pretrained=True, num_classes=0).eval().requires_grad_(False)
     config = timm.data.resolve_data_config(model=trunk)
     fingerprint = stable_hash([weights_hash(trunk).hexdigest(), sorted(config.items())])[:16]
     return trunk.to(pick_device()), timm.data.create_transform(**config), fingerprint

@@ -39,7 +39,7 @@ def evaluate(
         (docs/metrics.md).
 
     Raises:
-        UserError: there is no such model or set, or the recipe has none.
+        UserError: there is no such model or evaluation set, or the recipe has no evaluation sets.
         NotMeasured: a set cannot be measured. The others are measured before, and are its `results`.
     """
     name = Path(model)

@@ -44,9 +44,7 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
     precision_of(device, precision)  # An unknown precision is an error before the model is read.
     folder = find_model(str(path))
     imp, (config, modalities, recipe) = load_model(folder)
-    model = Model(imp, config, modalities, precision, recipe)
-    model.folder = folder
-    return model.to(device).eval()
+    return Model(imp, config, modalities, precision, recipe, folder).to(device).eval()
 
 
 class Model(nn.Module):
@@ -58,8 +56,6 @@ class Model(nn.Module):
     name, the `precision` (see `load`), the `saved_recipe` of its training, and the `folder` that it was loaded from.
     """
 
-    folder: Path | None = None
-
     def __init__(
         self,
         imp: Embedder,
@@ -67,6 +63,7 @@ class Model(nn.Module):
         modalities: Modalities,
         precision: Precision = "auto",
         saved_recipe: SavedRecipe = NO_RECIPE,
+        folder: Path | None = None,
     ) -> None:
         super().__init__()
         self.imp = imp
@@ -74,6 +71,7 @@ class Model(nn.Module):
         self.modalities = modalities
         self.precision = precision
         self.saved_recipe = saved_recipe
+        self.folder = folder
         self.views = dict(config.views)
         self._pictures = next(
             (modality for modality in modalities.values() if isinstance(modality, PictureReader)), None
@@ -200,16 +198,20 @@ class Model(nn.Module):
         revision: str | None = None,
         token: str | None = None,
     ) -> str:
-        """Uploads the model with a model card to the repository OWNER/NAME of the Hugging Face Hub; its URL.
+        """Uploads the model with a model card to the Hugging Face Hub, as `openimp push` does.
 
-        A repository that does not exist is made. `openimp push` does the same.
+        The card states the training and the results of the folder that the model was loaded from. If you have changed
+        the weights since, it has no results; correct the rest before you upload.
 
         Args:
-            name: the repository.
-            private: whether a new repository is private. One that is public is then refused.
+            name: the repository, OWNER/NAME. It is made if it does not exist.
+            private: whether a new repository is private. If the repository exists and is public, nothing is uploaded.
             license: the Hub's identifier of the model's license, such as apache-2.0.
             revision: the branch, which is made if it does not exist. None: the main branch.
             token: a token of the Hub. None: that of `hf auth login` or of HF_TOKEN.
+
+        Returns:
+            The URL of the repository.
 
         Raises:
             UserError: there is no login, the Hub refuses the upload, or the model was not opened by `load`.

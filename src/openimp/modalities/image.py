@@ -1,7 +1,7 @@
 """Pictures, read with Pillow, as one frame of patches."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, ClassVar
 
@@ -15,8 +15,16 @@ from PIL import ExifTags
 from torch import Tensor
 
 from openimp.common.modality import BadMedia, Rng
-from openimp.common.protocols import Taken
-from openimp.modalities.media import MAX_PIXELS, PREVIEW, MediaFile, decoder_errors, encode_webp, open_source
+from openimp.common.protocols import Recorded
+from openimp.modalities.media import (
+    MAX_PIXELS,
+    PREVIEW,
+    MediaFile,
+    decoder_errors,
+    encode_webp,
+    open_source,
+    valid_place,
+)
 from openimp.modalities.vision import Vision, check_pixels, decoded_size, shrink, to_rgb
 
 try:
@@ -37,6 +45,8 @@ HEIC = (b"ftyphe", b"ftypmif1", b"ftypmsf1")
 """What HEIC files, which most phones write, have from byte 4 on."""
 COSTLY = ("WEBP", "AVIF", "JPEG2000")
 """Formats whose decoders need at least twice the memory per pixel that others need."""
+EXIF_DATES = (ExifTags.Base.DateTimeOriginal, ExifTags.Base.DateTimeDigitized, ExifTags.Base.DateTime)
+"""Tags with the time of a picture, the best first."""
 RAW_SIDE = 32
 """Pixels per side of the pictures that are compared without an encoder."""
 MAX_SCANS = 100
@@ -82,14 +92,20 @@ class Image(Vision):
         return encode_webp(self.decode(value, [Image.View(size=side)]), side)
 
     @decoder_errors()
-    def taken(self, value: Any) -> Taken:
-        """The time and place in the EXIF data of a file."""
+    def recorded(self, value: Any) -> Recorded:
+        """The time and place in the EXIF data of a file. The time is that of the camera's clock."""
         with open_source(value) as media_file:
-            exif = open_picture(media_file).getexif()
-            date = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal) or exif.get(
-                ExifTags.Base.DateTime
-            )
-            return Taken(_exif_date(date), _exif_place(exif.get_ifd(ExifTags.IFD.GPSInfo)))
+            picture = open_picture(media_file)
+            if picture.format == "PNG" and "exif" not in picture.info:
+                return Recorded()  # Pillow would decode all pixels to look for EXIF data behind them.
+            exif = picture.getexif()
+            dates = exif.get_ifd(ExifTags.IFD.Exif)
+            texts = (dates.get(tag) or exif.get(tag) for tag in EXIF_DATES)
+            time = next(filter(None, map(_exif_time, texts)), None)
+            place = None
+            with suppress(BadMedia), decoder_errors():  # A place that cannot be read says nothing about the time.
+                place = _exif_place(exif.get_ifd(ExifTags.IFD.GPSInfo))
+            return Recorded(time, place)
 
     def raw_features(self, item: np.ndarray, view: Any) -> np.ndarray:
         """The pixels of a small square, in -1..1."""
@@ -116,20 +132,19 @@ def open_picture(media_file: MediaFile) -> PIL.Image.Image:
         raise
 
 
-def _exif_date(value: Any) -> datetime | None:
+def _exif_time(text: Any) -> datetime | None:
     try:
-        return datetime.strptime(str(value).strip("\0 "), "%Y:%m:%d %H:%M:%S")
-    except ValueError:  # Cameras without a clock write spaces or zeros.
+        return datetime.strptime(str(text).strip("\0 "), "%Y:%m:%d %H:%M:%S")
+    except ValueError:  # Cameras whose clock is not set write spaces or zeros.
         return None
 
 
 def _exif_place(tags: Mapping[int, Any]) -> tuple[float, float] | None:
-    try:
-        latitude = _degrees(tags[ExifTags.GPS.GPSLatitude], tags[ExifTags.GPS.GPSLatitudeRef] == "S")
-        longitude = _degrees(tags[ExifTags.GPS.GPSLongitude], tags[ExifTags.GPS.GPSLongitudeRef] == "W")
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    if ExifTags.GPS.GPSLatitude not in tags or ExifTags.GPS.GPSLongitude not in tags:
         return None
-    return (latitude, longitude) if abs(latitude) <= 90 and abs(longitude) <= 180 else None  # False for NaN.
+    latitude = _degrees(tags[ExifTags.GPS.GPSLatitude], tags.get(ExifTags.GPS.GPSLatitudeRef) == "S")
+    longitude = _degrees(tags[ExifTags.GPS.GPSLongitude], tags.get(ExifTags.GPS.GPSLongitudeRef) == "W")
+    return valid_place(latitude, longitude)
 
 
 def _degrees(parts: Sequence[Any], is_negative: bool) -> float:

@@ -21,11 +21,12 @@ from openimp.data.tables import item_id, value_id
 from openimp.model.embedder import Embedder, EncodedAll
 from openimp.objectives.nce import both_ways, mean_by_blocks, sigmoid_nce, softmax_nce
 from openimp.parallel.distributed import all_gather, world_size
+from openimp.recipe.registry import modality_class
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
 MAX_VALUES = 32
-"""Number of values of a list that `positives_in` compares with texts."""
+"""Largest number of values of a list that `positives_in` compares with texts."""
 DUPLICATE_TEXT_WARNING = 0.1
 """Share of duplicate texts in a batch above which `positives_by` is suggested."""
 
@@ -50,9 +51,9 @@ class Contrastive(Objective):
     space do not count. A row without a value is an item by itself. Default: each row is an item."""
 
     positives_in: str | None = None
-    """A text that equals a value of this column, such as one of a list of keywords, is a positive of each example that
-    has this value. Let templates draw single values: `text: {column: [caption, keywords]}`. Of a list, the first 32
-    values count."""
+    """A text that equals a value of this column, such as one of a list of keywords, is a positive of each picture, clip
+    or sound whose row has this value. Case and white space do not count. Let templates draw single values:
+    `text: {column: [caption, keywords]}`. Of a list, the first 32 values count."""
 
     def check(self, location: str, task: Task, recipe: Recipe) -> None:
         pairs = self.compared_pairs(task)
@@ -60,6 +61,8 @@ class Contrastive(Objective):
             raise UserError(f"{location}: a contrastive objective needs two inputs")
         if any(a == b for a, b in pairs):
             raise UserError(f"{location}.pairs: a pair needs two different modalities")
+        if self.positives_in and not any(_is_text(a) != _is_text(b) for a, b in pairs):
+            raise UserError(f"{location}.positives_in: no pair compares texts with something else")
 
     def work(self, task: Task) -> list[str]:
         pairs = [" and ".join(sorted(pair)) for pair in self.compared_pairs(task)]
@@ -89,12 +92,14 @@ class Contrastive(Objective):
     def read_texts(self, texts: Mapping[str, list[str]]) -> Tensors:
         if not self.positives_in:
             return {}
-        return {name: torch.tensor([value_id(text) for text in drawn]) for name, drawn in texts.items()}
+        return {_text_key(name): torch.tensor([value_id(text) for text in drawn]) for name, drawn in texts.items()}
 
     def zeros(self, task: Task, examples: int, sizes: TargetSizes) -> Tensors:
         targets = {"item": torch.zeros(examples, dtype=torch.int64)}
         if self.positives_in:
             targets["values"] = torch.zeros(examples, MAX_VALUES, dtype=torch.int64)
+            for name in filter(_is_text, task.inputs):
+                targets[_text_key(name)] = torch.zeros(examples, task.inputs[name].draw, dtype=torch.int64)
         return targets
 
     def losses(self, model: Embedder, task: Task, encoded: EncodedAll, targets: Tensors) -> Tensors:
@@ -103,44 +108,52 @@ class Contrastive(Objective):
         Each rank compares its own N and M embeddings with those of all ranks, in blocks of rows, so no rank holds all
         similarities. The mean over the ranks is the loss of the global batch.
         """
+        all_targets = {name: all_gather(target)[0] for name, target in targets.items()}
+        # On the meta device, FLOPs are counted as on one process, so that they do not depend on the number of ranks.
+        has_all = world_size() == 1 or targets["item"].is_meta
         losses = {}
-        for a, b in self.compared_pairs(task):
+        for pair in self.compared_pairs(task):
+            a, b = pair
             # A joint head is applied again for each pair. That is cheap compared with the encoder, which runs once.
             z_NZ = model.project(encoded[a].features, a, b)
             z_MZ = model.project(encoded[b].features, b, a)
-            ids_a = self._ids(a, len(z_NZ), targets)
-            ids_b = self._ids(b, len(z_MZ), targets)
-            (all_ids_a,) = all_gather(ids_a)  # Apart from the others, because media may have more ids than texts.
-            (all_ids_b,) = all_gather(ids_b)
+            ids_NI, ids_MJ = self._ids(pair, targets, (len(z_NZ), len(z_MZ)))
             temperature, bias = model.temperature(a, b)()
             with full_precision(z_NZ.device):
-                if self.loss == "softmax" and (world_size() == 1 or z_NZ.is_meta):  # Counts do not depend on ranks.
-                    loss = both_ways(softmax_nce, 1 / temperature * z_NZ, ids_a, z_MZ, ids_b)
+                if self.loss == "softmax" and has_all:
+                    loss = both_ways(softmax_nce, 1 / temperature * z_NZ, ids_NI, z_MZ, ids_MJ)
                 elif self.loss == "softmax":
                     all_b, all_a = all_gather(z_MZ, z_NZ)
-                    loss_a = mean_by_blocks(softmax_nce, 1 / temperature * z_NZ, ids_a, all_b, all_ids_b)
-                    loss_b = mean_by_blocks(softmax_nce, 1 / temperature * z_MZ, ids_b, all_a, all_ids_a)
+                    all_ids_a, all_ids_b = self._ids(pair, all_targets, (len(all_a), len(all_b)))
+                    loss_a = mean_by_blocks(softmax_nce, 1 / temperature * z_NZ, ids_NI, all_b, all_ids_b)
+                    loss_b = mean_by_blocks(softmax_nce, 1 / temperature * z_MZ, ids_MJ, all_a, all_ids_a)
                     loss = (loss_a + loss_b) / 2
                 else:
                     (all_b,) = all_gather(z_MZ)
+                    _, all_ids_b = self._ids(pair, all_targets, (len(z_NZ), len(all_b)))
                     biased = partial(sigmoid_nce, bias=bias)
-                    loss = mean_by_blocks(biased, 1 / temperature * z_NZ, ids_a, all_b, all_ids_b)
+                    loss = mean_by_blocks(biased, 1 / temperature * z_NZ, ids_NI, all_b, all_ids_b)
                 losses[f"{a}-{b}"] = loss
         return losses
 
-    def _ids(self, modality: str, embeddings: int, targets: Tensors) -> Tensor:
-        """The ids (N, I) of embeddings of a modality; those that share an id are positives.
+    def _ids(self, pair: tuple[str, str], targets: Tensors, counts: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The ids (N, I) and (M, J) of the `counts` embeddings of two modalities. Those that share an id are positives.
 
-        The first id is that of the item. With `positives_in`, a text has an id of itself, and media those of the
-        values.
+        The first id is that of the item. With `positives_in`, a text also has the id of its words, and media those of
+        the values in their row. Media are not positives of each other because of a value.
         """
         items = targets["item"]
-        ids = items.repeat_interleave(embeddings // len(items))[:, None]
-        if self.positives_in:
-            values = targets["values"].repeat_interleave(embeddings // len(items), dim=0)
-            more = targets[modality].reshape(-1, 1) if modality in targets else values
-            ids = torch.cat([ids, more], dim=1)
-        return ids
+        with_values = self.positives_in is not None and _is_text(pair[0]) != _is_text(pair[1])
+        ids = []
+        for name, count in zip(pair, counts):
+            draws = count // len(items)
+            columns = [items.repeat_interleave(draws)[:, None]]
+            if with_values and _is_text(name):
+                columns.append(targets[_text_key(name)].reshape(-1, 1))
+            elif with_values:
+                columns.append(targets["values"].repeat_interleave(draws, dim=0))
+            ids.append(torch.cat(columns, dim=1))
+        return ids[0], ids[1]
 
     def compared(self, task: Task, examples: int) -> Compared:
         """The sigmoid loss uses each pair of items once, and gathers the vectors of one modality."""
@@ -157,9 +170,9 @@ class Contrastive(Objective):
     def warning(self, task: Task, tokens: Mapping[str, Tokens], targets: Tensors) -> str | None:
         """Suggests `positives_by` if the loss separates many texts of the global batch that are equal.
 
-        With `positives_by`, the recipe says which texts should be apart.
+        With `positives_by` or `positives_in`, the recipe says which texts should be apart.
         """
-        if self.positives_by:
+        if self.positives_by or self.positives_in:
             return None
         shares = [0.0]
         (row_B,) = all_gather(targets["item"])
@@ -177,3 +190,12 @@ class Contrastive(Objective):
             f"{duplicate_share:.0%} of a batch's texts belong to other examples too, and the loss pushes these apart; "
             "with `positives_by: COLUMN`, a contrastive objective treats rows with equal values as one item"
         )
+
+
+def _is_text(modality: str) -> bool:
+    return modality_class(modality).reads_text
+
+
+def _text_key(modality: str) -> str:
+    """The name of the target with the ids of the texts that were drawn for a modality."""
+    return f"text:{modality}"

@@ -65,10 +65,10 @@ def build_index(
     their file is gone from `paths`; items of other folders stay. If a call is interrupted, the next call continues.
 
     Args:
-        model: a run, a model folder or a model on the Hugging Face Hub, as `openimp.load` takes it.
+        model: a run, a model folder, `openimp:base` or a model on the Hugging Face Hub, as `openimp.load` takes it.
         paths: files and folders. None: the media of all sources of the model's recipe; an index that was built with
             other weights is then replaced.
-        out: the index, a folder. Default: `search.index` in the run `model`; of a model that comes with openimp, a
+        out: the index, a folder. Default: `search.index` in the run `model`; for `openimp:base` without `paths`, a
             folder in openimp's cache.
         batch_size: number of clips or items per forward pass.
         progress: wraps an iterable to show its progress.
@@ -83,7 +83,7 @@ def build_index(
         raise UserError(f"{name}: comes without media; name files or folders, and the index with --out")
     opened = load(name)
     given = None if paths is None else [Path(path) for path in paths]
-    folder = Path(out) if out else _default_folder(name)
+    folder = Path(out) if out else _default_folder(name, has_paths=paths is not None)
     modalities = {}
     for modality_name, modality in opened.modalities.items():
         if any(opened.imp.share_a_space(modality_name, other) for other in opened.modalities):
@@ -124,9 +124,9 @@ def build_index(
     return result
 
 
-def _default_folder(model: str) -> Path:
+def _default_folder(model: str, has_paths: bool) -> Path:
     scheme, name = Name.parse(model)
-    if scheme == BUNDLED:
+    if scheme == BUNDLED and not has_paths:  # A cache may be emptied, so it holds nothing of the user's.
         return cache_folder("search") / name
     if not (Path(model) / CHECKPOINTS).is_dir():
         raise UserError(f"{model}: is not a run; name the index with --out")

@@ -5,6 +5,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from datetime import date
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -68,7 +69,7 @@ class Index:
 
     @property
     def has_dates(self) -> bool:
-        """Whether items have dates. Indexes of older versions need `build_index` again."""
+        """Whether any item has a date. Indexes of older versions have none."""
         return self._items.has_dates
 
     @cached_property
@@ -93,8 +94,8 @@ class Index:
         under: str | Path | None = None,
         min_score: float | None = None,
         by: By = "both",
-        since: str = "",
-        until: str = "",
+        since: str | date | None = None,
+        until: str | date | None = None,
     ) -> list[Hit]:
         """Returns the `k` best items.
 
@@ -113,13 +114,15 @@ class Index:
             min_score: only items with at least this cosine.
             by: "both", "meaning" or "words". A query that has anything but texts is always ranked by meaning. Items
                 with words of a text that is subtracted are not found by words.
-            since, until: only items of this day, month or year and later, or earlier: "2026-05-31", "2026-05" or
-                "2026".
+            since, until: only items of this day and later, or this day and earlier, such as "2026-05-31". Rows of
+                tables have dates only if the header of their media tells.
 
         Raises:
-            UserError: a query cannot be read, no item can be compared with it, or neither the model nor an item has a
-                word of it.
+            UserError: a query cannot be read, no item can be compared with it, neither the model nor an item has a word
+                of it, a date is none, or no item has a date.
         """
+        first_day = _day("since", since)
+        last_day = _day("until", until)
         parts = [queries] if isinstance(queries, str | QueryPart) else queries
         if not parts:
             raise UserError("the query is empty: give a text or a file")
@@ -133,10 +136,10 @@ class Index:
             filters.append(f"NOT {any_of('id', likes)}")
         if under is not None:
             filters.append(self._below(under))
-        if since or until:
+        if first_day or last_day:
             if not self.has_dates:
-                raise UserError(f"{self.folder}: has no dates; run openimp index again")
-            filters.append(between(since, until))
+                raise UserError(f"{self.folder}: no item has a date; an index of an older version has none")
+            filters.append(between(first_day, last_day))
         ranked_by_modality: list[list[Ranked]] = []
         is_found = False
         for name in dict.fromkeys(modalities or self.counts):
@@ -332,6 +335,16 @@ class Index:
         bm25 = [row.pop("_score") for row in rows]
         order = sorted(range(len(rows)), key=lambda i: (-bm25[i], -(cosines[i] or 0)))
         return [Hit(score=cosines[i], found_by="words", **rows[i]) for i in order]
+
+
+def _day(name: str, value: str | date | None) -> date | None:
+    """A day; None if there is none. UserError if it is something else."""
+    if not value or isinstance(value, date):
+        return value or None
+    try:
+        return date.fromisoformat(value)
+    except ValueError:
+        raise UserError(f"{name} {value}: expected a day, such as 2026-05-31") from None
 
 
 def unit_vector(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray | None:

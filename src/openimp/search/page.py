@@ -35,6 +35,9 @@ TEMPLATES.filters["clock"] = clock
 TEMPLATES.filters["place"] = lambda name: os.path.basename(name) if os.path.isabs(name) else name
 THUMBNAIL = 256
 """Maximum number of pixels of the longer side of a thumbnail."""
+PUBLISHED = ("id", "modality", "path", "text", "start", "end", "part", "parts", "source", "row", "date", "latitude",
+             "longitude", "score", "found_by")  # fmt: skip
+"""What programs are told of an item."""
 RECEIVED_AT_ONCE = 4
 """Number of uploads that are received at once. Others wait."""
 UPLOAD_SECONDS = 90
@@ -210,9 +213,8 @@ def _refused(reason: str, code: int = 400) -> JSONResponse:
 
 def _described(hit: Hit) -> dict[str, Any]:
     """An item for programs. Its URLs are relative to the server's."""
-    hidden = ("column", "media_type", "state")
     urls = {"media": f"/media/{hit.id}", "thumbnail": f"/thumbnails/{hit.id}"}
-    return {name: value for name, value in vars(hit).items() if name not in hidden} | urls
+    return {name: getattr(hit, name) for name in PUBLISHED} | urls
 
 
 def _picture(picture: bytes | None) -> Response:

@@ -15,7 +15,7 @@ import numpy as np
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality
-from openimp.common.protocols import Dated, Segmented, Taken, TextReader
+from openimp.common.protocols import Dated, Recorded, Segmented, TextReader
 from openimp.common.safe_files import sha256
 from openimp.encoding.engine import ItemEncoder
 from openimp.inference.files import file_text
@@ -27,7 +27,7 @@ MAX_LINES = 100_000
 MAX_TEXT = 10_000
 """Maximum number of characters of a line or a caption that are stored; no text encoder reads as many."""
 
-NOT_TOLD = Taken()
+NOT_TOLD = Recorded()
 
 
 @dataclass
@@ -39,7 +39,7 @@ class File:
     text: str | None = None  # its caption or the text of its row
     problem: str = ""  # why the file, its text or a part of it cannot be read
     copied_from: str = ""  # the path of a file with the same content in the table
-    taken: Taken = NOT_TOLD
+    recorded: Recorded = NOT_TOLD  # when and where
     parts: list[dict[str, Any]] = field(default_factory=list)  # rows of the table, with "vector" once it is known
 
     @property
@@ -60,7 +60,7 @@ def open_file(encoder: ItemEncoder, path_of: Mapping[tuple[str, str], str], medi
         file.problem = str(error)
     try:
         raw = media.raw()
-        file.taken = _taken(encoder.modality, raw)
+        file.recorded = _recorded(encoder.modality, raw)
         file.sha256 = sha256 or _hash(raw)
         file.copied_from = path_of.get(file.content, "")
         if not file.copied_from:
@@ -103,15 +103,16 @@ def read_part(encoder: ItemEncoder, file: File, part: Mapping[str, Any]) -> np.n
         raise BadMedia(f"{error_prefix}{error}") from None
 
 
-def _taken(modality: Modality, raw: bytes | Path | np.ndarray) -> Taken:
-    """When and where media were recorded. A file that does not tell when has the date of its last change."""
-    taken = NOT_TOLD
+def _recorded(modality: Modality, raw: bytes | Path | np.ndarray) -> Recorded:
+    """When and where media were recorded. A file that does not tell when has the time of its last change."""
+    recorded = NOT_TOLD
     if isinstance(modality, Dated) and not isinstance(raw, np.ndarray):
         with suppress(BadMedia):  # Whether the file is damaged, decoding tells.
-            taken = modality.taken(raw)
-    if taken.date is None and isinstance(raw, Path):
-        taken = taken._replace(date=datetime.fromtimestamp(int(raw.stat().st_mtime)))
-    return taken
+            recorded = modality.recorded(raw)
+    if recorded.time is None and isinstance(raw, Path):
+        with suppress(ValueError, OverflowError):  # A file system may hold times far outside of the calendar.
+            recorded = recorded._replace(time=datetime.fromtimestamp(int(raw.stat().st_mtime)))
+    return recorded
 
 
 def _lines(file: Path) -> list[str]:

@@ -31,7 +31,7 @@ class State:
     min: float = 0.0  # score; 0: any
     by: By = "both"
     k: int = PAGE_RESULTS  # results
-    since: str = ""  # a day, month or year: 2026-05-31, 2026-05 or 2026
+    since: str = ""  # a day: 2026-05-31
     until: str = ""
 
     @classmethod

@@ -4,12 +4,11 @@ A write to the table is atomic and contains whole files only. So after a kill, t
 """
 
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from datetime import timedelta
+from datetime import date, timedelta
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -24,7 +23,6 @@ from openimp.search.query import Hit, Words
 ITEMS = "items"
 HIT_COLUMNS = [field.name for field in fields(Hit) if field.name not in ("score", "found_by")]
 """Columns of the table that make a `Hit`."""
-PLACE = ("latitude", "longitude")
 BATCH = 8192
 """Rows that are read into memory at once."""
 APPROXIMATE_ROWS = 50_000
@@ -52,7 +50,7 @@ def schema(size: int) -> pa.Schema:
     texts = ("id", "path", "sha256", "state", "modality", "text", "media_type", "source", "column", "date")
     columns = dict.fromkeys(texts, pa.string())
     columns |= dict.fromkeys(("part", "parts", "row"), pa.int64())
-    columns |= dict.fromkeys(("start", "end", *PLACE), pa.float64())
+    columns |= dict.fromkeys(("start", "end", "latitude", "longitude"), pa.float64())
     return pa.schema(columns | {"vector": pa.list_(pa.float16(), size)})
 
 
@@ -85,20 +83,13 @@ class Items:
 
     @cached_property
     def has_dates(self) -> bool:
-        """Whether items have dates. Older versions stored none."""
-        return "date" in self.table.schema.names
+        """Whether any item has a date. Older versions stored none."""
+        return "date" in self.table.schema.names and self.table.count_rows("date IS NOT NULL") > 0
 
     @cached_property
     def hit_columns(self) -> list[str]:
         """The columns that make a `Hit`."""
         return [name for name in HIT_COLUMNS if name in self.table.schema.names]
-
-    def add_dates(self) -> bool:
-        """Adds the empty columns of dates and places to a table of an older version; whether they were missing."""
-        if self.has_dates:
-            return False
-        self.table.add_columns([pa.field("date", pa.string()), *(pa.field(name, pa.float64()) for name in PLACE)])
-        return True
 
     def columns(self, *names: str) -> Iterator[tuple[Any, ...]]:
         """The values of some columns in each row."""
@@ -217,19 +208,13 @@ def any_of(column: str, values: Iterable[str]) -> str:
     return f"{column} IN ({', '.join(map(quoted, values))})"
 
 
-def between(since: str, until: str) -> str:
-    """An SQL filter: the date is not before `since` and not after `until`, each a year, a month, a day or empty.
-
-    UserError if one is something else.
-    """
-    for name, date in (("since", since), ("until", until)):
-        if date and not re.fullmatch(r"\d{4}(-(0\d|1[0-2])(-([0-2]\d|3[01]))?)?", date, re.ASCII):
-            raise UserError(f"{name} {date}: expected a day, a month or a year, such as 2026-05-31, 2026-05 or 2026")
+def between(since: date | None, until: date | None) -> str:
+    """An SQL filter: the date is not before the day `since` and not after the day `until`."""
     conditions = ["date IS NOT NULL"]
-    if since:
-        conditions.append(f"date >= {quoted(since)}")
-    if until:  # Dates are texts, and ~ follows all of their characters, so later times of the day or month count.
-        conditions.append(f"date <= {quoted(f'{until}~')}")
+    if since is not None:
+        conditions.append(f"date >= {quoted(since.isoformat())}")
+    if until is not None:  # Dates are texts such as 2026-05-31T18:30:00, and ~ follows all of their characters.
+        conditions.append(f"date <= {quoted(f'{until.isoformat()}~')}")
     return " AND ".join(conditions)
 
 

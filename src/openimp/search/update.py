@@ -40,7 +40,6 @@ class Update:
         self.wanted = {item.path: item for item in media}
         self.roots = ("",) if given is None else tuple(os.path.join(os.path.abspath(path), "") for path in given)
         self.stored = items.stored()
-        self.lacks_dates = items.add_dates()
         # The path of a file whose rows hold the vectors, by `File.content`.
         self.path_of = {(stored.sha256, stored.modality): path for path, stored in self.stored.items()}
         # The path of the first row of a source, by `File.content`. Later duplicates are left out.
@@ -80,8 +79,6 @@ class Update:
 
     def _is_current(self, media: Media) -> bool:
         if stored := self.stored.get(media.path):
-            if self.lacks_dates:
-                return False
             return (stored.state, stored.modality) == (media.state, media.modality)
         return media.path in self.skipped and self.skipped[media.path][0] == media.state
 
@@ -165,8 +162,7 @@ def _rows(file: File) -> list[dict[str, Any]]:
     """The rows of a file in the table."""
     media = file.media
     parts = [part for part in file.parts if "vector" in part]
-    date, place = file.taken
-    latitude, longitude = place or (None, None)
+    latitude, longitude = file.recorded.place or (None, None)
     of_file = {
         "path": media.path,
         "sha256": file.sha256,
@@ -176,7 +172,7 @@ def _rows(file: File) -> list[dict[str, Any]]:
         "source": media.source,
         "row": media.row,
         "column": media.column,
-        "date": date and date.isoformat(),
+        "date": file.recorded.time and file.recorded.time.isoformat(),
         "latitude": latitude,
         "longitude": longitude,
     }
