@@ -398,8 +398,13 @@ def test_the_header_of_a_picture_is_read_without_its_pixels(tmp_path):
     assert tracemalloc.get_traced_memory()[1] < 2**20
 
 
-def test_a_search_may_be_limited_to_dates(build, dated, tmp_path):
+def test_a_search_may_be_limited_to_dates(build, dated, tmp_path, openimp, capfd):
     build(dated)
+    capfd.readouterr()
+    days = ("--since", "2024-05-31", "--until", "2024-05-31")
+    code, printed, _ = openimp("search", tmp_path / "x.index", "a", *days, "--json")
+    assert code == 0
+    assert [Path(json.loads(line)["path"]).name for line in printed.splitlines()] == ["sydney.jpg"]
     index = open_index(tmp_path / "x.index", "cpu")
 
     def found(since=None, until=None):
