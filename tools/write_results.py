@@ -59,7 +59,7 @@ def write_table(run: Path, base: Path, readme: Path) -> None:
     results = last_results(run)
     of_base = last_results(base)
     rows = [
-        "| query | number | candidate texts | R@1 | R@5 | median rank | chance R@1 | R@1 of `openimp:base` |",
+        "| test | queries | candidate texts | R@1 | R@5 | median rank | chance R@1 | R@1 of `openimp:base` |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, title in TITLES.items():

@@ -60,7 +60,9 @@ CASES = {
     ],
     "shards, dense, sigmoid": [
         "model.moe=null",
-        "tasks.named.objectives=[{type: contrastive, loss: sigmoid}, {type: classification, label: label}]",
+        """tasks.named.objectives=[{type: contrastive, loss: sigmoid, positives_in: label, pairs: [[text, image]]},
+            {type: classification, label: label}]""",
+        'tasks.named.inputs.text="{label}"',
     ],
     "shards, several texts": [
         "model.space=disjoint",

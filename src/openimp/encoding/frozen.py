@@ -1,6 +1,6 @@
 """Frozen encoders that a `Tower` uses: models of openimp, open_clip, timm and sentence-transformers.
 
-Shape suffixes: M clips, D features.
+Shape suffixes: M clips (what is encoded at once: a picture, a text, or a piece of a recording), D features.
 """
 
 import json
@@ -35,13 +35,13 @@ from openimp.parallel.layout import weights_hash
 from openimp.recipe.registry import modality_class
 
 CROP = 0.5
-"""Smallest share of a picture's area in a random crop."""
+"""Smallest random crop, as a share of the picture's area."""
 ASPECT = 1.33
 """Largest factor by which a random crop changes the aspect ratio."""
 CLIPS = 64
 """Clips in a forward pass of a tower."""
 LONGEST_SIDE = 2048
-"""Pixels to which a picture is shrunk for a library, which shrinks it further."""
+"""Largest side, in pixels, of a picture that is given to a library, which shrinks it further."""
 
 
 class FrozenEncoder(ABC):
@@ -50,8 +50,8 @@ class FrozenEncoder(ABC):
     Attributes:
         features: D.
         fingerprint: a hash of everything that decides on its vectors.
-        reader: openimp's modality that shows and cuts items.
-        view: what `reader` takes.
+        reader: openimp's modality that decodes items.
+        view: the view in which `reader` reads them.
     """
 
     features: int
@@ -60,7 +60,7 @@ class FrozenEncoder(ABC):
     view: Any
 
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
-        """The clips (M, ...) of a raw value; with `rng`, one clip as in training. BadMedia if it cannot be read."""
+        """The clips (M, ...) of a raw value; with `rng`, one random clip. BadMedia if it cannot be read."""
         if rng is None:
             return self.reader.encode_input(value, self.view)
         return self.reader.transform(self.reader.decode(value, [self.view], rng), self.view, rng)[None]
@@ -85,7 +85,7 @@ class OwnEncoder(FrozenEncoder):
         self.view = saved.config.views[modality]
         self.features = model.config.width
         self.fingerprint = stable_hash([weights, sorted(learned_files([self.reader]).items()), self.view])[:16]
-        self._encoder = ItemEncoder(model, self.reader, self.view, None, "fp32")  # Once, so it may take longer.
+        self._encoder = ItemEncoder(model, self.reader, self.view, None, "fp32")  # Slower, but only once.
 
     def embed(self, clips: np.ndarray) -> Tensor:
         # Ranks embed different items, so the routers of a sparse model must not wait for each other.
@@ -96,7 +96,7 @@ class OwnEncoder(FrozenEncoder):
 
 
 class LibraryEncoder(FrozenEncoder):
-    """A model of sentence-transformers, or of transformers, which that library opens as well."""
+    """A model that sentence-transformers opens, also one of transformers."""
 
     def __init__(self, name: str, modality: str) -> None:
         self._library, self.fingerprint = _open_library(name)
@@ -169,13 +169,13 @@ KINDS: dict[str | None, type[FrozenEncoder]] = {SENTENCE_TRANSFORMERS: LibraryEn
 def open_encoder(name: str, modality: str) -> FrozenEncoder:
     """Opens the encoder of a modality by the name of its model."""
     kind: Any = KINDS.get(Name.parse(name).scheme, OwnEncoder)
-    with torch.device("cpu"):  # Whatever the default device is: a plan makes models without values.
+    with torch.device("cpu"):  # `openimp plan` makes models on the meta device.
         encoder: FrozenEncoder = kind(name, modality)
     return encoder
 
 
 def vector_sizes(name: str) -> dict[str, int]:
-    """The modalities that a model can be a tower of, with the size of its vectors."""
+    """The modalities for which a model can be the tower, with the size of its vectors."""
     scheme = Name.parse(name).scheme
     if scheme == TIMM:
         return {"image": TimmEncoder(name, "image").features}

@@ -1,4 +1,4 @@
-"""`openimp eval`: measures a model by its name on evaluation sets of its own recipe or of another."""
+"""`openimp eval`: measures a named model on evaluation sets of its own or another recipe."""
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -40,7 +40,7 @@ def evaluate(
 
     Raises:
         UserError: there is no such model or evaluation set, or the recipe has no evaluation sets.
-        NotMeasured: a set cannot be measured. The others are measured before, and are its `results`.
+        NotMeasured: a set cannot be measured; its `results` are those of the other sets.
     """
     name = Path(model)
     folder = find_model(name)
@@ -60,7 +60,7 @@ def evaluate(
 
 
 def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple[Recipe, Collection[str]]:
-    """A model's recipe with overrides of its sources and sets, or with the sources and sets of another recipe.
+    """A model's recipe with overrides, or with the sources and sets of another recipe, which has the overrides.
 
     The second value has the names of the sources that the other recipe defines.
     """
@@ -73,12 +73,13 @@ def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple
             override(ours, text)
         return Recipe.build(ours), ()
     theirs, file = read_recipe(other, overrides, Path.cwd())
-    # The model's own sources are kept, because its tasks name them. Unknown keys of `theirs` are refused by `build`.
+    # The model's own sources are kept, because its tasks name them.
     user_sources = theirs.get("sources") or {}
     sources = ours["sources"] | user_sources if isinstance(user_sources, dict) else user_sources
     evaluation = theirs.get("evaluation") or {}
     if recipe.model.wrap:
         _drop_sizes(recipe, evaluation)
+    # `build` refuses unknown keys of `theirs`.
     data = {**theirs, **ours, "sources": sources, "evaluation": evaluation}
     return Recipe.build(data, file.resolve().parent, other), user_sources
 

@@ -73,7 +73,7 @@ class Contrastive(Objective):
 
     @property
     def limits_scale(self) -> bool:
-        """SigLIP's scales are larger than CLIP's limit."""
+        """Only for softmax: SigLIP's scales exceed CLIP's limit."""
         return self.loss == "softmax"
 
     def columns(self) -> set[str]:
@@ -86,6 +86,7 @@ class Contrastive(Objective):
             cell = row[self.positives_in]
             values = cell if isinstance(cell, list) else [cell]
             ids = [value_id(value) for value in values[:MAX_VALUES] if value is not None]
+            # Padded with an id that the example has anyway.
             targets["values"] = torch.tensor(ids + [item] * (MAX_VALUES - len(ids)))
         return targets
 
@@ -112,48 +113,46 @@ class Contrastive(Objective):
         # On the meta device, FLOPs are counted as on one process, so that they do not depend on the number of ranks.
         has_all = world_size() == 1 or targets["item"].is_meta
         losses = {}
-        for pair in self.compared_pairs(task):
-            a, b = pair
+        for a, b in self.compared_pairs(task):
             # A joint head is applied again for each pair. That is cheap compared with the encoder, which runs once.
             z_NZ = model.project(encoded[a].features, a, b)
             z_MZ = model.project(encoded[b].features, b, a)
-            ids_NI, ids_MJ = self._ids(pair, targets, (len(z_NZ), len(z_MZ)))
+            draws_a = len(z_NZ) // len(targets["item"])
+            draws_b = len(z_MZ) // len(targets["item"])
+            ids_NI = self._ids(a, b, draws_a, targets)
+            ids_MJ = self._ids(b, a, draws_b, targets)
+            all_ids_b = self._ids(b, a, draws_b, all_targets)
             temperature, bias = model.temperature(a, b)()
             with full_precision(z_NZ.device):
                 if self.loss == "softmax" and has_all:
                     loss = both_ways(softmax_nce, 1 / temperature * z_NZ, ids_NI, z_MZ, ids_MJ)
                 elif self.loss == "softmax":
                     all_b, all_a = all_gather(z_MZ, z_NZ)
-                    all_ids_a, all_ids_b = self._ids(pair, all_targets, (len(all_a), len(all_b)))
+                    all_ids_a = self._ids(a, b, draws_a, all_targets)
                     loss_a = mean_by_blocks(softmax_nce, 1 / temperature * z_NZ, ids_NI, all_b, all_ids_b)
                     loss_b = mean_by_blocks(softmax_nce, 1 / temperature * z_MZ, ids_MJ, all_a, all_ids_a)
                     loss = (loss_a + loss_b) / 2
                 else:
                     (all_b,) = all_gather(z_MZ)
-                    _, all_ids_b = self._ids(pair, all_targets, (len(z_NZ), len(all_b)))
                     biased = partial(sigmoid_nce, bias=bias)
                     loss = mean_by_blocks(biased, 1 / temperature * z_NZ, ids_NI, all_b, all_ids_b)
                 losses[f"{a}-{b}"] = loss
         return losses
 
-    def _ids(self, pair: tuple[str, str], targets: Tensors, counts: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The ids (N, I) and (M, J) of the `counts` embeddings of two modalities. Those that share an id are positives.
+    def _ids(self, modality: str, other: str, draws: int, targets: Tensors) -> Tensor:
+        """The ids (N, I) of the embeddings of a modality, `draws` per example, for the comparison with another one.
 
-        The first id is that of the item. With `positives_in`, a text also has the id of its words, and media those of
-        the values in their row. Media are not positives of each other because of a value.
+        Embeddings that share an id are positives. The first id is that of the item. With `positives_in`, a text also
+        has the id of its whole string, and media those of their row's values. A shared value does not make two media
+        positives.
         """
-        items = targets["item"]
-        with_values = self.positives_in is not None and _is_text(pair[0]) != _is_text(pair[1])
-        ids = []
-        for name, count in zip(pair, counts):
-            draws = count // len(items)
-            columns = [items.repeat_interleave(draws)[:, None]]
-            if with_values and _is_text(name):
-                columns.append(targets[_text_key(name)].reshape(-1, 1))
-            elif with_values:
-                columns.append(targets["values"].repeat_interleave(draws, dim=0))
-            ids.append(torch.cat(columns, dim=1))
-        return ids[0], ids[1]
+        ids = [targets["item"].repeat_interleave(draws)[:, None]]
+        if self.positives_in and _is_text(modality) != _is_text(other):
+            if _is_text(modality):
+                ids.append(targets[_text_key(modality)].reshape(-1, 1))
+            else:
+                ids.append(targets["values"].repeat_interleave(draws, dim=0))
+        return torch.cat(ids, dim=1)
 
     def compared(self, task: Task, examples: int) -> Compared:
         """The sigmoid loss uses each pair of items once, and gathers the vectors of one modality."""

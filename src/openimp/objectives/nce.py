@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 BLOCK = 2**26
-"""Largest number of similarities that a contrastive loss holds at once: 256 MiB per tensor that its gradient needs.
-A batch of 8,192 on one process fits, which frozen encoders allow; in smaller blocks, its step takes twice the time."""
+"""Largest number of similarities that a loss holds at once: 256 MiB per tensor that is saved for its gradient. One
+process fits a batch of 8,192, as towers allow. In smaller blocks, that step would take twice as long."""
 
 
 def mean_by_blocks(
@@ -42,7 +42,7 @@ def both_ways(
     z_MZ: Tensor,
     ids_MJ: Tensor,
 ) -> Tensor:
-    """Half the sum of `mean_by_blocks` from N to M and from M to N, if this rank has all embeddings of both.
+    """The mean of `mean_by_blocks` from N to M and from M to N. This rank must have all embeddings.
 
     Similarities that fit into one block are computed once for both.
     """
@@ -56,7 +56,7 @@ def both_ways(
 
 
 def share_an_id(ids_RI: Tensor, candidate_ids_MJ: Tensor) -> Tensor:
-    """(R, M) whether one of the ids of each embedding is one of those of each candidate."""
+    """(R, M) whether an embedding and a candidate have an id in common."""
     shared_RM = torch.zeros(len(ids_RI), len(candidate_ids_MJ), dtype=torch.bool, device=ids_RI.device)
     for ids_R in ids_RI.unbind(1):  # A loop, because all comparisons at once would be I x J matrices.
         for candidate_ids_M in candidate_ids_MJ.unbind(1):

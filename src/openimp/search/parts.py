@@ -27,7 +27,7 @@ MAX_LINES = 100_000
 MAX_TEXT = 10_000
 """Maximum number of characters of a line or a caption that are stored; no text encoder reads as many."""
 
-NOT_TOLD = Recorded()
+UNKNOWN_RECORDING = Recorded()
 
 
 @dataclass
@@ -38,8 +38,8 @@ class File:
     sha256: str
     text: str | None = None  # its caption or the text of its row
     problem: str = ""  # why the file, its text or a part of it cannot be read
-    copied_from: str = ""  # the path of a file with the same content in the table
-    recorded: Recorded = NOT_TOLD  # when and where
+    copied_from: str = ""  # the path of an indexed file with the same content
+    recorded: Recorded = UNKNOWN_RECORDING  # when and where
     parts: list[dict[str, Any]] = field(default_factory=list)  # rows of the table, with "vector" once it is known
 
     @property
@@ -49,9 +49,9 @@ class File:
 
 
 def open_file(encoder: ItemEncoder, path_of: Mapping[tuple[str, str], str], media: Media, sha256: str) -> File:
-    """Reads the text of media, hashes them unless `sha256` is given, and lists their parts.
+    """Reads the text of media, hashes them if `sha256` is empty, and lists their parts.
 
-    If `path_of` has a path for `File.content`, this is `copied_from`, and the parts are not listed.
+    A path that `path_of` has for `File.content` becomes `copied_from`, and no parts are listed.
     """
     file = File(media, sha256)
     try:
@@ -104,10 +104,10 @@ def read_part(encoder: ItemEncoder, file: File, part: Mapping[str, Any]) -> np.n
 
 
 def _recorded(modality: Modality, raw: bytes | Path | np.ndarray) -> Recorded:
-    """When and where media were recorded. A file that does not tell when has the time of its last change."""
-    recorded = NOT_TOLD
+    """When and where media were recorded. A file without a time of recording has the time of its last change."""
+    recorded = UNKNOWN_RECORDING
     if isinstance(modality, Dated) and not isinstance(raw, np.ndarray):
-        with suppress(BadMedia):  # Whether the file is damaged, decoding tells.
+        with suppress(BadMedia):  # Decoding will report a damaged file.
             recorded = modality.recorded(raw)
     if recorded.time is None and isinstance(raw, Path):
         with suppress(ValueError, OverflowError):  # A file system may hold times far outside of the calendar.
