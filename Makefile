@@ -14,8 +14,7 @@ demo: $(VENV)/.installed
 	else rm -rf runs/demo; $(BIN)/openimp demo; fi
 
 serve: $(VENV)/.search
-	@[ -e runs/demo/results.jsonl ] || $(MAKE) --no-print-directory demo
-	$(BIN)/openimp serve runs/demo
+	$(BIN)/openimp serve openimp:base
 
 test: $(VENV)/.dev
 	$(BIN)/pytest

@@ -22,6 +22,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,12 +30,14 @@ from typing import Any
 
 import av
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import soundfile
 from trainings import most_memory
 
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.progress import track
+from openimp.common.protocols import Dated
 from openimp.common.versions import openimp_version, processor
 from openimp.modalities.audio import Audio
 from openimp.modalities.image import Image
@@ -98,7 +101,9 @@ def sound(form: str, subtype: str, channels: int = 2, rate: int = 16_000) -> byt
 
 def exif() -> PIL.Image.Exif:
     found = PIL.Image.Exif()
-    found[274], found[305] = 6, "a program"
+    found[274], found[305], found[306] = 6, "a program", "2024:05:31 18:30:00"
+    gps = found.get_ifd(PIL.ExifTags.IFD.GPSInfo)
+    gps[1], gps[2], gps[3], gps[4] = "N", (48.0, 51.0, 30.0), "E", (2.0, 17.0, 40.0)
     return found
 
 
@@ -260,6 +265,9 @@ def serve(pipe: Any) -> None:
         modality, view = VIEWS[kind]
         begin, outcome = time.process_time(), "decoded"
         try:
+            if isinstance(modality, Dated):  # Indexing reads the header, and ignores one that is refused.
+                with suppress(BadMedia):
+                    modality.recorded(content)
             modality.decode(content, [view], np.random.default_rng(number) if number % 2 else None)
         except BadMedia:
             outcome = "refused"

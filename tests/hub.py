@@ -23,6 +23,7 @@ class Hub(ThreadingHTTPServer):
         self.private: dict[str, bool] = {}
         self.files: dict[str, dict[str, bytes]] = {}
         self.messages: list[str] = []
+        self.branches: dict[str, set[str]] = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -41,6 +42,10 @@ class Handler(BaseHTTPRequestHandler):
             self.server.private.setdefault(name, asked.get("visibility") == "private")
             self.server.files.setdefault(name, {})
             self._answer({"url": f"{self.server.url}/{name}"}, 409 if known else 200)
+        elif "/branch/" in path:
+            name, _, branch = path.removeprefix("/api/models/").partition("/branch/")
+            self.server.branches.setdefault(name, set()).add(branch)
+            self._answer({}, 201)
         elif path == "/api/validate-yaml":
             self._answer({"errors": [], "warnings": []})
         elif "/preupload/" in path:

@@ -54,7 +54,9 @@ class Server:
 
     def items(self, query: str) -> list[str]:
         """The ids of the results of a query, in order."""
-        link = r'href="[^"]*more=([0-9a-f]{32})(?:&amp;(?:less|modality|under|min|by|k)=[^"&]*)*" data-go>More'
+        link = (
+            r'href="[^"]*more=([0-9a-f]{32})(?:&amp;(?:less|modality|under|min|by|k|since|until)=[^"&]*)*" data-go>More'
+        )
         return re.findall(link, self.ask(f"/?{query}").text)
 
 

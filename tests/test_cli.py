@@ -221,7 +221,7 @@ def test_eval_needs_no_more_of_another_recipe_than_sources_and_sets(
 ):
     """Relative paths in --set start at the current directory, those in the recipe at its folder."""
     monkeypatch.chdir(little_data)
-    (tmp_path / "prompts.txt").write_text("# as trained\na {} square\n\nthe {} one\n")
+    (tmp_path / "prompts.txt").write_text("# as trained\na {} square\n\nthe {} square\n")
     (tmp_path / "sets.yaml").write_text(
         "sources: {squares: {path: elsewhere}}\n"
         "evaluation: {sets: {named: {type: zero_shot, source: squares, inputs: {image: file}, label: label,"
@@ -232,7 +232,7 @@ def test_eval_needs_no_more_of_another_recipe_than_sources_and_sets(
     assert "named" in succeeded("eval", little_run, "--recipe", tmp_path / "sets.yaml", *changes, "--out", out)
     (result,) = read_lines(out)
     assert (result["n"], result["candidates"], result["chance"]) == (24, 5, 1 / 5)
-    assert result["prompts"] == ["a {} square", "the {} one"]
+    assert result["prompts"] == ["a {} square", "the {} square"]
     assert result["top1"] > 0.9, "the run has learned its colours"
 
 

@@ -18,6 +18,7 @@ NEEDED = (
     "openimp/py.typed",
     "openimp/recipes/demo.yaml",
     "openimp/studies/moe.yaml",
+    "openimp/models/base/config.json",
     "openimp/data/demo/NOTICE",
     "openimp/search/static/search.css",
     "openimp/report/templates/page.html",

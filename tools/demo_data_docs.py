@@ -98,10 +98,6 @@ def counts(demo: Path) -> Iterator[str]:
         by_split = Counter(r["split"] for r in rows)
         return [title, *(by_split[s] for s in splits), len(rows)]
 
-    def sizes_of_groups(column: str, rows: list[dict[str, Any]]) -> str:
-        groups = Counter(r[column] for r in rows)
-        return ", ".join(f"{group} {size}" for group, size in groups.most_common())
-
     stills, clips, notes = tables.values()
     emoji = list({r["emoji"]: r for r in stills}.values())
     families = list({r["concept"]: r for r in emoji}.values())
@@ -118,8 +114,6 @@ def counts(demo: Path) -> Iterator[str]:
     untested = set(per) - {r["instrument"] for r in notes if r["split"] == "test"}
     seconds = sorted(soundfile.info(io.BytesIO(r["audio"])).duration for r in notes)
     yield (
-        f"- Emoji by group: {sizes_of_groups('group', emoji)}.\n"
-        f"- Notes by instrument family: {sizes_of_groups('family', notes)}.\n"
         f"- Emoji: {np.mean([len(r['captions']) for r in emoji]):.1f} captions and "
         f"{np.mean([len(r['keywords']) for r in emoji]):.1f} keywords on average. "
         f"{sum(n for n in names.values() if n > 1)} share their `name` with another emoji, "

@@ -1,6 +1,6 @@
-"""Writes the results of a demo run into README.md (the table between its markers) and draws their picture.
+"""Writes the results of runs of recipes/demo.yaml and recipes/base.yaml into README.md, and draws the demo's picture.
 
-    .venv/bin/python tools/write_results.py runs/demo
+    .venv/bin/python tools/write_results.py runs/demo runs/base
 
 The picture needs matplotlib (`pip install openimp[plots]`). It shows unseen test items that are evenly spaced in the
 data and not selected by result.
@@ -41,21 +41,32 @@ SHOWN = 6
 """Number of items of each kind in the picture."""
 
 
-def write_table(run: Path, readme: Path) -> None:
-    """Writes the last results of a run between the markers."""
+def last_results(run: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The last results of a run, by set and by what is searched."""
     lines = read_lines(run / "results.jsonl")
     last = max(line["step"] for line in lines)
-    results = {(line["set"], line["task"].split(" -> ")[-1]): line for line in lines if line["step"] == last}
+    return {(line["set"], line["task"].split(" -> ")[-1]): line for line in lines if line["step"] == last}
+
+
+def with_interval(result: dict[str, Any]) -> str:
+    """R@1 and its interval, as Markdown."""
+    low, high = result["interval"]
+    return f"**{result['r1']:.1%}** ({low:.1%} to {high:.1%})"
+
+
+def write_table(run: Path, base: Path, readme: Path) -> None:
+    """Writes the last results of the demo and the base model between the markers."""
+    results = last_results(run)
+    of_base = last_results(base)
     rows = [
-        "| query | number | candidate texts | R@1 | R@5 | median rank | chance R@1 |",
-        "|---|---|---|---|---|---|---|",
+        "| test | queries | candidate texts | R@1 | R@5 | median rank | chance R@1 | R@1 of `openimp:base` |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, title in TITLES.items():
         found = results[name, "text"]
-        low, high = found["interval"]
         rows.append(
-            f"| {title} | {found['n']} | {found['candidates']} | **{found['r1']:.1%}** ({low:.1%} to {high:.1%}) "
-            f"| {found['r5']:.1%} | {found['median_rank']:g} | {found['chance']:.2%} |"
+            f"| {title} | {found['n']} | {found['candidates']} | {with_interval(found)} | {found['r5']:.1%} "
+            f"| {found['median_rank']:g} | {found['chance']:.2%} | {with_interval(of_base[name, 'text'])} |"
         )
     spent = read_lines(run / "metrics.jsonl")
     seconds = sum(line["seconds"] for line in spent)
@@ -63,10 +74,10 @@ def write_table(run: Path, readme: Path) -> None:
     flops = sum(units["flops"] for units in spent[-1]["totals"].values())
     rows += [
         "",
-        f"{last:,} steps, {flops / 1e12:.1f} trillion FLOPs; training took {seconds:.0f} s, of which {wait:.1%} "
-        f"was spent waiting for data; seed {openimp.Recipe.load(run / 'recipe.yaml').seed}, "
+        f"Demo: {found['step']:,} steps, {flops / 1e12:.1f} trillion FLOPs; training took {seconds:.0f} s, of which "
+        f"{wait:.1%} was spent waiting for data; seed {openimp.Recipe.load(run / 'recipe.yaml').seed}, "
         f"{torch.get_num_threads()} threads, torch {version('torch')}, Python {platform.python_version()}, "
-        f"openimp {lines[-1]['openimp']}.",
+        f"openimp {found['openimp']}.",
     ]
     text = readme.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)
@@ -132,10 +143,11 @@ def _show_item(axis: Axes, value: bytes, model: Model) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
+    parser.add_argument("base", type=Path)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/demo-results.png")
     options = parser.parse_args()
-    write_table(options.run, options.readme)
+    write_table(options.run, options.base, options.readme)
     write_picture(options.run, options.picture)
 
 

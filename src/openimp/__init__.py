@@ -4,7 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from openimp.checkpoint.find import list_models
     from openimp.inference.embed import embed
+    from openimp.inference.evaluate import evaluate
     from openimp.inference.model import Model, load
     from openimp.inference.sentence_transformers import sentence_transformer
     from openimp.model.imp import IMP
@@ -23,6 +25,8 @@ _HOME = {
     "StopTraining": "openimp.training.callbacks",
     "build_index": "openimp.search.build",
     "embed": "openimp.inference.embed",
+    "evaluate": "openimp.inference.evaluate",
+    "list_models": "openimp.checkpoint.find",
     "load": "openimp.inference.model",
     "open_index": "openimp.search",
     "sentence_transformer": "openimp.inference.sentence_transformers",
@@ -38,6 +42,8 @@ __all__ = [
     "__version__",
     "build_index",
     "embed",
+    "evaluate",
+    "list_models",
     "load",
     "open_index",
     "sentence_transformer",

@@ -19,7 +19,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's YAML file, or the name of a bundled recipe.")]
 RunArgument = Annotated[
     Path,
-    typer.Argument(help="A run, a checkpoint, a folder with a model, hub:OWNER/NAME, or open_clip:NAME/TAG."),
+    typer.Argument(
+        help="A run, a checkpoint, a folder with a model, openimp:base, hub:OWNER/NAME, or open_clip:NAME/TAG."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Change a key of the recipe: KEY=VALUE, such as train.steps=100.")
@@ -180,7 +182,12 @@ def index(
         typer.Argument(help="Files and folders.", show_default="the media in the sources of the run's recipe"),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the index.", show_default="RUN/search.index")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder of the index.",
+            show_default="RUN/search.index",
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Files per batch.")] = 64,
     allow_sources: AllowSourcesOption = False,
@@ -238,6 +245,10 @@ def search(
         Literal["both", "meaning", "words"],
         typer.Option("--by", help="Find items by the meaning of texts, by the words of their own texts, or by both."),
     ] = "both",
+    since: Annotated[
+        str | None, typer.Option("--since", help="Only results of this day and later, such as 2026-05-31.")
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", help="Only results of this day and earlier.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")] = False,
     **queries: list[str] | None,
 ) -> None:
@@ -254,6 +265,8 @@ def search(
         k=k,
         min_score=min_score,
         by=by,
+        since=since,
+        until=until,
         as_json=json,
     )
 

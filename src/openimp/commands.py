@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from collections.abc import Collection
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -12,30 +11,28 @@ from typing import Any, Literal
 import yaml
 
 from openimp.checkpoint.find import find_model
-from openimp.checkpoint.folder import checkpoints, describe_model, load_model, load_run_recipe, saved_step
+from openimp.checkpoint.folder import checkpoints, describe_model, load_run_recipe, saved_step
 from openimp.checkpoint.warm_start import open_warm_start
-from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append
 from openimp.common.modality import Modality
-from openimp.common.names import has_scheme
+from openimp.common.names import BUNDLED, Name, has_scheme
 from openimp.common.progress import clock, console, notice, number_table, track
 from openimp.common.safe_files import refuse_links
 from openimp.data.batch import head_key
 from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
-from openimp.data.trust import check_sources
 from openimp.drafting.draft import draft_recipe, is_data, recipe_name
 from openimp.evaluation.baseline import comparison
-from openimp.evaluation.evaluate import NotMeasured, evaluate
+from openimp.evaluation.evaluate import NotMeasured
 from openimp.evaluation.results import latest, read_results, table
 from openimp.inference.embed import embed
+from openimp.inference.evaluate import evaluate
 from openimp.inference.model import load
 from openimp.parallel import distributed
 from openimp.planning.plan import plans
 from openimp.planning.tables import print_costs, print_model, print_plan
-from openimp.recipe.file import RecipeLoader, override, read_recipe
-from openimp.recipe.model_config import class_for
+from openimp.recipe.file import RecipeLoader, override
 from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report
 from openimp.search.build import build_index
@@ -127,22 +124,9 @@ def run_eval(
         if sets or other or overrides or allow_sources:
             raise UserError("--mteb takes no evaluation sets, --recipe, --set or --allow-sources")
         return _run_benchmarks(path, mteb, out)
-    folder = find_model(path)
-    model, (config, modalities, saved_recipe) = load_model(folder)
-    recipe = saved_recipe.validated()
-    user_sources: Collection[str] = ()  # the names of the sources in the recipe `other`
-    if other or overrides:
-        recipe, user_sources = _with_sets(recipe, other, overrides or [])
-    if not recipe.evaluation.sets:
-        raise UserError(f"{other or path}: the recipe has no evaluation sets")
-    if not allow_sources:
-        check_sources(path, folder, recipe, sets or recipe.evaluation.sets, user_sources)
-    model = model.to(pick_device())
     failure: NotMeasured | None = None
     try:
-        results = evaluate(
-            model, recipe, modalities, sets or None, saved_step(folder), progress=track, classes=config.classes
-        )
+        results = evaluate(path, sets or None, other, overrides or (), allow_sources, progress=track)
     except NotMeasured as error:
         results = error.results
         failure = error
@@ -182,45 +166,6 @@ def _run_benchmarks(path: Path, tasks: list[str], out: Path | None) -> None:
             console.print(table(results))
 
 
-def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple[Recipe, Collection[str]]:
-    """A model's recipe with overrides of its sources and sets, or with the sources and sets of another recipe.
-
-    The second value has the names of the sources that the other recipe defines.
-    """
-    for text in overrides:
-        if not text.startswith(("sources.", "evaluation.")):
-            raise UserError(f"--set {text}: a trained model allows changes of sources and evaluation only")
-    ours = recipe.to_dict()
-    if other is None:
-        for text in overrides:
-            override(ours, text)
-        return Recipe.build(ours), ()
-    theirs, file = read_recipe(other, overrides, Path.cwd())
-    # The model's own sources are kept, because its tasks name them. Unknown keys of `theirs` are refused by `build`.
-    user_sources = theirs.get("sources") or {}
-    sources = ours["sources"] | user_sources if isinstance(user_sources, dict) else user_sources
-    evaluation = theirs.get("evaluation") or {}
-    if recipe.model.wrap:
-        _drop_sizes(recipe, evaluation)
-    data = {**theirs, **ours, "sources": sources, "evaluation": evaluation}
-    return Recipe.build(data, file.resolve().parent, other), user_sources
-
-
-def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
-    """Removes the sizes of pictures and texts from views that were written for other models than a wrapped one."""
-    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
-    if not isinstance(sets, dict):
-        return
-    for options in sets.values():
-        view = options.get("view") if isinstance(options, dict) else None
-        if not isinstance(view, dict):
-            continue
-        for name in recipe.modality_names:
-            if isinstance(view.get(name), dict):
-                removed_keys = class_for(name, recipe.model, recipe.modalities).View.renamed
-                view[name] = {key: value for key, value in view[name].items() if key not in removed_keys}
-
-
 def run_search(
     path: Path,
     texts: list[str],
@@ -231,6 +176,8 @@ def run_search(
     k: int,
     min_score: float | None,
     by: By,
+    since: str | None,
+    until: str | None,
     as_json: bool,
 ) -> None:
     """Searches an index and prints the results."""
@@ -238,7 +185,7 @@ def run_search(
     parts: list[str | Query | Like] = list(texts)
     parts += [Query(name, value) for name, values in queries.items() for value in values or ()]
     parts += [index.text_query(text, -1.0) for text in minus]
-    hits = index.search(parts, k, modalities, under, min_score, by)
+    hits = index.search(parts, k, modalities, under, min_score, by, since, until)
     if under and not hits and not index.search(parts, 1, modalities, under, by=by):
         raise UserError(f"--under {under}: nothing is indexed there that the query could find")
     if as_json:
@@ -275,9 +222,10 @@ def run_embed(
 
 def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:
     """Serves the search page of an index, or of the media of a run's recipe."""
-    if has_scheme(what):
+    is_bundled = Name.parse(what).scheme == BUNDLED
+    if has_scheme(what) and not is_bundled:
         raise UserError(f"{what}: comes without media; index some first: openimp index {what} FOLDER --out my.index")
-    if not what.exists():
+    if not is_bundled and not what.exists():
         raise UserError(f"{what}: no such index or run; openimp index makes an index")
     try:
         from openimp.search.server import serve

@@ -14,8 +14,10 @@ import open_clip
 import PIL.Image
 import public
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from messages import refuses
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
@@ -26,6 +28,7 @@ from openimp.checkpoint.folder import checkpoints, read_weights
 from openimp.cli import app
 from openimp.data.step_batches import StepBatches
 from openimp.drafting.draft import draft_recipe
+from openimp.encoding.frozen import open_encoder
 from openimp.inference.publish import push
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
@@ -196,6 +199,36 @@ def test_what_a_run_costs_is_known_before_it_is_trained(data, clip, tmp_path):
     shown = CliRunner().invoke(app, ["info", str(tmp_path / "recipe.yaml")], catch_exceptions=False)
     assert shown.exit_code == 0, shown.output
     assert "one step" in shown.output
+
+
+def test_a_model_of_timm_reads_pictures(data, tmp_path):
+    """Below an encoder, whose texts are trained as usual; and on its own, next to a tower of texts."""
+    torch.manual_seed(0)
+    library = timm.create_model("test_convnext", num_classes=0).eval()
+    timm.models.save_for_hf(library, tmp_path / "timm", safe_serialization=True)
+    name = f"timm:local-dir:{tmp_path / 'timm'}"
+    files = sorted((data / "pictures").rglob("*.png"))[:3]
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=library))
+    with torch.no_grad():
+        expected = F.normalize(library(torch.stack([transform(PIL.Image.open(file)) for file in files])), dim=-1)
+    tower = open_encoder(name, "image")
+    found = F.normalize(tower.embed(np.concatenate([tower.read(file) for file in files])), dim=-1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+    recipe = recipe_of(
+        data,
+        name,
+        model={"width": 32, "layers": 1, "heads": 2, "mlp_dim": 64, "embed_dim": 32},
+        modalities={"vision": {"tower": name, "crops": 2}, "text": {"vocab_size": 300, "positions": 16}},
+    )
+    train(recipe, tmp_path / "run")
+    model = openimp.load(tmp_path / "run", "cpu", "fp32")
+    assert model.encode_image(files).shape == (3, 32)
+    with refuses():
+        recipe_of(data, name).make_modalities()["text"].stem_spec()
+    draft = yaml.safe_load(draft_recipe([str(data / "pictures")], towers=[name]).text)
+    assert draft["modalities"]["vision"]["tower"] == name
+    assert draft["model"]["layers"] > 0, "texts have no tower"
 
 
 def test_a_model_of_transformers_reads_texts(data, clip, tmp_path):

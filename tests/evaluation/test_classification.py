@@ -12,6 +12,7 @@ from little import png
 from messages import refuses
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, top_k_accuracy_score
 
+import openimp
 from openimp.checkpoint.folder import load_model
 from openimp.commands import run_eval
 from openimp.common.errors import UserError
@@ -257,6 +258,9 @@ def test_a_run_measures_its_head_as_eval_does(little_data, little_run, tmp_path)
     )
     run_eval(little_run, None, str(file), tmp_path / "out.jsonl", ["evaluation.sets.squares.view.image.size=16"])
     (result,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    options = {"recipe": file, "overrides": ["evaluation.sets.squares.view.image.size=16"]}
+    (again,) = openimp.evaluate(little_run, ["squares"], **options)
+    assert again["top1"] == result["top1"]
     _, saved = load_model(next(iter((little_run / "checkpoints").glob("*12"))))
     assert (result["n"], result["candidates"], result["view"]["image"]["size"]) == (24, 4, 16)
     assert saved.config.classes == {"pictures:label": sorted(COLOURS)}

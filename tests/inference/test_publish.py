@@ -63,8 +63,9 @@ def test_a_pushed_model_is_loaded_from_the_hub_by_its_name_and_a_private_one_is_
     same = openimp.Model.from_pretrained("me/little", device="cpu")
     assert torch.equal(same.encode_text("a red square"), ours.encode_text("a red square"))
 
-    push(little_run, "me/little")
+    assert same.push_to_hub("me/little", token=hub.TOKEN, revision="tuned").endswith("/me/little")
     assert len(server.messages) == 2, "a second push is a second commit"
+    assert server.branches == {"me/little": {"tuned"}}
 
     push(little_run, "me/open")
     before = dict(server.files["me/open"])
@@ -212,7 +213,7 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(little_run, tmp_path, mon
         (
             (little_run, "me/little", out),
             {"license": "Apache 2"},
-            "^--license Apache 2: expected the Hub's identifier of a license",
+            "^license Apache 2: expected the Hub's identifier of a license",
         ),
         ((little_run, "me/little"), {}, "^you are not logged in to the Hugging Face Hub: run `hf auth login`"),
         (

@@ -7,16 +7,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import refuses
 
 from openimp.common.modality import StemSpec, Tokens
-from openimp.common.objective import Objective
+from openimp.common.objective import Objective, TargetSizes
 from openimp.data.batch import Batch, head_key
 from openimp.model.imp import IMP, Encoded
 from openimp.objectives.classification import Classification, sigmoid_classification, softmax_classification
 from openimp.objectives.contrastive import Contrastive
 from openimp.objectives.distill import Distill
 from openimp.objectives.losses import task_losses
-from openimp.objectives.nce import sigmoid_nce
+from openimp.objectives.nce import sigmoid_nce, softmax_nce
 from openimp.recipe.model import Model
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
@@ -63,6 +64,8 @@ def test_duplicate_texts_are_counted_unless_the_recipe_says_which_rows_are_one_i
     items = Contrastive(type="contrastive", positives_by="name")
     # Two texts per row: rows 0, 1 and 2 have [5, 5], [6, 7] and [6, 8].
     assert "33% of a batch's texts" in rows.warning(task_of(rows), tokens, targets)
+    values = Contrastive(type="contrastive", positives_in="keywords")
+    assert values.warning(task_of(values), tokens, targets) is None
     assert items.warning(task_of(items), tokens, targets) is None
 
 
@@ -130,6 +133,87 @@ def test_items_with_several_positives(items, draw, kind):
     objective = Contrastive(type="contrastive", loss=kind)
     found = losses_of(model, objective, encoded, item=torch.tensor(items))["image-text"].item()
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def targets_of(objective, task, rows, texts):
+    """The targets of rows for each of which a text was drawn. `zeros` has the same names and shapes."""
+    examples = [
+        objective.read(task, row, i, TargetSizes(8, {})) | objective.read_texts({"text": [text]})
+        for i, (row, text) in enumerate(zip(rows, texts))
+    ]
+    targets = {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
+    zeros = objective.zeros(task, len(rows), TargetSizes(8, {}))
+    assert {key: value.shape for key, value in zeros.items()} == {key: value.shape for key, value in targets.items()}
+    return targets
+
+
+def test_media_are_no_positives_of_each_other_because_of_a_value():
+    rows = [{"keywords": ["dog", "animal"]}, {"keywords": [f"{i}" for i in range(40)] + ["animal"]}]
+    model = small()
+    encoded = {name: Encoded(torch.randn(2, 16), []) for name in ("image", "audio", "text")}
+    objective = Contrastive(type="contrastive", positives_in="keywords")
+    found = losses_of(model, objective, encoded, **targets_of(objective, task_of(objective), rows, ["dog", "animal"]))
+    plain = losses_of(model, Contrastive(type="contrastive"), encoded, item=torch.arange(2))
+    torch.testing.assert_close(found["image-audio"], plain["image-audio"])
+    # The second text is a value of the first row only, because the list of the second one is cut before it.
+    for name in ("image", "audio"):
+        assert not torch.allclose(found[f"{name}-text"], plain[f"{name}-text"])
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_equal_texts_that_are_values_are_positives_with_either_loss(kind):
+    """Without a column that identifies items; the loss is that of the marks written out by hand."""
+    rows = [{"keywords": ["pet"]}, {"keywords": ["pet", "dog"]}, {"keywords": []}]
+    objective = Contrastive(type="contrastive", loss=kind, positives_in="keywords")
+    model = small()
+    encoded = encoded_of(3)
+    positive = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    targets = targets_of(objective, task_of(objective), rows, ["Pet", "pet ", "star"])
+    found = losses_of(model, objective, encoded, **targets)["image-text"]
+    logits = similarities(model, encoded)
+    if kind == "softmax":
+        expected = (softmax_nce(logits, positive).mean() + softmax_nce(logits.T, positive.T).mean()) / 2
+    else:
+        _, bias = model.temperature("image", "text")()
+        expected = sigmoid_nce(logits, positive, bias).mean()
+    torch.testing.assert_close(found, expected)
+
+
+def test_values_of_a_column_need_texts_to_compare_with():
+    with refuses():
+        Recipe.build(
+            {
+                "name": "x",
+                "sources": {"all": {"path": "all.parquet"}},
+                "tasks": {
+                    "all": {
+                        "source": "all",
+                        "inputs": {"image": "image", "audio": "audio"},
+                        "objectives": [{"type": "contrastive", "positives_in": "keywords"}],
+                    }
+                },
+            }
+        )
+
+
+def test_a_text_is_a_positive_of_each_example_that_has_it_as_a_value():
+    """The third text is the whole caption of its row, so it is no value of the others."""
+    rows = [
+        {"name": "dog face", "keywords": ["Dog", "pet"]},
+        {"name": "guide dog", "keywords": ["dog", "blind"]},
+        {"name": "cat", "keywords": ["pet"]},
+        {"name": "star", "keywords": None},
+    ]
+    texts = ["dog", "blind", "cat, pet", "pet"]
+    objective = Contrastive(type="contrastive", positives_by="name", positives_in="keywords")
+    task = task_of(objective)
+    targets = targets_of(objective, task, rows, texts)
+    positive = torch.tensor([[1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)  # image, text
+    model = small()
+    encoded = encoded_of(4)
+    logits = similarities(model, encoded)
+    expected = (softmax_nce(logits, positive).mean() + softmax_nce(logits.T, positive.T).mean()) / 2
+    torch.testing.assert_close(losses_of(model, objective, encoded, **targets)["image-text"], expected)
 
 
 def test_the_sigmoid_loss_is_siglips():

@@ -60,12 +60,15 @@ CASES = {
     ],
     "shards, dense, sigmoid": [
         "model.moe=null",
-        "tasks.named.objectives=[{type: contrastive, loss: sigmoid}, {type: classification, label: label}]",
+        """tasks.named.objectives=[{type: contrastive, loss: sigmoid, positives_in: label, pairs: [[text, image]]},
+            {type: classification, label: label}]""",
+        'tasks.named.inputs.text="{label}"',
     ],
     "shards, several texts": [
         "model.space=disjoint",
         "model.modality_specific_layers=1",
-        'tasks.named.inputs.text={column: "a {label} square", draw: 2}',
+        'tasks.named.inputs.text={column: ["a {label} square", "{label}"], draw: 2}',
+        "tasks.named.objectives=[{type: contrastive, positives_in: label}]",
     ],
     "shards, chunks": CHUNKS,
     "shards kept gathered, chunks, Muon": ["parallel.reshard_after_forward=false", *CHUNKS, MUON],

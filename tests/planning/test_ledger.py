@@ -54,8 +54,8 @@ def by_hand(image_tokens: int, moe: dict | None) -> int:
         total += 3 * (layers + stem + head)
     # Pixels have no gradient. Their values lack the depth of a patch, over which its weights are summed.
     total += 2 * 2 * B * image_tokens * PATCH // 2 * D
-    # Similarities are computed from either side, as where each side's rows are on many processes.
-    return total + 3 * (2 * 2 * B * B * Z + 2 * B * D * CLASSES)
+    # Similarities are computed once, although several processes compute those of their rows from either side.
+    return total + 3 * (2 * B * B * Z + 2 * B * D * CLASSES)
 
 
 @pytest.mark.parametrize("moe", [None, MOE, {**MOE, "experts": 8}, {**MOE, "experts": {"vision": 4, "text": 8}}])

@@ -5,12 +5,15 @@ import json
 import os
 import pkgutil
 import shutil
+import tempfile
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import PIL.Image
 import pyarrow as pa
@@ -20,6 +23,7 @@ import soundfile
 from conftest import TEXTS
 from filelock import FileLock
 from messages import refuses
+from PIL import ExifTags
 from processes import Process
 
 import openimp
@@ -29,6 +33,8 @@ from openimp.common.errors import UserError
 from openimp.common.safe_files import write_text
 from openimp.encoding.engine import ItemEncoder
 from openimp.evaluation.provenance import checkpoint_fields
+from openimp.modalities.image import Image
+from openimp.modalities.video import Video
 from openimp.recipe.schema import Recipe
 from openimp.search import IndexResult, build_index, open_index
 from openimp.search.folder import METADATA, read_metadata
@@ -306,6 +312,133 @@ def test_an_index_of_a_version_that_hashed_all_options_is_still_used(build, fold
     write_text(index / METADATA, old.model_dump_json())
     assert open_index(index).search("a red square")
     assert build(folder / "1.png").new == 1
+
+
+def copy_clip(clip: Path, copy: Path, tags: dict[str, str]) -> None:
+    """Copies a clip, with other tags in its header."""
+    with (
+        av.open(str(clip)) as source,
+        av.open(str(copy), "w", options={"movflags": "use_metadata_tags"}) as target,
+    ):
+        target.metadata.update(tags)
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+
+
+@pytest.fixture
+def dated(media_folder: Path, tmp_path: Path) -> Path:
+    """A photo and a clip whose headers tell when and where they were taken, a photo that does not, and a text."""
+    top = tmp_path / "dated"
+    top.mkdir()
+    exif = PIL.Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2024:05:31 18:30:00"
+    gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
+    gps[ExifTags.GPS.GPSLatitudeRef], gps[ExifTags.GPS.GPSLatitude] = "S", (33.0, 51.0, 31.2)
+    gps[ExifTags.GPS.GPSLongitudeRef], gps[ExifTags.GPS.GPSLongitude] = "E", (151.0, 12.0, 36.0)
+    PIL.Image.open(media_folder / "0.png").save(top / "sydney.jpg", exif=exif)
+    broken = PIL.Image.Exif()
+    broken[ExifTags.Base.DateTime] = "0000:00:00 00:00:00"
+    broken.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] = (1.0, 2.0)
+    PIL.Image.open(media_folder / "1.png").save(top / "unknown.jpg", exif=broken)
+    told = {"creation_time": "2025-01-02T03:04:05.000000Z", "location": "+48.8577+002.2950/"}
+    copy_clip(media_folder / "0.mp4", top / "paris.mp4", told)
+    (top / "text.txt").write_text("a red square")
+    for name in ("unknown.jpg", "text.txt"):
+        seconds = datetime(2023, 6, 7, 8, 9, 10).timestamp()
+        os.utime(top / name, (seconds, seconds))
+    return top
+
+
+def test_items_have_the_date_and_place_that_their_files_tell(build, dated, tmp_path):
+    build(dated)
+    found = {Path(row["path"]).name: row for row in rows(tmp_path / "x.index").values()}
+    recorded = datetime.fromisoformat("2025-01-02T03:04:05+00:00").astimezone().replace(tzinfo=None).isoformat()
+    assert {name: row["date"] for name, row in found.items()} == {
+        "sydney.jpg": "2024-05-31T18:30:00",
+        "paris.mp4": recorded,
+        "unknown.jpg": "2023-06-07T08:09:10",
+        "text.txt": "2023-06-07T08:09:10",
+    }
+    places = {name: (row["latitude"], row["longitude"]) for name, row in found.items() if row["latitude"] is not None}
+    assert places.keys() == {"sydney.jpg", "paris.mp4"}
+    assert places["sydney.jpg"] == pytest.approx((-33.8587, 151.21), abs=1e-4)
+    assert places["paris.mp4"] == pytest.approx((48.8577, 2.295), abs=1e-4)
+
+
+def test_headers_that_tell_nonsense_tell_nothing(media_folder, tmp_path):
+    video, image = Video(Video.Config()), Image(Image.Config())
+    for tags, expected in (
+        ({"creation_time": "1904-01-01T00:00:00.000000Z"}, (None, None)),
+        ({"creation_time": "soon", "location": "+99.0000+500.0000/"}, (None, None)),
+        ({"location": "+00.0000+000.0000/"}, (None, None)),
+        ({"location": "+48.8577-002.2950CRSWGS_84/"}, (None, (48.8577, -2.295))),
+        ({"location": "+48.8577+002.2950+035.000/"}, (None, (48.8577, 2.295))),
+    ):
+        copy_clip(media_folder / "0.mp4", tmp_path / "clip.mp4", tags)
+        assert video.recorded(tmp_path / "clip.mp4") == expected
+    exif = PIL.Image.Exif()
+    exif[ExifTags.Base.DateTime] = "2024:05:31 18:30:00"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "0000:00:00 00:00:00"
+    gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
+    gps[ExifTags.GPS.GPSLatitude] = gps[ExifTags.GPS.GPSLongitude] = (0.0, 0.0, 0.0)
+    for name in ("photo.jpg", "photo.png", "photo.webp"):
+        PIL.Image.open(media_folder / "0.png").save(tmp_path / name, exif=exif)
+        assert image.recorded(tmp_path / name) == (datetime(2024, 5, 31, 18, 30), None)
+    assert image.recorded(media_folder / "0.png") == (None, None)
+
+
+def test_the_header_of_a_picture_is_read_without_its_pixels(tmp_path):
+    """Pillow would decode this one, which is larger than what `decode` accepts, to look for EXIF data at its end."""
+    PIL.Image.new("1", (9000, 9000)).save(tmp_path / "large.png")
+    tracemalloc.start()
+    assert Image(Image.Config()).recorded(tmp_path / "large.png") == (None, None)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+
+
+def test_a_search_may_be_limited_to_dates(build, dated, tmp_path, openimp, capfd):
+    build(dated)
+    capfd.readouterr()
+    days = ("--since", "2024-05-31", "--until", "2024-05-31")
+    code, printed, _ = openimp("search", tmp_path / "x.index", "a", *days, "--json")
+    assert code == 0
+    assert [Path(json.loads(line)["path"]).name for line in printed.splitlines()] == ["sydney.jpg"]
+    index = open_index(tmp_path / "x.index", "cpu")
+
+    def found(since=None, until=None):
+        return {Path(hit.path).name for hit in index.search("a", since=since, until=until)}
+
+    assert found("2024-05-31", "2024-05-31") == {"sydney.jpg"}
+    assert found(date(2024, 6, 1)) == {"paris.mp4"}
+    assert found(until="2024-05-31") == {"sydney.jpg", "unknown.jpg", "text.txt"}
+    for wrong in ("31.05.2024", "2024-02-31"):
+        with refuses():
+            found(wrong)
+
+
+def test_an_index_of_an_older_version_goes_on_without_dates(build, dated, media_folder, tmp_path):
+    build(dated)
+    Items(tmp_path / "x.index").table.drop_columns(["date", "latitude", "longitude"])
+    shutil.copy(media_folder / "2.png", dated)
+    assert (build(dated).new, build(dated).unchanged) == (1, 5)
+    index = open_index(tmp_path / "x.index", "cpu")
+    assert len(index.search("a")) == 5
+    with refuses():
+        index.search("a", since="2024-01-01")
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system that holds such a time")
+def test_a_file_whose_time_is_none_has_no_date(build, media_folder, tmp_path, request):
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    request.addfinalizer(partial(shutil.rmtree, folder))
+    shutil.copy(media_folder / "0.png", folder)
+    far = 10**12  # in the year 33658
+    os.utime(folder / "0.png", (far, far))
+    build(folder)
+    ((row),) = rows(tmp_path / "x.index").values()
+    assert row["date"] is None
 
 
 def test_links_out_of_the_folder_are_not_followed(build, folder, tmp_path):

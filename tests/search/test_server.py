@@ -302,6 +302,10 @@ def test_filters_keep_what_they_say(server: Server, folder: Path, ids):
     assert set(server.items("q=noise&modality=video")) == {ids[f"{i}.mp4"] for i in range(3)}
     assert server.items(f"q=noise&under={folder / 'media' / 'named'}") == [ids["a_blue-square.png"]]
     assert ids["0.png"] not in server.items(f"less={ids['0.png']}&k=100")
+    everything = set(server.items("q=noise&k=100"))
+    assert set(server.items("q=noise&k=100&since=2020-01-01")) == everything
+    assert server.items("q=noise&k=100&until=2020-01-01") == []
+    assert "expected a day, such as" in server.ask("/?q=noise&since=tomorrow").text
 
 
 def test_a_long_recording_is_one_result_that_leads_to_its_segments(server: Server, folder: Path, index: Path):
@@ -325,7 +329,8 @@ def test_a_line_has_its_number_and_a_medium_its_caption(server: Server, folder: 
     page = server.ask("/?q=circle&modality=text").text
     assert re.search(r"a green circle</blockquote>.*?text, line 3<", page, re.DOTALL)
     page = server.ask("/?q=noise&modality=image").text
-    assert f'<h3 title="{folder / "media" / "0.png"}">a red square</h3>' in page
+    title = rf"{folder / 'media' / '0.png'}, \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert re.search(f'<h3 title="{title}">a red square</h3>', page)
     assert "0.txt" not in ids
 
 

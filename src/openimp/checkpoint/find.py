@@ -1,13 +1,17 @@
 """Finds the folder of a model by its name."""
 
 from collections.abc import Collection
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 
 from openimp.checkpoint.folder import CONFIG, RECIPE, checkpoints
-from openimp.checkpoint.wrapped import wrapped_folder
-from openimp.common.errors import UserError
-from openimp.common.names import HUB, OPEN_CLIP, HubName, Name
+from openimp.checkpoint.wrapped import public_names, wrapped_folder
+from openimp.common.errors import UserError, nearest
+from openimp.common.names import BUNDLED, HUB, OPEN_CLIP, HubName, Name
 from openimp.common.safe_files import refuse_links
+
+BUNDLED_MODELS = Path(__file__).parent.parent / "models"
 
 
 def find_model(name: str | Path) -> Path:
@@ -16,16 +20,39 @@ def find_model(name: str | Path) -> Path:
     A model of the Hugging Face Hub is downloaded, and a model of open_clip is converted to a folder in the cache,
     unless it has been already.
     """
-    scheme = Name.parse(name).scheme
+    scheme, identifier = Name.parse(name)
+    if scheme == BUNDLED:
+        return _bundled(identifier)
     if scheme == OPEN_CLIP:
         return wrapped_folder(str(name))
     if scheme == HUB:
         return _find_local(download(str(name), ("*.json", "*.safetensors", RECIPE)))
     if scheme is not None:
-        raise UserError(f"{name}: expected a folder, hub:OWNER/NAME or open_clip:NAME/TAG for a model")
+        raise UserError(f"{name}: expected a folder, openimp:NAME, hub:OWNER/NAME or open_clip:NAME/TAG for a model")
     if not Path(name).exists():
         raise UserError(f"{name}: no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME")
     return _find_local(Path(name))
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of the models that come with openimp, and with open_clip if it is installed, like `timm.list_models`.
+
+    `pattern` has the wildcards of the shell: `list_models("*SigLIP2*")`.
+    """
+    names = [f"{BUNDLED}:{name}" for name in _bundled_names()]
+    if find_spec("open_clip"):
+        names += public_names()
+    return [name for name in names if fnmatchcase(name, pattern)]
+
+
+def _bundled(name: str) -> Path:
+    if name not in _bundled_names():
+        raise UserError(f"{BUNDLED}:{name}: openimp comes with no such model{nearest(name, _bundled_names())}")
+    return BUNDLED_MODELS / name
+
+
+def _bundled_names() -> list[str]:
+    return sorted(file.parent.name for file in BUNDLED_MODELS.glob(f"*/{CONFIG}"))
 
 
 def _find_local(path: Path) -> Path:

@@ -196,8 +196,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Reads the EMA if there is one, else the weights, unsharded."""
-    return dcp.read(weights_folder(folder))
+    """Reads the EMA if there is one, else the weights, unsharded. Models are stored in fp32, or in fp16 to be small."""
+    weights = dcp.read(weights_folder(folder))
+    return {name: weight.float() if weight.dtype is torch.float16 else weight for name, weight in weights.items()}
 
 
 def load_weights(model: Embedder, folder: Path, assign: bool = False) -> None:

@@ -4,6 +4,7 @@ Only a ViT that IMP's encoder computes exactly is accepted. Otherwise the error 
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,22 +104,32 @@ def open_vit(name: str, weights: bool) -> PublicViT:
 
     Without `weights`, the ViT is on the meta device, and nothing but its configuration is downloaded.
     """
+    library, model = Name.parse(name)
+    with library_opens(name):
+        vit = (_open_timm if library == TIMM else _open_clip)(model, weights)
+    if reasons := obstacles(vit.trunk):
+        raise UserError(f"{name}: cannot become IMP's encoder without approximation: {'; '.join(reasons)}")
+    return vit
+
+
+@contextmanager
+def library_opens(name: str) -> Iterator[None]:
+    """The block opens a model of timm or open_clip. What the library raises becomes a UserError.
+
+    The random numbers of the training stay as they are: the libraries initialize all weights at random.
+    """
     parsed = Name.parse(name)
-    library, model = parsed
+    library = str(parsed.scheme)
     if parsed.folder is not None:
-        _check_folder(str(library), Path(parsed.folder))
+        _check_folder(library, Path(parsed.folder))
     try:
-        # The libraries initialize all weights at random, which must not change the random numbers of the training.
         with torch.random.fork_rng(devices=[]), no_log_output():
-            vit = (_open_timm if library == TIMM else _open_clip)(model, weights)
+            yield
     except ImportError:
         raise UserError(f"{name}: {library} is missing: pip install 'openimp[peers]'") from None
     except Exception as error:  # Both libraries raise many kinds.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{name}: {library} cannot open it: {reason[0]}") from None
-    if reasons := obstacles(vit.trunk):
-        raise UserError(f"{name}: cannot become IMP's encoder without approximation: {'; '.join(reasons)}")
-    return vit
 
 
 def _check_folder(library: str, folder: Path) -> None:

@@ -109,11 +109,26 @@ def _find_by_tag(library: Any, name: str) -> Public:
         tags = ", ".join(library.list_pretrained_tags_by_model(model)) or "none"
         reason = f"open_clip has no weights {tag!r} of {model}" if tag else "names no weights"
         raise UserError(f"{name}: {reason}; expected {OPEN_CLIP}:{model}/TAG with one of the tags {tags}")
-    if bool(weights_config.get("quick_gelu")) != bool(architecture.get("quick_gelu")):
+    if not _fits(weights_config, architecture):
         other = f"{model}-quickgelu" if weights_config.get("quick_gelu") else model.removesuffix("-quickgelu")
         raise UserError(f"{name}: these weights were trained with another activation: use {OPEN_CLIP}:{other}/{tag}")
     config = {"model_cfg": architecture, "preprocess_cfg": _preprocessing(weights_config)}
     return Public(config, Path(library.download_pretrained(weights_config)), model)
+
+
+def _fits(weights_config: Mapping[str, Any], architecture: Mapping[str, Any]) -> bool:
+    """Whether weights were trained with the activation of an architecture."""
+    return bool(weights_config.get("quick_gelu")) == bool(architecture.get("quick_gelu"))
+
+
+def public_names() -> list[str]:
+    """The names of the models of open_clip that can be opened."""
+    library = import_open_clip()
+    return [
+        f"{OPEN_CLIP}:{model}/{tag}"
+        for model, tag in library.list_pretrained()
+        if _fits(library.get_pretrained_cfg(model, tag), library.get_model_config(model))
+    ]
 
 
 def _preprocessing(options: Mapping[str, Any]) -> dict[str, Any]:

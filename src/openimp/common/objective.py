@@ -111,6 +111,13 @@ class Objective(Strict, ABC):
             BadMedia: the target cannot be read; the example is skipped.
         """
 
+    def read_texts(self, texts: Mapping[str, list[str]]) -> Tensors:
+        """Further targets of one example, from the texts that its text modalities have drawn, `draw` texts each.
+
+        The names must not be those of `read`. `zeros` has these targets, too.
+        """
+        return {}
+
     @abstractmethod
     def zeros(self, task: Task, examples: int, sizes: TargetSizes) -> Tensors:
         """The targets of a batch, of zeros: tensors of the shapes (B, ...) that the loader stacks."""

@@ -1,6 +1,7 @@
 """Protocols that a modality may have besides `Modality`. A class has a protocol if it has its methods."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -112,6 +113,22 @@ class Segmented(Protocol):
 
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
         """Like `Modality.encode_input`, but for one of the `segments`."""
+        ...
+
+
+class Recorded(NamedTuple):
+    """When and where something was recorded."""
+
+    time: datetime | None = None  # local, without a time zone
+    place: tuple[float, float] | None = None  # latitude and longitude in degrees
+
+
+@runtime_checkable
+class Dated(Protocol):
+    """A modality whose files may tell when and where they were recorded, for `openimp index`."""
+
+    def recorded(self, value: Any) -> Recorded:
+        """What the header of a file, or of its bytes, tells. BadMedia if it cannot be read."""
         ...
 
 

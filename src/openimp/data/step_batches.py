@@ -100,6 +100,7 @@ class Example:
     values: dict[str, Any]  # of its columns
     rng: np.random.Generator
     arrays: dict[str, list[np.ndarray]] = field(default_factory=dict)  # `draw` arrays by modality
+    texts: dict[str, list[str]] = field(default_factory=dict)  # that were drawn, by modality
     targets: list[Tensors] = field(default_factory=list)  # of each objective of the task
     bad: str = ""  # the reason why it cannot be read
 
@@ -333,6 +334,9 @@ class StepBatches(Dataset[LoadedBatch]):
             self._read_targets(task, example)  # First, because media of an example with a bad target are not decoded.
         for name in task.inputs:
             self._decode(visit, name, loaded.values())
+        for example in loaded.values():
+            for objective, targets in zip(task.objectives, example.targets):
+                targets |= objective.read_texts(example.texts)
         return loaded
 
     def _readable(self, visit: Visit, position: int, loaded: dict[int, Example]) -> Example:
@@ -392,9 +396,10 @@ class StepBatches(Dataset[LoadedBatch]):
             rng = example.rng
             if modality.reads_text:
                 vectors = self.texts.get(name)
-                if vectors is not None:
-                    return vectors[draw_text(spec.columns, example.values, rng)]
-                return modality.decode(fill(spec.columns, example.values, rng), [view])
+                draw = fill if vectors is None else draw_text
+                text = draw(spec.columns, example.values, rng)
+                example.texts.setdefault(name, []).append(text)
+                return modality.decode(text, [view]) if vectors is None else vectors[text]
             column = spec.columns[0]
             if len(spec.columns) > 1:
                 column = spec.columns[int(rng.integers(len(spec.columns)))]

@@ -312,6 +312,12 @@ def item_id(value: Any, row: int) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
+def value_id(value: Any) -> int:
+    """A hash that equal values share, see `item_key`. It is not the `item_id` of the same value."""
+    content = f"\nvalue {item_key(value)}".encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
 def part_of(value: Any, row: int, parts: int) -> int:
     """The part that a row with this value is in, from 0; without a value, it follows from the number of the row."""
     text = item_key(value) or f"row {row}"

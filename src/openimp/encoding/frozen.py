@@ -1,6 +1,6 @@
-"""Frozen encoders that a `Tower` uses: models of openimp, of open_clip, and of sentence-transformers.
+"""Frozen encoders that a `Tower` uses: models of openimp, open_clip, timm and sentence-transformers.
 
-Shape suffixes: M clips, D features.
+Shape suffixes: M clips (what is encoded at once: a picture, a text, or a piece of a recording), D features.
 """
 
 import json
@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 
 from openimp.checkpoint.find import download, find_model
 from openimp.checkpoint.folder import SavedModel, load_model, read_config
+from openimp.checkpoint.public_vit import library_opens
 from openimp.common.cache import stable_hash
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality, Rng
-from openimp.common.names import SENTENCE_TRANSFORMERS, Name
+from openimp.common.names import SENTENCE_TRANSFORMERS, TIMM, Name
 from openimp.common.protocols import learned_files
 from openimp.common.safe_files import read_text, refuse_links, sha256
 from openimp.encoding.engine import ItemEncoder
@@ -33,13 +35,13 @@ from openimp.parallel.layout import weights_hash
 from openimp.recipe.registry import modality_class
 
 CROP = 0.5
-"""Smallest share of a picture's area in a random crop."""
+"""Smallest random crop, as a share of the picture's area."""
 ASPECT = 1.33
 """Largest factor by which a random crop changes the aspect ratio."""
 CLIPS = 64
 """Clips in a forward pass of a tower."""
 LONGEST_SIDE = 2048
-"""Pixels to which a picture is shrunk for a library, which shrinks it further."""
+"""Largest side, in pixels, of a picture that is given to a library, which shrinks it further."""
 
 
 class FrozenEncoder(ABC):
@@ -48,8 +50,8 @@ class FrozenEncoder(ABC):
     Attributes:
         features: D.
         fingerprint: a hash of everything that decides on its vectors.
-        reader: openimp's modality that shows and cuts items.
-        view: what `reader` takes.
+        reader: openimp's modality that decodes items.
+        view: the view in which `reader` reads them.
     """
 
     features: int
@@ -58,7 +60,7 @@ class FrozenEncoder(ABC):
     view: Any
 
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
-        """The clips (M, ...) of a raw value; with `rng`, one clip as in training. BadMedia if it cannot be read."""
+        """The clips (M, ...) of a raw value; with `rng`, one random clip. BadMedia if it cannot be read."""
         if rng is None:
             return self.reader.encode_input(value, self.view)
         return self.reader.transform(self.reader.decode(value, [self.view], rng), self.view, rng)[None]
@@ -83,7 +85,7 @@ class OwnEncoder(FrozenEncoder):
         self.view = saved.config.views[modality]
         self.features = model.config.width
         self.fingerprint = stable_hash([weights, sorted(learned_files([self.reader]).items()), self.view])[:16]
-        self._encoder = ItemEncoder(model, self.reader, self.view, None, "fp32")  # Once, so it may take longer.
+        self._encoder = ItemEncoder(model, self.reader, self.view, None, "fp32")  # Slower, but only once.
 
     def embed(self, clips: np.ndarray) -> Tensor:
         # Ranks embed different items, so the routers of a sparse model must not wait for each other.
@@ -94,7 +96,7 @@ class OwnEncoder(FrozenEncoder):
 
 
 class LibraryEncoder(FrozenEncoder):
-    """A model of sentence-transformers, or of transformers, which that library opens as well."""
+    """A model that sentence-transformers opens, also one of transformers."""
 
     def __init__(self, name: str, modality: str) -> None:
         self._library, self.fingerprint = _open_library(name)
@@ -115,13 +117,7 @@ class LibraryEncoder(FrozenEncoder):
             return _objects(value)
         if self._modality != "image":
             return super().read(value, rng)
-        with decoder_errors(), upright(value) as picture:
-            picture = picture.convert("RGB")
-        if rng is not None:
-            size = (picture.height, picture.width)
-            box = inception_box(size, size, CROP, ASPECT, rng.random(4).tolist())
-            picture = picture.crop(box)
-        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))  # Many of them are in memory at a time.
+        picture = _picture(value, rng)
         return _objects(picture)
 
     def embed(self, clips: np.ndarray) -> Tensor:
@@ -133,16 +129,57 @@ class LibraryEncoder(FrozenEncoder):
         return vectors
 
 
+class TimmEncoder(FrozenEncoder):
+    """A model of timm for pictures. Its vectors are those before the classifier."""
+
+    def __init__(self, name: str, modality: str) -> None:
+        if modality != "image":
+            raise UserError(f"tower {name}: has no modality {modality}; it has image")
+        self._trunk, self._transform, self.fingerprint = _open_timm(name)
+        self.features = self._trunk.head_hidden_size
+        plain = modality_class(modality)
+        self.reader = plain(plain.Config())
+        self.view = plain.View()
+
+    def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
+        pixels: np.ndarray = self._transform(_picture(value, rng)).numpy()
+        return pixels[None]
+
+    def embed(self, clips: np.ndarray) -> Tensor:
+        device = next(self._trunk.parameters()).device
+        with torch.no_grad():
+            return torch.cat([self._trunk(part.to(device)) for part in torch.from_numpy(clips).split(CLIPS)])
+
+
+def _picture(value: Any, rng: Rng | None) -> PIL.Image.Image:
+    """A picture for a library; with `rng`, a random crop of it. BadMedia if it cannot be read."""
+    with decoder_errors(), upright(value) as opened:
+        picture = opened.convert("RGB")
+    if rng is not None:
+        size = (picture.height, picture.width)
+        picture = picture.crop(inception_box(size, size, CROP, ASPECT, rng.random(4).tolist()))
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))  # Many of them are in memory at a time.
+    return picture
+
+
+KINDS: dict[str | None, type[FrozenEncoder]] = {SENTENCE_TRANSFORMERS: LibraryEncoder, TIMM: TimmEncoder}
+"""The encoders of libraries, by the scheme of their names."""
+
+
 def open_encoder(name: str, modality: str) -> FrozenEncoder:
     """Opens the encoder of a modality by the name of its model."""
-    kind = LibraryEncoder if Name.parse(name).scheme == SENTENCE_TRANSFORMERS else OwnEncoder
-    with torch.device("cpu"):  # Whatever the default device is: a plan makes models without values.
-        return kind(name, modality)
+    kind: Any = KINDS.get(Name.parse(name).scheme, OwnEncoder)
+    with torch.device("cpu"):  # `openimp plan` makes models on the meta device.
+        encoder: FrozenEncoder = kind(name, modality)
+    return encoder
 
 
 def vector_sizes(name: str) -> dict[str, int]:
-    """The modalities that a model can be a tower of, with the size of its vectors."""
-    if Name.parse(name).scheme == SENTENCE_TRANSFORMERS:
+    """The modalities for which a model can be the tower, with the size of its vectors."""
+    scheme = Name.parse(name).scheme
+    if scheme == TIMM:
+        return {"image": TimmEncoder(name, "image").features}
+    if scheme == SENTENCE_TRANSFORMERS:
         library, _ = _open_library(name)
         names = [modality for modality in library.modalities if isinstance(modality, str)]
         return dict.fromkeys(names, library.get_embedding_dimension())
@@ -155,6 +192,18 @@ def _open(folder: Path) -> tuple[Embedder, SavedModel, str]:
     """A model, on the GPU if there is one, and a hash of its weights. Several modalities share it."""
     model, saved = load_model(folder)
     return model.to(pick_device()), saved, weights_hash(model).hexdigest()
+
+
+@cache
+def _open_timm(name: str) -> tuple[Any, Any, str]:
+    """A model of timm, on the GPU if there is one, its transform of pictures, and a hash of both."""
+    with library_opens(name):
+        import timm
+
+        trunk = timm.create_model(Name.parse(name).rest, pretrained=True, num_classes=0).eval().requires_grad_(False)
+    config = timm.data.resolve_data_config(model=trunk)
+    fingerprint = stable_hash([weights_hash(trunk).hexdigest(), sorted(config.items())])[:16]
+    return trunk.to(pick_device()), timm.data.create_transform(**config), fingerprint
 
 
 @cache

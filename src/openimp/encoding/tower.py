@@ -18,7 +18,7 @@ from torch import Tensor
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
-from openimp.common.protocols import Pictured, Segmented
+from openimp.common.protocols import Dated, Pictured, Recorded, Segmented
 from openimp.common.schema import Count, RecipePath, Strict, checked
 from openimp.encoding.engine import ahead
 from openimp.encoding.frozen import CLIPS, FrozenEncoder, open_encoder
@@ -44,8 +44,8 @@ class Tower(Modality):
         """A frozen encoder instead of a patch embedding."""
 
         tower: RecipePath
-        """The model that embeds items: a run, `hub:OWNER/NAME`, `open_clip:NAME/TAG`, or
-        `sentence_transformers:OWNER/NAME`."""
+        """The model that embeds items: a run, `openimp:base`, `hub:OWNER/NAME`, `open_clip:NAME/TAG`, `timm:NAME` for
+        pictures, or `sentence_transformers:OWNER/NAME`."""
         crops: Count = 1
         """Vectors that training has of each picture, clip or sound. The first is of the item as in evaluation (of a
         long item, the mean over its clips), the others are of random crops, changed as in the tower's own training.
@@ -165,6 +165,10 @@ class MediaTower(Tower):
 
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
         return self._reader(Pictured).thumbnail(value, self.encoder.view, side, segment)
+
+    def recorded(self, value: Any) -> Recorded:
+        reader = self.encoder.reader
+        return reader.recorded(value) if isinstance(reader, Dated) else Recorded()
 
     def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
         reader = self.encoder.reader

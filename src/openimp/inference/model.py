@@ -30,9 +30,9 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
     """Opens a trained model.
 
     Args:
-        path: a run, whose newest checkpoint is opened; a checkpoint; a folder that `Model.save` wrote; a model on the
-            Hugging Face Hub, hub:OWNER/NAME or hub:OWNER/NAME@REVISION; or a public model, open_clip:NAME/TAG.
-            docs/names.md lists all names.
+        path: a run, whose newest checkpoint is opened; a checkpoint; a folder that `Model.save` wrote; openimp:base,
+            which comes with openimp; a model on the Hugging Face Hub, hub:OWNER/NAME or hub:OWNER/NAME@REVISION; or a
+            public model, open_clip:NAME/TAG. docs/names.md lists all names.
         device: where the model computes. None: on the GPU if there is one, else on the CPU.
         precision: "auto", "bf16" or "fp32". "auto" is bf16 if that is faster on the device. In fp32, an embedding is
             the same in any batch, up to 1e-5.
@@ -42,8 +42,9 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
     """
     device = torch.device(device or pick_device())
     precision_of(device, precision)  # An unknown precision is an error before the model is read.
-    imp, (config, modalities, recipe) = load_model(find_model(str(path)))
-    return Model(imp, config, modalities, precision, recipe).to(device).eval()
+    folder = find_model(str(path))
+    imp, (config, modalities, recipe) = load_model(folder)
+    return Model(imp, config, modalities, precision, recipe, folder).to(device).eval()
 
 
 class Model(nn.Module):
@@ -52,7 +53,7 @@ class Model(nn.Module):
     An input is seen in the recipe's inference view of its modality (`Recipe.inference_view`), as in evaluation: without
     augmentation, with all tokens, and with the embeddings of a long item's clips averaged. You may change `views`;
     `preprocess` and `tokenizer` follow. The other attributes are the network `imp`, its `config`, the `modalities` by
-    name, the `precision` (see `load`), and the `saved_recipe` of its training.
+    name, the `precision` (see `load`), the `saved_recipe` of its training, and the `folder` that it was loaded from.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Model(nn.Module):
         modalities: Modalities,
         precision: Precision = "auto",
         saved_recipe: SavedRecipe = NO_RECIPE,
+        folder: Path | None = None,
     ) -> None:
         super().__init__()
         self.imp = imp
@@ -69,6 +71,7 @@ class Model(nn.Module):
         self.modalities = modalities
         self.precision = precision
         self.saved_recipe = saved_recipe
+        self.folder = folder
         self.views = dict(config.views)
         self._pictures = next(
             (modality for modality in modalities.values() if isinstance(modality, PictureReader)), None
@@ -182,6 +185,40 @@ class Model(nn.Module):
             raise UserError(f"{folder}: expected a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
         save_model(folder, self.imp, self.config, self.modalities, self.saved_recipe.text())
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """`save`, as users of Hugging Face call it."""
+        self.save(folder)
+
+    def push_to_hub(
+        self,
+        name: str,
+        private: bool = False,
+        license: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Uploads the model with a model card to the Hugging Face Hub, as `openimp push` does.
+
+        The card states the training and the results of the folder that the model was loaded from. If you have changed
+        the weights since, it has no results; correct the rest before you upload.
+
+        Args:
+            name: the repository, OWNER/NAME. It is made if it does not exist.
+            private: whether a new repository is private. If the repository exists and is public, nothing is uploaded.
+            license: the Hub's identifier of the model's license, such as apache-2.0.
+            revision: the branch, which is made if it does not exist. None: the main branch.
+            token: a token of the Hub. None: that of `hf auth login` or of HF_TOKEN.
+
+        Returns:
+            The URL of the repository.
+
+        Raises:
+            UserError: there is no login, the Hub refuses the upload, or the model was not opened by `load`.
+        """
+        from openimp.inference.publish import upload  # That module imports this one.
+
+        return upload(self, name, private, license, revision, token)
 
     @cached_property
     def recipe(self) -> Recipe:

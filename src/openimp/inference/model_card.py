@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from openimp.checkpoint.folder import CHECKPOINTS, read_state, saved_step
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality
-from openimp.common.names import BUNDLED, Name, is_url
+from openimp.common.names import BUNDLED, HUB, Name, is_url
 from openimp.common.versions import openimp_version
 from openimp.data.files import BUNDLED_LICENSES
 from openimp.data.sources import open_source
@@ -20,6 +20,7 @@ from openimp.evaluation.provenance import checkpoint_fields
 from openimp.evaluation.results import main_metric, percent, read_results
 from openimp.inference.model import Model
 from openimp.inference.public_recipe import public_path
+from openimp.planning.ledger import UNITS
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
 
@@ -43,7 +44,8 @@ TEMPLATES.filters.update(text=as_text, percent=percent, commas="{:,}".format)
 def model_card(model: Model, folder: Path, name: str, license: str | None) -> str:
     """The card in Markdown, with the Hub's metadata at its head.
 
-    `folder` is the checkpoint or the model's folder. `name` is OWNER/NAME. `license` is that of the model, if known.
+    `folder` is the checkpoint or the model's folder. `name` is OWNER/NAME, or the name of a bundled model. `license` is
+    that of the model, if known.
     """
     recipe = model.recipe
     names = list(model.modalities)
@@ -63,6 +65,7 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
     return TEMPLATES.get_template("model-card.md").render(
         metadata=metadata.to_yaml(),
         name=name,
+        load_name=name if Name.parse(name).scheme else f"{HUB}:{name}",
         modalities=names,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         embed_dim=model.imp.config.embed_dim,
@@ -74,6 +77,7 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
         results=_results(model, folder),
         license=license,
         step=saved_step(folder),
+        flops=sum(totals["flops"] for totals in _totals(folder).values()),
         openimp=openimp_version(),
         torch=torch.__version__,
     )
@@ -125,15 +129,23 @@ def _rows(name: str, source: Source) -> int | None:
 def _examples_seen(recipe: Recipe, folder: Path) -> dict[str, int]:
     """The number of examples that training has drawn from each source, with repetitions."""
     seen: dict[str, int] = {}
-    if saved_step(folder) is None:
-        return seen
-    try:
-        for task, totals in read_state(folder)["totals"].items():
-            source = recipe.tasks[task].source
-            seen[source] = seen.get(source, 0) + int(totals["examples"])
-    except (LookupError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{folder / 'state.json'}: damaged: its totals are not those of the recipe's tasks") from None
+    for task, totals in _totals(folder).items():
+        if task not in recipe.tasks:
+            raise UserError(f"{folder / 'state.json'}: damaged: its totals are not those of the recipe's tasks")
+        source = recipe.tasks[task].source
+        seen[source] = seen.get(source, 0) + totals["examples"]
     return seen
+
+
+def _totals(folder: Path) -> dict[str, dict[str, int]]:
+    """What a checkpoint's training has used, by task: steps, examples, tokens and FLOPs. Empty for other folders."""
+    if saved_step(folder) is None:
+        return {}
+    try:
+        totals = read_state(folder)["totals"]
+        return {task: {unit: int(units[unit]) for unit in UNITS} for task, units in totals.items()}
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{folder / 'state.json'}: damaged: it has no totals of tasks") from None
 
 
 def _results(model: Model, folder: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import CONFIG, RECIPE
 from openimp.common.errors import UserError, nearest
 from openimp.common.names import Name
@@ -38,36 +37,52 @@ def push(
     `sources.photos.license=CC-BY-4.0`. If the repository exists, the upload is a new commit.
     """
     _check_name(name)
-    if license is not None and not re.fullmatch(LICENSE, license):
-        raise UserError(f"--license {license}: expected the Hub's identifier of a license, such as apache-2.0 or other")
+    _check_license(license)
     if to is None:
         _require_login()
-    model_folder = find_model(run)
-    model = load(model_folder, "cpu")
+    model = load(run, "cpu")
     model.recipe = _with_licenses(model.recipe, overrides)
     if to is not None:
-        write(model, model_folder, name, license, to)
+        write(model, name, license, to)
         console.print(f"{to}: weights, recipe and model card; read README.md before you publish it", soft_wrap=True)
-        return
+    else:
+        console.print(upload(model, name, private, license), soft_wrap=True)
+
+
+def upload(
+    model: Model,
+    name: str,
+    private: bool = False,
+    license: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Uploads a model that `load` opened, and returns the URL; the arguments are those of `Model.push_to_hub`."""
+    _check_name(name)
+    _check_license(license)
+    if token is None:
+        _require_login()
     with TemporaryDirectory() as folder:
-        write(model, model_folder, name, license, Path(folder))
+        write(model, name, license, Path(folder))
         message = f"{model.config.name}, written by openimp {openimp_version()}"
-        url = _upload(Path(folder), name, private, message)
-    console.print(url, soft_wrap=True)
+        return _upload(Path(folder), name, private, message, revision, token)
 
 
-def write(model: Model, model_folder: Path, name: str, license: str | None, folder: Path) -> None:
+def write(model: Model, name: str, license: str | None, folder: Path) -> None:
     """Writes what `load` needs, recipe.yaml, README.md, and the notices of bundled training data, to an empty folder.
 
-    The model was loaded from the checkpoint or folder `model_folder`.
+    `name` is that of the repository, or of a model that comes with openimp.
     """
+    if model.folder is None:
+        raise UserError("only a model that openimp.load opened can be published; save it and load it")
     for stem, options in model.config.modalities.items():
         tower = getattr(options, "tower", None)
         if tower is not None and (Name.parse(tower).scheme is None or Name.parse(tower).folder):
             raise UserError(
-                f"modalities.{stem}.tower: {tower} is on this machine; push it, and train with its name there"
+                f"modalities.{stem}.tower: {tower} is on this machine; push the tower, and train again with its "
+                "name on the Hub"
             )
-    card = model_card(model, model_folder, name, license)
+    card = model_card(model, model.folder, name, license)
     model.save(folder)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     (folder / CONFIG).write_text(json.dumps(shorten_paths(config), indent=1, ensure_ascii=False), encoding="utf-8")
@@ -105,6 +120,11 @@ def _check_name(name: str) -> None:
         raise UserError(f"{name}: expected OWNER/NAME, of letters, digits, '-', '_' and '.'")
 
 
+def _check_license(license: str | None) -> None:
+    if license is not None and not re.fullmatch(LICENSE, license):
+        raise UserError(f"license {license}: expected the Hub's identifier of a license, such as apache-2.0 or other")
+
+
 def _require_login() -> None:
     from huggingface_hub import get_token
 
@@ -112,17 +132,19 @@ def _require_login() -> None:
         raise UserError("you are not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
 
 
-def _upload(folder: Path, name: str, private: bool, message: str) -> str:
+def _upload(folder: Path, name: str, private: bool, message: str, revision: str | None, token: str | None) -> str:
     """Uploads the folder to the repository, which is created if it does not exist, and returns its URL."""
     from huggingface_hub import HfApi
 
-    hub = HfApi()
+    hub = HfApi(token=token)
     try:
         url = hub.create_repo(name, private=private or None, exist_ok=True)
         # `create_repo` leaves a repository that exists as it is.
         if private and not hub.model_info(name).private:
             raise UserError(f"{name} exists and is public; make it private in its settings, or choose another name")
-        hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
+        if revision is not None:
+            hub.create_branch(name, branch=revision, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message, revision=revision)
     except UserError:
         raise
     except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.

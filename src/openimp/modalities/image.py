@@ -1,7 +1,8 @@
 """Pictures, read with Pillow, as one frame of patches."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,10 +11,20 @@ import PIL.IcoImagePlugin
 import PIL.Image
 import PIL.ImageOps
 import torch
+from PIL import ExifTags
 from torch import Tensor
 
 from openimp.common.modality import BadMedia, Rng
-from openimp.modalities.media import MAX_PIXELS, PREVIEW, MediaFile, decoder_errors, encode_webp, open_source
+from openimp.common.protocols import Recorded
+from openimp.modalities.media import (
+    MAX_PIXELS,
+    PREVIEW,
+    MediaFile,
+    decoder_errors,
+    encode_webp,
+    open_source,
+    valid_place,
+)
 from openimp.modalities.vision import Vision, check_pixels, decoded_size, shrink, to_rgb
 
 try:
@@ -34,6 +45,8 @@ HEIC = (b"ftyphe", b"ftypmif1", b"ftypmsf1")
 """What HEIC files, which most phones write, have from byte 4 on."""
 COSTLY = ("WEBP", "AVIF", "JPEG2000")
 """Formats whose decoders need at least twice the memory per pixel that others need."""
+EXIF_DATES = (ExifTags.Base.DateTimeOriginal, ExifTags.Base.DateTimeDigitized, ExifTags.Base.DateTime)
+"""Tags with the time of a picture, the best first."""
 RAW_SIDE = 32
 """Pixels per side of the pictures that are compared without an encoder."""
 MAX_SCANS = 100
@@ -78,6 +91,22 @@ class Image(Vision):
         """The whole picture."""
         return encode_webp(self.decode(value, [Image.View(size=side)]), side)
 
+    @decoder_errors()
+    def recorded(self, value: Any) -> Recorded:
+        """The time and place in the EXIF data of a file. The time is that of the camera's clock."""
+        with open_source(value) as media_file:
+            picture = open_picture(media_file)
+            if picture.format == "PNG" and "exif" not in picture.info:
+                return Recorded()  # Pillow would decode all pixels to look for EXIF data behind them.
+            exif = picture.getexif()
+            dates = exif.get_ifd(ExifTags.IFD.Exif)
+            texts = (dates.get(tag) or exif.get(tag) for tag in EXIF_DATES)
+            time = next(filter(None, map(_exif_time, texts)), None)
+            place = None
+            with suppress(BadMedia), decoder_errors():  # A place that cannot be read says nothing about the time.
+                place = _exif_place(exif.get_ifd(ExifTags.IFD.GPSInfo))
+            return Recorded(time, place)
+
     def raw_features(self, item: np.ndarray, view: Any) -> np.ndarray:
         """The pixels of a small square, in -1..1."""
         picture = PIL.Image.fromarray(self.transform(item, view, None)[0])
@@ -101,6 +130,27 @@ def open_picture(media_file: MediaFile) -> PIL.Image.Image:
         if head[4:].startswith(HEIC) and "HEIF" not in FORMATS:
             raise BadMedia("a HEIC picture, which needs pillow-heif: pip install 'openimp[heif]'") from None
         raise
+
+
+def _exif_time(text: Any) -> datetime | None:
+    try:
+        return datetime.strptime(str(text).strip("\0 "), "%Y:%m:%d %H:%M:%S")
+    except ValueError:  # Cameras whose clock is not set write spaces or zeros.
+        return None
+
+
+def _exif_place(tags: Mapping[int, Any]) -> tuple[float, float] | None:
+    if ExifTags.GPS.GPSLatitude not in tags or ExifTags.GPS.GPSLongitude not in tags:
+        return None
+    latitude = _degrees(tags[ExifTags.GPS.GPSLatitude], tags.get(ExifTags.GPS.GPSLatitudeRef) == "S")
+    longitude = _degrees(tags[ExifTags.GPS.GPSLongitude], tags.get(ExifTags.GPS.GPSLongitudeRef) == "W")
+    return valid_place(latitude, longitude)
+
+
+def _degrees(parts: Sequence[Any], is_negative: bool) -> float:
+    degrees, minutes, seconds = map(float, parts)
+    value = degrees + minutes / 60 + seconds / 3600
+    return -value if is_negative else value
 
 
 @contextmanager

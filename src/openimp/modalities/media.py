@@ -195,6 +195,12 @@ class ExampleRng(np.random.Generator):
     sync_start: float | None = None
 
 
+def valid_place(latitude: float, longitude: float) -> tuple[float, float] | None:
+    """A place on the earth. Devices that do not know where they are write zeros, or numbers that are none."""
+    is_valid = abs(latitude) <= 90 and abs(longitude) <= 180 and (latitude, longitude) != (0, 0)  # False for NaN.
+    return (latitude, longitude) if is_valid else None
+
+
 def random_start(total: int, span: int, rng: Rng) -> int:
     """A random start for a training clip of length `span` in a recording of length `total`.
 

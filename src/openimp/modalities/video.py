@@ -1,14 +1,16 @@
 """Clips: containers through PyAV; animated WebP, GIF and PNG through Pillow, which keeps transparency."""
 
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
 
 from openimp.common.modality import BadMedia, Rng
-from openimp.common.protocols import TensorInput
+from openimp.common.protocols import Recorded, TensorInput
 from openimp.common.schema import Count, Share
 from openimp.modalities import media
 from openimp.modalities.vision import CHANNELS, Vision, check_pixels, decoded_size, drop_opaque_alpha, shrink
@@ -90,6 +92,16 @@ class Video(Vision):
             read = _read_animation if _is_animation(media_file) else _read_container
             return drop_opaque_alpha(_stack(read(media_file, views, rng, self.config.fps)))
 
+    @media.decoder_errors()
+    def recorded(self, value: Any) -> Recorded:
+        """The time and place in the header of a container. Animations tell none."""
+        with media.open_source(value) as media_file:
+            if _is_animation(media_file):
+                return Recorded()
+            with media.open_container(media_file, "video") as (container, _, _):
+                tags = container.metadata
+            return Recorded(_container_time(tags), _container_place(tags))
+
     def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
         """The segments of a clip. Animations are not cut, because they can only be decoded from their start."""
         if isinstance(value, np.ndarray):
@@ -140,6 +152,26 @@ class Video(Vision):
             with media.open_source(value) as media_file:
                 frames = _stack(_read_container(media_file, [still], None, self.config.fps, (time, time)))
         return media.encode_webp(frames[0], side)
+
+
+def _container_time(tags: Mapping[str, str]) -> datetime | None:
+    """The time in the camera's time zone, which phones of Apple write, or else in that of this machine."""
+    local, universal = (tags.get(name, "") for name in ("com.apple.quicktime.creationdate", "creation_time"))
+    try:
+        if local:
+            return datetime.strptime(local, "%Y-%m-%dT%H:%M:%S%z").replace(tzinfo=None)
+        time = datetime.fromisoformat(universal.replace("Z", "+00:00"))  # Python 3.10 reads no Z.
+    except ValueError:
+        return None
+    is_set = time.year > 1970  # Clocks that are not set begin in 1904 or 1970.
+    return time.astimezone().replace(tzinfo=None, microsecond=0) if is_set else None
+
+
+def _container_place(tags: Mapping[str, str]) -> tuple[float, float] | None:
+    """The place that phones write: +48.8577+002.2950/ or with a height and a reference, in degrees (ISO 6709)."""
+    text = tags.get("com.apple.quicktime.location.ISO6709") or tags.get("location") or ""
+    match = re.match(r"([+-]\d{2}(?:\.\d+)?)([+-]\d{3}(?:\.\d+)?)(?=[-+/]|CRS|$)", text)
+    return media.valid_place(float(match[1]), float(match[2])) if match else None
 
 
 def crop_regions(size: tuple[int, int], target: tuple[int, int], crops: int) -> list[tuple[slice, slice, slice]]:

@@ -11,18 +11,22 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from openimp.common.device import full_precision
 from openimp.common.errors import UserError
 from openimp.common.modality import Tokens
 from openimp.common.objective import Compared, Objective, Row, TargetSizes, Tensors
-from openimp.data.tables import item_id
+from openimp.data.tables import item_id, value_id
 from openimp.model.embedder import Embedder, EncodedAll
-from openimp.objectives.nce import mean_by_blocks, sigmoid_nce, softmax_nce
-from openimp.parallel.distributed import all_gather
+from openimp.objectives.nce import both_ways, mean_by_blocks, sigmoid_nce, softmax_nce
+from openimp.parallel.distributed import all_gather, world_size
+from openimp.recipe.registry import modality_class
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
+MAX_VALUES = 32
+"""Largest number of values of a list that `positives_in` compares with texts."""
 DUPLICATE_TEXT_WARNING = 0.1
 """Share of duplicate texts in a batch above which `positives_by` is suggested."""
 
@@ -46,12 +50,19 @@ class Contrastive(Objective):
     """Rows with equal values in this column are the same item, so they are positives of each other. Case and white
     space do not count. A row without a value is an item by itself. Default: each row is an item."""
 
+    positives_in: str | None = None
+    """A text that equals a value of this column, such as one of a list of keywords, is a positive of each picture, clip
+    or sound whose row has this value. Case and white space do not count. Let templates draw single values:
+    `text: {column: [caption, keywords]}`. Of a list, the first 32 values count."""
+
     def check(self, location: str, task: Task, recipe: Recipe) -> None:
         pairs = self.compared_pairs(task)
         if not pairs:
             raise UserError(f"{location}: a contrastive objective needs two inputs")
         if any(a == b for a, b in pairs):
             raise UserError(f"{location}.pairs: a pair needs two different modalities")
+        if self.positives_in and not any(_is_text(a) != _is_text(b) for a, b in pairs):
+            raise UserError(f"{location}.positives_in: no pair compares texts with something else")
 
     def work(self, task: Task) -> list[str]:
         pairs = [" and ".join(sorted(pair)) for pair in self.compared_pairs(task)]
@@ -62,18 +73,35 @@ class Contrastive(Objective):
 
     @property
     def limits_scale(self) -> bool:
-        """SigLIP's scales are larger than CLIP's limit."""
+        """Only for softmax: SigLIP's scales exceed CLIP's limit."""
         return self.loss == "softmax"
 
     def columns(self) -> set[str]:
-        return {self.positives_by} if self.positives_by else set()
+        return {column for column in (self.positives_by, self.positives_in) if column}
 
     def read(self, task: Task, row: Row, number: int, sizes: TargetSizes) -> Tensors:
         item = item_id(row[self.positives_by], number) if self.positives_by else number
-        return {"item": torch.tensor(item)}
+        targets = {"item": torch.tensor(item)}
+        if self.positives_in:
+            cell = row[self.positives_in]
+            values = cell if isinstance(cell, list) else [cell]
+            ids = [value_id(value) for value in values[:MAX_VALUES] if value is not None]
+            # Padded with an id that the example has anyway.
+            targets["values"] = torch.tensor(ids + [item] * (MAX_VALUES - len(ids)))
+        return targets
+
+    def read_texts(self, texts: Mapping[str, list[str]]) -> Tensors:
+        if not self.positives_in:
+            return {}
+        return {_text_key(name): torch.tensor([value_id(text) for text in drawn]) for name, drawn in texts.items()}
 
     def zeros(self, task: Task, examples: int, sizes: TargetSizes) -> Tensors:
-        return {"item": torch.zeros(examples, dtype=torch.int64)}
+        targets = {"item": torch.zeros(examples, dtype=torch.int64)}
+        if self.positives_in:
+            targets["values"] = torch.zeros(examples, MAX_VALUES, dtype=torch.int64)
+            for name in filter(_is_text, task.inputs):
+                targets[_text_key(name)] = torch.zeros(examples, task.inputs[name].draw, dtype=torch.int64)
+        return targets
 
     def losses(self, model: Embedder, task: Task, encoded: EncodedAll, targets: Tensors) -> Tensors:
         """The loss of each pair of modalities, by the name "a-b". Embeddings, similarities and softmax are fp32.
@@ -81,32 +109,50 @@ class Contrastive(Objective):
         Each rank compares its own N and M embeddings with those of all ranks, in blocks of rows, so no rank holds all
         similarities. The mean over the ranks is the loss of the global batch.
         """
-        local_items = targets["item"]
-        (all_items,) = all_gather(local_items)
+        all_targets = {name: all_gather(target)[0] for name, target in targets.items()}
+        # On the meta device, FLOPs are counted as on one process, so that they do not depend on the number of ranks.
+        has_all = world_size() == 1 or targets["item"].is_meta
         losses = {}
         for a, b in self.compared_pairs(task):
             # A joint head is applied again for each pair. That is cheap compared with the encoder, which runs once.
             z_NZ = model.project(encoded[a].features, a, b)
             z_MZ = model.project(encoded[b].features, b, a)
-            draws_a = len(z_NZ) // len(local_items)
-            draws_b = len(z_MZ) // len(local_items)
-            local_items_a = local_items.repeat_interleave(draws_a)
-            local_items_b = local_items.repeat_interleave(draws_b)
-            all_items_a = all_items.repeat_interleave(draws_a)
-            all_items_b = all_items.repeat_interleave(draws_b)
+            draws_a = len(z_NZ) // len(targets["item"])
+            draws_b = len(z_MZ) // len(targets["item"])
+            ids_NI = self._ids(a, b, draws_a, targets)
+            ids_MJ = self._ids(b, a, draws_b, targets)
+            all_ids_b = self._ids(b, a, draws_b, all_targets)
             temperature, bias = model.temperature(a, b)()
             with full_precision(z_NZ.device):
-                if self.loss == "softmax":
+                if self.loss == "softmax" and has_all:
+                    loss = both_ways(softmax_nce, 1 / temperature * z_NZ, ids_NI, z_MZ, ids_MJ)
+                elif self.loss == "softmax":
                     all_b, all_a = all_gather(z_MZ, z_NZ)
-                    loss_a = mean_by_blocks(softmax_nce, 1 / temperature * z_NZ, local_items_a, all_b, all_items_b)
-                    loss_b = mean_by_blocks(softmax_nce, 1 / temperature * z_MZ, local_items_b, all_a, all_items_a)
+                    all_ids_a = self._ids(a, b, draws_a, all_targets)
+                    loss_a = mean_by_blocks(softmax_nce, 1 / temperature * z_NZ, ids_NI, all_b, all_ids_b)
+                    loss_b = mean_by_blocks(softmax_nce, 1 / temperature * z_MZ, ids_MJ, all_a, all_ids_a)
                     loss = (loss_a + loss_b) / 2
                 else:
                     (all_b,) = all_gather(z_MZ)
                     biased = partial(sigmoid_nce, bias=bias)
-                    loss = mean_by_blocks(biased, 1 / temperature * z_NZ, local_items_a, all_b, all_items_b)
+                    loss = mean_by_blocks(biased, 1 / temperature * z_NZ, ids_NI, all_b, all_ids_b)
                 losses[f"{a}-{b}"] = loss
         return losses
+
+    def _ids(self, modality: str, other: str, draws: int, targets: Tensors) -> Tensor:
+        """The ids (N, I) of the embeddings of a modality, `draws` per example, for the comparison with another one.
+
+        Embeddings that share an id are positives. The first id is that of the item. With `positives_in`, a text also
+        has the id of its whole string, and media those of their row's values. A shared value does not make two media
+        positives.
+        """
+        ids = [targets["item"].repeat_interleave(draws)[:, None]]
+        if self.positives_in and _is_text(modality) != _is_text(other):
+            if _is_text(modality):
+                ids.append(targets[_text_key(modality)].reshape(-1, 1))
+            else:
+                ids.append(targets["values"].repeat_interleave(draws, dim=0))
+        return torch.cat(ids, dim=1)
 
     def compared(self, task: Task, examples: int) -> Compared:
         """The sigmoid loss uses each pair of items once, and gathers the vectors of one modality."""
@@ -123,9 +169,9 @@ class Contrastive(Objective):
     def warning(self, task: Task, tokens: Mapping[str, Tokens], targets: Tensors) -> str | None:
         """Suggests `positives_by` if the loss separates many texts of the global batch that are equal.
 
-        With `positives_by`, the recipe says which texts should be apart.
+        With `positives_by` or `positives_in`, the recipe says which texts should be apart.
         """
-        if self.positives_by:
+        if self.positives_by or self.positives_in:
             return None
         shares = [0.0]
         (row_B,) = all_gather(targets["item"])
@@ -143,3 +189,12 @@ class Contrastive(Objective):
             f"{duplicate_share:.0%} of a batch's texts belong to other examples too, and the loss pushes these apart; "
             "with `positives_by: COLUMN`, a contrastive objective treats rows with equal values as one item"
         )
+
+
+def _is_text(modality: str) -> bool:
+    return modality_class(modality).reads_text
+
+
+def _text_key(modality: str) -> str:
+    """The name of the target with the ids of the texts that were drawn for a modality."""
+    return f"text:{modality}"

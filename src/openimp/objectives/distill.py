@@ -99,7 +99,9 @@ class Distill(Objective):
                 (all_items,) = all_gather(targets["item"])
                 (vector_MZ,) = all_gather(vector_BZ)
                 local_items = targets["item"].repeat_interleave(draws)
-                loss = mean_by_blocks(softmax_nce, z_NZ / self.temperature, local_items, vector_MZ, all_items)
+                loss = mean_by_blocks(
+                    softmax_nce, z_NZ / self.temperature, local_items[:, None], vector_MZ, all_items[:, None]
+                )
         return {f"{self.of}:{self.to}": loss}
 
     def compared(self, task: Task, examples: int) -> Compared:

@@ -114,10 +114,10 @@ class Train(Strict):
     """Optimizer steps, over all tasks. The paper: S 200k, B and L 500k."""
     init: RecipePath | None = None
     """Source of initial weights and tokenizer: the folder of a run, a checkpoint or a model, relative to the recipe, or
-    hub:OWNER/NAME@REVISION for a model of the Hugging Face Hub. timm:NAME or open_clip:NAME/TAG is a public vision
-    Transformer, from which the encoder and the stem of pictures start; with `local-dir:FOLDER` in place of the name, in
-    a folder. Heads and stems that the source lacks are initialized randomly. null: everything is initialized
-    randomly."""
+    openimp:base, or hub:OWNER/NAME@REVISION for a model of the Hugging Face Hub. timm:NAME or open_clip:NAME/TAG is a
+    public vision Transformer, from which the encoder and the stem of pictures start; with `local-dir:FOLDER` in place
+    of the name, in a folder. Heads and stems that the source lacks are initialized randomly. null: everything is
+    initialized randomly."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 if it is faster on the device, else fp32. Parameters, optimizer state, routers, similarities and
     losses are fp32 in any case."""

@@ -124,7 +124,15 @@ def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
     """Adds the results to the page."""
     state = page.state
     encoded = [index.encode(part) if isinstance(part, Query) else part for part in parts]  # Once for both searches.
-    find = partial(index.search, encoded, modalities=state.modality or None, under=state.under or None, by=state.by)
+    find = partial(
+        index.search,
+        encoded,
+        modalities=state.modality or None,
+        under=state.under or None,
+        by=state.by,
+        since=state.since,
+        until=state.until,
+    )
     hits = find(state.k, min_score=state.min or None)
     at_least = f" with a score of at least {state.min:.2f}" if state.min else ""
     if hits:

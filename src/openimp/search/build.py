@@ -7,9 +7,10 @@ from typing import Any
 
 from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import CHECKPOINTS
+from openimp.common.cache import cache_folder
 from openimp.common.errors import UserError, by_extension, counted
 from openimp.common.modality import Modalities
-from openimp.common.names import OPEN_CLIP, Name, absolute_name
+from openimp.common.names import BUNDLED, OPEN_CLIP, Name, absolute_name
 from openimp.common.progress import console, track
 from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
@@ -64,10 +65,11 @@ def build_index(
     their file is gone from `paths`; items of other folders stay. If a call is interrupted, the next call continues.
 
     Args:
-        model: a run, a model folder or a model on the Hugging Face Hub, as `openimp.load` takes it.
+        model: a run, a model folder, `openimp:base` or a model on the Hugging Face Hub, as `openimp.load` takes it.
         paths: files and folders. None: the media of all sources of the model's recipe; an index that was built with
             other weights is then replaced.
-        out: the index, a folder. Default: `search.index` in the run `model`.
+        out: the index, a folder. Default: `search.index` in the run `model`; for `openimp:base` without `paths`, a
+            folder in openimp's cache.
         batch_size: number of clips or items per forward pass.
         progress: wraps an iterable to show its progress.
         allow_sources: whether the recipe of a model that was not trained here may read any source.
@@ -81,7 +83,7 @@ def build_index(
         raise UserError(f"{name}: comes without media; name files or folders, and the index with --out")
     opened = load(name)
     given = None if paths is None else [Path(path) for path in paths]
-    folder = Path(out) if out else _default_folder(Path(name))
+    folder = Path(out) if out else _default_folder(name, has_paths=paths is not None)
     modalities = {}
     for modality_name, modality in opened.modalities.items():
         if any(opened.imp.share_a_space(modality_name, other) for other in opened.modalities):
@@ -122,10 +124,13 @@ def build_index(
     return result
 
 
-def _default_folder(model: Path) -> Path:
-    if not (model / CHECKPOINTS).is_dir():
+def _default_folder(model: str, has_paths: bool) -> Path:
+    scheme, name = Name.parse(model)
+    if scheme == BUNDLED and not has_paths:  # A cache may be emptied, so it holds nothing of the user's.
+        return cache_folder("search") / name
+    if not (Path(model) / CHECKPOINTS).is_dir():
         raise UserError(f"{model}: is not a run; name the index with --out")
-    return model / "search.index"
+    return Path(model) / "search.index"
 
 
 def _recipe_media(name: str, model: Model, modalities: Modalities, allow_sources: bool) -> list[Media]:

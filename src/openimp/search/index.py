@@ -5,6 +5,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from datetime import date
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -26,7 +27,7 @@ from openimp.inference.model import Model, load
 from openimp.search.folder import INDEX_FILES, Metadata, built_with, read_metadata
 from openimp.search.media import media_state, row_media, source_table
 from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, Space, Words
-from openimp.search.table import HIT_COLUMNS, Items, any_of, below, quoted
+from openimp.search.table import Items, any_of, below, between, quoted
 
 RANKED = 500
 """Least number of rows in a ranking that is merged with others. The page shows fewer, so more results do not change
@@ -66,6 +67,11 @@ class Index:
         """Whether items are found by the words of their texts. Indexes of older versions need `build_index` again."""
         return self._items.has_words
 
+    @property
+    def has_dates(self) -> bool:
+        """Whether any item has a date. Indexes of older versions have none."""
+        return self._items.has_dates
+
     @cached_property
     def folders(self) -> list[str]:
         """Useful values of `under`: the sources, and the folders directly below the common parent of all files."""
@@ -88,6 +94,8 @@ class Index:
         under: str | Path | None = None,
         min_score: float | None = None,
         by: By = "both",
+        since: str | date | None = None,
+        until: str | date | None = None,
     ) -> list[Hit]:
         """Returns the `k` best items.
 
@@ -106,11 +114,15 @@ class Index:
             min_score: only items with at least this cosine.
             by: "both", "meaning" or "words". A query that has anything but texts is always ranked by meaning. Items
                 with words of a text that is subtracted are not found by words.
+            since, until: only items of this day and later, or this day and earlier, such as "2026-05-31". Rows of
+                tables have dates only if the header of their media tells.
 
         Raises:
-            UserError: a query cannot be read, no item can be compared with it, or neither the model nor an item has a
-                word of it.
+            UserError: a query cannot be read, no item can be compared with it, neither the model nor an item has a word
+                of it, a date is none, or no item has a date.
         """
+        first_day = _day("since", since)
+        last_day = _day("until", until)
         parts = [queries] if isinstance(queries, str | QueryPart) else queries
         if not parts:
             raise UserError("the query is empty: give a text or a file")
@@ -124,6 +136,10 @@ class Index:
             filters.append(f"NOT {any_of('id', likes)}")
         if under is not None:
             filters.append(self._below(under))
+        if first_day or last_day:
+            if not self.has_dates:
+                raise UserError(f"{self.folder}: no item has a date; an index of an older version has none")
+            filters.append(between(first_day, last_day))
         ranked_by_modality: list[list[Ranked]] = []
         is_found = False
         for name in dict.fromkeys(modalities or self.counts):
@@ -168,7 +184,7 @@ class Index:
 
     def hits(self, ids: Iterable[str]) -> dict[str, Hit]:
         """Items by their ids, with score 1. Ids that are not indexed are left out."""
-        return {row["id"]: Hit(**row) for row in self._items.rows("id", ids, HIT_COLUMNS)}
+        return {row["id"]: Hit(**row) for row in self._items.rows("id", ids, self._items.hit_columns)}
 
     def hit(self, id: str) -> Hit:
         """An item by its id, with score 1. UserError if it is not indexed."""
@@ -214,7 +230,7 @@ class Index:
         """At most `count` items, which are evenly spaced over the index, with score 1."""
         total = self._items.table.count_rows()
         rows = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
-        return [Hit(**row) for row in self._items.table.take_offsets(rows).select(HIT_COLUMNS).to_list()]
+        return [Hit(**row) for row in self._items.table.take_offsets(rows).select(self._items.hit_columns).to_list()]
 
     def encode(self, query: Query) -> EncodedQuery:
         """Encodes a part of a query, for all spaces that its modality is in. UserError if it cannot be read.
@@ -319,6 +335,16 @@ class Index:
         bm25 = [row.pop("_score") for row in rows]
         order = sorted(range(len(rows)), key=lambda i: (-bm25[i], -(cosines[i] or 0)))
         return [Hit(score=cosines[i], found_by="words", **rows[i]) for i in order]
+
+
+def _day(name: str, value: str | date | None) -> date | None:
+    """A day; None if there is none. UserError if it is something else."""
+    if not value or isinstance(value, date):
+        return value or None
+    try:
+        return date.fromisoformat(value)
+    except ValueError:
+        raise UserError(f"{name} {value}: expected a day, such as 2026-05-31") from None
 
 
 def unit_vector(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray | None:

@@ -35,6 +35,9 @@ TEMPLATES.filters["clock"] = clock
 TEMPLATES.filters["place"] = lambda name: os.path.basename(name) if os.path.isabs(name) else name
 THUMBNAIL = 256
 """Maximum number of pixels of the longer side of a thumbnail."""
+PUBLISHED = ("id", "modality", "path", "text", "start", "end", "part", "parts", "source", "row", "date", "latitude",
+             "longitude", "score", "found_by")  # fmt: skip
+"""What programs are told of an item."""
 RECEIVED_AT_ONCE = 4
 """Number of uploads that are received at once. Others wait."""
 UPLOAD_SECONDS = 90
@@ -68,6 +71,7 @@ class Page:
             "colors": {name: f"c{i % 6}" for i, name in enumerate(modalities)},
             "reader": len(files) < len(modalities),
             "has_words": index.has_words,
+            "has_dates": index.has_dates,
             "readable": list(files),
             "accepted": list(self.modality_of),
             "recordable": next((name for name in files if kind_of(files[name]) == "audio"), ""),
@@ -209,9 +213,8 @@ def _refused(reason: str, code: int = 400) -> JSONResponse:
 
 def _described(hit: Hit) -> dict[str, Any]:
     """An item for programs. Its URLs are relative to the server's."""
-    shown = ("id", "modality", "path", "text", "start", "end", "part", "parts", "source", "row", "score", "found_by")
     urls = {"media": f"/media/{hit.id}", "thumbnail": f"/thumbnails/{hit.id}"}
-    return {name: getattr(hit, name) for name in shown} | urls
+    return {name: getattr(hit, name) for name in PUBLISHED} | urls
 
 
 def _picture(picture: bytes | None) -> Response:

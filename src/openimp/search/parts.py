@@ -5,15 +5,17 @@ A part is a whole file, a segment of a recording, or a line of a text file. Each
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from openimp.common.errors import UserError
-from openimp.common.modality import BadMedia
-from openimp.common.protocols import Segmented, TextReader
+from openimp.common.modality import BadMedia, Modality
+from openimp.common.protocols import Dated, Recorded, Segmented, TextReader
 from openimp.common.safe_files import sha256
 from openimp.encoding.engine import ItemEncoder
 from openimp.inference.files import file_text
@@ -25,6 +27,8 @@ MAX_LINES = 100_000
 MAX_TEXT = 10_000
 """Maximum number of characters of a line or a caption that are stored; no text encoder reads as many."""
 
+UNKNOWN_RECORDING = Recorded()
+
 
 @dataclass
 class File:
@@ -34,7 +38,8 @@ class File:
     sha256: str
     text: str | None = None  # its caption or the text of its row
     problem: str = ""  # why the file, its text or a part of it cannot be read
-    copied_from: str = ""  # the path of a file with the same content in the table
+    copied_from: str = ""  # the path of an indexed file with the same content
+    recorded: Recorded = UNKNOWN_RECORDING  # when and where
     parts: list[dict[str, Any]] = field(default_factory=list)  # rows of the table, with "vector" once it is known
 
     @property
@@ -44,9 +49,9 @@ class File:
 
 
 def open_file(encoder: ItemEncoder, path_of: Mapping[tuple[str, str], str], media: Media, sha256: str) -> File:
-    """Reads the text of media, hashes them unless `sha256` is given, and lists their parts.
+    """Reads the text of media, hashes them if `sha256` is empty, and lists their parts.
 
-    If `path_of` has a path for `File.content`, this is `copied_from`, and the parts are not listed.
+    A path that `path_of` has for `File.content` becomes `copied_from`, and no parts are listed.
     """
     file = File(media, sha256)
     try:
@@ -54,10 +59,12 @@ def open_file(encoder: ItemEncoder, path_of: Mapping[tuple[str, str], str], medi
     except BadMedia as error:
         file.problem = str(error)
     try:
-        file.sha256 = sha256 or _hash(media.raw())
+        raw = media.raw()
+        file.recorded = _recorded(encoder.modality, raw)
+        file.sha256 = sha256 or _hash(raw)
         file.copied_from = path_of.get(file.content, "")
         if not file.copied_from:
-            file.parts = _parts(encoder, media.raw(), file.text)
+            file.parts = _parts(encoder, raw, file.text)
     except OSError as error:
         file.problem = error.strerror or str(error)
     except (BadMedia, UserError) as error:
@@ -94,6 +101,18 @@ def read_part(encoder: ItemEncoder, file: File, part: Mapping[str, Any]) -> np.n
         return modality.encode_segment(file.media.raw(), encoder.view, part["start"], part["end"])
     except BadMedia as error:
         raise BadMedia(f"{error_prefix}{error}") from None
+
+
+def _recorded(modality: Modality, raw: bytes | Path | np.ndarray) -> Recorded:
+    """When and where media were recorded. A file without a time of recording has the time of its last change."""
+    recorded = UNKNOWN_RECORDING
+    if isinstance(modality, Dated) and not isinstance(raw, np.ndarray):
+        with suppress(BadMedia):  # Decoding will report a damaged file.
+            recorded = modality.recorded(raw)
+    if recorded.time is None and isinstance(raw, Path):
+        with suppress(ValueError, OverflowError):  # A file system may hold times far outside of the calendar.
+            recorded = recorded._replace(time=datetime.fromtimestamp(int(raw.stat().st_mtime)))
+    return recorded
 
 
 def _lines(file: Path) -> list[str]:

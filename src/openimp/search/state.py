@@ -31,6 +31,8 @@ class State:
     min: float = 0.0  # score; 0: any
     by: By = "both"
     k: int = PAGE_RESULTS  # results
+    since: str = ""  # a day: 2026-05-31
+    until: str = ""
 
     @classmethod
     def parse(cls, parameters: QueryParams) -> "State":
@@ -38,7 +40,7 @@ class State:
         lists: dict[str, Any] = {
             name: tuple(dict.fromkeys(parameters.getlist(name))) for name in ("file", "more", "less", "modality")
         }
-        texts: dict[str, Any] = {name: parameters.get(name, "").strip() for name in ("q", "under")}
+        texts: dict[str, Any] = {name: parameters.get(name, "").strip() for name in ("q", "under", "since", "until")}
         if max(map(len, lists.values())) > MAX_PARTS:
             raise UserError(f"a query has at most {MAX_PARTS} files or items")
         if max(map(len, texts.values())) > MAX_TEXT:

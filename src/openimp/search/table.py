@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from datetime import timedelta
+from datetime import date, timedelta
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -47,10 +47,10 @@ class Stored(NamedTuple):
 
 def schema(size: int) -> pa.Schema:
     """The table's columns, for unit vectors with `size` features. Most are those of `Hit`; `sha256` is of the media."""
-    texts = ("id", "path", "sha256", "state", "modality", "text", "media_type", "source", "column")
+    texts = ("id", "path", "sha256", "state", "modality", "text", "media_type", "source", "column", "date")
     columns = dict.fromkeys(texts, pa.string())
     columns |= dict.fromkeys(("part", "parts", "row"), pa.int64())
-    columns |= dict.fromkeys(("start", "end"), pa.float64())
+    columns |= dict.fromkeys(("start", "end", "latitude", "longitude"), pa.float64())
     return pa.schema(columns | {"vector": pa.list_(pa.float16(), size)})
 
 
@@ -81,6 +81,16 @@ class Items:
         """The columns that have an index."""
         return {column for index in self.table.list_indices() for column in index.columns}
 
+    @cached_property
+    def has_dates(self) -> bool:
+        """Whether any item has a date. Older versions stored none."""
+        return "date" in self.table.schema.names and self.table.count_rows("date IS NOT NULL") > 0
+
+    @cached_property
+    def hit_columns(self) -> list[str]:
+        """The columns that make a `Hit`."""
+        return [name for name in HIT_COLUMNS if name in self.table.schema.names]
+
     def columns(self, *names: str) -> Iterator[tuple[Any, ...]]:
         """The values of some columns in each row."""
         for batch in self.table.search().select(list(names)).to_batches(batch_size=BATCH):
@@ -98,7 +108,7 @@ class Items:
             k: maximum number of rows.
             where: only rows that match this SQL filter.
         """
-        query = self.table.search(vector).distance_type("cosine").limit(k).select([*HIT_COLUMNS, "_distance"])
+        query = self.table.search(vector).distance_type("cosine").limit(k).select([*self.hit_columns, "_distance"])
         if where:
             query = query.where(where)
         with _read_errors():
@@ -129,7 +139,7 @@ class Items:
         if words.unwanted:
             unwanted = lance.MatchQuery(words.unwanted, "text")
             match = lance.BooleanQuery([(lance.Occur.MUST, match), (lance.Occur.MUST_NOT, unwanted)])
-        query = self.table.search(match, query_type="fts").limit(k).select([*HIT_COLUMNS, "vector", "_score"])
+        query = self.table.search(match, query_type="fts").limit(k).select([*self.hit_columns, "vector", "_score"])
         if where:
             query = query.where(where)
         with _read_errors():
@@ -196,6 +206,16 @@ def _read_errors() -> Iterator[None]:
 def any_of(column: str, values: Iterable[str]) -> str:
     """An SQL filter: the column has one of these values."""
     return f"{column} IN ({', '.join(map(quoted, values))})"
+
+
+def between(since: date | None, until: date | None) -> str:
+    """An SQL filter: the date is not before the day `since` and not after the day `until`."""
+    conditions = ["date IS NOT NULL"]
+    if since is not None:
+        conditions.append(f"date >= {quoted(since.isoformat())}")
+    if until is not None:  # Dates are texts such as 2026-05-31T18:30:00, and ~ follows all of their characters.
+        conditions.append(f"date <= {quoted(f'{until.isoformat()}~')}")
+    return " AND ".join(conditions)
 
 
 def below(folder: str) -> str:

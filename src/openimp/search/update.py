@@ -162,6 +162,7 @@ def _rows(file: File) -> list[dict[str, Any]]:
     """The rows of a file in the table."""
     media = file.media
     parts = [part for part in file.parts if "vector" in part]
+    latitude, longitude = file.recorded.place or (None, None)
     of_file = {
         "path": media.path,
         "sha256": file.sha256,
@@ -171,5 +172,8 @@ def _rows(file: File) -> list[dict[str, Any]]:
         "source": media.source,
         "row": media.row,
         "column": media.column,
+        "date": file.recorded.time and file.recorded.time.isoformat(),
+        "latitude": latitude,
+        "longitude": longitude,
     }
     return [part | of_file | {"id": stable_hash([media.path, part["part"]])} for part in parts]

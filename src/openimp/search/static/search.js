@@ -50,7 +50,7 @@ function address(changes = {}) {
   const fields = new URLSearchParams(new FormData($("#query")));
   if (!Number(fields.get("min"))) fields.delete("min");
   if (fields.get("by") === "both") fields.delete("by");
-  for (const name of ["q", "under"]) if (!fields.get(name)) fields.delete(name);
+  for (const name of ["q", "under", "since", "until"]) if (!fields.get(name)) fields.delete(name);
   for (const [name, value] of Object.entries(changes)) value ? fields.set(name, value) : fields.delete(name);
   return fields.size ? `/?${fields}` : "/";
 }

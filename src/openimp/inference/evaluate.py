@@ -1,0 +1,99 @@
+"""`openimp eval`: measures a named model on evaluation sets of its own or another recipe."""
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from openimp.checkpoint.find import find_model
+from openimp.checkpoint.folder import load_model, saved_step
+from openimp.common.device import pick_device
+from openimp.common.errors import UserError
+from openimp.data.trust import check_sources
+from openimp.encoding.items import Progress
+from openimp.evaluation.evaluate import evaluate as evaluate_sets
+from openimp.recipe.file import override, read_recipe
+from openimp.recipe.model_config import class_for
+from openimp.recipe.schema import Recipe
+
+
+def evaluate(
+    model: str | Path,
+    sets: Iterable[str] | None = None,
+    recipe: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    allow_sources: bool = False,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Measures a model on evaluation sets, as `openimp eval` does.
+
+    Args:
+        model: a run, a checkpoint, a model folder, or the name of a model, as `openimp.load` takes it.
+        sets: names of evaluation sets. None: all of them.
+        recipe: the recipe that has the evaluation sets and their sources. None: that of the model's training.
+        overrides: changes of sources and evaluation sets, as `--set` takes them: `["sources.photos.limit=100"]`.
+        allow_sources: whether the recipe of a model that was not trained here may read any source.
+        progress: wraps an iterable to show its progress.
+
+    Returns:
+        A dict of JSON values for each direction of a retrieval set, each classifier of a probe, and each other set
+        (docs/metrics.md).
+
+    Raises:
+        UserError: there is no such model or evaluation set, or the recipe has no evaluation sets.
+        NotMeasured: a set cannot be measured; its `results` are those of the other sets.
+    """
+    name = Path(model)
+    folder = find_model(name)
+    imp, (config, modalities, saved_recipe) = load_model(folder)
+    measured = saved_recipe.validated()
+    overrides = list(overrides)
+    user_sources: Collection[str] = ()  # the names of the sources in the recipe that the user names
+    if recipe or overrides:
+        measured, user_sources = _with_sets(measured, str(recipe) if recipe else None, overrides)
+    if not measured.evaluation.sets:
+        raise UserError(f"{recipe or model}: the recipe has no evaluation sets")
+    sets = None if sets is None else list(sets)
+    if not allow_sources:
+        check_sources(name, folder, measured, sets or measured.evaluation.sets, user_sources)
+    imp = imp.to(pick_device())
+    return evaluate_sets(imp, measured, modalities, sets, saved_step(folder), progress=progress, classes=config.classes)
+
+
+def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple[Recipe, Collection[str]]:
+    """A model's recipe with overrides, or with the sources and sets of another recipe, which has the overrides.
+
+    The second value has the names of the sources that the other recipe defines.
+    """
+    for text in overrides:
+        if not text.startswith(("sources.", "evaluation.")):
+            raise UserError(f"--set {text}: a trained model allows changes of sources and evaluation only")
+    ours = recipe.to_dict()
+    if other is None:
+        for text in overrides:
+            override(ours, text)
+        return Recipe.build(ours), ()
+    theirs, file = read_recipe(other, overrides, Path.cwd())
+    # The model's own sources are kept, because its tasks name them.
+    user_sources = theirs.get("sources") or {}
+    sources = ours["sources"] | user_sources if isinstance(user_sources, dict) else user_sources
+    evaluation = theirs.get("evaluation") or {}
+    if recipe.model.wrap:
+        _drop_sizes(recipe, evaluation)
+    # `build` refuses unknown keys of `theirs`.
+    data = {**theirs, **ours, "sources": sources, "evaluation": evaluation}
+    return Recipe.build(data, file.resolve().parent, other), user_sources
+
+
+def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
+    """Removes the sizes of pictures and texts from views that were written for other models than a wrapped one."""
+    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
+    if not isinstance(sets, dict):
+        return
+    for options in sets.values():
+        view = options.get("view") if isinstance(options, dict) else None
+        if not isinstance(view, dict):
+            continue
+        for name in recipe.modality_names:
+            if isinstance(view.get(name), dict):
+                removed_keys = class_for(name, recipe.model, recipe.modalities).View.renamed
+                view[name] = {key: value for key, value in view[name].items() if key not in removed_keys}

@@ -1,0 +1,102 @@
+"""openimp:base, the model that comes with openimp."""
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from messages import refuses
+from safetensors import safe_open
+
+import openimp
+from openimp.checkpoint.find import BUNDLED_MODELS, find_model
+from openimp.common.cache import cache_folder
+from openimp.data.sources import open_source
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Source
+from openimp.search import build_index, open_index
+from openimp.training.trainer import train
+
+WORDS = ["dog", "cat", "guitar", "moon", "pencil", "house", "car", "apple", "fish", "umbrella", "clock", "key"]
+"""Everyday words that are names of pictures."""
+
+
+@pytest.fixture(scope="module")
+def base() -> openimp.Model:
+    return openimp.load("openimp:base", "cpu")
+
+
+def test_everyday_words_find_their_pictures(base):
+    """Among the training pictures of one vendor whose name or keywords have one of the words."""
+    source = open_source("stills", Source(path="openimp:stills.parquet", where={"split": "train", "vendor": "noto"}))
+    rows = source.rows(range(len(source)))
+    texts = [f"{row['name']} {' '.join(row['keywords'])}".lower().split() for row in rows]
+    named = [i for i, text in enumerate(texts) if any(word in text for word in WORDS)]
+    image = base.encode_image([rows[i]["image"] for i in named], normalize=True)
+    found = (base.encode_text(WORDS, normalize=True) @ image.T).argmax(1)
+    right = [word in texts[named[i]] for word, i in zip(WORDS, found.tolist())]
+    assert sum(right) >= 0.8 * len(WORDS), dict(zip(WORDS, right))
+
+
+def test_the_weights_are_small_in_the_package_and_exact_in_memory(base):
+    (file,) = BUNDLED_MODELS.glob("base/model/*.safetensors")
+    assert file.stat().st_size <= 10e6
+    with safe_open(file, "pt") as weights:
+        names = list(weights.keys())
+        assert {weights.get_tensor(name).dtype for name in names} == {torch.float16}
+    assert {parameter.dtype for parameter in base.parameters()} == {torch.float32}
+
+
+def test_training_starts_from_it(base, tmp_path):
+    """What the recipe's model shares with it is equal before the first step."""
+    model_config = json.loads(base.config.model_dump_json())
+    recipe = Recipe.build(
+        {
+            "name": "tuned",
+            "model": model_config["model"],
+            "modalities": {stem: model_config["modalities"][stem] for stem in ("vision", "text")},
+            "sources": {"stills": {"path": "openimp:stills.parquet", "limit": 16}},
+            "tasks": {
+                "stills": {
+                    "source": "stills",
+                    "inputs": {"image": "image", "text": "name"},
+                    "objectives": [{"type": "contrastive"}],
+                    "batch_size": 8,
+                    "views": [{"image": {"size": 64}, "text": {"length": 8}}],
+                }
+            },
+            "optimizer": {"lr": 1e-9, "weight_decay": 0},
+            "train": {"steps": 1, "init": "openimp:base", "num_workers": 0},
+        }
+    )
+    train(recipe, tmp_path / "run")
+    trained = openimp.load(tmp_path / "run", "cpu").imp.state_dict()
+    for name, weight in base.imp.state_dict().items():
+        if not name.startswith(("stems.audio", "projections.audio", "temperatures.audio", "classifiers")):
+            torch.testing.assert_close(trained[name], weight, rtol=0, atol=1e-7)
+
+
+def test_the_index_of_its_own_media_is_in_the_cache(media_folder, tmp_path, monkeypatch):
+    """A bundled model is no run, in which an index could be. An index of the user's files is not in the cache."""
+    pytest.importorskip("lancedb")
+    shutil.copytree(Path(__file__).parents[1] / "fixtures/pushed", tmp_path / "small")
+    monkeypatch.setattr("openimp.checkpoint.find.BUNDLED_MODELS", tmp_path)
+    build_index("openimp:small")
+    index = open_index(cache_folder("search") / "small")
+    assert sum(index.counts.values()) > 0
+    with refuses():
+        build_index("openimp:small", [media_folder])
+
+
+def test_it_is_among_the_models():
+    assert openimp.list_models("openimp:*") == ["openimp:base"]
+    if find_spec("open_clip"):
+        assert "open_clip:ViT-B-16-SigLIP2/webli" in openimp.list_models("*SigLIP2*")
+
+
+def test_an_unknown_name_is_refused():
+    with refuses():
+        find_model("openimp:bass")
+    assert find_model("openimp:base") == Path(openimp.__file__).parent / "models/base"
