@@ -20,12 +20,14 @@ from openimp.common.json_lines import append, read_lines
 from openimp.data.files import locate
 from openimp.inference.join import embed_rows
 from openimp.recipe.file import find_file
+from openimp.recipe.schema import Recipe
 from openimp.study.budget import SMOKE_ROWS, part_recipe
 from openimp.study.outcome import Outcome
 from openimp.study.plots import draw_against_flops
 from openimp.study.results import curves_of, write_results
 from openimp.study.run import run_study
 from openimp.study.schema import Study, file_name, read_study
+from openimp.training.trainer import train
 
 STUDIES = sorted(
     {path.stem for path in Path(find_file("moe", "studies")).parent.glob("*.yaml")} - {"photos_and_speech"}
@@ -334,6 +336,10 @@ def test_bundled_studies_run(name, tiny_recipe, tiny_model, tmp_path, monkeypatc
         (tmp_path / "teacher").mkdir()
         save_model(tmp_path / "teacher", model, recipe.to_config({}), modalities, recipe.to_yaml())
         write_vectors(tmp_path / "teacher", tmp_path / "vectors")
+        monkeypatch.chdir(tmp_path)
+    if name == "tower":  # The command in its head, with few steps on a few icons.
+        changes = ["train.steps=2", "train.num_workers=0", "sources.icons.limit=300", "evaluation.sets={}"]
+        train(Recipe.load("icons", changes), tmp_path / "runs/icons")
         monkeypatch.chdir(tmp_path)
     assert run_study(name, tmp_path / "runs", tmp_path / "out", smoke=True)
     study, title = read_study(name, smoke=True)
