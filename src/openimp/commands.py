@@ -54,7 +54,7 @@ def run_demo(overrides: list[str], run: Path | None) -> None:
         return
     console.print(
         f"\nThe run is in {run}: results.jsonl, metrics.jsonl, tensorboard/, checkpoints/.\n"
-        f"Next:  search the data in the browser: make serve, or pip install 'openimp[search]' && openimp serve {run}\n"
+        f"Next:  search the data in the browser: pip install 'openimp[search]' && openimp serve {run}\n"
         f"       openimp report {run}   |   openimp info {run}   |   openimp embed {run} PICTURES...\n"
         f"       tensorboard --logdir {run}"
     )

@@ -29,7 +29,7 @@ def base() -> openimp.Model:
 
 
 def test_everyday_words_find_their_pictures(base):
-    """Among the training pictures of one vendor whose name or keywords have one of the words."""
+    """The candidates are training pictures of one vendor that have a word in their name or keywords."""
     source = open_source("stills", Source(path="openimp:stills.parquet", where={"split": "train", "vendor": "noto"}))
     rows = source.rows(range(len(source)))
     texts = [f"{row['name']} {' '.join(row['keywords'])}".lower().split() for row in rows]

@@ -197,7 +197,7 @@ def test_values_of_a_column_need_texts_to_compare_with():
 
 
 def test_a_text_is_a_positive_of_each_example_that_has_it_as_a_value():
-    """The third text is the whole caption of its row, so it is no value of the others."""
+    """The third text is a whole caption, which is in no list of keywords."""
     rows = [
         {"name": "dog face", "keywords": ["Dog", "pet"]},
         {"name": "guide dog", "keywords": ["dog", "blind"]},

@@ -28,7 +28,7 @@ from openimp.data.tables import Table
 from openimp.data.templates import all_texts, columns_of
 
 ITEMS_PER_FILE = 4096
-"""A run that continues after a stop embeds at most so many items again."""
+"""Items per file. After a stop, at most this many items are embedded again."""
 TEXT_ROWS = 4096
 """Rows whose texts are read at once."""
 

@@ -85,7 +85,7 @@ class OwnEncoder(FrozenEncoder):
         self.view = saved.config.views[modality]
         self.features = model.config.width
         self.fingerprint = stable_hash([weights, sorted(learned_files([self.reader]).items()), self.view])[:16]
-        self._encoder = ItemEncoder(model, self.reader, self.view, None, "fp32")  # Slower, but only once.
+        self._encoder = ItemEncoder(model, self.reader, self.view, None, "fp32")  # Slow, but once per item.
 
     def embed(self, clips: np.ndarray) -> Tensor:
         # Ranks embed different items, so the routers of a sparse model must not wait for each other.

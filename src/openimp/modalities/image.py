@@ -135,7 +135,7 @@ def open_picture(media_file: MediaFile) -> PIL.Image.Image:
 def _exif_time(text: Any) -> datetime | None:
     try:
         return datetime.strptime(str(text).strip("\0 "), "%Y:%m:%d %H:%M:%S")
-    except ValueError:  # Cameras whose clock is not set write spaces or zeros.
+    except ValueError:  # A camera writes spaces or zeros before its clock is set.
         return None
 
 

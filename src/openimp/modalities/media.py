@@ -196,7 +196,7 @@ class ExampleRng(np.random.Generator):
 
 
 def valid_place(latitude: float, longitude: float) -> tuple[float, float] | None:
-    """A place on the earth. Devices that do not know where they are write zeros, or numbers that are none."""
+    """The place, or None: devices that do not know their position write zeros, or numbers out of range."""
     is_valid = abs(latitude) <= 90 and abs(longitude) <= 180 and (latitude, longitude) != (0, 0)  # False for NaN.
     return (latitude, longitude) if is_valid else None
 

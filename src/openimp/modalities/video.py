@@ -94,7 +94,7 @@ class Video(Vision):
 
     @media.decoder_errors()
     def recorded(self, value: Any) -> Recorded:
-        """The time and place in the header of a container. Animations tell none."""
+        """The time and place in the header of a container. Animations have neither."""
         with media.open_source(value) as media_file:
             if _is_animation(media_file):
                 return Recorded()
@@ -155,7 +155,7 @@ class Video(Vision):
 
 
 def _container_time(tags: Mapping[str, str]) -> datetime | None:
-    """The time in the camera's time zone, which phones of Apple write, or else in that of this machine."""
+    """The time in the time zone of the camera, which only Apple's phones write, or else of this machine."""
     local, universal = (tags.get(name, "") for name in ("com.apple.quicktime.creationdate", "creation_time"))
     try:
         if local:

@@ -169,7 +169,7 @@ class Contrastive(Objective):
     def warning(self, task: Task, tokens: Mapping[str, Tokens], targets: Tensors) -> str | None:
         """Suggests `positives_by` if the loss separates many texts of the global batch that are equal.
 
-        With `positives_by` or `positives_in`, the recipe says which texts should be apart.
+        With `positives_by` or `positives_in`, the recipe says itself which texts are the same.
         """
         if self.positives_by or self.positives_in:
             return None

@@ -119,7 +119,7 @@ class Index:
 
         Raises:
             UserError: a query cannot be read, no item can be compared with it, neither the model nor an item has a word
-                of it, a date is none, or no item has a date.
+                of it, `since` or `until` is not a day, or no item has a date.
         """
         first_day = _day("since", since)
         last_day = _day("until", until)
@@ -138,7 +138,7 @@ class Index:
             filters.append(self._below(under))
         if first_day or last_day:
             if not self.has_dates:
-                raise UserError(f"{self.folder}: no item has a date; an index of an older version has none")
+                raise UserError(f"{self.folder}: no item has a date; older versions of openimp stored no dates")
             filters.append(between(first_day, last_day))
         ranked_by_modality: list[list[Ranked]] = []
         is_found = False

@@ -66,9 +66,7 @@ class Hit:
     row: int | None  # number of that row
     column: str | None
     state: str  # of the media when they were indexed; see `Media.state`
-    date: str | None = (
-        None  # local time when it was recorded or, if the file does not tell, changed: 2026-05-31T18:30:00
-    )
+    date: str | None = None  # local time of the recording or, if unknown, of the last change: 2026-05-31T18:30:00
     latitude: float | None = None  # of the place where it was recorded, in degrees
     longitude: float | None = None
     score: float | None = 1.0  # cosine with the query, None if it has none; 1 outside of a search
