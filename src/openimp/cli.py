@@ -226,7 +226,9 @@ def _with_query_options(command: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @_with_query_options
 def search(
-    index: Annotated[Path, typer.Argument(help="An index that openimp index wrote.")],
+    index: Annotated[
+        Path, typer.Argument(help="An index that openimp index wrote; a run, or openimp:base, to search its own data.")
+    ],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to search for. Their vectors are added up.")] = None,
     minus: Annotated[
         list[str] | None, typer.Option("--minus", help="Subtract the vector of a text from the query. Can be repeated.")
