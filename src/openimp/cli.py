@@ -227,7 +227,7 @@ def _with_query_options(command: Callable[..., None]) -> Callable[..., None]:
 @_with_query_options
 def search(
     index: Annotated[
-        Path, typer.Argument(help="An index that openimp index wrote; a run, or openimp:base, to search its own data.")
+        Path, typer.Argument(help="An index that openimp index wrote; or a run or openimp:base whose data it indexed.")
     ],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to search for. Their vectors are added up.")] = None,
     minus: Annotated[

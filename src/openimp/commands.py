@@ -37,7 +37,7 @@ from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report
 from openimp.search.build import build_index
 from openimp.search.folder import METADATA
-from openimp.search.index import Index, open_index
+from openimp.search.index import open_index
 from openimp.search.query import By, Like, Query
 from openimp.training.metrics_file import read_metrics
 from openimp.training.trainer import train
@@ -180,8 +180,8 @@ def run_search(
     until: str | None,
     as_json: bool,
 ) -> None:
-    """Searches an index, or the media of a run's recipe, and prints the results."""
-    index = _open_index(path)
+    """Searches an index and prints the results."""
+    index = open_index(path)
     parts: list[str | Query | Like] = list(texts)
     parts += [Query(name, value) for name, values in queries.items() for value in values or ()]
     parts += [index.text_query(text, -1.0) for text in minus]
@@ -222,11 +222,18 @@ def run_embed(
 
 def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:
     """Serves the search page of an index, or of the media of a run's recipe."""
+    is_bundled = Name.parse(what).scheme == BUNDLED
+    if has_scheme(what) and not is_bundled:
+        raise UserError(f"{what}: comes without media; index some first: openimp index {what} FOLDER --out my.index")
+    if not is_bundled and not what.exists():
+        raise UserError(f"{what}: no such index or run; openimp index makes an index")
     try:
         from openimp.search.server import serve
     except ModuleNotFoundError as error:
         raise UserError(f"serve needs {error.name}: pip install 'openimp[search]'") from None
-    serve(_open_index(what, allow_sources), host, port)
+    if not (what / METADATA).exists():
+        what = build_index(what, allow_sources=allow_sources).folder
+    serve(open_index(what, allow_sources=allow_sources), host, port)
 
 
 def run_report(run: Path, out: Path | None, allow_sources: bool = False) -> None:
@@ -277,18 +284,6 @@ def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -
     modalities = _modalities(recipe)
     layout_plans = [*plans(recipe, modalities, _classes(recipe), gpus=gpus, gpu=gpu, mfu=mfu)]
     print_plan(recipe, modalities, layout_plans, gpu)
-
-
-def _open_index(what: Path, allow_sources: bool = False) -> Index:
-    """Opens an index. For a run or a bundled model, it first indexes what is new in the media of its recipe."""
-    is_bundled = Name.parse(what).scheme == BUNDLED
-    if has_scheme(what) and not is_bundled:
-        raise UserError(f"{what}: comes without media; index some first: openimp index {what} FOLDER --out my.index")
-    if not is_bundled and not what.exists():
-        raise UserError(f"{what}: no such index or run; openimp index makes an index")
-    if not (what / METADATA).exists():
-        what = build_index(what, allow_sources=allow_sources).folder
-    return open_index(what, allow_sources=allow_sources)
 
 
 def _modalities(recipe: Recipe) -> dict[str, Modality]:

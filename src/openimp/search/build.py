@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from openimp.checkpoint.find import find_model
-from openimp.checkpoint.folder import CHECKPOINTS
-from openimp.common.cache import cache_folder
 from openimp.common.errors import UserError, by_extension, counted
 from openimp.common.modality import Modalities
 from openimp.common.names import BUNDLED, OPEN_CLIP, Name, absolute_name
@@ -16,7 +14,17 @@ from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
 from openimp.inference.files import find_files
 from openimp.inference.model import Model, load
-from openimp.search.folder import FORMAT, METADATA, SKIPPED, Metadata, built_with, fingerprint, locked, read_metadata
+from openimp.search.folder import (
+    FORMAT,
+    METADATA,
+    SKIPPED,
+    Metadata,
+    built_with,
+    fingerprint,
+    locked,
+    own_index,
+    read_metadata,
+)
 from openimp.search.media import Media, media_of_files, media_of_recipe
 from openimp.search.table import ITEMS, Items, import_lancedb
 from openimp.search.update import Update
@@ -125,12 +133,11 @@ def build_index(
 
 
 def _default_folder(model: str, has_paths: bool) -> Path:
-    scheme, name = Name.parse(model)
-    if scheme == BUNDLED and not has_paths:  # A cache may be emptied, so it holds nothing of the user's.
-        return cache_folder("search") / name
-    if not (Path(model) / CHECKPOINTS).is_dir():
+    folder = own_index(model)
+    # A cache may be emptied, so it holds nothing of the user's.
+    if folder is None or (has_paths and Name.parse(model).scheme == BUNDLED):
         raise UserError(f"{model}: is not a run; name the index with --out")
-    return Path(model) / "search.index"
+    return folder
 
 
 def _recipe_media(name: str, model: Model, modalities: Modalities, allow_sources: bool) -> list[Media]:

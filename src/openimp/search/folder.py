@@ -15,8 +15,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import RootModel
 
-from openimp.common.cache import stable_hash
+from openimp.checkpoint.folder import CHECKPOINTS
+from openimp.common.cache import cache_folder, stable_hash
 from openimp.common.errors import UserError
+from openimp.common.names import BUNDLED, Name
 from openimp.common.safe_files import read_text, refuse_links
 from openimp.common.schema import Count, Strict, checked
 from openimp.evaluation.provenance import checkpoint_fields
@@ -27,6 +29,8 @@ FORMAT = 3
 METADATA = "index.json"
 SKIPPED = "skipped.json"
 LOCK = ".lock"
+OWN_INDEX = "search.index"
+"""The index in a run's folder."""
 INDEX_FILES = ("**/*",)
 """Patterns of the files of an index, for `refuse_links`."""
 NEWER_OPTIONS = {"aspect", "noise", "equalize", "mask_frames", "mask_bins"}
@@ -46,6 +50,15 @@ class Metadata(Strict):
     """Hash of the model's weights and views."""
     towards: dict[str, str]
     """By modality, the other modality that the vectors of its items can be compared with (in a disjoint space)."""
+
+
+def own_index(model: str) -> Path | None:
+    """Where the index of a model's own data is: in its run or, for a bundled model, in openimp's cache. Else None."""
+    scheme, name = Name.parse(model)
+    if scheme == BUNDLED:  # A cache may be emptied, but the model and its data can index it again.
+        return cache_folder("search") / name
+    run = Path(model)
+    return run / OWN_INDEX if (run / CHECKPOINTS).is_dir() else None
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from openimp.data.tables import Table
 from openimp.data.trust import check_uses
 from openimp.encoding.engine import ItemEncoder
 from openimp.inference.model import Model, load
-from openimp.search.folder import INDEX_FILES, Metadata, built_with, read_metadata
+from openimp.search.folder import INDEX_FILES, Metadata, built_with, own_index, read_metadata
 from openimp.search.media import media_state, row_media, source_table
 from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, Space, Words
 from openimp.search.table import Items, any_of, below, between, quoted
@@ -414,17 +414,19 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
     """Opens an index for search, and loads the model that built it.
 
     Args:
-        path: the folder of the index.
+        path: the folder of the index; or a run or `openimp:base`, whose own data `openimp index` has indexed.
         device: where queries are encoded; see `openimp.load`.
         allow_sources: whether `Index.read` may read any source that the recipe names if the model was not trained here.
 
     Raises:
         UserError: there is no index, or its model is gone or has other weights now.
     """
-    folder = Path(path)
+    folder = own_index(str(path)) or Path(path)
     refuse_links(folder, INDEX_FILES)
     metadata = read_metadata(folder)
     if metadata is None:
+        if folder != Path(path):
+            raise UserError(f"{path}: its data is not indexed yet: openimp index {path}")
         reason = "is not an index" if folder.exists() else "no such index"
         raise UserError(f"{folder}: {reason}; openimp index makes one")
     try:
