@@ -99,12 +99,12 @@ class Index:
     ) -> list[Hit]:
         """Returns the `k` best items.
 
-        By meaning, items of one modality are ranked by their cosine with the weighted sum of the queries. By words,
-        items whose texts (captions, names, lines) have words of the query's texts are ranked by BM25: those with any of
-        the words, and those with all of them. An item gets the sum of its reciprocal ranks. So modalities that are
-        ranked by meaning take turns, because cosines of different modalities cannot be compared: in most models, all
-        texts are closer to a text than any picture is. The modality with the best item begins. Of a file that was cut
-        into segments, only the best segment is returned, unless `under` is that file.
+        By meaning, items are ranked by their cosine with the weighted sum of the queries. By words, items whose texts
+        (captions, names, lines) have words of the query's texts are ranked by BM25: those with any of the words, and
+        those with all of them. An item gets the sum of its reciprocal ranks. Modalities with one stem, such as image
+        and video, are ranked together. Others take turns if they are ranked by meaning, because their cosines cannot be
+        compared: in most models, all texts are closer to a text than any picture is. The modality with the best item
+        begins. Of a file that was cut into segments, only the best segment is returned, unless `under` is that file.
 
         Args:
             queries: one part of the query or several. A string is a text. Items in the query are not returned.
@@ -140,16 +140,16 @@ class Index:
             if not self.has_dates:
                 raise UserError(f"{self.folder}: no item has a date; older versions of openimp stored no dates")
             filters.append(between(first_day, last_day))
-        ranked_by_modality: list[list[Ranked]] = []
+        ranked_by_group: list[list[Ranked]] = []
         is_found = False
-        for name in dict.fromkeys(modalities or self.counts):
-            vector = unit_vector(encoded, self._space(name, self._metadata.towards[name]))
+        for names in self._comparable(modalities or self.counts):
+            vector = unit_vector(encoded, self._space(names[0], self._metadata.towards[names[0]]))
             if vector is None and words is None:
                 continue
-            modality_filters = list(filters)
-            if len(self.counts) > 1:  # Without a filter, LanceDB does not have to scan a column.
-                modality_filters.append(f"modality = {quoted(name)}")
-            where = " AND ".join(modality_filters) or None
+            group_filters = list(filters)
+            if len(names) < len(self.counts):  # Without a filter, LanceDB does not have to scan a column.
+                group_filters.append(any_of("modality", names))
+            where = " AND ".join(group_filters) or None
             rankings: list[list[Hit]] = []
             if vector is not None and (by != "words" or words is None):
                 read = partial(self._nearest, vector, where)
@@ -163,16 +163,16 @@ class Index:
             is_found |= bool(ranked)
             if min_score is not None:
                 ranked = [item for item in ranked if item.hit.score is not None and item.hit.score >= min_score]
-            ranked_by_modality.append(ranked)
-        if not ranked_by_modality:
+            ranked_by_group.append(ranked)
+        if not ranked_by_group:
             kinds = ", ".join(dict.fromkeys(part.modality for part in parts if not isinstance(part, str | Like)))
             items = ", ".join(modalities or self.counts)
             raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
         if words is not None and by == "both" and not is_found and not any(query.vectors for query in encoded):
             raise UserError(f"{words.wanted!r} has no word that the model knows, and no item has its words")
-        # Items that are ranked by meaning only have equal sums. Then the modality with the highest cosine is first.
-        ranked_by_modality.sort(key=lambda ranked: -max((item.hit.score or 0 for item in ranked), default=0))
-        best_first = sorted(chain.from_iterable(ranked_by_modality), key=lambda item: -item.sum)
+        # Items that are ranked by meaning only have equal sums. Then the group with the highest cosine is first.
+        ranked_by_group.sort(key=lambda ranked: -max((item.hit.score or 0 for item in ranked), default=0))
+        best_first = sorted(chain.from_iterable(ranked_by_group), key=lambda item: -item.sum)
         return [item.hit for item in best_first[:k]]
 
     def text_query(self, text: str, weight: float = 1.0) -> Query:
@@ -296,6 +296,14 @@ class Index:
                 part = EncodedQuery(name, {self._space(name, self._metadata.towards[name]): vector}, part.weight)
             encoded.append(part)
         return encoded
+
+    def _comparable(self, names: Iterable[str]) -> list[list[str]]:
+        """The modalities in groups whose cosines with a query can be compared: of one stem and one space."""
+        groups: dict[tuple[str, Space], list[str]] = {}
+        for name in dict.fromkeys(names):
+            key = (self.model.modalities[name].stem, self._space(name, self._metadata.towards[name]))
+            groups.setdefault(key, []).append(name)
+        return list(groups.values())
 
     def _space(self, name: str, other: str) -> Space:
         """The space of the vectors of one modality towards another."""
