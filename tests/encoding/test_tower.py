@@ -99,7 +99,7 @@ def test_training_reads_the_vectors_of_the_library_which_are_computed_once(data,
     recipe = recipe_of(data, name)
     batches = StepBatches(recipe, recipe.make_modalities())
     bar = Counted()
-    batches.embed(bar)
+    batches.embed(bar, {})
     assert bar.count == 24 + 8  # pictures, and two texts of each class
     batch = batches[0].batch
     rows = batches.sources["pictures"].rows(batch.rows, ["file", "label"])
@@ -112,7 +112,7 @@ def test_training_reads_the_vectors_of_the_library_which_are_computed_once(data,
 
     again = StepBatches(recipe, recipe.make_modalities())
     embedded = {file: file.stat().st_mtime_ns for file in Path(os.environ["OPENIMP_CACHE"]).glob("embedded/*/*")}
-    again.embed()
+    again.embed(None, {})
     assert embedded == {
         file: file.stat().st_mtime_ns for file in Path(os.environ["OPENIMP_CACHE"]).glob("embedded/*/*")
     }
@@ -138,7 +138,7 @@ def test_crops_are_further_vectors_of_a_picture(data, clip):
     name, _ = clip
     recipe = recipe_of(data, name, modalities={"vision": {"tower": name, "crops": 3}, "text": {"tower": name}})
     batches = StepBatches(recipe, recipe.make_modalities())
-    batches.embed()
+    batches.embed(None, {})
     vectors = batches.stores["pictures", "image", "file"][0]
     assert vectors.shape == (3, 24)
     assert len(np.unique(vectors, axis=0)) == 3

@@ -15,6 +15,8 @@ from openimp.common.json_lines import read_lines
 from openimp.common.modality import BadMedia
 from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
+from openimp.encoding.tower import open_teachers
+from openimp.inference.join import embed_rows
 from openimp.model.imp import IMP
 from openimp.objectives.distill import unit_vector
 from openimp.recipe.schema import Recipe
@@ -159,3 +161,38 @@ def test_in_a_disjoint_space_the_recipe_names_what_to_compare_with(data):
     twice = "tasks.seen.objectives=[{type: distill, of: image, to: teacher}, {type: distill, of: image, to: teacher}]"
     with refuses():
         Recipe.load(data / "recipe.yaml", [twice])
+
+
+def test_a_teacher_gives_the_vectors_that_embed_join_would_write(student, data, tmp_path):
+    embed_rows(student, str(data / "pictures.parquet"), tmp_path / "joined.parquet", "image", "file", to="joined")
+    taught = [
+        "tasks.read.weight=0",
+        "evaluation={}",
+        "seed=1",
+        f"tasks.seen.objectives=[{{type: distill, of: image, teacher: {student}}}]",
+    ]
+    recipe = Recipe.load(data / "recipe.yaml", taught)
+    batches = StepBatches(recipe, recipe.make_modalities())
+    batches.fit()
+    batches.embed(None, open_teachers(recipe))
+    loaded = batches[0]
+    joined = torch.tensor(pq.read_table(tmp_path / "joined.parquet")["joined"].to_pylist())
+    cosines = (loaded.batch.targets[0]["vector"] * joined[loaded.batch.rows]).sum(1)
+    assert cosines.min() > 0.999, "openimp embed uses bf16 where it is fast, and a teacher fp32"
+
+    run = tmp_path / "second"
+    train(recipe, run)
+    losses = [line["tasks"]["seen"]["image:teacher"] for line in read_lines(run / "metrics.jsonl")]
+    assert losses[-1] < 0.35 * losses[0]
+    for wrong in ("model.embed_dim=16", "sources.pictures.stream=true"):
+        with refuses():
+            train(Recipe.load(data / "recipe.yaml", [*taught, wrong]), tmp_path / "wrong")
+    for wrong in (
+        "tasks.seen.objectives=[{type: distill, of: image}]",
+        "tasks.seen.objectives=[{type: distill, of: image, to: teacher, teacher: runs/a}]",
+        "tasks.read.objectives=[{type: distill, of: text, teacher: runs/a}]",
+    ):
+        with refuses():
+            Recipe.load(data / "recipe.yaml", [wrong])
+    with refuses():
+        Recipe.load(data / "recipe.yaml", [*taught, "tasks.seen.inputs.image=[file, label]"])

@@ -42,6 +42,18 @@ class TargetSizes(NamedTuple):
     class_numbers: Mapping[str, Mapping[Any, int]]  # the output of each class, by the name of the classification head
 
 
+class Teacher(NamedTuple):
+    """A frozen model whose embeddings of a task's media are targets."""
+
+    modality: str
+    model: str  # as `openimp.load` takes it
+
+    @property
+    def column(self) -> str:
+        """The name under which `Objective.read` finds the vector (Z,) of a row."""
+        return f"{self.modality} by {self.model}"
+
+
 class Compared(NamedTuple):
     """What a loss compares in one step, over all GPUs."""
 
@@ -95,6 +107,10 @@ class Objective(Strict, ABC):
 
     def class_column(self) -> ClassColumn | None:
         """The column with classes for which the objective needs a classification head."""
+        return None
+
+    def teacher_of(self) -> Teacher | None:
+        """A model that embeds the media before the first step, for `read`."""
         return None
 
     def columns(self) -> set[str]:

@@ -6,7 +6,7 @@ to make its part of the batch, and communicates with no other worker or rank.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from openimp.alternation import Alternation, Visit
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia, Modality
-from openimp.common.objective import TargetSizes, Tensors
+from openimp.common.objective import TargetSizes, Teacher, Tensors
 from openimp.common.protocols import Learned, Towered
 from openimp.data.batch import Batch, head_key
 from openimp.data.embedded import TEXT_ROWS, EmbeddedTexts, embed_column, texts_in
@@ -113,6 +113,7 @@ class StepBatches(Dataset[LoadedBatch]):
         classes: the classes of each classification head in the order of its outputs, by `head_key`.
         stores: the decoded media of each cached column, by (source, modality, column). A tower's are vectors.
         texts: the vectors of the texts of each modality with a tower.
+        taught: the vectors of each row's media by the teachers of each task.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class StepBatches(Dataset[LoadedBatch]):
         self.world_size = world_size
         self.stores: dict[tuple[str, str, str], DecodedStore] = {}
         self.texts: dict[str, EmbeddedTexts] = {}
+        self.taught: dict[str, dict[Teacher, DecodedStore]] = {}
         self.sources: dict[str, Table | Stream] = {}
         self.classes: dict[str, list[Any]] = {}
         self._open_sources()
@@ -207,11 +209,30 @@ class StepBatches(Dataset[LoadedBatch]):
             for name, learner in learners.items():
                 learner.load_state(states[name])
 
-    def embed(self, progress: Progress | None = None) -> None:
-        """Embeds the items of all modalities with a tower, which must be done before the first batch.
+    def embed(self, progress: Progress | None, teachers: Mapping[Teacher, Modality]) -> None:
+        """Embeds the items of all modalities with a tower or a teacher, which must be done before the first batch.
 
-        Vectors are stored in openimp's cache. UserError if a stream has such items, which are read only once.
+        Vectors are stored in openimp's cache. UserError if a stream has such items, which are read only once, or if the
+        vectors of a teacher have another size than the model's embeddings.
         """
+        self._embed_for_towers(progress)
+        for task_name, source in self.sources.items():
+            task = self.recipe.tasks[task_name]
+            self.taught[task_name] = {}
+            for teacher in filter(None, (objective.teacher_of() for objective in task.objectives)):
+                tower = teachers[teacher]
+                size = tower.stem_spec().values
+                if isinstance(source, Stream):
+                    raise UserError(f"tasks.{task_name}: has a teacher, and source {source.name} is a stream")
+                if size != self._target_sizes.embed_dim:
+                    raise UserError(
+                        f"tasks.{task_name}: teacher {teacher.model} has vectors of {size} numbers, and the model of "
+                        f"{self._target_sizes.embed_dim}; set model.embed_dim"
+                    )
+                (column,) = task.inputs[teacher.modality].columns
+                self.taught[task_name][teacher] = embed_column(source, tower, column, [], progress)
+
+    def _embed_for_towers(self, progress: Progress | None) -> None:
         for task_name, source in self.sources.items():
             for name in self.recipe.tasks[task_name].inputs:
                 if isinstance(self.modalities[name], Towered) and isinstance(source, Stream):
@@ -331,7 +352,8 @@ class StepBatches(Dataset[LoadedBatch]):
         for position, row, (name, values) in zip(positions, rows, named_rows):
             loaded[position] = Example(row, name, values, example_rng(key, position, sync))
         for example in loaded.values():
-            self._read_targets(task, example)  # First, because media of an example with a bad target are not decoded.
+            # First, because media of an example with a bad target are not decoded.
+            self._read_targets(visit.task, example)
         for name in task.inputs:
             self._decode(visit, name, loaded.values())
         for example in loaded.values():
@@ -418,11 +440,14 @@ class StepBatches(Dataset[LoadedBatch]):
             except BadMedia as error:
                 example.bad = str(error)
 
-    def _read_targets(self, task: Task, example: Example) -> None:
+    def _read_targets(self, task_name: str, example: Example) -> None:
         """Reads what the objectives need of an example that is not bad, and marks it if that cannot be read."""
         if example.bad:
             return
+        task = self.recipe.tasks[task_name]
         try:
+            for teacher, store in self.taught.get(task_name, {}).items():
+                example.values[teacher.column] = store[example.row][0]
             for column in sorted(_target_columns(task)):
                 if isinstance(cell := example.values[column], Unreadable):
                     raise BadMedia(cell.reason)

@@ -287,7 +287,7 @@ def _arrow_list_mask(lists: Any, wanted: Any) -> np.ndarray:
     return mask
 
 
-def number_array(value: list[Any]) -> np.ndarray:
+def number_array(value: list[Any] | np.ndarray) -> np.ndarray:
     """An array of (nested) lists of numbers; anything else is BadMedia."""
     try:
         array = np.array(value)

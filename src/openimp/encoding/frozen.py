@@ -71,9 +71,9 @@ class FrozenEncoder(ABC):
 
 
 class OwnEncoder(FrozenEncoder):
-    """A model that openimp loads, also one of open_clip. Its vectors are the features before the heads."""
+    """A model that openimp loads, also one of open_clip. Its vectors are features before the heads, or embeddings."""
 
-    def __init__(self, name: str, modality: str) -> None:
+    def __init__(self, name: str, modality: str, embeds: bool = False) -> None:
         folder = find_model(name)
         config, _, _ = read_config(folder)
         if modality not in config.views:
@@ -83,9 +83,13 @@ class OwnEncoder(FrozenEncoder):
         model, saved, weights = _open(folder)
         self.reader = saved.modalities[modality]
         self.view = saved.config.views[modality]
-        self.features = model.config.width
-        self.fingerprint = stable_hash([weights, sorted(learned_files([self.reader]).items()), self.view])[:16]
-        self._encoder = ItemEncoder(model, self.reader, self.view, None, "fp32")  # Slow, but once per item.
+        towards = modality if embeds else None
+        if embeds and not model.share_a_space(modality, modality):
+            raise UserError(f"teacher {name}: has a space per pair of modalities; embed with openimp embed --join")
+        self.features = model.config.embed_dim if embeds else model.config.width
+        parts = [weights, sorted(learned_files([self.reader]).items()), self.view, *(["embeddings"] if embeds else [])]
+        self.fingerprint = stable_hash(parts)[:16]
+        self._encoder = ItemEncoder(model, self.reader, self.view, towards, "fp32")  # Slow, but once per item.
 
     def embed(self, clips: np.ndarray) -> Tensor:
         # Ranks embed different items, so the routers of a sparse model must not wait for each other.
@@ -162,16 +166,18 @@ def _picture(value: Any, rng: Rng | None) -> PIL.Image.Image:
     return picture
 
 
-KINDS: dict[str | None, type[FrozenEncoder]] = {SENTENCE_TRANSFORMERS: LibraryEncoder, TIMM: TimmEncoder}
-"""The encoders of libraries, by the scheme of their names."""
+def open_encoder(name: str, modality: str, embeds: bool = False) -> FrozenEncoder:
+    """Opens the encoder of a modality by the name of its model.
 
-
-def open_encoder(name: str, modality: str) -> FrozenEncoder:
-    """Opens the encoder of a modality by the name of its model."""
-    kind: Any = KINDS.get(Name.parse(name).scheme, OwnEncoder)
+    `embeds`: its vectors can be compared with those of the model's other modalities.
+    """
+    scheme = Name.parse(name).scheme
     with torch.device("cpu"):  # `openimp plan` makes models on the meta device.
-        encoder: FrozenEncoder = kind(name, modality)
-    return encoder
+        if scheme == SENTENCE_TRANSFORMERS:
+            return LibraryEncoder(name, modality)
+        if scheme == TIMM:
+            return TimmEncoder(name, modality)
+        return OwnEncoder(name, modality, embeds)
 
 
 def vector_sizes(name: str) -> dict[str, int]:

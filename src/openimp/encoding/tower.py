@@ -18,11 +18,13 @@ from torch import Tensor
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
+from openimp.common.objective import Teacher
 from openimp.common.protocols import Dated, Pictured, Recorded, Segmented
 from openimp.common.schema import Count, RecipePath, Strict, checked
 from openimp.encoding.engine import ahead
 from openimp.encoding.frozen import CLIPS, FrozenEncoder, open_encoder
 from openimp.recipe.registry import modality_class
+from openimp.recipe.schema import Recipe
 
 
 class SavedTower(Strict):
@@ -54,6 +56,9 @@ class Tower(Modality):
     class View(Strict):
         """A tower reads items in its own view."""
 
+    embeds = False
+    """Whether the vectors can be compared with those of the model's other modalities."""
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._saved: SavedTower | None = None
@@ -64,7 +69,7 @@ class Tower(Modality):
     @cached_property
     def encoder(self) -> FrozenEncoder:
         """The frozen encoder, on the GPU if there is one. UserError if it is not the one of training."""
-        encoder = open_encoder(self.config.tower, self.name)
+        encoder = open_encoder(self.config.tower, self.name, self.embeds)
         if self._saved and self._saved.fingerprint != encoder.fingerprint:
             raise UserError(f"tower {self.config.tower}: has other weights or options now than in training")
         return encoder
@@ -191,6 +196,18 @@ def tower_class(name: str) -> type[Tower]:
     base = Tower if plain.reads_text else MediaTower
     shared = ("name", "stem", "reads_text", "extensions", "decoders")
     return type(f"{plain.__name__}Tower", (base,), {key: getattr(plain, key) for key in shared})
+
+
+def open_teachers(recipe: Recipe) -> dict[Teacher, Tower]:
+    """The models that the objectives of a recipe learn from."""
+    towers = {}
+    for task in recipe.tasks.values():
+        teachers = (objective.teacher_of() for objective in task.objectives if task.weight)
+        for teacher in filter(None, teachers):
+            tower = tower_class(teacher.modality)
+            towers[teacher] = tower(tower.Config(tower=teacher.model))
+            towers[teacher].embeds = True
+    return towers
 
 
 def _restored(name: str, config: Any, state: dict[str, str]) -> Tower:

@@ -1,4 +1,4 @@
-"""`distill`: a modality learns the vectors in a column.
+"""`distill`: a modality learns the vectors of a larger model.
 
 Shape suffixes: B examples of this rank, N embeddings, M vectors of all ranks, Z features of the embedding space.
 """
@@ -7,22 +7,24 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import model_validator
 
 from openimp.common.device import full_precision
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
-from openimp.common.objective import Compared, Objective, Row, TargetSizes, Tensors
-from openimp.common.schema import Positive
+from openimp.common.objective import Compared, Objective, Row, TargetSizes, Teacher, Tensors
+from openimp.common.schema import Positive, RecipePath
 from openimp.data.tables import item_id, number_array
 from openimp.model.embedder import Embedder, EncodedAll
 from openimp.objectives.nce import mean_by_blocks, softmax_nce
 from openimp.parallel.distributed import all_gather
+from openimp.recipe.registry import modality_class
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
 
 class Distill(Objective):
-    """Trains the embeddings of one modality to match the vectors in a column, for example those of a larger model.
+    """Trains the embeddings of one modality to match the embeddings of another model, the teacher.
 
     The projection head is that of the modality in the embedding space. So modalities that learn from one model can be
     compared with each other, and with this model's own vectors. In a disjoint space, each must name the other.
@@ -32,10 +34,14 @@ class Distill(Objective):
     """The kind of objective."""
     of: str
     """The modality to train. It must be an input of the task."""
-    to: str
-    """The column with a list of numbers per row, as `openimp embed --join` writes it: `model.embed_dim` of them, or as
-    many as the embeddings of a wrapped model have. They are scaled to length 1. A row without such a list is a bad
-    example."""
+    teacher: RecipePath | None = None
+    """The model that embeds the pictures, clips or sounds before the first step: a run, `openimp:base`,
+    `hub:OWNER/NAME`, `open_clip:NAME/TAG`, or `sentence_transformers:OWNER/NAME`. openimp's cache keeps the vectors.
+    They must have `model.embed_dim` numbers."""
+    to: str | None = None
+    """Instead of `teacher`: the column with a list of numbers per row, as `openimp embed --join` writes it:
+    `model.embed_dim` of them, or as many as the embeddings of a wrapped model have. They are scaled to length 1. A row
+    without such a list is a bad example."""
     towards: str | None = None
     """The modality with which the embeddings are to be compared, only for `model.space: disjoint`, which has a head for
     each. Default: the task's other input, if there is one."""
@@ -45,11 +51,23 @@ class Distill(Objective):
     temperature: Positive = 0.07
     """Temperature of the contrastive loss. It is not learned."""
 
+    @model_validator(mode="after")
+    def _has_vectors(self) -> "Distill":
+        if (self.teacher is None) == (self.to is None):
+            raise ValueError("distill needs either a teacher, or the column `to`")
+        return self
+
     def check(self, location: str, task: Task, recipe: Recipe) -> None:
         """Checks that the model has the head."""
         known = recipe.modality_names
         if self.towards and self.towards not in known:
             raise UserError(f"{location}.towards: no modality {self.towards!r}{nearest(self.towards, known)}")
+        if self.teacher and modality_class(self.of).reads_text:
+            raise UserError(
+                f"{location}.teacher: reads media only; embed {self.of} with openimp embed --join, see `to`"
+            )
+        if self.teacher and len(task.inputs[self.of].columns) > 1:
+            raise UserError(f"{location}.teacher: {self.of} has several columns, of which each step draws one")
         disjoint = recipe.model.space == "disjoint" and not recipe.model.wrap
         if disjoint and self._target(task) == self.of:
             raise UserError(
@@ -58,7 +76,7 @@ class Distill(Objective):
             )
 
     def work(self, task: Task) -> list[str]:
-        return [f"distills {self.of} to {self.to}"]
+        return [f"distills {self.of} to {self.to or 'its teacher'}"]
 
     def projected(self, task: Task) -> list[tuple[str, str]]:
         return [(self.of, self._target(task))]
@@ -72,11 +90,19 @@ class Distill(Objective):
         others = [name for name in task.inputs if name != self.of]
         return self.towards or (others[0] if len(others) == 1 else self.of)
 
+    def teacher_of(self) -> Teacher | None:
+        return Teacher(self.of, self.teacher) if self.teacher else None
+
+    @property
+    def _column(self) -> str:
+        teacher = self.teacher_of()
+        return teacher.column if teacher else str(self.to)
+
     def columns(self) -> set[str]:
-        return {self.to}
+        return {self.to} if self.to else set()
 
     def read(self, task: Task, row: Row, number: int, sizes: TargetSizes) -> Tensors:
-        vector_Z = unit_vector(row[self.to], sizes.embed_dim, self.to)
+        vector_Z = unit_vector(row[self._column], sizes.embed_dim, self._column)
         item = item_id(vector_Z.tobytes(), number)
         return {"vector": torch.from_numpy(vector_Z), "item": torch.tensor(item)}
 
@@ -85,7 +111,7 @@ class Distill(Objective):
         return {"vector": torch.zeros(examples, sizes.embed_dim), "item": item}
 
     def losses(self, model: Embedder, task: Task, encoded: EncodedAll, targets: Tensors) -> Tensors:
-        """The loss of a modality's embeddings, by the name "modality:column". Everything is fp32.
+        """The loss of a modality's embeddings, by the name "modality:column", or "modality:teacher". Everything is fp32.
 
         For the contrastive loss, each rank compares its own N embeddings with the vectors of all ranks.
         """
@@ -102,7 +128,7 @@ class Distill(Objective):
                 loss = mean_by_blocks(
                     softmax_nce, z_NZ / self.temperature, local_items[:, None], vector_MZ, all_items[:, None]
                 )
-        return {f"{self.of}:{self.to}": loss}
+        return {f"{self.of}:{self.to or 'teacher'}": loss}
 
     def compared(self, task: Task, examples: int) -> Compared:
         if self.loss == "cosine":
@@ -113,7 +139,7 @@ class Distill(Objective):
 def unit_vector(value: Any, size: int, column: str) -> np.ndarray:
     """(Z,) fp32, the vector in a cell of a column, scaled to length 1; BadMedia if there is none of this size."""
     try:
-        vector = number_array(value).astype(np.float64) if isinstance(value, list) else np.empty(0)
+        vector = number_array(value).astype(np.float64) if isinstance(value, list | np.ndarray) else np.empty(0)
     except BadMedia as error:
         raise BadMedia(f"column {column!r}: {error}") from None
     if vector.shape != (size,):

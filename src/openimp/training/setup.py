@@ -21,6 +21,7 @@ from openimp.common.protocols import load_learned
 from openimp.data.batch import Batch
 from openimp.data.step_batches import StepBatches
 from openimp.data.streams import Cursor
+from openimp.encoding.tower import open_teachers
 from openimp.evaluation.evaluate import check_sets
 from openimp.model.build import architecture_of, build_for_training
 from openimp.model.embedder import Embedder, EncodeAll
@@ -74,7 +75,7 @@ class Parts:
     """The parts of a training run on this rank.
 
     Attributes:
-        fingerprints: of each source.
+        fingerprints: of each source and each teacher.
         cursors: where the streams of each task resume, by lane.
     """
 
@@ -117,7 +118,9 @@ def set_up(
     rank = distributed.rank()
     world_size = distributed.world_size()
     data = distributed.run_first_on_node(lambda: StepBatches(recipe, modalities, track, rank, world_size))
+    teachers = open_teachers(recipe)
     fingerprints = distributed.run_on_rank_zero(data.fingerprints)  # Not on all ranks: it reads a part of every file.
+    fingerprints |= {teacher.column: tower.encoder.fingerprint for teacher, tower in teachers.items()}
     changed: list[str] = []
     if checkpoint is None:
         data.fit(warm_start.stems if warm_start else ())
@@ -125,7 +128,7 @@ def set_up(
         changed = changed_sources(checkpoint, fingerprints, allow_changed_data)
         if saved_classes != data.classes:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
-    distributed.run_first_on_node(lambda: data.embed(track))
+    distributed.run_first_on_node(lambda: data.embed(track, teachers))
     step_costs = variant.costs(recipe, modalities, data.classes)
     signature_count = len(signatures(recipe, modalities, world_size)) if recipe.train.compile else 0
     model, model_files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
