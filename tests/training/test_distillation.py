@@ -164,35 +164,30 @@ def test_in_a_disjoint_space_the_recipe_names_what_to_compare_with(data):
 
 
 def test_a_teacher_gives_the_vectors_that_embed_join_would_write(student, data, tmp_path):
-    embed_rows(student, str(data / "pictures.parquet"), tmp_path / "joined.parquet", "image", "file", to="joined")
-    taught = [
-        "tasks.read.weight=0",
-        "evaluation={}",
-        "seed=1",
-        f"tasks.seen.objectives=[{{type: distill, of: image, teacher: {student}}}]",
-    ]
+    objectives = [{"type": "distill", "of": name, "teacher": str(student)} for name in ("image", "text")]
+    inputs = {"image": "file", "text": ["a {label} square", "{label}"]}
+    changes = {"inputs": inputs, "objectives": objectives, "views": [{"image": {"size": 16}, "text": {"length": 12}}]}
+    taught = ["tasks.read.weight=0", "evaluation={}", "seed=1"]
+    taught += [f"tasks.seen.{key}={json.dumps(value)}" for key, value in changes.items()]
     recipe = Recipe.load(data / "recipe.yaml", taught)
     batches = StepBatches(recipe, recipe.make_modalities())
     batches.fit()
     batches.embed(None, open_teachers(recipe))
-    loaded = batches[0]
-    joined = torch.tensor(pq.read_table(tmp_path / "joined.parquet")["joined"].to_pylist())
-    cosines = (loaded.batch.targets[0]["vector"] * joined[loaded.batch.rows]).sum(1)
-    assert cosines.min() > 0.999, "openimp embed uses bf16 where it is fast, and a teacher fp32"
+    batch = batches[0].batch
+    for targets, modality, column in zip(batch.targets, inputs, ("file", "a {label} square")):
+        out = tmp_path / f"{modality}.parquet"
+        embed_rows(student, str(data / "pictures.parquet"), out, modality, column, to="joined")
+        joined = torch.tensor(pq.read_table(out)["joined"].to_pylist())
+        cosines = (targets["vector"] * joined[batch.rows]).sum(1)
+        assert cosines.min() > 0.999, "openimp embed uses bf16 where it is fast, and a teacher fp32"
 
-    run = tmp_path / "second"
-    train(recipe, run)
-    losses = [line["tasks"]["seen"]["image:teacher"] for line in read_lines(run / "metrics.jsonl")]
-    assert losses[-1] < 0.35 * losses[0]
+    train(recipe, tmp_path / "second")
+    first, *_, last = (line["tasks"]["seen"] for line in read_lines(tmp_path / "second" / "metrics.jsonl"))
+    for name in ("image:teacher", "text:teacher"):
+        assert last[name] < 0.35 * first[name]
     for wrong in ("model.embed_dim=16", "sources.pictures.stream=true"):
         with refuses():
             train(Recipe.load(data / "recipe.yaml", [*taught, wrong]), tmp_path / "wrong")
-    for wrong in (
-        "tasks.seen.objectives=[{type: distill, of: image}]",
-        "tasks.seen.objectives=[{type: distill, of: image, to: teacher, teacher: runs/a}]",
-        "tasks.read.objectives=[{type: distill, of: text, teacher: runs/a}]",
-    ):
+    for wrong in ("", "to: teacher, teacher: runs/a"):
         with refuses():
-            Recipe.load(data / "recipe.yaml", [wrong])
-    with refuses():
-        Recipe.load(data / "recipe.yaml", [*taught, "tasks.seen.inputs.image=[file, label]"])
+            Recipe.load(data / "recipe.yaml", [f"tasks.seen.objectives=[{{type: distill, of: image, {wrong}}}]"])

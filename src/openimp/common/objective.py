@@ -43,7 +43,7 @@ class TargetSizes(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """A frozen model whose embeddings of a task's media are targets."""
+    """A frozen model whose embeddings of one modality of a task are targets."""
 
     modality: str
     model: str  # as `openimp.load` takes it
@@ -110,7 +110,7 @@ class Objective(Strict, ABC):
         return None
 
     def teacher_of(self) -> Teacher | None:
-        """A model that embeds the media before the first step, for `read`."""
+        """A model that embeds one modality of all rows before the first step, for `read`."""
         return None
 
     def columns(self) -> set[str]:

@@ -25,7 +25,7 @@ from openimp.data.store import (
     write_store,
 )
 from openimp.data.tables import Table
-from openimp.data.templates import all_texts, columns_of
+from openimp.data.templates import all_texts, columns_of, fill
 
 ITEMS_PER_FILE = 4096
 """Items per file. After a stop, at most this many items are embedded again."""
@@ -48,6 +48,17 @@ def embed_column(
     return _embed(
         modality, f"{table.name}.{column}", len(table), reads, lambda rows: stable_hash([key, rows]), progress
     )
+
+
+def embed_texts(table: Table, modality: Any, templates: list[str], progress: Progress | None = None) -> DecodedStore:
+    """The vectors of the texts that evaluation makes of a table's rows, by row."""
+    columns = columns_of(templates)
+    key = [*code_of(modality), table.fingerprint, templates]
+
+    def reads(rows: range) -> Reads:
+        return (partial(fill, templates, row) for row in table.rows(rows, columns))
+
+    return _embed(modality, f"{table.name}: texts", len(table), reads, lambda rows: stable_hash([key, rows]), progress)
 
 
 class EmbeddedTexts:

@@ -23,7 +23,7 @@ from openimp.common.modality import BadMedia, Modality
 from openimp.common.objective import TargetSizes, Teacher, Tensors
 from openimp.common.protocols import Learned, Towered
 from openimp.data.batch import Batch, head_key
-from openimp.data.embedded import TEXT_ROWS, EmbeddedTexts, embed_column, texts_in
+from openimp.data.embedded import TEXT_ROWS, EmbeddedTexts, embed_column, embed_texts, texts_in
 from openimp.data.order import batch_digest, example_rng, permute, rows_at, seed_key
 from openimp.data.sources import open_source
 from openimp.data.store import DecodedStore, Progress
@@ -113,7 +113,7 @@ class StepBatches(Dataset[LoadedBatch]):
         classes: the classes of each classification head in the order of its outputs, by `head_key`.
         stores: the decoded media of each cached column, by (source, modality, column). A tower's are vectors.
         texts: the vectors of the texts of each modality with a tower.
-        taught: the vectors of each row's media by the teachers of each task.
+        taught: the vectors of the rows by the teachers of each task.
     """
 
     def __init__(
@@ -229,8 +229,12 @@ class StepBatches(Dataset[LoadedBatch]):
                         f"tasks.{task_name}: teacher {teacher.model} has vectors of {size} numbers, and the model of "
                         f"{self._target_sizes.embed_dim}; set model.embed_dim"
                     )
-                (column,) = task.inputs[teacher.modality].columns
-                self.taught[task_name][teacher] = embed_column(source, tower, column, [], progress)
+                columns = task.inputs[teacher.modality].columns
+                if tower.reads_text:
+                    store = embed_texts(source, tower, columns, progress)
+                else:
+                    store = embed_column(source, tower, columns[0], [], progress)
+                self.taught[task_name][teacher] = store
 
     def _embed_for_towers(self, progress: Progress | None) -> None:
         for task_name, source in self.sources.items():

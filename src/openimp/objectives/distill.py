@@ -18,7 +18,6 @@ from openimp.data.tables import item_id, number_array
 from openimp.model.embedder import Embedder, EncodedAll
 from openimp.objectives.nce import mean_by_blocks, softmax_nce
 from openimp.parallel.distributed import all_gather
-from openimp.recipe.registry import modality_class
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
@@ -35,9 +34,9 @@ class Distill(Objective):
     of: str
     """The modality to train. It must be an input of the task."""
     teacher: RecipePath | None = None
-    """The model that embeds the pictures, clips or sounds before the first step: a run, `openimp:base`,
-    `hub:OWNER/NAME`, `open_clip:NAME/TAG`, or `sentence_transformers:OWNER/NAME`. openimp's cache keeps the vectors.
-    They must have `model.embed_dim` numbers."""
+    """The model that embeds the rows before the first step, as an evaluation would read them (a text by the first
+    template, with all values): a run, `openimp:base`, `hub:OWNER/NAME`, `open_clip:NAME/TAG`, or
+    `sentence_transformers:OWNER/NAME`. openimp's cache keeps the vectors. They must have `model.embed_dim` numbers."""
     to: str | None = None
     """Instead of `teacher`: the column with a list of numbers per row, as `openimp embed --join` writes it:
     `model.embed_dim` of them, or as many as the embeddings of a wrapped model have. They are scaled to length 1. A row
@@ -62,12 +61,6 @@ class Distill(Objective):
         known = recipe.modality_names
         if self.towards and self.towards not in known:
             raise UserError(f"{location}.towards: no modality {self.towards!r}{nearest(self.towards, known)}")
-        if self.teacher and modality_class(self.of).reads_text:
-            raise UserError(
-                f"{location}.teacher: reads media only; embed {self.of} with openimp embed --join, see `to`"
-            )
-        if self.teacher and len(task.inputs[self.of].columns) > 1:
-            raise UserError(f"{location}.teacher: {self.of} has several columns, of which each step draws one")
         disjoint = recipe.model.space == "disjoint" and not recipe.model.wrap
         if disjoint and self._target(task) == self.of:
             raise UserError(
@@ -111,7 +104,7 @@ class Distill(Objective):
         return {"vector": torch.zeros(examples, sizes.embed_dim), "item": item}
 
     def losses(self, model: Embedder, task: Task, encoded: EncodedAll, targets: Tensors) -> Tensors:
-        """The loss of a modality's embeddings, by the name "modality:column", or "modality:teacher". Everything is fp32.
+        """The loss of a modality's embeddings, by the name "modality:column" or "modality:teacher". All is fp32.
 
         For the contrastive loss, each rank compares its own N embeddings with the vectors of all ranks.
         """
