@@ -32,7 +32,7 @@ def main() -> None:
     FOLDER.mkdir(parents=True)
     write(model, "openimp:base", "apache-2.0", FOLDER)
     hours = sum(line["seconds"] for line in read_lines(run / "metrics.jsonl")) / 3600
-    trained = f"The model was trained with `openimp train base` in {hours:.1f} hours on one core of a CPU."
+    trained = f"The model was trained with `openimp train base` in {hours:.1f} hours on {torch.get_num_threads()} cores of a CPU."
     card = FOLDER / "README.md"
     text = card.read_text(encoding="utf-8")
     text = text.replace("## Limits\n", f"## Limits\n\n{KNOWLEDGE}\n").replace(
