@@ -36,7 +36,7 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
 CORPUS_ROWS = 100_000
-"""Maximum number of rows per task to train a tokenizer: whole shards of a stream, or a random sample of a table."""
+"""Maximum number of rows per task to train a tokenizer: the first rows of a stream, or a random sample of a table."""
 
 
 @dataclass
@@ -48,9 +48,9 @@ class LoadedBatch:
         parts: the examples, in order, as the workers made them. A worker without a part makes none.
         names: the name of each example's row.
         bad: (row name, reason) of each example that could not be read. Another example replaces it in the batch.
-        cursors: where the lanes of the task's stream resume that were read, by lane; empty for tables.
+        cursors: where each lane of the task's stream that was read resumes; empty for tables.
         digest: a hash of the examples, whatever their order; see `batch_digest`.
-        stop_reason: this rank's reason to stop the run before this step: an error, or "" for a signal. None: no reason.
+        stop_reason: why this rank stops the run before this step: an error, or "" for a signal. None: it goes on.
     """
 
     visit: Visit
@@ -113,7 +113,7 @@ class StepBatches(Dataset[LoadedBatch]):
         classes: the classes of each classification head in the order of its outputs, by `head_key`.
         stores: the decoded media of each cached column, by (source, modality, column). A tower's are vectors.
         texts: the vectors of the texts of each modality with a tower.
-        taught: the vectors of the rows by the teachers of each task.
+        taught: the teachers' vectors of the rows, by task and teacher. `embed` fills it.
     """
 
     def __init__(
@@ -210,9 +210,9 @@ class StepBatches(Dataset[LoadedBatch]):
                 learner.load_state(states[name])
 
     def embed(self, progress: Progress | None, teachers: Mapping[Teacher, Modality]) -> None:
-        """Embeds the items of all modalities with a tower or a teacher, which must be done before the first batch.
+        """Embeds what towers and teachers read. It must be called before the first batch.
 
-        Vectors are stored in openimp's cache. UserError if a stream has such items, which are read only once, or if the
+        Vectors are stored in openimp's cache. UserError if a source is a stream, which is read only once, or if the
         vectors of a teacher have another size than the model's embeddings.
         """
         self._embed_for_towers(progress)
@@ -319,8 +319,8 @@ class StepBatches(Dataset[LoadedBatch]):
     def _positions(self, visit: Visit, number: int, parts: int) -> list[int]:
         """The positions, in the task's order, of the examples of a part, which has whole lanes.
 
-        In a batch of B, example j is of lane j * lanes // B. A table can be divided anywhere, as if each example was a
-        lane. If the ranks do not divide the lanes, two ranks share a lane, and each takes a part of its examples.
+        Example j of a batch of B is in lane j * lanes // B. In a table, each example is a lane of its own. If the
+        lanes are not a multiple of the ranks, two ranks share a lane, and each takes a part of its examples.
         """
         lanes = self._lanes(visit.task) or visit.batch_size
         lane_size = visit.batch_size // lanes  # examples of a lane in the batch
@@ -332,6 +332,7 @@ class StepBatches(Dataset[LoadedBatch]):
         part_start = (first_lane + rank_lanes * number // parts) * lane_size
         part_stop = (first_lane + rank_lanes * (number + 1) // parts) * lane_size
         examples = range(max(rank_start, part_start), min(rank_stop, part_stop))
+        # The batch has one lane after the other; in the task's order, position p is in lane p % lanes.
         return [visit.start + j % lane_size * lanes + j // lane_size for j in examples]
 
     def _lanes(self, task: str) -> int:
@@ -422,8 +423,8 @@ class StepBatches(Dataset[LoadedBatch]):
             rng = example.rng
             if modality.reads_text:
                 vectors = self.texts.get(name)
-                draw = fill if vectors is None else draw_text
-                text = draw(spec.columns, example.values, rng)
+                write = fill if vectors is None else draw_text  # A tower has embedded only some texts.
+                text = write(spec.columns, example.values, rng)
                 example.texts.setdefault(name, []).append(text)
                 return modality.decode(text, [view]) if vectors is None else vectors[text]
             column = spec.columns[0]

@@ -169,7 +169,7 @@ def _picture(value: Any, rng: Rng | None) -> PIL.Image.Image:
 def open_encoder(name: str, modality: str, embeds: bool = False) -> FrozenEncoder:
     """Opens the encoder of a modality by the name of its model.
 
-    `embeds`: its vectors can be compared with those of the model's other modalities.
+    `embeds`: the vectors are the model's embeddings, not its features before the heads.
     """
     scheme = Name.parse(name).scheme
     with torch.device("cpu"):  # `openimp plan` makes models on the meta device.

@@ -50,14 +50,14 @@ class Tower(Modality):
         pictures, or `sentence_transformers:OWNER/NAME`."""
         crops: Count = 1
         """Vectors that training has of each picture, clip or sound. The first is of the item as in evaluation (of a
-        long item, the mean over its clips), the others are of random crops, changed as in the tower's own training.
-        Each step draws one of them."""
+        long item, the mean over its clips), the others are of random crops, which models of openimp also change as in
+        their own training. Each step draws one of them."""
 
     class View(Strict):
         """A tower reads items in its own view."""
 
     embeds = False
-    """Whether the vectors can be compared with those of the model's other modalities."""
+    """Whether the vectors are the embeddings of the tower's model, not its features before the heads."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -75,7 +75,7 @@ class Tower(Modality):
         return encoder
 
     def state(self) -> dict[str, str]:
-        # By modality, because those of a stem may have different views.
+        # A file per modality, because modalities of one stem may have different views.
         saved = self._saved or SavedTower(fingerprint=self.encoder.fingerprint, features=self.encoder.features)
         return {f"tower-{self.name}.json": saved.model_dump_json(indent=1)}
 
@@ -157,13 +157,13 @@ class Tower(Modality):
         return self.encoder.read(value)
 
     def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
-        """One token per vector (B, features), or, without `rngs`, per clip, which the tower embeds."""
+        """One token per item: vectors (B, features) or, without `rngs`, clips, which the tower embeds first."""
         vectors_BD = torch.from_numpy(items).float() if rngs is not None else _scaled(self.encoder.embed(items))
         return Tokens(vectors_BD[:, None], torch.zeros(len(items), 1, 1, dtype=torch.int64, device=vectors_BD.device))
 
 
 class MediaTower(Tower):
-    """A tower for media, which shows and cuts them as the tower's modality does."""
+    """A tower for media. It shows and cuts them with the encoder's `reader`."""
 
     def show(self, value: Any, view: Any) -> bytes:
         return self._reader(Pictured).show(value, self.encoder.view)
@@ -191,7 +191,7 @@ class MediaTower(Tower):
 
 @cache
 def tower_class(name: str) -> type[Tower]:
-    """The class that reads a modality with a tower. It has what is the same for all readers of the modality."""
+    """The class that reads a modality with a tower. It has the modality's name, stem and types of files."""
     plain = modality_class(name)
     base = Tower if plain.reads_text else MediaTower
     shared = ("name", "stem", "reads_text", "extensions", "decoders")

@@ -25,8 +25,8 @@ from openimp.recipe.tasks import Task
 class Distill(Objective):
     """Trains the embeddings of one modality to match the embeddings of another model, the teacher.
 
-    The projection head is that of the modality in the embedding space. So modalities that learn from one model can be
-    compared with each other, and with this model's own vectors. In a disjoint space, each must name the other.
+    It trains the modality's own projection head. So modalities that learn from one teacher can be compared with each
+    other, and with the teacher's own vectors. In a disjoint space, `towards` of each must be the other.
     """
 
     type: Literal["distill"]
@@ -69,7 +69,7 @@ class Distill(Objective):
             )
 
     def work(self, task: Task) -> list[str]:
-        return [f"distills {self.of} to {self.to or 'its teacher'}"]
+        return [f"trains {self.of} on {self.to or 'the vectors of a teacher'}"]
 
     def projected(self, task: Task) -> list[tuple[str, str]]:
         return [(self.of, self._target(task))]
@@ -110,7 +110,7 @@ class Distill(Objective):
         """
         vector_BZ = targets["vector"]
         z_NZ = model.project(encoded[self.of].features, self.of, self._target(task))
-        draws = len(z_NZ) // len(vector_BZ)
+        draws = len(z_NZ) // len(vector_BZ)  # embeddings of each example
         with full_precision(z_NZ.device):
             if self.loss == "cosine":
                 loss = 1 - (z_NZ * vector_BZ.repeat_interleave(draws, dim=0)).sum(1).mean()

@@ -30,8 +30,8 @@ from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, 
 from openimp.search.table import Items, any_of, below, between, quoted
 
 RANKED = 500
-"""Least number of rows in a ranking that is merged with others. The page shows fewer, so more results do not change
-the order of those that are shown already."""
+"""Least length of a ranking that is merged with others. The page shows fewer results, so a larger `k` keeps their
+order."""
 RANK_CONSTANT = 60
 """Of reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): the larger, the less the first ranks count."""
 
@@ -99,12 +99,14 @@ class Index:
     ) -> list[Hit]:
         """Returns the `k` best items.
 
-        By meaning, items are ranked by their cosine with the weighted sum of the queries. By words, items whose texts
-        (captions, names, lines) have words of the query's texts are ranked by BM25: those with any of the words, and
-        those with all of them. An item gets the sum of its reciprocal ranks. Modalities with one stem, such as image
-        and video, are ranked together. Others take turns if they are ranked by meaning, because their cosines cannot be
-        compared: in most models, all texts are closer to a text than any picture is. The modality with the best item
-        begins. Of a file that was cut into segments, only the best segment is returned, unless `under` is that file.
+        By meaning, items are ranked by their cosine with the weighted sum of the queries. By words, items are ranked
+        twice by the BM25 of their texts (captions, names, lines): those with any word of the query's texts, and those
+        with all words. The rankings are merged: an item gets the sum of its 1 / (60 + rank).
+
+        Modalities with one stem, such as image and video, are ranked together. By meaning alone, groups with different
+        stems take turns, and the group with the best item begins. Their cosines cannot be compared: in most models, all
+        texts are closer to a text than any picture is. Of a file that was cut into segments, only the best segment is
+        returned, unless `under` is that file.
 
         Args:
             queries: one part of the query or several. A string is a text. Items in the query are not returned.
@@ -115,7 +117,7 @@ class Index:
             by: "both", "meaning" or "words". A query that has anything but texts is always ranked by meaning. Items
                 with words of a text that is subtracted are not found by words.
             since, until: only items of this day and later, or this day and earlier, such as "2026-05-31". Rows of
-                tables have dates only if the header of their media tells.
+                tables have dates only if the header of their media has one.
 
         Raises:
             UserError: a query cannot be read, no item can be compared with it, neither the model nor an item has a word
@@ -170,7 +172,7 @@ class Index:
             raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
         if words is not None and by == "both" and not is_found and not any(query.vectors for query in encoded):
             raise UserError(f"{words.wanted!r} has no word that the model knows, and no item has its words")
-        # Items that are ranked by meaning only have equal sums. Then the group with the highest cosine is first.
+        # By meaning alone, items of equal rank have equal sums. Then the group with the highest cosine is first.
         ranked_by_group.sort(key=lambda ranked: -max((item.hit.score or 0 for item in ranked), default=0))
         best_first = sorted(chain.from_iterable(ranked_by_group), key=lambda item: -item.sum)
         return [item.hit for item in best_first[:k]]
@@ -358,7 +360,7 @@ def _day(name: str, value: str | date | None) -> date | None:
 def unit_vector(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray | None:
     """The direction (Z,) of the weighted sum of the parts of a query in a space.
 
-    Texts without a word that the model knows do not count. None: a part is not in this space, or none is left.
+    Texts of unknown words do not count. None: another part is not in this space, or no part is left.
     """
     known = [part for part in parts if part.vectors]
     if not known or not all(space in part.vectors for part in known):
@@ -449,5 +451,5 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
 
 
 def stands_for_file(hit: Hit, under: str | Path | None) -> bool:
-    """Whether a hit is the best segment of its file, which stands for all of them: not if `under` is that file."""
+    """Whether a hit is a segment that stands for its whole file. It does not if `under` is that file."""
     return hit.start is not None and (under is None or hit.path not in (str(under), os.path.abspath(under)))
