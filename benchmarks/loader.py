@@ -32,7 +32,7 @@ from openimp.data import step_batches
 from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
 from openimp.data.streams import Stream
-from openimp.encoding.tower import open_teachers
+from openimp.encoding.tower import make_teachers
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
 
@@ -58,7 +58,7 @@ def measure(recipe: Recipe, batches: int) -> dict[tuple[str, int], Counter[str]]
     """The mean nanoseconds per batch of each (task, view), in total ("all") and by part, after one warm-up batch."""
     data = StepBatches(recipe, recipe.make_modalities())
     data.fit()
-    data.embed(None, open_teachers(recipe))
+    data.embed(None, make_teachers(recipe))
     spent: Counter[str] = Counter()
     for modality in data.modalities.values():
         for method, part in PARTS.items():

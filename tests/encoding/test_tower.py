@@ -29,6 +29,8 @@ from openimp.cli import app
 from openimp.data.step_batches import StepBatches
 from openimp.drafting.draft import draft_recipe
 from openimp.encoding.frozen import open_encoder
+from openimp.encoding.tower import make_teachers
+from openimp.inference.public_recipe import shorten_paths
 from openimp.inference.publish import push
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
@@ -190,6 +192,70 @@ def test_a_model_of_openimp_is_a_tower_for_sounds(data, tmp_path):
     assert vector.norm() == pytest.approx(32**0.5, rel=1e-4)
     train(recipe, tmp_path / "run")
     assert openimp.load(tmp_path / "run", "cpu").encode_audio(file).shape == (1, 32)
+
+
+def taught_by(data: Path, teacher: str, **train_options: Any) -> Recipe:
+    """A small encoder that learns the vectors of a teacher."""
+    tasks = {
+        "pictures": {
+            "source": "pictures",
+            "inputs": {"image": "file", "text": ["a {label} square", "{label}"]},
+            "objectives": [{"type": "distill", "of": name, "teacher": teacher} for name in ("image", "text")],
+            "batch_size": 8,
+            "views": [{"image": {"size": 16}, "text": {"length": 6}}],
+        }
+    }
+    content = {
+        "name": "student",
+        "model": {"width": 16, "layers": 1, "heads": 1, "mlp_dim": 16, "space": "joint", "embed_dim": 24},
+        "modalities": {"vision": {"patch": [1, 8, 8]}, "text": {"vocab_size": 300, "positions": 8}},
+        "sources": {"pictures": {"path": str(data / "pictures")}},
+        "train": {"steps": 4, "num_workers": 1, "save_every": 2, **train_options},
+    }
+    return Recipe.build({**content, "tasks": tasks})
+
+
+def test_a_public_model_is_a_teacher(data, clip):
+    name, folder = clip
+    recipe = taught_by(data, name)
+    batches = StepBatches(recipe, recipe.make_modalities())
+    batches.fit()
+    batches.embed(None, make_teachers(recipe))
+    batch = batches[0].batch
+    rows = batches.sources["pictures"].rows(batch.rows, ["file", "label"])
+    files = [data / "pictures" / row["file"] for row in rows]
+    images, texts = library_vectors(folder, files, [f"a {row['label']} square" for row in rows])
+    for targets, vectors in zip(batch.targets, (images, texts)):
+        torch.testing.assert_close(targets["vector"], vectors, atol=1e-3, rtol=1e-3)  # fp16
+
+
+def test_a_resumed_run_has_the_vectors_of_its_teacher_or_refuses_others(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
+    teacher = tmp_path / "teacher"
+    changes = ["model.embed_dim=24", "model.space=joint", "evaluation={}"]
+    train(Recipe.load(str(data / "recipe.yaml"), ["train.steps=1", *changes]), teacher)
+    recipe = taught_by(data, str(teacher))
+    train(recipe, tmp_path / "whole")
+    whole = read_weights(checkpoints(tmp_path / "whole")[-1])
+
+    def stopped(name: str) -> Path:
+        run = shutil.copytree(tmp_path / "whole", tmp_path / name)
+        shutil.rmtree(checkpoints(run)[-1])
+        return run
+
+    shutil.move(teacher, tmp_path / "elsewhere")
+    train(recipe, stopped("cached"), resume=True)
+    resumed = read_weights(checkpoints(tmp_path / "cached")[-1])
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole), "cached vectors need no teacher"
+    train(Recipe.load(str(data / "recipe.yaml"), ["train.steps=2", *changes]), teacher)
+    shutil.rmtree(tmp_path / "cache" / "embedded")
+    with refuses():
+        train(recipe, stopped("changed"), resume=True)
+    train(Recipe.load(str(data / "recipe.yaml"), ["train.steps=1", "evaluation={}"]), tmp_path / "disjoint")
+    with refuses():
+        train(taught_by(data, str(tmp_path / "disjoint")), tmp_path / "student")
+    shown = shorten_paths(recipe.to_dict())["tasks"]["pictures"]["objectives"]
+    assert {options["teacher"] for options in shown} == {"teacher"}
 
 
 def test_what_a_run_costs_is_known_before_it_is_trained(data, clip, tmp_path):

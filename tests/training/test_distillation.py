@@ -15,7 +15,7 @@ from openimp.common.json_lines import read_lines
 from openimp.common.modality import BadMedia
 from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
-from openimp.encoding.tower import open_teachers
+from openimp.encoding.tower import make_teachers
 from openimp.inference.join import embed_rows
 from openimp.model.imp import IMP
 from openimp.objectives.distill import unit_vector
@@ -172,7 +172,7 @@ def test_a_teacher_gives_the_vectors_that_embed_join_would_write(student, data, 
     recipe = Recipe.load(data / "recipe.yaml", taught)
     batches = StepBatches(recipe, recipe.make_modalities())
     batches.fit()
-    batches.embed(None, open_teachers(recipe))
+    batches.embed(None, make_teachers(recipe))
     batch = batches[0].batch
     for targets, modality, column in zip(batch.targets, inputs, ("file", "a {label} square")):
         out = tmp_path / f"{modality}.parquet"
@@ -183,7 +183,7 @@ def test_a_teacher_gives_the_vectors_that_embed_join_would_write(student, data, 
 
     train(recipe, tmp_path / "second")
     first, *_, last = (line["tasks"]["seen"] for line in read_lines(tmp_path / "second" / "metrics.jsonl"))
-    for name in ("image:teacher", "text:teacher"):
+    for name in ("image by teacher", "text by teacher"):
         assert last[name] < 0.35 * first[name]
     for wrong in ("model.embed_dim=16", "sources.pictures.stream=true"):
         with refuses():

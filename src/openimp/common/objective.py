@@ -46,7 +46,7 @@ class Teacher(NamedTuple):
     """A frozen model whose embeddings of one modality of a task are targets."""
 
     modality: str
-    model: str  # as `openimp.load` takes it
+    model: str  # as a tower is named
 
     @property
     def column(self) -> str:
@@ -109,8 +109,8 @@ class Objective(Strict, ABC):
         """The column with classes for which the objective needs a classification head."""
         return None
 
-    def teacher_of(self) -> Teacher | None:
-        """A model that embeds one modality of all rows before the first step, for `read`."""
+    def taught_by(self) -> Teacher | None:
+        """The teacher that embeds one modality of all rows before the first step, for `read`."""
         return None
 
     def columns(self) -> set[str]:

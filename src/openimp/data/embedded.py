@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from openimp.common.cache import cached, stable_hash
+from openimp.common.modality import BadMedia
 from openimp.common.protocols import Towered
 from openimp.data.store import (
     ROWS,
@@ -50,17 +51,6 @@ def embed_column(
     )
 
 
-def embed_texts(table: Table, modality: Any, templates: list[str], progress: Progress | None = None) -> DecodedStore:
-    """The vectors of the texts that evaluation makes of a table's rows, by row."""
-    columns = columns_of(templates)
-    key = [*code_of(modality), table.fingerprint, templates]
-
-    def reads(rows: range) -> Reads:
-        return (partial(fill, templates, row) for row in table.rows(rows, columns))
-
-    return _embed(modality, f"{table.name}: texts", len(table), reads, lambda rows: stable_hash([key, rows]), progress)
-
-
 class EmbeddedTexts:
     """The vectors of texts: `texts[text]`."""
 
@@ -80,6 +70,32 @@ class EmbeddedTexts:
     def __getitem__(self, text: str) -> np.ndarray:
         """The vectors of a text; BadMedia as when it was embedded."""
         return self._store[self._number[text]]
+
+
+class EmbeddedRows:
+    """The vectors of the texts that evaluation makes of a table's rows: `texts[row]`."""
+
+    def __init__(self, table: Table, modality: Towered, templates: list[str], progress: Progress | None = None) -> None:
+        self._texts = [*_evaluation_texts(table, templates)]
+        readable = (text for text in self._texts if isinstance(text, str))
+        self._vectors = EmbeddedTexts(modality, readable, progress)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """The vectors of a row's text; BadMedia if it has none."""
+        text = self._texts[row]
+        if isinstance(text, BadMedia):
+            raise text
+        return self._vectors[text]
+
+
+def _evaluation_texts(table: Table, templates: list[str]) -> Iterator[str | BadMedia]:
+    columns = columns_of(templates)
+    for start in range(0, len(table), TEXT_ROWS):
+        for row in table.rows(range(len(table))[start : start + TEXT_ROWS], columns):
+            try:
+                yield fill(templates, row)
+            except BadMedia as error:
+                yield error
 
 
 def texts_in(table: Table, templates: list[str]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from openimp.common.modality import BadMedia, Modality
 from openimp.common.objective import TargetSizes, Teacher, Tensors
 from openimp.common.protocols import Learned, Towered
 from openimp.data.batch import Batch, head_key
-from openimp.data.embedded import TEXT_ROWS, EmbeddedTexts, embed_column, embed_texts, texts_in
+from openimp.data.embedded import TEXT_ROWS, EmbeddedRows, EmbeddedTexts, embed_column, texts_in
 from openimp.data.order import batch_digest, example_rng, permute, rows_at, seed_key
 from openimp.data.sources import open_source
 from openimp.data.store import DecodedStore, Progress
@@ -113,7 +113,7 @@ class StepBatches(Dataset[LoadedBatch]):
         classes: the classes of each classification head in the order of its outputs, by `head_key`.
         stores: the decoded media of each cached column, by (source, modality, column). A tower's are vectors.
         texts: the vectors of the texts of each modality with a tower.
-        taught: the teachers' vectors of the rows, by task and teacher. `embed` fills it.
+        teacher_vectors: of the rows, by task and teacher. `embed` fills it.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class StepBatches(Dataset[LoadedBatch]):
         self.world_size = world_size
         self.stores: dict[tuple[str, str, str], DecodedStore] = {}
         self.texts: dict[str, EmbeddedTexts] = {}
-        self.taught: dict[str, dict[Teacher, DecodedStore]] = {}
+        self.teacher_vectors: dict[str, dict[Teacher, DecodedStore | EmbeddedRows]] = {}
         self.sources: dict[str, Table | Stream] = {}
         self.classes: dict[str, list[Any]] = {}
         self._open_sources()
@@ -171,6 +171,8 @@ class StepBatches(Dataset[LoadedBatch]):
             if isinstance(source, Table):
                 tables[task.source] = source
             else:
+                if task.teachers:
+                    raise UserError(f"tasks.{name}: has a teacher, and source {source.name} is a stream")
                 _require_whole_lanes(name, task, source, self.world_size)
             self.sources[name] = source
 
@@ -209,32 +211,31 @@ class StepBatches(Dataset[LoadedBatch]):
             for name, learner in learners.items():
                 learner.load_state(states[name])
 
-    def embed(self, progress: Progress | None, teachers: Mapping[Teacher, Modality]) -> None:
+    def embed(self, progress: Progress | None, teachers: Mapping[Teacher, Any]) -> None:
         """Embeds what towers and teachers read. It must be called before the first batch.
 
         Vectors are stored in openimp's cache. UserError if a source is a stream, which is read only once, or if the
         vectors of a teacher have another size than the model's embeddings.
         """
         self._embed_for_towers(progress)
+        size = self._target_sizes.embed_dim
+        for teacher, model in teachers.items():
+            if model.stem_spec().values != size:
+                raise UserError(
+                    f"teacher {teacher.model}: has vectors of {model.stem_spec().values} numbers, and the model of "
+                    f"{size}; set model.embed_dim"
+                )
         for task_name, source in self.sources.items():
             task = self.recipe.tasks[task_name]
-            self.taught[task_name] = {}
-            for teacher in filter(None, (objective.teacher_of() for objective in task.objectives)):
-                tower = teachers[teacher]
-                size = tower.stem_spec().values
-                if isinstance(source, Stream):
-                    raise UserError(f"tasks.{task_name}: has a teacher, and source {source.name} is a stream")
-                if size != self._target_sizes.embed_dim:
-                    raise UserError(
-                        f"tasks.{task_name}: teacher {teacher.model} has vectors of {size} numbers, and the model of "
-                        f"{self._target_sizes.embed_dim}; set model.embed_dim"
-                    )
+            vectors: dict[Teacher, DecodedStore | EmbeddedRows] = {}
+            for teacher in task.teachers:
+                assert isinstance(source, Table)
                 columns = task.inputs[teacher.modality].columns
-                if tower.reads_text:
-                    store = embed_texts(source, tower, columns, progress)
+                if teachers[teacher].reads_text:
+                    vectors[teacher] = EmbeddedRows(source, teachers[teacher], columns, progress)
                 else:
-                    store = embed_column(source, tower, columns[0], [], progress)
-                self.taught[task_name][teacher] = store
+                    vectors[teacher] = embed_column(source, teachers[teacher], columns[0], [], progress)
+            self.teacher_vectors[task_name] = vectors
 
     def _embed_for_towers(self, progress: Progress | None) -> None:
         for task_name, source in self.sources.items():
@@ -451,8 +452,8 @@ class StepBatches(Dataset[LoadedBatch]):
             return
         task = self.recipe.tasks[task_name]
         try:
-            for teacher, store in self.taught.get(task_name, {}).items():
-                example.values[teacher.column] = store[example.row][0]
+            for teacher, vectors in self.teacher_vectors.get(task_name, {}).items():
+                example.values[teacher.column] = vectors[example.row][0]
             for column in sorted(_target_columns(task)):
                 if isinstance(cell := example.values[column], Unreadable):
                     raise BadMedia(cell.reason)

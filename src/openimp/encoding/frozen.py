@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -44,6 +44,10 @@ LONGEST_SIDE = 2048
 """Largest side, in pixels, of a picture that is given to a library, which shrinks it further."""
 
 
+Role = Literal["tower", "teacher"]
+"""What a frozen encoder is for."""
+
+
 class FrozenEncoder(ABC):
     """An encoder of items of one modality.
 
@@ -73,22 +77,26 @@ class FrozenEncoder(ABC):
 class OwnEncoder(FrozenEncoder):
     """A model that openimp loads, also one of open_clip. Its vectors are features before the heads, or embeddings."""
 
-    def __init__(self, name: str, modality: str, embeds: bool = False) -> None:
+    def __init__(self, name: str, modality: str, role: Role) -> None:
         folder = find_model(name)
         config, _, _ = read_config(folder)
         if modality not in config.views:
-            raise UserError(f"tower {name}: has no modality {modality}; it has {', '.join(config.views)}")
+            raise UserError(f"{role} {name}: has no modality {modality}; it has {', '.join(config.views)}")
         if any(hasattr(options, "tower") for options in config.modalities.values()):
-            raise UserError(f"tower {name}: has a tower itself")
+            raise UserError(f"{role} {name}: has a tower itself")
         model, saved, weights = _open(folder)
         self.reader = saved.modalities[modality]
         self.view = saved.config.views[modality]
-        towards = modality if embeds else None
+        embeds = role == "teacher"
         if embeds and not model.share_a_space(modality, modality):
-            raise UserError(f"teacher {name}: has a space per pair of modalities; embed with openimp embed --join")
+            raise UserError(
+                f"teacher {name}: has a space for each pair of modalities; write the vectors of one with openimp embed "
+                "--join --towards, and name their column in `to`"
+            )
         self.features = model.config.embed_dim if embeds else model.config.width
         parts = [weights, sorted(learned_files([self.reader]).items()), self.view, *(["embeddings"] if embeds else [])]
         self.fingerprint = stable_hash(parts)[:16]
+        towards = modality if embeds else None
         self._encoder = ItemEncoder(model, self.reader, self.view, towards, "fp32")  # Slow, but once per item.
 
     def embed(self, clips: np.ndarray) -> Tensor:
@@ -102,11 +110,11 @@ class OwnEncoder(FrozenEncoder):
 class LibraryEncoder(FrozenEncoder):
     """A model that sentence-transformers opens, also one of transformers."""
 
-    def __init__(self, name: str, modality: str) -> None:
+    def __init__(self, name: str, modality: str, role: Role) -> None:
         self._library, self.fingerprint = _open_library(name)
         if modality not in self._library.modalities:
             names = ", ".join(map(str, self._library.modalities))
-            raise UserError(f"tower {name}: has no modality {modality}; it has {names}")
+            raise UserError(f"{role} {name}: has no modality {modality}; it has {names}")
         self._modality = modality
         self.features = self._library.get_embedding_dimension()
         plain = modality_class(modality)
@@ -136,9 +144,9 @@ class LibraryEncoder(FrozenEncoder):
 class TimmEncoder(FrozenEncoder):
     """A model of timm for pictures. Its vectors are those before the classifier."""
 
-    def __init__(self, name: str, modality: str) -> None:
+    def __init__(self, name: str, modality: str, role: Role) -> None:
         if modality != "image":
-            raise UserError(f"tower {name}: has no modality {modality}; it has image")
+            raise UserError(f"{role} {name}: has no modality {modality}; it has image")
         self._trunk, self._transform, self.fingerprint = _open_timm(name)
         self.features = self._trunk.head_hidden_size
         plain = modality_class(modality)
@@ -166,25 +174,28 @@ def _picture(value: Any, rng: Rng | None) -> PIL.Image.Image:
     return picture
 
 
-def open_encoder(name: str, modality: str, embeds: bool = False) -> FrozenEncoder:
-    """Opens the encoder of a modality by the name of its model.
-
-    `embeds`: the vectors are the model's embeddings, not its features before the heads.
-    """
+def open_encoder(name: str, modality: str, role: Role = "tower") -> FrozenEncoder:
+    """Opens the encoder of a modality by the name of its model."""
     scheme = Name.parse(name).scheme
     with torch.device("cpu"):  # `openimp plan` makes models on the meta device.
         if scheme == SENTENCE_TRANSFORMERS:
-            return LibraryEncoder(name, modality)
+            return LibraryEncoder(name, modality, role)
         if scheme == TIMM:
-            return TimmEncoder(name, modality)
-        return OwnEncoder(name, modality, embeds)
+            return TimmEncoder(name, modality, role)
+        return OwnEncoder(name, modality, role)
+
+
+def release_encoders() -> None:
+    """Frees the memory of encoders that no tower uses."""
+    for opened in (_open, _open_timm, _open_library):
+        opened.cache_clear()
 
 
 def vector_sizes(name: str) -> dict[str, int]:
     """The modalities for which a model can be the tower, with the size of its vectors."""
     scheme = Name.parse(name).scheme
     if scheme == TIMM:
-        return {"image": TimmEncoder(name, "image").features}
+        return {"image": TimmEncoder(name, "image", "tower").features}
     if scheme == SENTENCE_TRANSFORMERS:
         library, _ = _open_library(name)
         names = [modality for modality in library.modalities if isinstance(modality, str)]

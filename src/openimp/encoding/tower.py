@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from openimp.common.objective import Teacher
 from openimp.common.protocols import Dated, Pictured, Recorded, Segmented
 from openimp.common.schema import Count, RecipePath, Strict, checked
 from openimp.encoding.engine import ahead
-from openimp.encoding.frozen import CLIPS, FrozenEncoder, open_encoder
+from openimp.encoding.frozen import CLIPS, FrozenEncoder, Role, open_encoder
 from openimp.recipe.registry import modality_class
 from openimp.recipe.schema import Recipe
 
@@ -56,22 +56,22 @@ class Tower(Modality):
     class View(Strict):
         """A tower reads items in its own view."""
 
-    embeds = False
-    """Whether the vectors are the embeddings of the tower's model, not its features before the heads."""
+    role: ClassVar[Role] = "tower"
+    """The vectors of a tower are features before the model's heads. Those of a teacher are the model's embeddings."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._saved: SavedTower | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self.name, self.config, self.state())  # Without the encoder.
+        return _restored, (self.name, self.role, self.config, self.state())  # Without the encoder.
 
     @cached_property
     def encoder(self) -> FrozenEncoder:
         """The frozen encoder, on the GPU if there is one. UserError if it is not the one of training."""
-        encoder = open_encoder(self.config.tower, self.name, self.embeds)
+        encoder = open_encoder(self.config.tower, self.name, self.role)
         if self._saved and self._saved.fingerprint != encoder.fingerprint:
-            raise UserError(f"tower {self.config.tower}: has other weights or options now than in training")
+            raise UserError(f"{self.role} {self.config.tower}: has other weights or options now than in training")
         return encoder
 
     def state(self) -> dict[str, str]:
@@ -185,33 +185,32 @@ class MediaTower(Tower):
     def _reader(self, protocol: Any) -> Any:
         reader = self.encoder.reader
         if not isinstance(reader, protocol):
-            raise BadMedia(f"{self.name} of tower {self.config.tower} has no pictures")
+            raise BadMedia(f"{self.name} of {self.role} {self.config.tower} has no pictures")
         return reader
 
 
 @cache
-def tower_class(name: str) -> type[Tower]:
-    """The class that reads a modality with a tower. It has the modality's name, stem and types of files."""
+def tower_class(name: str, role: Role = "tower") -> type[Tower]:
+    """The class that reads a modality with a frozen encoder. It has the modality's name, stem and types of files."""
     plain = modality_class(name)
     base = Tower if plain.reads_text else MediaTower
     shared = ("name", "stem", "reads_text", "extensions", "decoders")
-    return type(f"{plain.__name__}Tower", (base,), {key: getattr(plain, key) for key in shared})
+    values = {key: getattr(plain, key) for key in shared}
+    return type(f"{plain.__name__}{role.capitalize()}", (base,), {"role": role, **values})
 
 
-def open_teachers(recipe: Recipe) -> dict[Teacher, Tower]:
-    """The models that the objectives of a recipe learn from."""
-    towers = {}
+def make_teachers(recipe: Recipe) -> dict[Teacher, Tower]:
+    """The frozen models that the tasks of a recipe learn from. They are opened when they are used."""
+    teachers = {}
     for task in recipe.tasks.values():
-        teachers = (objective.teacher_of() for objective in task.objectives if task.weight)
-        for teacher in filter(None, teachers):
-            tower = tower_class(teacher.modality)
-            towers[teacher] = tower(tower.Config(tower=teacher.model))
-            towers[teacher].embeds = True
-    return towers
+        for teacher in task.teachers if task.weight else ():
+            tower = tower_class(teacher.modality, "teacher")
+            teachers[teacher] = tower(tower.Config(tower=teacher.model))
+    return teachers
 
 
-def _restored(name: str, config: Any, state: dict[str, str]) -> Tower:
-    tower = tower_class(name)(config)
+def _restored(name: str, role: Role, config: Any, state: dict[str, str]) -> Tower:
+    tower = tower_class(name, role)(config)
     tower.load_state(state)
     return tower
 

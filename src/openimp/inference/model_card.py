@@ -74,6 +74,7 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
         examples={name: _example(model.modalities[name]) for name in names if any(name in pair for pair in pairs)},
         sources=_sources(recipe, folder),
         init=public_path(recipe.train.init) if recipe.train.init else None,
+        teachers=sorted({public_path(teacher.model) for task in recipe.tasks.values() for teacher in task.teachers}),
         results=_results(model, folder),
         license=license,
         step=saved_step(folder),

@@ -16,8 +16,9 @@ def shorten_paths(data: dict[str, Any]) -> dict[str, Any]:
     data = copy.deepcopy(data)
     for part in (*data.get("sources", {}).values(), data.get("model", {}), data.get("train", {})):
         _shorten(part, {"path", "hub", "root", "init", "wrap"})  # A data set of the hub may be a local folder.
-    for options in data["modalities"].values():
-        _shorten(options, options.keys())  # A modality of another package may have paths of any name.
+    objectives = [objective for task in data.get("tasks", {}).values() for objective in task["objectives"]]
+    for options in (*data["modalities"].values(), *objectives):
+        _shorten(options, options.keys())  # Modalities and objectives of other packages may have paths of any name.
     return data
 
 

@@ -18,6 +18,7 @@ from openimp.data.tables import item_id, number_array
 from openimp.model.embedder import Embedder, EncodedAll
 from openimp.objectives.nce import mean_by_blocks, softmax_nce
 from openimp.parallel.distributed import all_gather
+from openimp.recipe.registry import modality_class
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
@@ -34,9 +35,10 @@ class Distill(Objective):
     of: str
     """The modality to train. It must be an input of the task."""
     teacher: RecipePath | None = None
-    """The model that embeds the rows before the first step, as an evaluation would read them (a text by the first
-    template, with all values): a run, `openimp:base`, `hub:OWNER/NAME`, `open_clip:NAME/TAG`, or
-    `sentence_transformers:OWNER/NAME`. openimp's cache keeps the vectors. They must have `model.embed_dim` numbers."""
+    """A frozen model that embeds the rows before the first step, as an evaluation would read them: a run,
+    `openimp:base`, `hub:OWNER/NAME`, `open_clip:NAME/TAG`, `timm:NAME` for pictures, or
+    `sentence_transformers:OWNER/NAME`. All texts of a row learn the vector of one text: that of the first template that
+    fits, with all values of `{x*}`. openimp's cache keeps the vectors. They must have `model.embed_dim` numbers."""
     to: str | None = None
     """Instead of `teacher`: the column with a list of numbers per row, as `openimp embed --join` writes it:
     `model.embed_dim` of them, or as many as the embeddings of a wrapped model have. They are scaled to length 1. A row
@@ -61,6 +63,8 @@ class Distill(Objective):
         known = recipe.modality_names
         if self.towards and self.towards not in known:
             raise UserError(f"{location}.towards: no modality {self.towards!r}{nearest(self.towards, known)}")
+        if self.teacher and len(task.inputs[self.of].columns) > 1 and not modality_class(self.of).reads_text:
+            raise UserError(f"{location}.teacher: {self.of} has several columns, of which each step draws one")
         disjoint = recipe.model.space == "disjoint" and not recipe.model.wrap
         if disjoint and self._target(task) == self.of:
             raise UserError(
@@ -83,12 +87,12 @@ class Distill(Objective):
         others = [name for name in task.inputs if name != self.of]
         return self.towards or (others[0] if len(others) == 1 else self.of)
 
-    def teacher_of(self) -> Teacher | None:
+    def taught_by(self) -> Teacher | None:
         return Teacher(self.of, self.teacher) if self.teacher else None
 
     @property
     def _column(self) -> str:
-        teacher = self.teacher_of()
+        teacher = self.taught_by()
         return teacher.column if teacher else str(self.to)
 
     def columns(self) -> set[str]:
@@ -104,7 +108,7 @@ class Distill(Objective):
         return {"vector": torch.zeros(examples, sizes.embed_dim), "item": item}
 
     def losses(self, model: Embedder, task: Task, encoded: EncodedAll, targets: Tensors) -> Tensors:
-        """The loss of a modality's embeddings, by the name "modality:column" or "modality:teacher". All is fp32.
+        """The loss of a modality's embeddings, by the name "modality:column" or "modality by teacher". All is fp32.
 
         For the contrastive loss, each rank compares its own N embeddings with the vectors of all ranks.
         """
@@ -121,7 +125,7 @@ class Distill(Objective):
                 loss = mean_by_blocks(
                     softmax_nce, z_NZ / self.temperature, local_items[:, None], vector_MZ, all_items[:, None]
                 )
-        return {f"{self.of}:{self.to or 'teacher'}": loss}
+        return {f"{self.of}:{self.to}" if self.to else f"{self.of} by teacher": loss}
 
     def compared(self, task: Task, examples: int) -> Compared:
         if self.loss == "cosine":
@@ -136,7 +140,7 @@ def unit_vector(value: Any, size: int, column: str) -> np.ndarray:
     except BadMedia as error:
         raise BadMedia(f"column {column!r}: {error}") from None
     if vector.shape != (size,):
-        cell = f"a list of shape {[*vector.shape]}" if isinstance(value, list) else f"{value!r:.60}"
+        cell = f"a list of shape {[*vector.shape]}" if isinstance(value, list | np.ndarray) else f"{value!r:.60}"
         raise BadMedia(f"column {column!r}: expected a list of {size} numbers (the model's embed_dim), found {cell}")
     length = np.linalg.norm(vector)
     if not (np.isfinite(length) and length > 0):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from openimp.common.names import HUB, HubName, Name
-from openimp.common.objective import Objective
+from openimp.common.objective import Objective, Teacher
 from openimp.common.schema import Count, RecipePath, Strict, Whole
 from openimp.recipe.inputs import Inputs, View
 from openimp.recipe.registry import validated_objective
@@ -147,3 +147,8 @@ class Task(Strict):
     """How often the task is drawn, relative to the other tasks (alternation random, cycle and sequence). 0: never."""
     interval: Count = 1
     """The task is visited once per this many rounds (alternation intervals)."""
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        """The models that the objectives learn from."""
+        return [teacher for objective in self.objectives if (teacher := objective.taught_by())]

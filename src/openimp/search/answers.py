@@ -145,7 +145,7 @@ def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
     else:
         page.status = "Nothing is indexed that matches these filters"
     by_meaning = all(hit.found_by == "meaning" for hit in hits)
-    if by_meaning and len({index.model.modalities[hit.modality].stem for hit in hits}) > 1:
+    if by_meaning and len(index.groups(hit.modality for hit in hits)) > 1:
         page.notes.append("Different kinds of items take turns, because their scores cannot be compared.")
     page.items = [_item(index, hit, stands_for_file(hit, state.under or None)) for hit in hits]
     if len(hits) == state.k < MAX_RESULTS:

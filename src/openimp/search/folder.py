@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import RootModel
 
+from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import CHECKPOINTS
 from openimp.common.cache import cache_folder, stable_hash
 from openimp.common.errors import UserError
@@ -53,9 +54,13 @@ class Metadata(Strict):
 
 
 def own_index(model: str) -> Path | None:
-    """Where the index of a model's own data is: in its run or, for a bundled model, in openimp's cache. Else None."""
+    """Where the index of a model's own data is: in its run or, for a bundled model, in openimp's cache. Else None.
+
+    UserError if openimp has no such model.
+    """
     scheme, name = Name.parse(model)
     if scheme == BUNDLED:  # A cache may be emptied, but the model and its data can index it again.
+        find_model(model)  # It may not exist.
         return cache_folder("search") / name
     run = Path(model)
     return run / OWN_INDEX if (run / CHECKPOINTS).is_dir() else None

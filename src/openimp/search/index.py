@@ -103,10 +103,10 @@ class Index:
         twice by the BM25 of their texts (captions, names, lines): those with any word of the query's texts, and those
         with all words. The rankings are merged: an item gets the sum of its 1 / (60 + rank).
 
-        Modalities with one stem, such as image and video, are ranked together. By meaning alone, groups with different
-        stems take turns, and the group with the best item begins. Their cosines cannot be compared: in most models, all
-        texts are closer to a text than any picture is. Of a file that was cut into segments, only the best segment is
-        returned, unless `under` is that file.
+        Modalities with one projection head, such as image and video, are ranked together. By meaning alone, groups with
+        different heads take turns, and the group with the best item begins. Their cosines cannot be compared: in most
+        models, all texts are closer to a text than any picture is. Of a file that was cut into segments, only the best
+        segment is returned, unless `under` is that file.
 
         Args:
             queries: one part of the query or several. A string is a text. Items in the query are not returned.
@@ -144,7 +144,7 @@ class Index:
             filters.append(between(first_day, last_day))
         ranked_by_group: list[list[Ranked]] = []
         is_found = False
-        for names in self._comparable(modalities or self.counts):
+        for names in self.groups(modalities or self.counts):
             vector = unit_vector(encoded, self._space(names[0], self._metadata.towards[names[0]]))
             if vector is None and words is None:
                 continue
@@ -299,12 +299,15 @@ class Index:
             encoded.append(part)
         return encoded
 
-    def _comparable(self, names: Iterable[str]) -> list[list[str]]:
-        """The modalities in groups whose cosines with a query can be compared: of one stem and one space."""
+    def groups(self, names: Iterable[str]) -> list[list[str]]:
+        """The modalities in groups that are ranked together: their cosines with a query can be compared.
+
+        They have one projection head, as image and video do, unless `model.share_heads` is false.
+        """
         groups: dict[tuple[str, Space], list[str]] = {}
         for name in dict.fromkeys(names):
-            key = (self.model.modalities[name].stem, self._space(name, self._metadata.towards[name]))
-            groups.setdefault(key, []).append(name)
+            other = self._metadata.towards[name]
+            groups.setdefault((self.model.imp.head_name(name, other), self._space(name, other)), []).append(name)
         return list(groups.values())
 
     def _space(self, name: str, other: str) -> Space:
@@ -444,9 +447,8 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
     except UserError as error:
         raise UserError(f"{folder}: its model cannot be opened: {error}") from None
     if not built_with(metadata, model):
-        raise UserError(
-            f"{folder}: was built with other weights or views than {metadata.model} has now; build a new index"
-        )
+        advice = "build a new index" if folder == Path(path) else f"openimp index {path} replaces it"
+        raise UserError(f"{folder}: was built with other weights or views than {metadata.model} has now; {advice}")
     return Index(folder, model, metadata, allow_sources)
 
 

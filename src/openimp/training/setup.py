@@ -1,6 +1,6 @@
 """Makes the parts of a training run: data, model, optimizers, log, checkpoints and evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,19 +9,21 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from openimp.checkpoint.folder import CONFIG, RECIPE, read_config, text_files
+from openimp.checkpoint.folder import CONFIG, RECIPE, read_config, read_state, text_files
 from openimp.checkpoint.resume import changed_sources
 from openimp.checkpoint.saver import Saver
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.device import keep_freed_memory, precision_of
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities, Modality
+from openimp.common.objective import Teacher
 from openimp.common.progress import console, track
 from openimp.common.protocols import load_learned
 from openimp.data.batch import Batch
 from openimp.data.step_batches import StepBatches
 from openimp.data.streams import Cursor
-from openimp.encoding.tower import open_teachers
+from openimp.encoding.frozen import release_encoders
+from openimp.encoding.tower import Tower, make_teachers
 from openimp.evaluation.evaluate import check_sets
 from openimp.model.build import architecture_of, build_for_training
 from openimp.model.embedder import Embedder, EncodeAll
@@ -75,7 +77,8 @@ class Parts:
     """The parts of a training run on this rank.
 
     Attributes:
-        fingerprints: of each source and each teacher.
+        fingerprints: of each source.
+        teacher_states: what `Tower.state` returns, of each teacher.
         cursors: where the streams of each task resume, by lane.
     """
 
@@ -85,6 +88,7 @@ class Parts:
     device: torch.device
     data: StepBatches
     fingerprints: dict[str, str]
+    teacher_states: dict[str, dict[str, str]]
     model: Embedder
     updater: Updater
     checkpointing: Checkpointing
@@ -118,9 +122,7 @@ def set_up(
     rank = distributed.rank()
     world_size = distributed.world_size()
     data = distributed.run_first_on_node(lambda: StepBatches(recipe, modalities, track, rank, world_size))
-    teachers = open_teachers(recipe)
     fingerprints = distributed.run_on_rank_zero(data.fingerprints)  # Not on all ranks: it reads a part of every file.
-    fingerprints |= {teacher.column: tower.encoder.fingerprint for teacher, tower in teachers.items()}
     changed: list[str] = []
     if checkpoint is None:
         data.fit(warm_start.stems if warm_start else ())
@@ -128,7 +130,11 @@ def set_up(
         changed = changed_sources(checkpoint, fingerprints, allow_changed_data)
         if saved_classes != data.classes:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
+    teachers = make_teachers(recipe)
+    teacher_states = _teacher_states(teachers, checkpoint)
     distributed.run_first_on_node(lambda: data.embed(track, teachers))
+    if teachers:
+        release_encoders()
     step_costs = variant.costs(recipe, modalities, data.classes)
     signature_count = len(signatures(recipe, modalities, world_size)) if recipe.train.compile else 0
     model, model_files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
@@ -153,6 +159,7 @@ def set_up(
         device=device,
         data=data,
         fingerprints=fingerprints,
+        teacher_states=teacher_states,
         model=model,
         updater=updater,
         checkpointing=checkpointing,
@@ -160,6 +167,18 @@ def set_up(
         log=log,
         cursors=cursors,
     )
+
+
+def _teacher_states(teachers: Mapping[Teacher, Tower], checkpoint: Path | None) -> dict[str, dict[str, str]]:
+    """What the teachers are. A resumed run reads it from its checkpoint, and needs no teacher if vectors are cached."""
+    saved = read_state(checkpoint).get("teachers", {}) if checkpoint else {}
+    opened = {teacher: tower for teacher, tower in teachers.items() if teacher.column not in saved}
+    states = saved | distributed.run_on_rank_zero(
+        lambda: {teacher.column: tower.state() for teacher, tower in opened.items()}
+    )
+    for teacher, tower in teachers.items():
+        tower.load_state(states[teacher.column])
+    return states
 
 
 def _check_ranks(recipe: Recipe, variant: Variant) -> None:

@@ -310,6 +310,8 @@ class Trainer(Parts):
             for task, cursor_by_lane in cursors_of_rank.items():
                 cursors.setdefault(task, {}).update(cursor_by_lane)
         state = {"step": self.step, "trainer": self.variant.name, "sources": self.fingerprints, "cursors": cursors}
+        if self.teacher_states:
+            state["teachers"] = self.teacher_states
         return state | self.log.state()
 
     def evaluate(self, watch: Progress | None = None) -> None:
