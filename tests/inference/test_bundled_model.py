@@ -84,8 +84,10 @@ def test_the_index_of_its_own_media_is_in_the_cache(media_folder, tmp_path, monk
     shutil.copytree(Path(__file__).parents[1] / "fixtures/pushed", tmp_path / "small")
     monkeypatch.setattr("openimp.checkpoint.find.BUNDLED_MODELS", tmp_path)
     build_index("openimp:small")
-    index = open_index(cache_folder("search") / "small")
-    assert sum(index.counts.values()) > 0
+    for name in (cache_folder("search") / "small", "openimp:small"):
+        assert sum(open_index(name).counts.values()) > 0
+    with refuses():
+        open_index("openimp:smal")
     with refuses():
         build_index("openimp:small", [media_folder])
 
