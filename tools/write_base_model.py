@@ -9,6 +9,7 @@ The weights are stored in fp16, which halves the size of the package.
 import argparse
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,9 +29,10 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     run = parser.parse_args().run
     model = load(run, "cpu")
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir(parents=True)
-    write(model, "openimp:base", "apache-2.0", FOLDER)
+    with TemporaryDirectory() as written:  # A half-written FOLDER would count as a change of openimp's version.
+        write(model, "openimp:base", "apache-2.0", Path(written))
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        shutil.copytree(written, FOLDER)
     hours = sum(line["seconds"] for line in read_lines(run / "metrics.jsonl")) / 3600
     trained = f"The model was trained with `openimp train base` in {hours:.1f} hours on {torch.get_num_threads()} cores of a CPU."
     card = FOLDER / "README.md"
