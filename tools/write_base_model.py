@@ -34,7 +34,8 @@ def main() -> None:
         shutil.rmtree(FOLDER, ignore_errors=True)
         shutil.copytree(written, FOLDER)
     hours = sum(line["seconds"] for line in read_lines(run / "metrics.jsonl")) / 3600
-    trained = f"The model was trained with `openimp train base` in {hours:.1f} hours on {torch.get_num_threads()} cores of a CPU."
+    cores = torch.get_num_threads()
+    trained = f"The model was trained with `openimp train base` in {hours:.1f} hours on {cores} cores of a CPU."
     card = FOLDER / "README.md"
     text = card.read_text(encoding="utf-8")
     text = text.replace("## Limits\n", f"## Limits\n\n{KNOWLEDGE}\n").replace(
