@@ -178,7 +178,7 @@ def test_one_tower_learns_the_vectors_of_the_other_that_is_frozen(data, name, tm
         assert torch.equal(value, after[key]) != (learned and not key.endswith("bias")) or key.endswith("bias"), key
         assert learned or not any(part.startswith(f"{key}|") for part in weights(tmp_path / "run", "optimizer")), key
     modalities = Trainer(set_up(recipe, tmp_path / "planned")).modalities
-    found = next(plans(recipe, modalities, {}, gpus=2, gpu="h100", mfu=0.4))
+    found = next(plans(recipe, modalities, {}, gpus=2, gpu="h100", utilization=0.4))
     assert found.frozen == sum(value.numel() for key, value in before.items() if key.startswith("encoder.visual."))
     memory = {key: step.memory.gradients for key, step in found.step_needs.items()}
     assert memory["named", 0] < 4 * (sum(found.parameters.values()) - found.frozen)
@@ -226,7 +226,7 @@ def test_the_counted_flops_and_parameters_are_those_of_the_model(data, name, tmp
 def test_a_plan_counts_the_wrapped_model(whole, data, name):
     recipe = recipe_of(data, name)
     trainer = Trainer(set_up(recipe, whole.with_name("planned")))
-    found = next(plans(recipe, trainer.modalities, trainer.data.classes, gpus=4, gpu="h100", mfu=0.4))
+    found = next(plans(recipe, trainer.modalities, trainer.data.classes, gpus=4, gpu="h100", utilization=0.4))
     assert sum(found.parameters.values()) == sum(weight.numel() for weight in trainer.model.parameters())
     assert found.fits
     assert found.per_token is None
@@ -259,12 +259,12 @@ def test_two_ranks_compute_what_one_computes(data, name, tmp_path):
         found = load_file(ranks / f"{case}.safetensors")
         assert found.keys() == expected.keys()
         for key, value in expected.items():
+            # By norms: ranks add up in another order, so a number that is nearly 0 may have another last digit.
+            limit = 0.02 if case == "bf16" else 1e-5
             if key.endswith("update"):  # Orthogonal in bf16: each number may differ by more, all together by little.
+                limit = 0.05
                 assert value.norm() > 0
-                assert (found[key] - value).norm() < 0.05 * value.norm(), f"{case}, {key}"
-            else:
-                close = {"rtol": 0.02, "atol": 0.0} if case == "bf16" else {"rtol": 1e-4, "atol": 1e-6}
-                torch.testing.assert_close(found[key], value, **close, msg=lambda m, k=f"{case}, {key}": f"{k}: {m}")
+            assert (found[key] - value).norm() <= limit * value.norm(), f"{case}, {key}"
 
 
 def steps_of(trainer: Trainer) -> dict[str, Tensor]:
