@@ -132,11 +132,11 @@ def check_features(trunk: VisionTransformer, recipe: Recipe, mean, std) -> str:
     tokens = modalities["image"].tokens(pixels, recipe.tasks["image"].views[0]["image"], None)
     (features,), _ = model.encoder([model.stem("image")(tokens)], [None])
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model.encode({"image": tokens}).features, expected.mean(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.encode("image", tokens).features, expected.mean(1), rtol=1e-5, atol=1e-5)
     clips = np.repeat(pixels[:, None], 4, axis=1)
     tokens = modalities["video"].tokens(clips, recipe.tasks["video"].views[0]["video"], None)
     assert tokens.coords[..., 0].unique().tolist() == [0, 4]
-    torch.testing.assert_close(model.encode({"video": tokens}).features, expected.mean(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.encode("video", tokens).features, expected.mean(1), rtol=1e-5, atol=1e-5)
     return line
 
 

@@ -152,7 +152,7 @@ def logits(made, n) -> np.ndarray:
     """Naive: one picture at a time."""
     image, view = made.modalities["image"], made.options.view["image"]
     tokens = [image.tokens(image.encode_input(png(i), view), view, None) for i in range(n)]
-    features = [made.model.encode({"image": picture}).features for picture in tokens]
+    features = [made.model.encode("image", picture).features for picture in tokens]
     return torch.cat([made.model.classify(vector, "all:colour") for vector in features]).numpy()
 
 

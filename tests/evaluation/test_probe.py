@@ -75,7 +75,7 @@ def test_features_are_the_encoders_before_any_projection(probed):
     image, view = made.modalities["image"], made.options.view["image"]
     items = [image.encode_input(square(name, 0), view) for name in COLOURS]
     with torch.no_grad():
-        wanted = model.encode({"image": image.tokens(np.concatenate(items), view, None)}).features
+        wanted = model.encode("image", image.tokens(np.concatenate(items), view, None)).features
     encoder = ItemEncoder(model, image, view, None, "fp32", batch_size=2, normalize=False)
     features = [vector for _, vector in encoder.encode((None, lambda item=item: item) for item in items)]
     torch.testing.assert_close(encoder.stack(features), wanted, rtol=0, atol=1e-5)

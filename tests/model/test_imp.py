@@ -8,7 +8,7 @@ from openimp.common.modality import StemSpec, Tokens
 from openimp.model.embedding import Stem
 from openimp.model.heads import Temperature
 from openimp.model.imp import IMP
-from openimp.model.moe import ExpertGroups, Router, Segment, set_usage_collection
+from openimp.model.moe import ExpertGroups, Router, set_usage_collection
 from openimp.recipe.model import Model, MoE
 
 
@@ -45,7 +45,7 @@ def test_a_still_has_the_features_of_a_clip_of_equal_frames(tiny_recipe, tiny_mo
     video = modalities["video"].tokens(np.stack([still, still], axis=1), view, None)
     assert image.values.shape[-1] * 2 == video.values.shape[-1]
     with torch.no_grad():
-        one, other = model.encode({"image": image}).features, model.encode({"video": video}).features
+        one, other = model.encode("image", image).features, model.encode("video", video).features
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
@@ -92,7 +92,7 @@ def test_one_pass_of_all_modalities_equals_a_pass_of_each(experts, own):
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(len(tokens.values), 32, generator=generator) for name, tokens in inputs.items()}
     results = []
-    for encoded in (model.encode_all(inputs), {name: model.encode({name: inputs[name]}) for name in inputs}):
+    for encoded in (model.encode_all(inputs), {name: model.encode(name, inputs[name]) for name in inputs}):
         loss = sum((weights[name] * encoded[name].features).sum() for name in inputs)
         loss = loss + sum(stats.aux for name in inputs for stats in encoded[name].routing)
         results.append((encoded, torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)))
@@ -127,7 +127,7 @@ def test_stems_may_have_experts_to_themselves():
     inputs = {"image": patches(3), "text": texts([3, 16], 16)}
     for name, stem in (("image", "vision"), ("text", "text")):
         model.zero_grad(set_to_none=True)
-        encoded = model.encode({name: inputs[name]})
+        encoded = model.encode(name, inputs[name])
         (encoded.features.square().sum() + encoded.routing[0].aux).backward()
         for other, group in groups.items():
             gradients = [weight.grad is not None for weight in group.parameters()]
@@ -153,48 +153,21 @@ def test_the_gates_of_a_group_are_about_one_at_first():
         assert filled.mean().item() == pytest.approx(1, rel=0.2), stem
 
 
-@pytest.mark.parametrize("moe", [None, {"experts": 4, "layers": 1}, {"experts": GROUPS, "layers": 1}])
-def test_fused_modalities_make_one_sequence(moe):
-    """Their tokens are concatenated, attend to each other, and are pooled together; pads still count for nothing."""
-    model = small(moe=moe)
-    prefer(model)
-    image, text = patches(2), texts([3, 7], 16)
-    together = model.encode({"image": image, "text": text}).features
-    parts = [model.stems["vision"](image), model.stems["text"](text)]
-    mask = torch.cat([torch.ones(2, 12, dtype=torch.bool), text.mask], dim=1)
-    segments = [Segment("vision", 0, 12), Segment("text", 12, 12 + text.coords.shape[1])]
-    (x,), _ = model.encoder([torch.cat(parts, dim=1)], [mask], [segments])
-    read = torch.cat([model.stems["vision"].after(x[:, :12]), model.stems["text"].after(x[:, 12:])], dim=1)
-    expected = torch.stack([read[i][mask[i]].mean(0) for i in range(2)])
-    torch.testing.assert_close(together, expected, rtol=0, atol=1e-5)
-
-    swapped = model.encode({"text": text, "image": image}).features
-    torch.testing.assert_close(swapped, together, rtol=0, atol=1e-5)
-    shorter = model.encode({"image": image, "text": texts([3, 7], 8)._replace(values=text.values[:, :8])}).features
-    torch.testing.assert_close(shorter, together, rtol=0, atol=1e-5)
-    separate = (model.encode({"image": image}).features + model.encode({"text": text}).features) / 2
-    assert (separate - together).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("own", [1, 2])
 def test_stems_may_have_first_blocks_of_their_own(own):
-    """What one stem's blocks do is nothing to another's pass; a shared block behind them still fuses all tokens."""
+    """What one stem's blocks do is nothing to another's pass."""
     model = small(modality_specific_layers=own, moe={"experts": 4, "layers": 1})
     image, text = patches(2), texts([3, 7], 16)
     assert sorted(model.encoder.own) == ["text", "vision"]
     assert [len(blocks) for blocks in model.encoder.own.values()] == [own, own]
     assert len(model.encoder.blocks) == 2 - own
-    alone = {name: model.encode({name: tokens}) for name, tokens in (("image", image), ("text", text))}
+    alone = {name: model.encode(name, tokens) for name, tokens in (("image", image), ("text", text))}
     assert [len(encoded.routing) for encoded in alone.values()] == [1, 1]
-    fused = model.encode({"image": image, "text": text}).features
-    weight = torch.tensor([[3], [7]])
-    separate = (12 * alone["image"].features + weight * alone["text"].features) / (12 + weight)
-    assert torch.allclose(fused, separate, atol=1e-5) == (own == 2)
     with torch.no_grad():
         for parameter in model.encoder.own["text"].parameters():
             parameter.mul_(1.5)
-    torch.testing.assert_close(model.encode({"image": image}).features, alone["image"].features)
-    assert not torch.allclose(model.encode({"text": text}).features, alone["text"].features)
+    torch.testing.assert_close(model.encode("image", image).features, alone["image"].features)
+    assert not torch.allclose(model.encode("text", text).features, alone["text"].features)
 
 
 def test_heads_are_shared_by_stem_or_by_modality_in_disjoint_and_joint_spaces():

@@ -167,7 +167,7 @@ def test_a_clip_is_the_mean_of_its_frames_and_a_sound_is_a_gray_image(tmp_path):
         values = tokens.values.view(-1, frames, height, width, channels)
         values = values.float() / 127.5 - 1 if seen == "video" else values
         with torch.no_grad():
-            found = model.project(model.encode({seen: tokens}).features, seen, "text")
+            found = model.project(model.encode(seen, tokens).features, seen, "text")
             pictures = [values[:, t].permute(0, 3, 1, 2) for t in range(frames)]
             pictures = [picture.repeat(1, 3 // channels, 1, 1) for picture in pictures]
             vectors = [model.encoder.encode_image(picture, normalize=True) for picture in pictures]
@@ -184,10 +184,10 @@ def test_padding_does_not_change_a_text(tmp_path):
     assert (text.tokenize(full, 12) != 0).all()
     with torch.no_grad():
         short, long = (
-            model.encode({"text": text.from_tensor(text.tokenize("grinning face", length))}).features
+            model.encode("text", text.from_tensor(text.tokenize("grinning face", length))).features
             for length in (6, 12)
         )
-        whole = model.encode({"text": text.from_tensor(text.tokenize(full, 12))}).features
+        whole = model.encode("text", text.from_tensor(text.tokenize(full, 12))).features
     torch.testing.assert_close(short, long)
     assert (whole[0] - whole[1]).abs().max() > 0.01  # Their first word is the same.
 

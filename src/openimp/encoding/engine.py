@@ -145,7 +145,7 @@ class ItemEncoder:
     def _features(self, tokens: Tokens) -> Tensor:
         """The encoder's features (M, D)."""
         with mixed_precision(self._device, self.precision):
-            return self.model.encode({self.modality.name: tokens.to(self._device)}).features
+            return self.model.encode(self.modality.name, tokens.to(self._device)).features
 
     def _project(self, features_MD: Tensor, towards: str | None) -> Tensor:
         """The vectors (M, Z) or (M, D) fp32 of clips."""

@@ -70,7 +70,7 @@ class Graph(nn.Module):
         self.targets = targets
 
     def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
-        features_BD = self.imp.encode({self.name: self.modality.from_tensor(batch)}).features
+        features_BD = self.imp.encode(self.name, self.modality.from_tensor(batch)).features
         return tuple(self.imp.project(features_BD, self.name, target) for target in self.targets)
 
 

@@ -90,12 +90,12 @@ class Embedder(nn.Module, ABC):
         """Makes the backward pass compute the activations within each block again, so they need not be kept."""
 
     @abstractmethod
-    def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
-        """Encodes the tokens of one modality."""
+    def encode(self, modality: str, tokens: Tokens) -> Encoded:
+        """Encodes the tokens of a modality."""
 
     def encode_all(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
         """Encodes each modality by itself. Their batch sizes may differ."""
-        return {name: self.encode({name: tokens}) for name, tokens in inputs.items()}
+        return {name: self.encode(name, tokens) for name, tokens in inputs.items()}
 
     @abstractmethod
     def project(self, features_BD: Tensor, modality: str, other: str, normalize: bool = True) -> Tensor:

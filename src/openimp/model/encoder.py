@@ -15,15 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from openimp.model.init import lecun_normal_, linear, mimetic_keys_, mimetic_output_
 from openimp.model.kernels import attend, gelu
-from openimp.model.moe import ExpertGroups, RouterStats, Segment, SparseMLP, split_tokens, valid_tokens_per_rank
+from openimp.model.moe import ExpertGroups, RouterStats, SparseMLP, split_tokens, valid_tokens_per_rank
 from openimp.recipe.model import Gelu, Model
 
 Shapes = Sequence[torch.Size]
 """The shape (B, L) of each input of a pass."""
 Masks = Sequence[Tensor | None]
 """The mask (B, L) of each input, False for padding; None if it has none."""
-Segments = Sequence[Sequence[Segment]]
-"""The segments of each input, in order. An input has several if it holds tokens of several modalities."""
 
 
 class Attention(nn.Module):
@@ -100,12 +98,12 @@ class Block(nn.Module):
         shapes: Shapes,
         masks: Masks,
         mean_token_counts: Sequence[Tensor] = (),
-        segments: Segments = (),
+        stems: Sequence[str] = (),
     ) -> tuple[Tensor, list[RouterStats]]:
         """Maps (T, D) to (T, D), and returns router statistics per input if the block is sparse.
 
         A sparse block needs `mean_token_counts`: per input, its valid tokens averaged over ranks
-        (`valid_tokens_per_rank`). If stems have their own experts, it needs `segments`, and a count per segment.
+        (`valid_tokens_per_rank`). If stems have their own experts, it needs `stems`: per input, the stem that made it.
         """
         x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
         return x_TD + self.mlp(self.norm2(x_TD)), []
@@ -133,7 +131,7 @@ class SparseBlock(Block):
         shapes: Shapes,
         masks: Masks,
         mean_token_counts: Sequence[Tensor] = (),
-        segments: Segments = (),
+        stems: Sequence[str] = (),
     ) -> tuple[Tensor, list[RouterStats]]:
         x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
         valid = [
@@ -141,7 +139,7 @@ class SparseBlock(Block):
             for shape, mask_BL in zip(shapes, masks)
         ]
         # Experts get bf16 tokens, also where CUDA's autocast lets the norm return fp32.
-        groups = (segments,) if segments else ()
+        groups = (stems,) if stems else ()
         y_TD, stats = self.mlp(self.norm2(x_TD).type_as(x_TD), valid, mean_token_counts, *groups)
         return x_TD + y_TD, stats
 
@@ -173,40 +171,34 @@ class Encoder(nn.Module):
         """Applies the stem's modality-specific blocks to one input, as `forward` does the shared ones."""
         if not self.own:
             return x_BLD, []
-        x_TD, (routing,) = self._run(self.own[stem], [x_BLD], [mask_BL], ())
+        x_TD, (routing,) = self._run(self.own[stem], [x_BLD], [mask_BL], [stem])
         return x_TD.view_as(x_BLD), routing
 
     def forward(
-        self, inputs: Sequence[Tensor], masks: Masks, segments: Segments = ()
+        self, inputs: Sequence[Tensor], masks: Masks, stems: Sequence[str] = ()
     ) -> tuple[list[Tensor], list[list[RouterStats]]]:
         """Maps each input (B, L, D) to (B, L, D) in one pass, and returns, per input, the router statistics of each
-        sparse block, in order."""
-        x_TD, routing = self._run(self.blocks, inputs, masks, segments)
+        sparse block, in order. If stems have their own experts, it needs `stems`: per input, the stem that made it."""
+        x_TD, routing = self._run(self.blocks, inputs, masks, stems)
         return split_tokens(self.norm(x_TD), [x_BLD.shape[:2] for x_BLD in inputs]), routing
 
     def _run(
-        self, blocks: nn.Module, inputs: Sequence[Tensor], masks: Masks, segments: Segments
+        self, blocks: nn.Module, inputs: Sequence[Tensor], masks: Masks, stems: Sequence[str]
     ) -> tuple[Tensor, list[list[RouterStats]]]:
         shapes = [x_BLD.shape[:2] for x_BLD in inputs]
         x_TD = torch.cat([x_BLD.flatten(0, 1) for x_BLD in inputs])
         routing: list[list[RouterStats]] = [[] for _ in inputs]
-        # Computed once for all blocks, because it takes an all-reduce.
-        sparse = any(block.sparse for block in blocks.children())
         mean_token_counts: list[Tensor] = []
+        if sparse := any(block.sparse for block in blocks.children()):
+            # Computed once for all blocks, because it takes an all-reduce.
+            mean_token_counts = [valid_tokens_per_rank(*one_input) for one_input in zip(inputs, masks)]
         if not sparse or not self.has_expert_groups:
-            segments = ()  # The other layers do not depend on stems.
-        if sparse and segments:
-            for x_BLD, mask_BL, input_segments in zip(inputs, masks, segments):
-                for _, start, end in input_segments:
-                    part_mask = None if mask_BL is None else mask_BL[:, start:end]
-                    mean_token_counts.append(valid_tokens_per_rank(x_BLD[:, start:end], part_mask))
-        elif sparse:
-            mean_token_counts = [valid_tokens_per_rank(*pair) for pair in zip(inputs, masks)]
+            stems = ()  # The other layers do not depend on stems.
         for block in blocks.children():
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_TD, stats = checkpoint(block, x_TD, shapes, masks, mean_token_counts, segments, use_reentrant=False)
+                x_TD, stats = checkpoint(block, x_TD, shapes, masks, mean_token_counts, stems, use_reentrant=False)
             else:
-                x_TD, stats = block(x_TD, shapes, masks, mean_token_counts, segments)
+                x_TD, stats = block(x_TD, shapes, masks, mean_token_counts, stems)
             for input_routing, input_stats in zip(routing, stats):
                 input_routing.append(input_stats)
         return x_TD, routing

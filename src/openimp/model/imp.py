@@ -3,7 +3,7 @@
 Shape suffixes: B examples, L tokens, D width, K classes, Z dimensions of the shared embedding space.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import chain, permutations
 from typing import cast
 
@@ -17,7 +17,7 @@ from openimp.model.embedding import Stem, VectorStem
 from openimp.model.encoder import Attention, Encoder
 from openimp.model.heads import Adapter, Projection, Temperature
 from openimp.model.init import linear
-from openimp.model.moe import Experts, RouterStats, Segment
+from openimp.model.moe import Experts
 from openimp.recipe.model import Model
 from openimp.recipe.model_config import ModelConfig
 
@@ -68,56 +68,41 @@ class IMP(Embedder):
     def checkpoint_activations(self) -> None:
         self.encoder.activation_checkpointing = True
 
-    def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
-        """Encodes the tokens of one modality, or the concatenated tokens of several of the same B examples.
-
-        The features are the mean of the encoder's output over the valid tokens.
-        """
-        (encoded,) = self._encode([inputs])
-        return encoded
+    def encode(self, modality: str, tokens: Tokens) -> Encoded:
+        """Encodes the tokens of a modality. The features are the mean of the encoder's output over valid tokens."""
+        return self._encode({modality: tokens})[modality]
 
     def encode_all(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
         """Encodes each modality by itself, but all in one pass through the shared blocks. Batch sizes may differ."""
-        return dict(zip(inputs, self._encode([{name: tokens} for name, tokens in inputs.items()])))
+        return self._encode(inputs)
 
-    def _encode(self, sequences: Sequence[Mapping[str, Tokens]]) -> list[Encoded]:
-        embedded, masks, specific_routing = zip(*map(self._embed, sequences))
-        outputs, shared_routing = self.encoder(embedded, masks, [self._segments(inputs) for inputs in sequences])
-        features = map(self._pool, sequences, outputs, masks)
-        routing = [specific + shared for specific, shared in zip(specific_routing, shared_routing)]
-        return [*map(Encoded, features, routing)]
-
-    def _embed(self, inputs: Mapping[str, Tokens]) -> tuple[Tensor, Tensor | None, list[RouterStats]]:
-        """The input of the shared blocks (B, L, D), its mask, and the statistics of modality-specific blocks."""
-        outputs = [
-            self.encoder.forward_specific(self.stem(name)(tokens), tokens.mask, self.stem_of[name])
-            for name, tokens in inputs.items()
-        ]
-        mask_BL = None
-        if any(tokens.mask is not None for tokens in inputs.values()):
-            mask_BL = torch.cat([tokens.valid() for tokens in inputs.values()], dim=1)
-        embedded, routing = zip(*outputs)
-        return torch.cat(embedded, dim=1), mask_BL, [*chain.from_iterable(routing)]
-
-    def _segments(self, inputs: Mapping[str, Tokens]) -> list[Segment]:
-        """The places of the modalities' tokens in an input of the encoder."""
-        segments = []
-        start = 0
+    # Not `encode_all` itself, because FSDP2 gathers weights on each call of a registered method.
+    def _encode(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
+        embedded = []
+        specific_routing = []
         for name, tokens in inputs.items():
-            end = start + tokens.coords.shape[1]
-            segments.append(Segment(self.stem_of[name], start, end))
-            start = end
-        return segments
+            x_BLD, routing = self.encoder.forward_specific(self.stem(name)(tokens), tokens.mask, self.stem_of[name])
+            embedded.append(x_BLD)
+            specific_routing.append(routing)
+        masks = [tokens.mask for tokens in inputs.values()]
+        outputs, shared_routing = self.encoder(embedded, masks, [self.stem_of[name] for name in inputs])
+        encoded = {}
+        for i, name in enumerate(inputs):
+            features_BD = self._pool(name, outputs[i], masks[i])
+            encoded[name] = Encoded(features_BD, specific_routing[i] + shared_routing[i])
+        return encoded
 
-    def _pool(self, inputs: Mapping[str, Tokens], x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
-        """The features (B, D) of the encoder's output for `inputs`."""
-        lengths = [tokens.coords.shape[1] for tokens in inputs.values()]
-        masks = [None] * len(lengths) if mask_BL is None else mask_BL.split(lengths, dim=1)
+    def _pool(self, modality: str, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+        """The features (B, D) of the encoder's output; 0 for an example without a valid token."""
         # The last layer is linear, so it may follow the mean instead of transforming every token.
-        means, counts = zip(*map(_mean, x_BLD.split(lengths, dim=1), masks))
-        total_B1 = sum(counts).clamp(min=1)
-        features = [self.stem(name).after(mean_BD) for name, mean_BD in zip(inputs, means)]
-        return sum(x_BD * (count_B1 / total_B1).type_as(x_BD) for x_BD, count_B1 in zip(features, counts))
+        after = self.stem(modality).after
+        if mask_BL is None:
+            return after(x_BLD.mean(1))
+        count_B1 = mask_BL.sum(1, keepdim=True, dtype=torch.float32)
+        # Summed in fp32, because the rounding errors of a long sum in bf16 add up.
+        sum_BD = (x_BLD * mask_BL[..., None]).sum(1, dtype=torch.float32)
+        features_BD = after((sum_BD / count_B1.clamp(min=1)).type_as(x_BLD))
+        return features_BD * (count_B1 > 0).type_as(features_BD)
 
     def stem(self, modality: str) -> Stem:
         """The stem of a modality; modalities may share one."""
@@ -199,13 +184,3 @@ def make_stem(spec: StemSpec, config: Model) -> nn.Module:
 def make_head(config: Model) -> nn.Module:
     """A projection head."""
     return Projection(config.width, config.embed_dim) if config.layers else Adapter(config.width)
-
-
-def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean over valid tokens (B, D), and their number (B, 1)."""
-    if mask_BL is None:
-        return x_BLD.mean(1), x_BLD.new_full((x_BLD.shape[0], 1), x_BLD.shape[1], dtype=torch.float32)
-    count_B1 = mask_BL.sum(1, keepdim=True, dtype=torch.float32)
-    # Summed in fp32, because the rounding errors of a long sum in bf16 add up.
-    sum_BD = (x_BLD * mask_BL[..., None]).sum(1, dtype=torch.float32)
-    return (sum_BD / count_B1.clamp(min=1)).type_as(x_BLD), count_B1

@@ -6,7 +6,7 @@ inputs, for example one per modality. The router treats each of them separately,
 all of them at once.
 
 Shape suffixes: B examples, L tokens per example, T tokens of all inputs, E experts, C slots per expert and example
-(capacity), S slots (in ES: of one expert, otherwise of all experts), D width, F hidden width, 1 a dimension of size 1.
+(capacity), S slots of an expert, U = E S slots of all experts, D width, F hidden width, 1 a dimension of size 1.
 """
 
 from collections.abc import Sequence
@@ -56,8 +56,8 @@ class RouterStats(NamedTuple):
     """Statistics of one sparse layer for one input of a pass.
 
     Attributes:
-        aux: scalar, the weighted sum of the router's auxiliary losses.
-        usage: None unless `set_usage_collection` asks for it.
+        aux: scalar, the router's z-loss times `moe.z_loss`.
+        usage: None unless the layer is compiled, or `set_usage_collection` asks for it.
     """
 
     aux: Tensor
@@ -65,8 +65,7 @@ class RouterStats(NamedTuple):
 
     @staticmethod
     def mean(chunks: Sequence["RouterStats"], token_shares: Sequence[Tensor]) -> "RouterStats":
-        """The statistics of a batch from those of its chunks, or of an input from those of its segments, weighted by
-        their shares of the tokens."""
+        """The statistics of a batch from those of its chunks, weighted by their shares of the tokens."""
 
         def weighted_mean(values: Sequence[Any]) -> Any:
             return sum(share * value for share, value in zip(token_shares, values))
@@ -86,12 +85,18 @@ def expert_choice(probs_BLE: Tensor, valid_BL: Tensor, capacity_factor: float) -
     """
     _, tokens, experts = probs_BLE.shape
     capacity = min(tokens, _capacity(tokens, capacity_factor / experts))
+    # Padding comes last, and `gate_BEC > 0` below leaves its slots empty.
     score_BEL = probs_BLE.masked_fill(~valid_BL[..., None], -1.0).transpose(1, 2)
     gate_BEC, token_BEC = score_BEL.topk(capacity, dim=-1)
     # fp64, like Python's floats in `_capacity`: fp32 could round a half the other way.
     taken_B = (valid_BL.sum(-1).double() * (capacity_factor / experts) + 0.5).floor().clamp(min=1)
     filled_BEC = (torch.arange(capacity, device=gate_BEC.device) < taken_B[:, None, None]) & (gate_BEC > 0)
     return Routing(token_BEC, gate_BEC * filled_BEC)
+
+
+def _capacity(tokens: int, share: float) -> int:
+    """Slots of an expert that takes a `share` of the tokens of an example."""
+    return max(1, int(tokens * share + 0.5))
 
 
 def valid_tokens_per_rank(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
@@ -111,11 +116,6 @@ def split_tokens(x_TD: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     return [x.unflatten(0, shape) for x, shape in zip(x_TD.split(split_sizes), shapes)]
 
 
-def _capacity(tokens: int, share: float) -> int:
-    """Slots of an expert that takes a `share` of the tokens of an example."""
-    return max(1, int(tokens * share + 0.5))
-
-
 class Router(nn.Module):
     """One linear layer in fp32 without bias, followed by expert choice."""
 
@@ -130,7 +130,7 @@ class Router(nn.Module):
     def forward(
         self, x_TD: Tensor, valid: Sequence[Tensor], mean_token_counts: Sequence[Tensor]
     ) -> list[tuple[Routing, RouterStats]]:
-        """Routes the tokens of each example of each input. See `SparseMLP` for the arguments."""
+        """Routes the tokens of each example of each input. See `SparseMLP.forward`."""
         # bf16 logits cause ties and coarse gates. Training is more stable with fp32 (ST-MoE, arXiv 2202.08906).
         with full_precision(x_TD.device):
             logits_TE = F.linear(x_TD.float(), self.weight_ED.float())
@@ -193,13 +193,14 @@ class Experts(nn.Module):
         if self.bias:
             parameters += [self.up_bias_EF, self.down_bias_ED]
         local = local_experts(parameters)
-        # From here on, E are the experts that this rank holds, and S are their slots for the tokens of all `ranks`.
-        ranks = local.group
+        # From here on, E are the experts that this rank holds, and S are their slots for the tokens of all ranks of
+        # `group`.
+        group = local.group
         up_EDF, down_EFD, *biases = local.weights
         up_bias_EF, down_bias_ED = biases or (None, None)
-        received_ESD = dispatch_to_experts(x_ESD, ranks)
+        received_ESD = dispatch_to_experts(x_ESD, group)
         hidden_ESF = gelu(_linear(received_ESD, up_EDF, up_bias_EF), self.gelu_kind)
-        return combine_from_experts(_linear(hidden_ESF, down_EFD, down_bias_ED), ranks)
+        return combine_from_experts(_linear(hidden_ESF, down_EFD, down_bias_ED), group)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -233,32 +234,25 @@ class SparseMLP(nn.Module):
             valid: per input, (B, L), False for padding.
             mean_token_counts: per input, its valid tokens averaged over ranks (`valid_tokens_per_rank`).
         """
-        rows = []  # per input: the rows of `x_TD` that its slots hold
-        gates = []
+        rows = []  # per input, (E, B C): the rows of `x_TD` that its slots hold
+        gates = []  # per input, (E, B C)
         all_stats = []
         input_start = 0
         for valid_BL, (routing, stats) in zip(valid, self.router(x_TD, valid, mean_token_counts)):
             input_end = input_start + valid_BL.numel()
             example_start_B = torch.arange(input_start, input_end, valid_BL.shape[1], device=x_TD.device)
-            rows.append((routing.token_BEC + example_start_B[:, None, None]).transpose(0, 1).flatten(1))
+            row_BEC = routing.token_BEC + example_start_B[:, None, None]
+            rows.append(row_BEC.transpose(0, 1).flatten(1))
             gates.append(routing.gate_BEC.transpose(0, 1).flatten(1))
             all_stats.append(stats)
             input_start = input_end
         row_ES = torch.cat(rows, dim=1)
-        row_S = row_ES.flatten()
-        gate_S1 = torch.cat(gates, dim=1).flatten()[:, None]
-        x_ESD = x_TD.index_select(0, row_S).unflatten(0, row_ES.shape)
-        out_SD = self.experts(x_ESD).flatten(0, 1)
-        sum_TD = torch.zeros_like(x_TD, dtype=out_SD.dtype)
-        return sum_TD.index_add(0, row_S, out_SD * gate_S1.to(out_SD.dtype)), all_stats
-
-
-class Segment(NamedTuple):
-    """The tokens `start` to `end` of each example of an input, which one stem made."""
-
-    stem: str
-    start: int
-    end: int
+        row_U = row_ES.flatten()
+        gate_U1 = torch.cat(gates, dim=1).flatten()[:, None]
+        x_ESD = x_TD.index_select(0, row_U).unflatten(0, row_ES.shape)
+        out_UD = self.experts(x_ESD).flatten(0, 1)
+        sum_TD = torch.zeros_like(x_TD, dtype=out_UD.dtype)
+        return sum_TD.index_add(0, row_U, out_UD * gate_U1.to(out_UD.dtype)), all_stats
 
 
 class ExpertGroups(nn.Module):
@@ -283,46 +277,29 @@ class ExpertGroups(nn.Module):
         x_TD: Tensor,
         valid: Sequence[Tensor],
         mean_token_counts: Sequence[Tensor],
-        segments: Sequence[Sequence[Segment]],
+        stems: Sequence[str],
     ) -> tuple[Tensor, list[RouterStats]]:
         """Maps (T, D) to (T, D), and returns statistics per input. They list the experts of all groups, in order; those
         of stems without tokens in the input have 0.
 
         Args:
             valid: per input, (B, L), False for padding.
-            mean_token_counts: for each segment of the first input, then of the second, and so on, its valid tokens
-                averaged over ranks.
-            segments: per input.
+            mean_token_counts: per input, its valid tokens averaged over ranks (`valid_tokens_per_rank`).
+            stems: per input, the stem that made its tokens.
         """
-        inputs = split_tokens(x_TD, [valid_BL.shape for valid_BL in valid])
-        tokens = []  # per segment
-        valid_tokens = []
-        stems = []
-        for x_BLD, valid_BL, input_segments in zip(inputs, valid, segments):
-            for stem, start, end in input_segments:
-                tokens.append(x_BLD[:, start:end])
-                valid_tokens.append(valid_BL[:, start:end])
-                stems.append(stem)
-        outputs: dict[int, Tensor] = {}
+        token_counts = [valid_BL.numel() for valid_BL in valid]
+        inputs = x_TD.split(token_counts)
+        outputs: dict[int, Tensor] = {}  # by the place of the input, as are `all_stats`
         all_stats: dict[int, RouterStats] = {}
         for stem in dict.fromkeys(stems):
-            members = [index for index, other in enumerate(stems) if other == stem]
-            group_TD = torch.cat([tokens[index].flatten(0, 1) for index in members])
-            group_valid = [valid_tokens[index] for index in members]
-            out_TD, group_stats = self.groups[stem](group_TD, group_valid, [mean_token_counts[i] for i in members])
-            outputs |= zip(members, split_tokens(out_TD, [valid_BL.shape for valid_BL in group_valid]))
-            all_stats |= zip(members, (self._among_all(stats, stem) for stats in group_stats))
-        results = []  # per input
-        results_stats = []
-        first = 0
-        for input_segments in segments:
-            numbers = range(first, first + len(input_segments))
-            results.append(torch.cat([outputs[i] for i in numbers], dim=1).flatten(0, 1))
-            counts = [mean_token_counts[i] for i in numbers]
-            shares = [count / sum(counts) for count in counts]
-            results_stats.append(RouterStats.mean([all_stats[i] for i in numbers], shares))
-            first = numbers.stop
-        return torch.cat(results), results_stats
+            of_stem = [i for i, other in enumerate(stems) if other == stem]
+            group_TD = torch.cat([inputs[i] for i in of_stem])
+            group_valid = [valid[i] for i in of_stem]
+            out_TD, group_stats = self.groups[stem](group_TD, group_valid, [mean_token_counts[i] for i in of_stem])
+            outputs |= zip(of_stem, out_TD.split([token_counts[i] for i in of_stem]))
+            all_stats |= zip(of_stem, (self._among_all(stats, stem) for stats in group_stats))
+        places = range(len(stems))
+        return torch.cat([outputs[i] for i in places]), [all_stats[i] for i in places]
 
     def _among_all(self, stats: RouterStats, stem: str) -> RouterStats:
         """The statistics of a group, with a share of 0 for each expert of the other groups."""

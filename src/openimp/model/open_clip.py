@@ -101,10 +101,9 @@ class OpenCLIP(Embedder):
     def checkpoint_activations(self) -> None:
         cast(Any, self.encoder).set_grad_checkpointing(True)
 
-    def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
-        """Encodes the tokens of one modality to features (B, Z)."""
-        ((name, tokens),) = inputs.items()
-        return Encoded(self._encode(name, tokens), [])
+    def encode(self, modality: str, tokens: Tokens) -> Encoded:
+        """Encodes the tokens of a modality to features (B, Z)."""
+        return Encoded(self._encode(modality, tokens), [])
 
     def encode_all(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
         return {name: Encoded(self._encode(name, tokens), []) for name, tokens in inputs.items()}
