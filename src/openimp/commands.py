@@ -282,7 +282,7 @@ def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -
     """Prints the needs of a run of a recipe, and which layout suits it."""
     recipe = Recipe.load(name, overrides, Path.cwd())
     modalities = _modalities(recipe)
-    layout_plans = [*plans(recipe, modalities, _classes(recipe), gpus=gpus, gpu=gpu, mfu=mfu)]
+    layout_plans = [*plans(recipe, modalities, _classes(recipe), gpus=gpus, gpu=gpu, utilization=mfu)]
     print_plan(recipe, modalities, layout_plans, gpu)
 
 

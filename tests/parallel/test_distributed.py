@@ -187,7 +187,7 @@ def test_the_planned_peak_is_near_that_of_four_ranks(four_ranks):
         recipe = Recipe.load("mixture", [*MEASURED, *PLANNED[name]])
         modalities = recipe.make_modalities()
         classes = StepBatches(recipe, modalities).classes
-        found = next(plans(recipe, modalities, classes, gpus=4, gpu="h100", mfu=0.4))
+        found = next(plans(recipe, modalities, classes, gpus=4, gpu="h100", utilization=0.4))
         planned = max(step.memory.temporary for (task, _), step in found.step_needs.items() if task == "stills")
         assert planned == pytest.approx(measured, rel=0.15), name
 

@@ -81,7 +81,7 @@ def test_the_fastest_layout_that_fits_is_recommended(little_data):
     ]
     recipe = Recipe.load(little_data / "recipe.yaml", changes)
     replicas, node, everyone = plans(
-        recipe, recipe.make_modalities(), {"pictures:label": [1, 2]}, gpus=16, gpu="h100", mfu=0.4
+        recipe, recipe.make_modalities(), {"pictures:label": [1, 2]}, gpus=16, gpu="h100", utilization=0.4
     )
     assert [plan.layout.shard_degree for plan in (replicas, node, everyone)] == [1, 8, 16]
     assert replicas.memory_bytes > node.memory_bytes > everyone.memory_bytes

@@ -34,7 +34,7 @@ from openimp.planning.gpus import GIB, GPUS, peak_flops
 from openimp.planning.layouts import choose_layout
 from openimp.planning.ledger import empty_batch, meta_model, short
 from openimp.planning.memory import StepMemory, step_memory
-from openimp.planning.plan import Plan, count, per_token, plans
+from openimp.planning.plan import Plan, parameter_count, per_token, plans
 from openimp.planning.step import SIMILARITY_BYTES, GPUMemory
 from openimp.planning.tables import duration
 from openimp.recipe.schema import Recipe
@@ -47,7 +47,7 @@ CLASSES = {"pictures:label": ["blue", "green", "red", "white"]}
 
 
 def plan_of(recipe: Recipe, gpus: int = 1, gpu: str = "h100", mfu: float = 0.4, classes: Any = CLASSES) -> Plan:
-    return next(plans(recipe, recipe.make_modalities(), classes, gpus=gpus, gpu=gpu, mfu=mfu))
+    return next(plans(recipe, recipe.make_modalities(), classes, gpus=gpus, gpu=gpu, utilization=mfu))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_parameters_are_the_published_ones(name, in_all, token):
     recipe = Recipe.load(name)
     model = meta_model(recipe, recipe.make_modalities(), {})
     used = per_token(model) / 1e6
-    assert float(f"{count(model.encoder) / 1e6:.4g}") == in_all
+    assert float(f"{parameter_count(model.encoder) / 1e6:.4g}") == in_all
     assert 0.85 < used / token < 1.01
     width = recipe.model.width
     moe = recipe.model.moe
@@ -310,7 +310,7 @@ def test_the_command_prints_the_plan(little_data, capsys):
     run_plan(str(little_data / "recipe.yaml"), changes, 2, "a100", 0.5)
     printed = capsys.readouterr().out
     recipe = Recipe.load(little_data / "recipe.yaml", changes)
-    first, *others = plans(recipe, recipe.make_modalities(), CLASSES, gpus=2, gpu="a100", mfu=0.5)
+    first, *others = plans(recipe, recipe.make_modalities(), CLASSES, gpus=2, gpu="a100", utilization=0.5)
     layouts = ["{shard_degree: 1}", "{shard_degree: 1, expert_degree: 2}", "{shard_degree: 2, expert_degree: 2}"]
     assert [str(plan.layout) for plan in (first, *others)] == ["{shard_degree: 2}", *layouts]
     task, view = first.largest

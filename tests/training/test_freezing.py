@@ -120,7 +120,7 @@ def test_frozen_parts_need_less_memory_and_the_plan_says_how_much(little_data, t
 def test_the_plan_shows_what_is_frozen(little_data, capsys):
     changes = [*ONE_TASK, "optimizer.lr_scale={stems: 0, encoder.blocks.0: 0}", "parallel.shard_degree=2"]
     recipe = recipe_of(little_data, *changes)
-    found = next(plans(recipe, recipe.make_modalities(), CLASSES, gpus=2, gpu="h100", mfu=0.4))
+    found = next(plans(recipe, recipe.make_modalities(), CLASSES, gpus=2, gpu="h100", utilization=0.4))
     model = meta_model(recipe, recipe.make_modalities(), CLASSES)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert found.frozen == sum(weight.numel() for weight in model.parameters()) - trained > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from openimp.checkpoint.folder import CONFIG, RECIPE, checkpoints
 from openimp.checkpoint.wrapped import public_names, wrapped_folder
-from openimp.common.errors import UserError, nearest
+from openimp.common.errors import UserError, nearest, one_line
 from openimp.common.names import BUNDLED, HUB, OPEN_CLIP, HubName, Name
 from openimp.common.safe_files import refuse_links
 
@@ -81,6 +81,6 @@ def download(name: str, patterns: Collection[str]) -> Path:
             ignore_patterns=["optimizer*"],
         )
     except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")
+        reason = one_line(error).removeprefix("Got: ")
         raise UserError(f"{name}: the Hugging Face Hub did not provide the model: {reason}") from None
     return Path(folder)

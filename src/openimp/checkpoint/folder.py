@@ -26,7 +26,7 @@ from torch import Tensor
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.lift import lift_6, lift_7, lift_recipe
-from openimp.common.errors import UserError, counted
+from openimp.common.errors import UserError, counted, one_line
 from openimp.common.modality import Modalities, Modality
 from openimp.common.protocols import learned_files, load_learned
 from openimp.common.safe_files import read_text, sha256
@@ -206,8 +206,7 @@ def load_weights(model: Embedder, folder: Path, assign: bool = False) -> None:
     try:
         model.load_state_dict(read_weights(folder), assign=assign)
     except RuntimeError as error:
-        text = " ".join(str(error).split())[:300]
-        raise UserError(f"{weights_folder(folder)}: does not fit the model: {text}") from None
+        raise UserError(f"{weights_folder(folder)}: does not fit the model: {one_line(error)}") from None
 
 
 def weights_folder(folder: Path) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from openimp.checkpoint.fold import RGB, encoder_weights, stem_weights
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, one_line
 from openimp.common.modality import Modalities, StemSpec
 from openimp.common.names import OPEN_CLIP, TIMM, Name
 from openimp.common.progress import no_log_output
@@ -128,8 +128,7 @@ def library_opens(name: str) -> Iterator[None]:
     except ImportError:
         raise UserError(f"{name}: {library} is missing: pip install 'openimp[peers]'") from None
     except Exception as error:  # Both libraries raise many kinds.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{name}: {library} cannot open it: {reason[0]}") from None
+        raise UserError(f"{name}: {library} cannot open it: {one_line(error)}") from None
 
 
 def _check_folder(library: str, folder: Path) -> None:

@@ -26,7 +26,7 @@ class Saver:
     """Writes the checkpoints of a run, one at a time, together with the savers of all other ranks.
 
     Each rank writes its shards into a draft folder. When all have, rank 0 writes the manifest, renames the draft, and
-    removes all earlier checkpoints but the last `keep` and the best. A thread does this, and its collectives have a
+    removes all other checkpoints but the last `keep` and the best. A thread does this, and its collectives have a
     process group of their own, so they cannot mix with those of the training steps.
     """
 
@@ -38,12 +38,14 @@ class Saver:
         # At exit Python waits for the thread, so an error elsewhere costs no checkpoint.
         self._thread = ThreadPoolExecutor(1, "saver")
         self._saving: Future[None] | None = None
-        self._buffers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)  # by part and name
+        # CPU memory for the copies of tensors, which each checkpoint uses again: by part and name.
+        self._buffers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
 
     def start(self, step: int, texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Waits for the previous checkpoint, copies the tensors to CPU memory, and lets the thread write them.
 
         Rank 0 writes the `texts`, by file name. The tensors are by part (model, optimizer or ema) and name.
+        CheckpointError if the previous checkpoint could not be written.
         """
         self.wait()
         copies = {}
@@ -66,10 +68,11 @@ class Saver:
         draft = folder.with_name(f".{folder.name}.tmp")
         is_rank_zero = distributed.rank() == 0
 
-        def run_on_rank_zero(work: Callable[[], None]) -> None:
+        def on_rank_zero(work: Callable[[], None]) -> None:
             distributed.run_on_all_ranks(lambda: work() if is_rank_zero else None, self.group)
 
         def write_shards() -> dict[str, Any]:
+            """Writes and syncs the files of this rank, and returns their manifest entries."""
             files = []
             for part, tensors in copies.items():
                 files += dcp.save(draft / part, tensors, self.group)
@@ -80,18 +83,18 @@ class Saver:
             return {file.relative_to(draft).as_posix(): manifest_entry(file) for file in files}
 
         try:
-            run_on_rank_zero(lambda: _begin(draft, texts))
+            on_rank_zero(lambda: _begin(draft, texts))
             manifest: dict[str, Any] = {}
             # `run_on_all_ranks` returns the results of all ranks. If one rank fails, it raises on all of them.
             for entries_of_rank in distributed.run_on_all_ranks(write_shards, self.group):
                 manifest |= entries_of_rank
-            run_on_rank_zero(lambda: _publish(draft, folder, manifest))
+            on_rank_zero(lambda: _publish(draft, folder, manifest))
         except (UserError, OSError) as error:
             if is_rank_zero:  # No rank writes to the draft anymore.
                 shutil.rmtree(draft, ignore_errors=True)
             raise CheckpointError(f"{folder}: could not be saved: {error}; older checkpoints are untouched") from None
         try:
-            run_on_rank_zero(lambda: _remove_older(folder, self.keep))
+            on_rank_zero(lambda: _remove_others(folder, self.keep))
         except (UserError, OSError) as error:
             raise CheckpointError(f"{folder}: is saved, but an older one could not be removed: {error}") from None
 
@@ -107,6 +110,7 @@ def _begin(draft: Path, texts: Mapping[str, str]) -> None:
 def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     run = folder.parents[1]  # `folder` is RUN/checkpoints/step-...
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+    # All other files are synced already.
     for path in (draft / MANIFEST, *filter(Path.is_dir, draft.iterdir()), draft):
         sync(path)
     if folder.exists():  # It is damaged; otherwise the run would have resumed from it.
@@ -119,7 +123,7 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     sync(run)
 
 
-def _remove_older(folder: Path, keep: int) -> None:
+def _remove_others(folder: Path, keep: int) -> None:
     """Keeps the last `keep` checkpoints up to this one, and the best one if it is not a later one.
 
     Removes all others.

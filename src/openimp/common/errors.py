@@ -24,6 +24,15 @@ def printable(text: str) -> str:
     return "".join(character for character in text if character.isprintable() or character in "\n\t\xa0")
 
 
+def one_line(error: BaseException) -> str:
+    """The message of a library's error in one line of at most 300 characters, or its type if it has no message.
+
+    Libraries often wrap the cause, which is what a user can fix, so the cause is preferred.
+    """
+    error = error.__cause__ or error
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest known word, else a list of the known words if there are at most `FEW`."""
     known = sorted(map(str, known))

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, one_line
 from openimp.data.files import fingerprint
 from openimp.data.streams import NamedRow
 from openimp.data.tables import Table
@@ -48,18 +48,12 @@ def quiet(name: str, path: str, bars: bool = False) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # datasets and its hub client raise about twenty unrelated types.
-        raise UserError(f"source {name}: {path} cannot be read: {first_line(error)}") from None
+        raise UserError(f"source {name}: {path} cannot be read: {one_line(error)}") from None
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
         if hide_bars:
             datasets.enable_progress_bars()
-
-
-def first_line(error: BaseException) -> str:
-    """The error message in one line. `datasets` wraps the cause that a user can fix, so the cause is preferred."""
-    error = error.__cause__ or error
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def hub_root(source: Source) -> Path:
@@ -134,4 +128,4 @@ class HubShards:
                 number += 1
                 yield (row_name, row), {"row": number, "reader": data.state_dict()}
         except Exception as error:  # As in `quiet`, which would run for every row.
-            raise UserError(f"source {self._name}: {self._path} cannot be read: {first_line(error)}") from None
+            raise UserError(f"source {self._name}: {self._path} cannot be read: {one_line(error)}") from None

@@ -27,21 +27,21 @@ class WorkersFailed(UserError):
     """A worker process died, or the connection to it broke."""
 
 
-def load_batches(dataset: StepBatches, start: int, stop: int | None = None) -> Iterator[LoadedBatch]:
+def load_batches(batches: StepBatches, start: int, stop: int | None = None) -> Iterator[LoadedBatch]:
     """Yields the batches of the steps from `start` to `stop` - 1; if `stop` is None, to the last step.
 
     Raises:
         UserError: no example of a batch can be read, or a label is not among the classes.
         WorkersFailed: a worker died.
     """
-    train = dataset.recipe.train
+    train = batches.recipe.train
     workers = train.num_workers
-    parts = max(1, workers)
-    stop = len(dataset) if stop is None else stop
+    parts_per_batch = max(1, workers)
+    stop = len(batches) if stop is None else stop
     loader: DataLoader[LoadedBatch | UserError] = DataLoader(
-        _Parts(dataset, parts),
+        _Parts(batches, parts_per_batch),
         batch_size=None,
-        sampler=range(start * parts, stop * parts),
+        sampler=range(start * parts_per_batch, stop * parts_per_batch),
         num_workers=workers,
         prefetch_factor=train.prefetch_factor if workers else None,
         worker_init_fn=_init_worker,
@@ -55,29 +55,29 @@ def load_batches(dataset: StepBatches, start: int, stop: int | None = None) -> I
         if isinstance(part, UserError):
             raise part
         parts_of_batch.append(part)
-        if len(parts_of_batch) == parts:
+        if len(parts_of_batch) == parts_per_batch:
             yield LoadedBatch.merged(parts_of_batch)
             parts_of_batch = []
 
 
 def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[LoadedBatch | UserError]:
-    """Yields the loader's parts of batches, and reports a dead worker only while it waits for one.
+    """Yields the loader's parts of batches, and reports a dead worker only while it waits for a part.
 
     torch's SIGCHLD handler raises wherever the training process is. In the middle of an update, that would make the
     model unfit to be saved. So the handler is installed only during the wait.
     """
     outer_handler = signal.getsignal(signal.SIGCHLD)
-    parts: Iterator[LoadedBatch | UserError] | None = None
+    iterator: Iterator[LoadedBatch | UserError] | None = None
     # Exactly one `next` per part: one more, to reach the end, could report a worker that died after its last part.
     for _ in range(len(loader)):
         try:
-            parts = parts or iter(loader)  # Inside `try`: this starts the workers and installs torch's handler.
+            iterator = iterator or iter(loader)  # Inside `try`: this starts the workers and installs torch's handler.
             # Without the handler, the wait for a part that a dying worker has half written would never end.
             signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
-            _error_if_any_worker_fails()
-            part = next(parts)
-            # Until this call returns, our handler may raise, and the `except` below must catch that. So restoring the
-            # outer handler in `finally` alone would be too late.
+            _error_if_any_worker_fails()  # A worker may have died before the handler was installed.
+            part = next(iterator)
+            # In the `try`: until this line has run, a worker that dies makes the handler raise, and the `except` must
+            # catch that.
             signal.signal(signal.SIGCHLD, outer_handler)
         # torch raises RuntimeError. Unpickling a part from the dead worker raises the other errors.
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
@@ -103,17 +103,17 @@ class _Parts(Dataset["LoadedBatch | UserError"]):
     """
 
     batches: StepBatches
-    parts: int  # of a batch
+    parts_per_batch: int
 
     def __len__(self) -> int:
-        return len(self.batches) * self.parts
+        return len(self.batches) * self.parts_per_batch
 
     def __getitem__(self, item: int) -> LoadedBatch | UserError:
-        step, number = divmod(item, self.parts)
+        step, number = divmod(item, self.parts_per_batch)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return self.batches.part(step, number, self.parts)
+            return self.batches.part(step, number, self.parts_per_batch)
         except UserError as error:
             return error
         except Exception as error:  # Of a file system, a network or a decoder.

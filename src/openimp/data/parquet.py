@@ -18,9 +18,9 @@ from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from openimp.common.cache import cache_folder, cached, stable_hash
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, one_line
 from openimp.common.names import is_url
-from openimp.data.hub import first_line, quiet
+from openimp.data.hub import quiet
 
 MAX_EXPANSION = 100
 MIN_LIMIT = 2**30
@@ -45,7 +45,7 @@ def count_rows(name: str, file: str) -> int:
     try:
         return pq.read_metadata(file).num_rows
     except pa.ArrowException as error:
-        raise UserError(f"source {name}: {file} is not a readable Parquet file: {first_line(error)}") from None
+        raise UserError(f"source {name}: {file} is not a readable Parquet file: {one_line(error)}") from None
 
 
 def load(name: str, path: str, files: list[str], streaming: bool) -> Any:

@@ -45,16 +45,17 @@ class LoadedBatch:
 
     Attributes:
         visit: the step, with its task and view.
-        parts: the examples, in order, as the workers made them. A worker without a part makes none.
+        batches: the examples, in order; one batch of each worker that has any.
         names: the name of each example's row.
         bad: (row name, reason) of each example that could not be read. Another example replaces it in the batch.
         cursors: where each lane of the task's stream that was read resumes; empty for tables.
         digest: a hash of the examples, whatever their order; see `batch_digest`.
-        stop_reason: why this rank stops the run before this step: an error, or "" for a signal. None: it goes on.
+        stop_reason: why this rank stops the run before this step: an error, or "" for a signal or a failed save. None:
+            it goes on.
     """
 
     visit: Visit
-    parts: list[Batch] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
     cursors: dict[str, Cursor] = field(default_factory=dict)
@@ -63,14 +64,14 @@ class LoadedBatch:
 
     def without_tensors(self) -> LoadedBatch:
         """Everything but the tensors, which take much memory."""
-        return replace(self, parts=[])
+        return replace(self, batches=[])
 
     @classmethod
-    def merged(cls, loaded: Sequence[LoadedBatch]) -> LoadedBatch:
+    def merged(cls, parts: Sequence[LoadedBatch]) -> LoadedBatch:
         """The parts of all workers together."""
-        merged = cls(loaded[0].visit)
-        for part in loaded:
-            merged.parts += part.parts
+        merged = cls(parts[0].visit)
+        for part in parts:
+            merged.batches += part.batches
             merged.names += part.names
             merged.bad += part.bad
             merged.cursors |= part.cursors
@@ -80,15 +81,15 @@ class LoadedBatch:
     @cached_property
     def batch(self) -> Batch:
         """All examples, in CPU memory."""
-        return Batch.cat(self.parts)
+        return Batch.cat(self.batches)
 
     def to(self, device: torch.device) -> Batch:
-        """All examples on a device. They are concatenated there, because only the parts are in pinned memory."""
-        return Batch.cat([part.to(device) for part in self.parts])
+        """All examples on a device. They are concatenated there, because only `batches` are in pinned memory."""
+        return Batch.cat([batch.to(device) for batch in self.batches])
 
     def pin_memory(self) -> LoadedBatch:
         """The DataLoader calls this if there is CUDA: only copies from pinned memory are asynchronous."""
-        return replace(self, parts=[part.pin_memory() for part in self.parts])
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
 @dataclass
@@ -111,8 +112,9 @@ class StepBatches(Dataset[LoadedBatch]):
     Attributes:
         sources: the opened source of each task with a weight above 0, by task.
         classes: the classes of each classification head in the order of its outputs, by `head_key`.
-        stores: the decoded media of each cached column, by (source, modality, column). A tower's are vectors.
-        texts: the vectors of the texts of each modality with a tower.
+        stores: the decoded media of each cached column, by (source, modality, column), and the vectors of each column
+            that a tower reads.
+        text_vectors: the vectors of all texts that a tower reads, by modality.
         teacher_vectors: of the rows, by task and teacher. `embed` fills it.
     """
 
@@ -141,15 +143,16 @@ class StepBatches(Dataset[LoadedBatch]):
         self.rank = rank
         self.world_size = world_size
         self.stores: dict[tuple[str, str, str], DecodedStore] = {}
-        self.texts: dict[str, EmbeddedTexts] = {}
+        self.text_vectors: dict[str, EmbeddedTexts] = {}
         self.teacher_vectors: dict[str, dict[Teacher, DecodedStore | EmbeddedRows]] = {}
         self.sources: dict[str, Table | Stream] = {}
         self.classes: dict[str, list[Any]] = {}
         self._open_sources()
-        for name, source in self.sources.items():
-            for objective in recipe.tasks[name].objectives:
+        for task_name, source in self.sources.items():
+            for objective in recipe.tasks[task_name].objectives:
                 if labels := objective.class_column():
-                    self.classes[head_key(source.name, labels.name)] = classes_of(source, labels, f"tasks.{name}")
+                    classes = classes_of(source, labels, f"tasks.{task_name}")
+                    self.classes[head_key(source.name, labels.name)] = classes
         self._decode_cached_media(progress)
 
     def _open_sources(self) -> None:
@@ -201,12 +204,12 @@ class StepBatches(Dataset[LoadedBatch]):
             if modality.reads_text and modality.stem not in fitted_stems and isinstance(modality, Learned):
                 learners[name] = modality
 
-        def fit() -> dict[str, dict[str, str]]:
+        def fit_learners() -> dict[str, dict[str, str]]:
             for name, learner in learners.items():
                 learner.fit(self._corpus(name))
             return {name: learner.state() for name, learner in learners.items()}
 
-        states = run_on_rank_zero(fit)
+        states = run_on_rank_zero(fit_learners)
         if self.rank > 0:
             for name, learner in learners.items():
                 learner.load_state(states[name])
@@ -219,10 +222,10 @@ class StepBatches(Dataset[LoadedBatch]):
         """
         self._embed_for_towers(progress)
         size = self._target_sizes.embed_dim
-        for teacher, model in teachers.items():
-            if model.stem_spec().values != size:
+        for teacher, tower in teachers.items():
+            if tower.stem_spec().values != size:
                 raise UserError(
-                    f"teacher {teacher.model}: has vectors of {model.stem_spec().values} numbers, and the model of "
+                    f"teacher {teacher.model}: has vectors of {tower.stem_spec().values} numbers, and the model of "
                     f"{size}; set model.embed_dim"
                 )
         for task_name, source in self.sources.items():
@@ -230,11 +233,12 @@ class StepBatches(Dataset[LoadedBatch]):
             vectors: dict[Teacher, DecodedStore | EmbeddedRows] = {}
             for teacher in task.teachers:
                 assert isinstance(source, Table)
+                tower = teachers[teacher]
                 columns = task.inputs[teacher.modality].columns
-                if teachers[teacher].reads_text:
-                    vectors[teacher] = EmbeddedRows(source, teachers[teacher], columns, progress)
+                if tower.reads_text:
+                    vectors[teacher] = EmbeddedRows(source, tower, columns, progress)
                 else:
-                    vectors[teacher] = embed_column(source, teachers[teacher], columns[0], [], progress)
+                    vectors[teacher] = embed_column(source, tower, columns[0], views=[], progress=progress)
             self.teacher_vectors[task_name] = vectors
 
     def _embed_for_towers(self, progress: Progress | None) -> None:
@@ -251,7 +255,7 @@ class StepBatches(Dataset[LoadedBatch]):
                     self.stores[table.name, name, column] = store
         for name, modality in self.modalities.items():
             if modality.reads_text and isinstance(modality, Towered):
-                self.texts[name] = EmbeddedTexts(modality, self._texts(name), progress)
+                self.text_vectors[name] = EmbeddedTexts(modality, self._texts(name), progress)
 
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of each source, by name. That of a table covers the media files that tasks read from it."""
@@ -300,6 +304,7 @@ class StepBatches(Dataset[LoadedBatch]):
         tokens = {}
         for name, spec in task.inputs.items():
             items = np.stack([array for example in examples for array in example.arrays[name]])
+            # By position, because the same example may replace two bad ones of a batch.
             rngs = [loaded[position].rng for position in positions for _ in range(spec.draw)]
             tokens[name] = self.modalities[name].tokens(items, task.views[visit.view][name], rngs)
         targets = []
@@ -307,12 +312,13 @@ class StepBatches(Dataset[LoadedBatch]):
             keys = targets_of_objective[0]
             targets.append({key: torch.stack([target[key] for target in targets_of_objective]) for key in keys})
         names = [example.name for example in examples]
-        asked = [loaded[position] for position in positions]
+        # Bad examples that `_readable` has met further on count in the step of their own position.
+        at_positions = [loaded[position] for position in positions]
         return LoadedBatch(
             visit,
-            parts=[Batch(tokens, targets, rows=[example.row for example in examples])],
+            batches=[Batch(tokens, targets, rows=[example.row for example in examples])],
             names=names,
-            bad=[(example.name, example.bad) for example in asked if example.bad],
+            bad=[(example.name, example.bad) for example in at_positions if example.bad],
             cursors=source.cursors() if isinstance(source, Stream) else {},
             digest=batch_digest(f"{visit.task} {name}" for name in names),
         )
@@ -320,8 +326,9 @@ class StepBatches(Dataset[LoadedBatch]):
     def _positions(self, visit: Visit, number: int, parts: int) -> list[int]:
         """The positions, in the task's order, of the examples of a part, which has whole lanes.
 
-        Example j of a batch of B is in lane j * lanes // B. In a table, each example is a lane of its own. If the
-        lanes are not a multiple of the ranks, two ranks share a lane, and each takes a part of its examples.
+        A batch lists the examples of its first lane, then those of the second, and so on. The task's order takes one
+        example of each lane in turn: position p is in lane p % lanes. In a table, each example is a lane of its own. If
+        the lanes are not a multiple of the ranks, two ranks share a lane, and each takes a part of its examples.
         """
         lanes = self._lanes(visit.task) or visit.batch_size
         lane_size = visit.batch_size // lanes  # examples of a lane in the batch
@@ -332,9 +339,11 @@ class StepBatches(Dataset[LoadedBatch]):
         rank_lanes = -(-rank_stop // lane_size) - first_lane
         part_start = (first_lane + rank_lanes * number // parts) * lane_size
         part_stop = (first_lane + rank_lanes * (number + 1) // parts) * lane_size
-        examples = range(max(rank_start, part_start), min(rank_stop, part_stop))
-        # The batch has one lane after the other; in the task's order, position p is in lane p % lanes.
-        return [visit.start + j % lane_size * lanes + j // lane_size for j in examples]
+        positions = []
+        for example in range(max(rank_start, part_start), min(rank_stop, part_stop)):
+            lane, place = divmod(example, lane_size)
+            positions.append(visit.start + place * lanes + lane)
+        return positions
 
     def _lanes(self, task: str) -> int:
         """The number of lanes of a task's stream; 0 for a table."""
@@ -355,16 +364,16 @@ class StepBatches(Dataset[LoadedBatch]):
         key = seed_key(self.recipe.seed, visit.task, "augment")
         sync = task.views[visit.view].sync
         loaded = {}
-        for position, row, (name, values) in zip(positions, rows, named_rows):
-            loaded[position] = Example(row, name, values, example_rng(key, position, sync))
+        for position, row, (row_name, values) in zip(positions, rows, named_rows):
+            loaded[position] = Example(row, row_name, values, example_rng(key, position, sync))
         for example in loaded.values():
             # First, because media of an example with a bad target are not decoded.
             self._read_targets(visit.task, example)
-        for name in task.inputs:
-            self._decode(visit, name, loaded.values())
+        for modality_name in task.inputs:
+            self._decode(visit, modality_name, loaded.values())
         for example in loaded.values():
             for objective, targets in zip(task.objectives, example.targets):
-                targets |= objective.read_texts(example.texts)
+                targets.update(objective.read_texts(example.texts))
         return loaded
 
     def _readable(self, visit: Visit, position: int, loaded: dict[int, Example]) -> Example:
@@ -408,30 +417,31 @@ class StepBatches(Dataset[LoadedBatch]):
                     media_views.setdefault((name, column), []).extend(view[name] for view in task.views)
         return media_views
 
-    def _decode(self, visit: Visit, name: str, examples: Iterable[Example]) -> None:
-        """Decodes and augments modality `name` of each example that is not bad, and marks those that cannot be read.
+    def _decode(self, visit: Visit, modality_name: str, examples: Iterable[Example]) -> None:
+        """Decodes and augments one modality of each example that is not bad, and marks those that cannot be read.
 
         One modality is decoded for all examples before the next, so that its code and constants stay in the CPU cache.
         Each example has its own random generator, so the draws do not depend on the other examples.
         """
         task = self.recipe.tasks[visit.task]
         source = self.sources[visit.task]
-        modality = self.modalities[name]
-        spec = task.inputs[name]
-        view = task.views[visit.view][name]
+        modality = self.modalities[modality_name]
+        spec = task.inputs[modality_name]
+        view = task.views[visit.view][modality_name]
 
         def decode(example: Example) -> np.ndarray:
             rng = example.rng
             if modality.reads_text:
-                vectors = self.texts.get(name)
-                write = fill if vectors is None else draw_text  # A tower has embedded only some texts.
+                vectors = self.text_vectors.get(modality_name)
+                # `fill` may write a text that no tower has embedded.
+                write = fill if vectors is None else draw_text
                 text = write(spec.columns, example.values, rng)
-                example.texts.setdefault(name, []).append(text)
+                example.texts.setdefault(modality_name, []).append(text)
                 return modality.decode(text, [view]) if vectors is None else vectors[text]
             column = spec.columns[0]
             if len(spec.columns) > 1:
                 column = spec.columns[int(rng.integers(len(spec.columns)))]
-            store = self.stores.get((source.name, name, column))
+            store = self.stores.get((source.name, modality_name, column))
             if store is not None:
                 return store[example.row]
             return modality.decode(source.media(example.values[column]), [view], rng)
@@ -442,7 +452,7 @@ class StepBatches(Dataset[LoadedBatch]):
             try:
                 for _ in range(spec.draw):
                     array = modality.transform(decode(example), view, example.rng)
-                    example.arrays.setdefault(name, []).append(array)
+                    example.arrays.setdefault(modality_name, []).append(array)
             except BadMedia as error:
                 example.bad = str(error)
 
@@ -453,7 +463,7 @@ class StepBatches(Dataset[LoadedBatch]):
         task = self.recipe.tasks[task_name]
         try:
             for teacher, vectors in self.teacher_vectors.get(task_name, {}).items():
-                example.values[teacher.column] = vectors[example.row][0]
+                example.values[teacher.column] = vectors[example.row][0]  # A teacher has one vector per item.
             for column in sorted(_target_columns(task)):
                 if isinstance(cell := example.values[column], Unreadable):
                     raise BadMedia(cell.reason)

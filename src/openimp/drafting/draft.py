@@ -23,7 +23,7 @@ from openimp.drafting.writing import write
 from openimp.encoding.frozen import vector_sizes
 from openimp.planning.ledger import costs, meta_model, mixture, short
 from openimp.planning.memory import step_memory
-from openimp.planning.plan import count
+from openimp.planning.plan import parameter_count
 from openimp.recipe.file import bundled
 from openimp.recipe.schema import Recipe
 
@@ -160,7 +160,7 @@ def fit(draft: Draft, classes: Classes, machine: Machine) -> float:
             for name, task in recipe.tasks.items()
             for view in range(len(task.views))
         ]
-        weights = count(meta_model(recipe, modalities, classes))
+        weights = parameter_count(meta_model(recipe, modalities, classes))
         # fp32 weights, gradients and two moments
         needed = 16 * weights + max(step.peak.total() + step.inputs for step in steps)
         if needed <= machine.memory or all(task["batch_size"] <= 2 for task in tasks):

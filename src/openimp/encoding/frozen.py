@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from openimp.checkpoint.folder import SavedModel, load_model, read_config
 from openimp.checkpoint.public_vit import library_opens
 from openimp.common.cache import stable_hash
 from openimp.common.device import pick_device
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, one_line
 from openimp.common.modality import Modality, Rng
 from openimp.common.names import SENTENCE_TRANSFORMERS, TIMM, Name
 from openimp.common.protocols import learned_files
@@ -43,6 +44,8 @@ CLIPS = 64
 LONGEST_SIDE = 2048
 """Largest side, in pixels, of a picture that is given to a library, which shrinks it further."""
 
+
+_OPENING = Lock()
 
 Role = Literal["tower", "teacher"]
 """What a frozen encoder is for."""
@@ -177,7 +180,8 @@ def _picture(value: Any, rng: Rng | None) -> PIL.Image.Image:
 def open_encoder(name: str, modality: str, role: Role = "tower") -> FrozenEncoder:
     """Opens the encoder of a modality by the name of its model."""
     scheme = Name.parse(name).scheme
-    with torch.device("cpu"):  # `openimp plan` makes models on the meta device.
+    # `openimp plan` makes models on the meta device. Threads that read items must not all load the same model.
+    with _OPENING, torch.device("cpu"):
         if scheme == SENTENCE_TRANSFORMERS:
             return LibraryEncoder(name, modality, role)
         if scheme == TIMM:
@@ -243,8 +247,7 @@ def _open_library(name: str) -> tuple[Any, str]:
             model_kwargs={"use_safetensors": True},
         )
     except Exception as error:  # The libraries raise many kinds.
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{name}: sentence-transformers cannot open it: {reason}") from None
+        raise UserError(f"{name}: sentence-transformers cannot open it: {one_line(error)}") from None
     options = [(file.relative_to(folder).as_posix(), sha256(file)) for file in files]
     return library, stable_hash([weights_hash(library).hexdigest(), *options])[:16]
 

@@ -42,7 +42,7 @@ class SavedTower(Strict):
 class Tower(Modality):
     """A modality that reads items with a frozen encoder, and whose tokens are the encoder's vectors.
 
-    `tower_class` makes the subclass for a modality.
+    A teacher of `distill` is a `Tower`, too, with another role. `tower_class` makes the subclass for a modality.
     """
 
     class Config(Strict):
@@ -52,9 +52,9 @@ class Tower(Modality):
         """The model that embeds items: a run, `openimp:base`, `hub:OWNER/NAME`, `open_clip:NAME/TAG`, `timm:NAME` for
         pictures, or `sentence_transformers:OWNER/NAME`."""
         crops: Count = 1
-        """Vectors that training has of each picture, clip or sound. The first is of the item as in evaluation (of a
-        long item, the mean over its clips), the others are of random crops, which models of openimp also change as in
-        their own training. Each step draws one of them."""
+        """Vectors that training has of each picture, video or sound. The first is of the item as in evaluation (of a
+        long item, the mean over its clips), the others are of random crops. If the tower is a model of openimp,
+        they are also augmented as in its training. Each step draws one of them."""
 
     class View(Strict):
         """A tower reads items in its own view."""
@@ -78,7 +78,7 @@ class Tower(Modality):
         return encoder
 
     def state(self) -> dict[str, str]:
-        # A file per modality, because modalities of one stem may have different views.
+        # A file per modality, because the encoder may read the modalities of a stem in different views.
         saved = self._saved or SavedTower(fingerprint=self.encoder.fingerprint, features=self.encoder.features)
         return {f"tower-{self.name}.json": saved.model_dump_json(indent=1)}
 
@@ -120,6 +120,7 @@ class Tower(Modality):
         yield from self._embedded(batch)
 
     def _embedded(self, batch: list[list[np.ndarray] | BadMedia]) -> Iterator[np.ndarray | BadMedia]:
+        """The vectors of each item of a batch. An item is a list of crops, and a crop an array of clips."""
         crops = [crop for item in batch if not isinstance(item, BadMedia) for crop in item]
         vectors = iter(self._vectors(crops) if crops else ())
         for item in batch:
@@ -131,14 +132,15 @@ class Tower(Modality):
         try:
             value = read()
             crops = [self.encoder.read(value)]
-            for crop in range(1, 1 if self.reads_text else self.config.crops):
+            random_crops = 0 if self.reads_text else self.config.crops - 1
+            for crop in range(1, 1 + random_crops):
                 crops.append(self.encoder.read(value, np.random.default_rng([number, crop])))
             return crops
         except BadMedia as error:
             return error
 
     def _vectors(self, crops: list[np.ndarray]) -> np.ndarray:
-        """A vector (N, features) fp16 of each array of clips."""
+        """A vector, (crops, features) fp16, of each array of clips."""
         z_MD = F.normalize(self.encoder.embed(np.concatenate(crops)).float(), dim=-1)
         means = [z.mean(0) for z in z_MD.split([len(clips) for clips in crops])]
         return _scaled(torch.stack(means)).cpu().numpy().astype(np.float16)
@@ -160,7 +162,7 @@ class Tower(Modality):
         return self.encoder.read(value)
 
     def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
-        """One token per item: vectors (B, features) or, without `rngs`, clips, which the tower embeds first."""
+        """One token per row of `items`: vectors (B, features), or without `rngs` clips (M, ...), which it embeds."""
         vectors_BD = torch.from_numpy(items).float() if rngs is not None else _scaled(self.encoder.embed(items))
         return Tokens(vectors_BD[:, None], torch.zeros(len(items), 1, 1, dtype=torch.int64, device=vectors_BD.device))
 
@@ -188,7 +190,7 @@ class MediaTower(Tower):
     def _reader(self, protocol: Any) -> Any:
         reader = self.encoder.reader
         if not isinstance(reader, protocol):
-            raise BadMedia(f"{self.name} of {self.role} {self.config.tower} has no pictures")
+            raise BadMedia(f"{self.name} of {self.role} {self.config.tower} cannot show or cut its items")
         return reader
 
 

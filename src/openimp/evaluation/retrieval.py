@@ -74,7 +74,7 @@ class RetrievalResult(Predicted):
 
 
 def retrieve(
-    evaluator: Evaluator, options: Retrieval, where: str, table: Table
+    evaluator: Evaluator, options: Retrieval, error_prefix: str, table: Table
 ) -> tuple[list[RetrievalResult], ReadableRows]:
     """Retrieves in both directions. Also returns the rows that could be read, because only they count.
 
@@ -84,7 +84,7 @@ def retrieve(
     a, b = options.inputs
     # The vectors of each side are in the space that it shares with the other side.
     encoded_by_side = {side: evaluator.encode(options, side, table, towards=other) for side, other in ((a, b), (b, a))}
-    readable = readable_rows(table, list(encoded_by_side.values()), where)
+    readable = readable_rows(table, list(encoded_by_side.values()), error_prefix)
     rows = readable.row
     vectors: dict[str, Tensor] = {}
     first_row_of_item: dict[str, np.ndarray] = {}  # for each item, the first row of the source that has it
@@ -127,15 +127,16 @@ def ranks(queries_NZ: Tensor, candidates_MZ: Tensor, pairs: np.ndarray, limit: i
     for start in range(0, len(queries_NZ), block):
         similar_nM = queries_NZ[start : start + block] @ candidates_MZ.T
         first_pair, end_pair = np.searchsorted(pairs[:, 0], [start, start + len(similar_nM)])
-        query_E, candidate_E = torch.from_numpy(pairs[first_pair:end_pair].copy()).to(similar_nM.device).unbind(1)
-        query_E = query_E - start
-        correct_E = similar_nM[query_E, candidate_E]
-        best_n = similar_nM.new_full((len(similar_nM),), -torch.inf).scatter_reduce(0, query_E, correct_E, "amax")
+        block_pairs = torch.from_numpy(pairs[first_pair:end_pair].copy()).to(similar_nM.device)
+        query_e, candidate_e = block_pairs.unbind(1)
+        query_e = query_e - start
+        correct_e = similar_nM[query_e, candidate_e]
+        best_n = similar_nM.new_full((len(similar_nM),), -torch.inf).scatter_reduce(0, query_e, correct_e, "amax")
         # `not <` instead of `>=`, so that every comparison with NaN counts against the model.
         not_below_n = (~(similar_nM < best_n[:, None])).sum(1)
         # The rank is 1 + the number of wrong candidates that are not less similar than the best correct one: all such
         # candidates minus the correct ones among them, which are the best one and its ties.
-        not_below_E = ~(correct_E < best_n[query_E])
-        correct_not_below_n = torch.zeros_like(not_below_n).index_add(0, query_E, not_below_E.long())
+        not_below_e = ~(correct_e < best_n[query_e])
+        correct_not_below_n = torch.zeros_like(not_below_n).index_add(0, query_e, not_below_e.long())
         blocks.append(1 + not_below_n - correct_not_below_n)
     return torch.cat(blocks).cpu().numpy()

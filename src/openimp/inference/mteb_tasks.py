@@ -20,8 +20,7 @@ from scipy.stats import ConstantInputWarning
 from sklearn.exceptions import UndefinedMetricWarning
 
 from openimp.common.device import precision_of
-from openimp.common.errors import UserError, nearest
-from openimp.data.hub import first_line
+from openimp.common.errors import UserError, nearest, one_line
 from openimp.evaluation.evaluate import NotMeasured
 from openimp.evaluation.metrics import share_interval
 from openimp.evaluation.provenance import checkpoint_fields, software_fields
@@ -120,7 +119,7 @@ def _measure(encoder: MTEBEncoder, task: AbsTask) -> list[dict[str, Any]]:
     try:
         task.load_data()
     except Exception as error:  # `datasets` and its hub client raise about twenty unrelated types.
-        raise UserError(f"{metadata.name}: {metadata.dataset['path']} cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"{metadata.name}: {metadata.dataset['path']} cannot be loaded: {one_line(error)}") from error
     batch_size = encoder.model.recipe.evaluation.batch_size
     evaluate: Any = mteb.evaluate  # Its types demand arguments that our encoder does not use.
     try:
@@ -136,7 +135,7 @@ def _measure(encoder: MTEBEncoder, task: AbsTask) -> list[dict[str, Any]]:
             raise ValueError(f"{metadata.main_score} is not between -1 and 1")
         return [_result(task, split, subset, names_split=len(scores) > 1) for split, subset in scores]
     except Exception as error:
-        raise UserError(f"{metadata.name}: mteb cannot measure it: {first_line(error)}") from error
+        raise UserError(f"{metadata.name}: mteb cannot measure it: {one_line(error)}") from error
     finally:
         task.unload_data()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from openimp.checkpoint.folder import CONFIG, RECIPE
-from openimp.common.errors import UserError, nearest
+from openimp.common.errors import UserError, nearest, one_line
 from openimp.common.names import Name
 from openimp.common.progress import console
 from openimp.common.versions import openimp_version
@@ -148,6 +148,5 @@ def _upload(folder: Path, name: str, private: bool, message: str, revision: str 
     except UserError:
         raise
     except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{name}: the upload to the Hugging Face Hub failed: {reason}") from None
+        raise UserError(f"{name}: the upload to the Hugging Face Hub failed: {one_line(error)}") from None
     return str(url)

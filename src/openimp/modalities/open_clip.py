@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, one_line
 from openimp.common.modality import Modalities, Modality, Rng, StemSpec, Tokens
 from openimp.common.protocols import TensorInput
 from openimp.common.schema import Count, Positive, Share, Strict
@@ -73,8 +73,7 @@ def library_errors(message: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # The libraries raise many kinds.
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{message}: {reason}") from None
+        raise UserError(f"{message}: {one_line(error)}") from None
 
 
 def checked_files(json_files: Mapping[str, str]) -> dict[str, str]:

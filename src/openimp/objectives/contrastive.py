@@ -1,7 +1,7 @@
 """`contrastive`: the embeddings of two modalities of an item find each other among those of a batch.
 
-Shape suffixes: B examples of this rank, N and M embeddings of the two modalities of a pair, Z features of the shared
-embedding space.
+Shape suffixes: B examples of this rank, N and M embeddings of the two modalities of a pair, I and J ids of an
+embedding, Z features of the shared embedding space.
 """
 
 from collections.abc import Mapping
@@ -31,17 +31,20 @@ DUPLICATE_TEXT_WARNING = 0.1
 """Share of duplicate texts in a batch above which `positives_by` is suggested."""
 
 
+PairOfModalities = Annotated[list[str], Field(min_length=2, max_length=2)]
+
+
 class Contrastive(Objective):
     """Symmetric contrastive loss between pairs of the task's modalities.
 
-    A pair has the same heads and the same temperature in all tasks. Within a task, one objective may compare it.
+    A pair has the same heads and the same temperature in all tasks. Within a task, only one objective may compare it.
     """
 
     renamed = {"same": "positives_by"}
 
     type: Literal["contrastive"]
     """The kind of objective."""
-    pairs: Annotated[list[Annotated[list[str], Field(min_length=2, max_length=2)]], Field(min_length=1)] | None = None
+    pairs: Annotated[list[PairOfModalities], Field(min_length=1)] | None = None
     """Pairs of modalities. Default: all pairs of the task's modalities."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """softmax: InfoNCE, averaged over the positives of an item (SupCon, arXiv 2004.11362).
@@ -111,7 +114,7 @@ class Contrastive(Objective):
         """
         all_targets = {name: all_gather(target)[0] for name, target in targets.items()}
         # On the meta device, FLOPs are counted as on one process, so that they do not depend on the number of ranks.
-        has_all = world_size() == 1 or targets["item"].is_meta
+        has_all_embeddings = world_size() == 1 or targets["item"].is_meta
         losses = {}
         for a, b in self.compared_pairs(task):
             # A joint head is applied again for each pair. That is cheap compared with the encoder, which runs once.
@@ -121,19 +124,20 @@ class Contrastive(Objective):
             draws_b = len(z_MZ) // len(targets["item"])
             ids_NI = self._ids(a, b, draws_a, targets)
             ids_MJ = self._ids(b, a, draws_b, targets)
-            all_ids_b = self._ids(b, a, draws_b, all_targets)
             temperature, bias = model.temperature(a, b)()
             with full_precision(z_NZ.device):
-                if self.loss == "softmax" and has_all:
+                if self.loss == "softmax" and has_all_embeddings:
                     loss = both_ways(softmax_nce, 1 / temperature * z_NZ, ids_NI, z_MZ, ids_MJ)
                 elif self.loss == "softmax":
                     all_b, all_a = all_gather(z_MZ, z_NZ)
                     all_ids_a = self._ids(a, b, draws_a, all_targets)
+                    all_ids_b = self._ids(b, a, draws_b, all_targets)
                     loss_a = mean_by_blocks(softmax_nce, 1 / temperature * z_NZ, ids_NI, all_b, all_ids_b)
                     loss_b = mean_by_blocks(softmax_nce, 1 / temperature * z_MZ, ids_MJ, all_a, all_ids_a)
                     loss = (loss_a + loss_b) / 2
                 else:
                     (all_b,) = all_gather(z_MZ)
+                    all_ids_b = self._ids(b, a, draws_b, all_targets)
                     biased = partial(sigmoid_nce, bias=bias)
                     loss = mean_by_blocks(biased, 1 / temperature * z_NZ, ids_NI, all_b, all_ids_b)
                 losses[f"{a}-{b}"] = loss
@@ -157,14 +161,16 @@ class Contrastive(Objective):
     def compared(self, task: Task, examples: int) -> Compared:
         """The sigmoid loss uses each pair of items once, and gathers the vectors of one modality."""
         pairs = self.compared_pairs(task)
+        heads = 2 * len(pairs)  # one per modality of a pair
         sizes = [(examples * task.inputs[a].draw, examples * task.inputs[b].draw) for a, b in pairs]
+        # A vector counts twice, with its gradient. Softmax needs the similarities once per direction.
         if self.loss == "softmax":
             vectors = sum(2 * (n + m) for n, m in sizes)
             similarities = sum(2 * n * m for n, m in sizes)
         else:
             vectors = sum(2 * m for _, m in sizes)
             similarities = sum(n * m for n, m in sizes)
-        return Compared(2 * len(pairs), vectors, similarities)
+        return Compared(heads, vectors, similarities)
 
     def warning(self, task: Task, tokens: Mapping[str, Tokens], targets: Tensors) -> str | None:
         """Suggests `positives_by` if the loss separates many texts of the global batch that are equal.
@@ -176,10 +182,11 @@ class Contrastive(Objective):
         shares = [0.0]
         (row_B,) = all_gather(targets["item"])
         for name in dict.fromkeys(self.modalities(task)):
-            if tokens[name].mask is not None:
+            if tokens[name].mask is not None:  # A text, and not the vector of a tower.
                 (ids_NL,) = all_gather(tokens[name].values)
                 _, text_N = ids_NL.unique(dim=0, return_inverse=True)  # equal texts have equal numbers
                 row_N = row_B.repeat_interleave(len(text_N) // len(row_B))
+                # For each text, the number of different rows that have it.
                 rows_with_text = torch.stack([text_N, row_N]).unique(dim=1)[0].bincount()
                 shares.append(float((rows_with_text[text_N] > 1).float().mean()))
         duplicate_share = max(shares)

@@ -79,12 +79,13 @@ class Plan:
 
 
 def plans(
-    recipe: Recipe, modalities: Modalities, classes: Classes, *, gpus: int, gpu: str, mfu: float
+    recipe: Recipe, modalities: Modalities, classes: Classes, *, gpus: int, gpu: str, utilization: float
 ) -> Iterator[Plan]:
     """Computes what a recipe needs on `gpus` GPUs of the type `gpu` (one of `GPUS`), without reading data.
 
     The first plan is for the recipe's layout, which is the default one if the recipe does not choose. Plans for
-    alternative layouts follow. A tokenizer that is not trained yet counts with its largest vocabulary.
+    alternative layouts follow. A tokenizer that is not trained yet counts with its largest vocabulary. `utilization` is
+    the share of the GPU's bf16 peak that the run is assumed to reach; see `Plan`.
 
     Raises:
         UserError: an argument is invalid, or a batch or the model cannot be divided evenly among the GPUs.
@@ -93,8 +94,8 @@ def plans(
         raise UserError(f"--gpu: no GPU is called {gpu!r}{nearest(gpu, GPUS)}")
     if gpus < 1:
         raise UserError(f"--gpus: expected 1 or more, found {gpus}")
-    if not 0 < mfu <= 1:
-        raise UserError(f"--mfu: expected a share above 0 and at most 1, found {mfu:g}")
+    if not 0 < utilization <= 1:
+        raise UserError(f"--mfu: expected a share above 0 and at most 1, found {utilization:g}")
     # Checks `shard_degree` and `expert_degree` before the slower `costs`. If the recipe has no `shard_degree`,
     # `default_layout` below replaces this layout.
     recipe_layout = layout_of(recipe, gpus, recipe.parallel.shard_degree)
@@ -115,11 +116,11 @@ def plans(
         (task, view): step_memory(recipe, modalities, classes, task, view, precision=precision, gpus=gpus)
         for task, view in cost_by_task_view
     }
-    parameters = {name: count(part) for name, part in model.named_children()}
+    parameters = {name: parameter_count(part) for name, part in model.named_children()}
     frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
     step_counts = Alternation(recipe).step_counts()
     for layout in dict.fromkeys([recipe_layout, *alternatives(recipe, gpus)]):
-        planner = StepPlanner(recipe, Sharding(layout, model, precision), GPUS[gpu], mfu)
+        planner = StepPlanner(recipe, Sharding(layout, model, precision), GPUS[gpu], utilization)
         step_needs = {
             (task, view): planner.step(recipe.tasks[task], cost, memory[task, view])
             for (task, view), cost in cost_by_task_view.items()
@@ -127,7 +128,7 @@ def plans(
         yield Plan(
             layout=layout,
             gpu=GPUS[gpu],
-            utilization=mfu,
+            utilization=utilization,
             parameters=parameters,
             frozen=frozen,
             per_token=per_token(model),
@@ -136,25 +137,25 @@ def plans(
         )
 
 
-def recommended(plans: Sequence[Plan]) -> Plan:
+def recommended(candidate_plans: Sequence[Plan]) -> Plan:
     """The plan of the fastest run that fits, or the one that needs the least memory if none fits.
 
     The first plan, which is for the recipe's layout, stays if it is a candidate and no other is faster by more than
     `MIN_SPEEDUP`. Candidates are the plans that fit; those with shards over several nodes only if nothing else fits,
     because the planned time lacks the latency of their collectives.
     """
-    fitting = [plan for plan in plans if plan.fits]
+    fitting = [plan for plan in candidate_plans if plan.fits]
     if not fitting:
-        return min(plans, key=lambda plan: plan.memory_bytes)
+        return min(candidate_plans, key=lambda plan: plan.memory_bytes)
     candidates = [plan for plan in fitting if plan.layout.shard_degree <= GPUS_PER_NODE] or fitting
     fastest = min(candidates, key=lambda plan: plan.seconds)
-    recipe_plan = plans[0]
+    recipe_plan = candidate_plans[0]
     if recipe_plan in candidates and recipe_plan.seconds <= MIN_SPEEDUP * fastest.seconds:
         return recipe_plan
     return fastest
 
 
-def count(module: nn.Module) -> int:
+def parameter_count(module: nn.Module) -> int:
     """Number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -171,12 +172,12 @@ def per_token(model: Embedder) -> int | None:
     # `Stem.before` and `Stem.after` are width x width, with bias. Without an encoder, there are no such layers.
     stem_parameters = 2 * (width * width + width) if model.config.layers else 0
     # A token passes only through the modality-specific blocks of its stem. Those of all stems are equally large.
-    blocks_by_stem = [count(blocks) for blocks in model.encoder.own.values()]
-    parameters = count(model.encoder) - sum(blocks_by_stem[1:]) + stem_parameters
+    blocks_by_stem = [parameter_count(blocks) for blocks in model.encoder.own.values()]
+    parameters = parameter_count(model.encoder) - sum(blocks_by_stem[1:]) + stem_parameters
     moe = model.config.moe
     if moe is None:
         return parameters
-    expert_size = count(model.experts()[0]) / moe.group_sizes[0]
-    # If stems have different numbers of experts, a token of the stem with the most uses the most.
+    expert_size = parameter_count(model.experts()[0]) / moe.group_sizes[0]
+    # A group with fewer experts than `capacity_factor` limits the number. The largest group counts.
     experts_per_token = min(moe.capacity_factor, max(moe.group_sizes))
     return round(parameters - moe.layers * expert_size * (sum(moe.group_sizes) - experts_per_token))

@@ -7,7 +7,7 @@ from openimp.common.progress import clock, console, number_table
 from openimp.model.build import build_model
 from openimp.planning.gpus import GIB
 from openimp.planning.ledger import META, costs, mixture_table, short
-from openimp.planning.plan import Plan, count, per_token, recommended
+from openimp.planning.plan import Plan, parameter_count, per_token, recommended
 from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
@@ -79,7 +79,7 @@ def print_model(config: ModelConfig, modalities: Modalities) -> None:
     """Prints the parameters of a model."""
     with META:
         model = build_model(config, modalities)
-    parameters = {name: count(part) for name, part in model.named_children()}
+    parameters = {name: parameter_count(part) for name, part in model.named_children()}
     _print_parameters(parameters, per_token(model), 0, modalities)
 
 

@@ -25,7 +25,7 @@ from openimp.evaluation.evaluate import measure, open_set
 from openimp.evaluation.evaluator import Evaluator
 from openimp.evaluation.results import latest, read_results
 from openimp.evaluation.retrieval import RetrievalResult
-from openimp.planning.plan import count
+from openimp.planning.plan import parameter_count
 from openimp.recipe.evaluation import EvaluationSet
 from openimp.report import results, training
 from openimp.report.page import TEMPLATES
@@ -87,7 +87,7 @@ def _measure(
     model, (config, modalities, saved_recipe) = load_model(folder)
     recipe = saved_recipe.validated()
     step = saved_step(folder)
-    facts = {"recipe": recipe, "parameters": count(model), "step": step}
+    facts = {"recipe": recipe, "parameters": parameter_count(model), "step": step}
     evaluator = Evaluator(model.to(pick_device()), recipe, modalities, config.classes, progress)
     shown: list[dict[str, Any]] = []
     notes = []

@@ -30,8 +30,8 @@ from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, 
 from openimp.search.table import Items, any_of, below, between, quoted
 
 RANKED = 500
-"""Least length of a ranking that is merged with others. The page shows fewer results, so a larger `k` keeps their
-order."""
+"""Items in each ranking before rankings are merged, unless `k` is larger. So up to this `k`, the order of the results
+does not depend on `k`."""
 RANK_CONSTANT = 60
 """Of reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): the larger, the less the first ranks count."""
 
@@ -53,8 +53,8 @@ class Index:
         self._items = Items(folder)
         self._allow_sources = allow_sources
         self._sources: dict[str, Table] = {}
-        self._encoding = threading.Lock()
-        self._reading = threading.RLock()
+        self._encoding_lock = threading.Lock()
+        self._sources_lock = threading.RLock()  # `read` holds it while it calls `_source`.
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -104,16 +104,16 @@ class Index:
         with all words. The rankings are merged: an item gets the sum of its 1 / (60 + rank).
 
         Modalities with one projection head, such as image and video, are ranked together. By meaning alone, groups with
-        different heads take turns, and the group with the best item begins. Their cosines cannot be compared: in most
-        models, all texts are closer to a text than any picture is. Of a file that was cut into segments, only the best
-        segment is returned, unless `under` is that file.
+        different heads take turns, because their cosines cannot be compared: in most models, all texts are closer to a
+        text than any picture is. The group with the highest cosine begins. Of a file that was cut into segments, only
+        the best segment is returned, unless `under` is that file.
 
         Args:
             queries: one part of the query or several. A string is a text. Items in the query are not returned.
             k: maximum number of results.
             modalities: only items of these modalities. None: all that can be compared with the queries.
             under: only this file, files in this folder, or rows of the source of this name.
-            min_score: only items with at least this cosine.
+            min_score: only items with at least this cosine; none that was found by its words and has no cosine.
             by: "both", "meaning" or "words". A query that has anything but texts is always ranked by meaning. Items
                 with words of a text that is subtracted are not found by words.
             since, until: only items of this day and later, or this day and earlier, such as "2026-05-31". Rows of
@@ -133,6 +133,8 @@ class Index:
                 raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
         encoded = self._encode_all(parts)
         words = self._words(encoded, by)
+        if words is None:
+            _check_known(encoded)
         filters = []
         if likes := [part.id for part in parts if isinstance(part, Like)]:
             filters.append(f"NOT {any_of('id', likes)}")
@@ -142,6 +144,7 @@ class Index:
             if not self.has_dates:
                 raise UserError(f"{self.folder}: no item has a date; older versions of openimp stored no dates")
             filters.append(between(first_day, last_day))
+        ranks_by_meaning = by != "words" or words is None  # There are no words if the query has anything but texts.
         ranked_by_group: list[list[Ranked]] = []
         is_found = False
         for names in self.groups(modalities or self.counts):
@@ -153,7 +156,7 @@ class Index:
                 group_filters.append(any_of("modality", names))
             where = " AND ".join(group_filters) or None
             rankings: list[list[Hit]] = []
-            if vector is not None and (by != "words" or words is None):
+            if vector is not None and ranks_by_meaning:
                 read = partial(self._nearest, vector, where)
                 rankings.append(distinct(read, k, k if words is None else RANKED, under))
             if words is not None:
@@ -167,10 +170,10 @@ class Index:
                 ranked = [item for item in ranked if item.hit.score is not None and item.hit.score >= min_score]
             ranked_by_group.append(ranked)
         if not ranked_by_group:
-            kinds = ", ".join(dict.fromkeys(part.modality for part in parts if not isinstance(part, str | Like)))
+            kinds = ", ".join(dict.fromkeys(part.modality for part in encoded))
             items = ", ".join(modalities or self.counts)
-            raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
-        if words is not None and by == "both" and not is_found and not any(query.vectors for query in encoded):
+            raise UserError(f"{kinds} and the items ({items}) share no space, so they cannot be compared")
+        if words is not None and by == "both" and not is_found and not any(part.vectors for part in encoded):
             raise UserError(f"{words.wanted!r} has no word that the model knows, and no item has its words")
         # By meaning alone, items of equal rank have equal sums. Then the group with the highest cosine is first.
         ranked_by_group.sort(key=lambda ranked: -max((item.hit.score or 0 for item in ranked), default=0))
@@ -198,7 +201,7 @@ class Index:
     def check(self, hit: Hit) -> None:
         """UserError if the media of an item are gone, or have changed since they were indexed."""
         if hit.source is None:
-            # A forged index cannot have the right state: it contains the nanosecond in which the file was changed.
+            # A forged index cannot have the right state, which contains the nanosecond in which the file was changed.
             if file_state(hit.path) != media_state(hit.state):
                 raise UserError(f"{hit.path}: is gone or has changed since it was indexed; index it again")
         elif self._source(hit.source).fingerprint != hit.state:
@@ -216,7 +219,7 @@ class Index:
         assert hit.row is not None
         assert hit.column is not None
         try:
-            with self._reading:
+            with self._sources_lock:
                 media = row_media(self._source(hit.source), hit.row, hit.column)
         except BadMedia as error:
             raise UserError(f"{hit.path}: {error}") from None
@@ -246,7 +249,7 @@ class Index:
         if name not in model.modalities:
             raise UserError(f"the model has no modality {name!r}{nearest(name, model.modalities)}")
         modality = model.modalities[name]
-        encoder = ItemEncoder(model.imp, modality, model.views[name], None, model.precision)
+        encoder = ItemEncoder(model.imp, modality, model.views[name], towards=None, precision=model.precision)
         text = str(value) if modality.reads_text else None
         if text is not None and not text.strip():
             raise UserError("the text to search for is empty")
@@ -259,7 +262,7 @@ class Index:
             raise UserError(f"{file}cannot be read as {name}: {error}") from None
         comparable = [other for other in model.modalities if model.imp.share_a_space(name, other)]
         modality_by_space = {self._space(name, other): other for other in comparable}
-        with self._encoding:
+        with self._encoding_lock:
             vectors = encoder.encode_item(clips, modality_by_space.values())
         vector_by_space = {space: vector.cpu().numpy() for space, vector in zip(modality_by_space, vectors)}
         return EncodedQuery(name, vector_by_space, query.weight, text)
@@ -271,13 +274,10 @@ class Index:
         """
         if by == "words" and not self.has_words:
             raise UserError(f"{self.folder}: has no words; run openimp index again")
-        wanted = " ".join(query.text for query in encoded if query.text and query.weight > 0)
-        unwanted = " ".join(query.text for query in encoded if query.text and query.weight < 0)
-        if by != "meaning" and self.has_words and wanted and all(query.text for query in encoded):
+        wanted = " ".join(part.text for part in encoded if part.text and part.weight > 0)
+        unwanted = " ".join(part.text for part in encoded if part.text and part.weight < 0)
+        if by != "meaning" and self.has_words and wanted and all(part.text for part in encoded):
             return Words(wanted, unwanted)
-        for query in encoded:
-            if not query.vectors:
-                raise UserError(f"{query.text!r} has no word that the model knows")
         return None
 
     def _encode_all(self, parts: Sequence[str | QueryPart]) -> list[EncodedQuery]:
@@ -312,14 +312,14 @@ class Index:
 
     def _space(self, name: str, other: str) -> Space:
         """The space of the vectors of one modality towards another."""
-        model = self.model.imp
-        if model.config.space == "joint":
+        embedder = self.model.imp
+        if embedder.config.space == "joint":
             return frozenset()
-        return frozenset([model.head_name(name, other), model.head_name(other, name)])
+        return frozenset([embedder.head_name(name, other), embedder.head_name(other, name)])
 
     def _source(self, name: str) -> Table:
         """A source of the recipe, opened when it is first needed."""
-        with self._reading:
+        with self._sources_lock:
             if name not in self._sources:
                 if not self._allow_sources:
                     folder = find_model(self._metadata.model)
@@ -334,7 +334,11 @@ class Index:
 
     def _nearest(self, vector: np.ndarray, where: str | None, count: int) -> list[Hit]:
         """The `count` items that are closest to a vector (Z,)."""
-        return [Hit(score=1 - row.pop("_distance"), **row) for row in self._items.nearest(vector, count, where)]
+        hits = []
+        for row in self._items.nearest(vector, count, where):
+            distance = row.pop("_distance")
+            hits.append(Hit(score=1 - distance, **row))
+        return hits
 
     def _with_words(
         self, words: Words, all_words: bool, vector: np.ndarray | None, where: str | None, count: int
@@ -350,10 +354,19 @@ class Index:
         return [Hit(score=cosines[i], found_by="words", **rows[i]) for i in order]
 
 
+def _check_known(parts: Sequence[EncodedQuery]) -> None:
+    """UserError if a part of a query is a text without a word that the model knows."""
+    for part in parts:
+        if not part.vectors:
+            raise UserError(f"{part.text!r} has no word that the model knows")
+
+
 def _day(name: str, value: str | date | None) -> date | None:
     """A day; None if there is none. UserError if it is something else."""
-    if not value or isinstance(value, date):
-        return value or None
+    if not value:
+        return None
+    if isinstance(value, date):
+        return value
     try:
         return date.fromisoformat(value)
     except ValueError:

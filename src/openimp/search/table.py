@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, one_line
 from openimp.search.query import Hit, Words
 
 ITEMS = "items"
@@ -70,7 +70,7 @@ class Items:
             if size is None and not (exists and self.table.count_rows()):
                 raise UserError(f"{folder}: holds no items yet; run openimp index again")
         except (ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"{folder}: damaged: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{folder}: damaged: {one_line(error)}") from None
 
     @cached_property
     def approximate(self) -> bool:
@@ -199,8 +199,8 @@ def _read_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # For example, a writer has removed a version that was opened long ago.
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"the index has changed since it was opened, or is damaged; open it again: {reason}") from None
+        advice = "the index has changed since it was opened, or is damaged; open it again"
+        raise UserError(f"{advice}: {one_line(error)}") from None
 
 
 def any_of(column: str, values: Iterable[str]) -> str:

@@ -50,10 +50,10 @@ class Variant:
     """What a study changes in a training run. The defaults are what `openimp train` does.
 
     Attributes:
-        name: stored in checkpoints, which another variant cannot resume.
+        name: stored as `trainer` in checkpoints, which another variant cannot resume; "Trainer" is ordinary training.
         make_modalities: the modalities by name, not fitted. Their tokens are the model's inputs.
         build_model: the model with random weights, or a wrapped one, whose weights are loaded.
-        losses: the losses of a task. `encode_all` replaces `model.encode_all` if it works in chunks.
+        losses: called with the model, a task, its batch and `Trainer.encode_all`; returns the losses of the task.
         sum_tasks: each update sums the losses of a round, which is one step of each task.
         prints_warnings: whether to print what the objectives warn of in the first batch of each task.
         before_step: called with the trainer and the number of each step, before the step is made.
@@ -77,8 +77,8 @@ class Parts:
     """The parts of a training run on this rank.
 
     Attributes:
-        fingerprints: of each source.
-        teacher_states: what `Tower.state` returns, of each teacher.
+        fingerprints: of each source, by its name.
+        teacher_states: what `Tower.state` returns, by `Teacher.column`.
         cursors: where the streams of each task resume, by lane.
     """
 
@@ -106,19 +106,21 @@ def set_up(
 ) -> Parts:
     """Opens the data, makes or loads the model, and begins or resumes the run. `train` explains the arguments."""
     variant = variant or Variant()
-    device = distributed.start()
+    device = distributed.start()  # Does nothing more if `train` has called it.
     keep_freed_memory()
     _check_ranks(recipe, variant)
     check_loggers(recipe)
+
     directory = RunDirectory(run, recipe)
     checkpoint = directory.checkpoint(resume, variant.name)
     modalities = variant.make_modalities(recipe)
     warm_start = open_warm_start(recipe, modalities) if checkpoint is None else None
     saved_classes = None
     if checkpoint is not None:
-        saved_config, learned, _ = read_config(checkpoint, None)
+        saved_config, learned, _ = read_config(checkpoint, models=None)
         saved_classes = saved_config.classes
         load_learned(modalities.values(), learned)
+
     rank = distributed.rank()
     world_size = distributed.world_size()
     data = distributed.run_first_on_node(lambda: StepBatches(recipe, modalities, track, rank, world_size))
@@ -130,26 +132,19 @@ def set_up(
         changed = changed_sources(checkpoint, fingerprints, allow_changed_data)
         if saved_classes != data.classes:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
-    teachers = make_teachers(recipe)
-    teacher_states = _teacher_states(teachers, checkpoint)
-    distributed.run_first_on_node(lambda: data.embed(track, teachers))
-    if teachers:
-        release_encoders()
+    teacher_states = _embed(recipe, data, checkpoint)
+
     step_costs = variant.costs(recipe, modalities, data.classes)
     signature_count = len(signatures(recipe, modalities, world_size)) if recipe.train.compile else 0
     model, model_files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
     if warm_start is not None:
         console.print(warm_start.load(model, data.classes), soft_wrap=True)
-    flops_before = None
-    if recipe.alternation.views == "sequence":
-        # The last steps cost several times as many FLOPs as the first. The learning rate must not be near zero by then.
-        flops = data.schedule.per_step({task_view: cost.flops for task_view, cost in step_costs.items()})
-        flops_before = np.cumsum([0, *flops])
-    updater = Updater(recipe, model, flops_before)
+    updater = Updater(recipe, model, _flops_before(recipe, data, step_costs))
     checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, model_files)
     state = checkpointing.load(checkpoint) if checkpoint else {}
     cursors = data.load_cursors(state.get("cursors", {}), changed)
     directory.begin(model_files[CONFIG], model_files[RECIPE])
+
     log = Log(run, data, step_costs, device, state)
     log.print_start(model, device, checkpointing.saved_step, signature_count)
     return Parts(
@@ -167,6 +162,29 @@ def set_up(
         log=log,
         cursors=cursors,
     )
+
+
+def _embed(recipe: Recipe, data: StepBatches, checkpoint: Path | None) -> dict[str, dict[str, str]]:
+    """Embeds the rows for towers and teachers, and returns what the teachers are."""
+    teachers = make_teachers(recipe)
+    teacher_states = _teacher_states(teachers, checkpoint)
+    distributed.run_first_on_node(lambda: data.embed(track, teachers))
+    if teachers:
+        teachers.clear()  # They hold the encoders, whose memory the model needs.
+        release_encoders()
+    return teacher_states
+
+
+def _flops_before(recipe: Recipe, data: StepBatches, step_costs: Costs) -> np.ndarray | None:
+    """The FLOPs of all steps before each step, if the learning rate shall follow them.
+
+    With views in a sequence, the last steps cost several times as many FLOPs as the first. By the number of steps, the
+    learning rate would be near zero for a large share of the FLOPs.
+    """
+    if recipe.alternation.views != "sequence":
+        return None
+    flops = data.schedule.per_step({task_view: cost.flops for task_view, cost in step_costs.items()})
+    return np.cumsum([0, *flops])
 
 
 def _teacher_states(teachers: Mapping[Teacher, Tower], checkpoint: Path | None) -> dict[str, dict[str, str]]:
@@ -200,12 +218,14 @@ def _make_model(
     """Creates the model, distributes it over the ranks, and returns it with the text files of its checkpoints.
 
     Without `initialize`, its weights are still to be loaded. With `train.compile`, its blocks are compiled, for
-    `signature_count` signatures.
+    `signature_count` signatures. UserError if the evaluation sets need what the model does not have.
     """
     deferred = DeferredInit(recipe.seed)
     build = partial(variant.build_model, recipe, data.modalities, data.classes)
+    # A wrapped model loads its own weights, so it is built with them, and not on the meta device.
     model = deferred.build(build, at_once=not architecture_of(recipe.model).initializes).train()
     freeze(model, recipe.optimizer)
+    # Needs the whole model, before it is sharded.
     distributed.run_first_on_node(lambda: check_sets(model, recipe, data.modalities, data.classes))
     # Before FSDP2 replaces the model's class, whose name is in config.json.
     files = text_files(model, recipe.to_config(data.classes), data.modalities, recipe.to_yaml())

@@ -79,8 +79,8 @@ def train(
 class PendingStep:
     """A step that is not complete yet. It passes through these states:
 
-    1. Computed: its losses are on the device. If a study sums the losses of all tasks, one step of each task makes a
-       round, and the update comes with the round's last step.
+    1. Begun: its forward pass is queued on the device. If a study sums the losses of all tasks, one step of each task
+       makes a round, and the update comes with the round's last step.
     2. Queued: its gradients and its update are queued on the device, which applies the update only if the gradients are
        finite. The host does not know yet whether they are.
     3. Confirmed: the gradients were finite, so the update was applied. The step counts, and is logged. If they were not
@@ -92,7 +92,7 @@ class PendingStep:
 
 
 class QueuedUpdate(NamedTuple):
-    """An update in the second state, by one step or by a round. Its gradient norm tells whether it was applied."""
+    """An update by one step or a round, in the state Queued. Its gradient norm tells whether it was applied."""
 
     steps: list[PendingStep]
     grad_norm: HostCopy
@@ -101,8 +101,7 @@ class QueuedUpdate(NamedTuple):
 class Trainer(Parts):
     """The training loop of one rank.
 
-    It has the attributes of `Parts`: recipe, run, variant, device, data, fingerprints, model, updater, checkpointing,
-    validation, log and cursors. These are its own:
+    It has the attributes of `Parts`, and these:
 
     Attributes:
         step: the number of confirmed steps, which is what a checkpoint contains.
@@ -113,15 +112,15 @@ class Trainer(Parts):
     def __init__(self, parts: Parts, callbacks: Iterable[Callback] = ()) -> None:
         super().__init__(**vars(parts))
         self.callbacks = Callbacks(callbacks)
-        self._announced_step = self.checkpointing.saved_step
+        self._announced_step = self.checkpointing.saved_step  # of the last checkpoint that the callbacks know
         self._evaluated_step: int | None = None
-        self._must_stop = False  # A callback has asked for it after a checkpoint.
+        self._callback_stops = False  # Whether a callback has raised StopTraining in `on_checkpoint`.
         self.modalities = self.data.modalities
         self.encode_all = in_chunks(self.model.encode_all, self.recipe.memory.chunk_size)
         self.step = self.checkpointing.saved_step
         self.grad_norm = 0.0
         self._bar = StepBar(self.recipe.train.steps, self.step)
-        self._computed_steps: list[PendingStep] = []
+        self._begun_steps: list[PendingStep] = []
         self._queued_update: QueuedUpdate | None = None
 
     @property
@@ -132,9 +131,11 @@ class Trainer(Parts):
         return sum(task.weight > 0 for task in self.recipe.tasks.values())
 
     def train(self) -> bool:
-        """Trains the remaining steps, evaluates and saves. Returns False if a signal stopped it."""
+        """Trains the remaining steps, saves and evaluates. Returns False if a signal stopped it."""
         # The run stops after a signal, or if a checkpoint could not be written.
         with stop_signals(self.checkpointing.saver.failed) as stop, self._bar, closing(self.log.metrics):
+            # StopTraining comes from a callback, and the run is complete. Stopped comes from a signal or a failed save,
+            # and the run can be resumed.
             try:
                 try:
                     self._train_steps(stop)
@@ -181,9 +182,6 @@ class Trainer(Parts):
             # placeholder if loading failed. A single rank stops at once.
             for loaded in stop.watch_steps(batches, self.step, self._placeholder_batch):
                 self.make_step(loaded)
-                if self._must_stop:
-                    self.settle()
-                    raise StopTraining
                 if self.variant.prints_warnings:
                     self.log.print_warnings_of_objectives(loaded)
                 steps_done = loaded.visit.step + 1
@@ -196,6 +194,9 @@ class Trainer(Parts):
                     self.save()
                 if must_evaluate:
                     self.evaluate(stop.watch)
+                if self._callback_stops:
+                    self.settle()
+                    raise StopTraining
         except (Stopped, UserError):
             self.settle()  # If the queued step failed too, its error is raised instead.
             raise
@@ -209,9 +210,9 @@ class Trainer(Parts):
         if self.variant.before_step:
             self.variant.before_step(self, visit.step)
         losses = self.forward(loaded)
-        self._computed_steps.append(PendingStep(loaded.without_tensors(), losses))
+        self._begun_steps.append(PendingStep(loaded.without_tensors(), losses))
         is_last_step = visit.step + 1 == self.recipe.train.steps
-        if is_last_step or len(self._computed_steps) == self.steps_per_update:
+        if is_last_step or len(self._begun_steps) == self.steps_per_update:
             self._update()
         self.log.timer.end_step(visit.task)
         return losses
@@ -231,13 +232,13 @@ class Trainer(Parts):
         return losses if logs_usage else replace(losses, usage={})
 
     def _update(self) -> None:
-        """Queues the update by the computed steps: usually one, or a round whose losses are summed."""
-        steps = self._computed_steps
-        self._computed_steps = []
+        """Queues the update by the steps that have begun: usually one, or a round whose losses are summed."""
+        steps = self._begun_steps
+        self._begun_steps = []
         loss = reduce(torch.add, (step.losses.total for step in steps))
-        must_stop = any(step.loaded.stop_reason is not None for step in steps)
+        has_stop_reason = any(step.loaded.stop_reason is not None for step in steps)
         # 1, but NaN if the loss is not finite or this rank must stop. No rank applies NaN gradients.
-        grad_output = loss.detach() * 0 + (math.nan if must_stop else 1)
+        grad_output = loss.detach() * 0 + (math.nan if has_stop_reason else 1)
         loss.backward(grad_output)
         self.confirm()  # Confirms the previous update while the device computes these gradients.
         grad_norm = self.updater.step(steps[-1].loaded.visit.step)
@@ -286,7 +287,7 @@ class Trainer(Parts):
     def save(self, wait: bool = False) -> None:
         """Starts saving the confirmed steps, unless they are saved; with `wait`, returns when the files are written."""
         self.settle()
-        self._announce_checkpoint()
+        self._announce_checkpoint()  # The previous one, before `saved_step` is that of the next.
         self.checkpointing.save(self.state())
         if wait:
             self.checkpointing.wait()
@@ -301,7 +302,7 @@ class Trainer(Parts):
             try:
                 self.callbacks.on_checkpoint(step, checkpoint_folder(self.run, step))
             except StopTraining:
-                self._must_stop = True
+                self._callback_stops = True
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores for resuming besides tensors, as JSON values. Every rank must call this."""
@@ -331,7 +332,7 @@ class Trainer(Parts):
 
     def _is_due(self, every: int | None, steps_done: int) -> bool:
         """Whether `steps_done` is a multiple of `every`. False within a round and after the last step."""
-        if every is None or self._computed_steps or steps_done == self.recipe.train.steps:
+        if every is None or self._begun_steps or steps_done == self.recipe.train.steps:
             return False
         return steps_done % every == 0
 

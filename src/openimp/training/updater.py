@@ -24,7 +24,11 @@ class Updater:
     """
 
     def __init__(self, recipe: Recipe, model: Embedder, flops_before: np.ndarray | None = None) -> None:
-        """See `lr_schedule` for `flops_before`."""
+        """Makes the optimizers and the EMA.
+
+        With `flops_before`, the FLOPs of all steps before each step, the learning rate follows these instead of the
+        number of steps (`lr_schedule`).
+        """
         options = recipe.optimizer
         self.recipe = recipe
         self.model = model
@@ -54,8 +58,8 @@ class Updater:
         set_learning_rate(self.optimizers, factor=self.lr_factor(step))
         found_inf = 1 - grad_norm.isfinite().float()
         for optimizer in self.optimizers:
-            # torch's GradScaler does the same. If `found_inf` is 1, a fused optimizer changes nothing, not even its
-            # step counts.
+            # As torch's GradScaler sets it: if `found_inf` is 1, a fused optimizer or Muon changes nothing, not even
+            # its step counts.
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
             optimizer.step()
         self.model.clamp_logit_scales()
