@@ -179,6 +179,16 @@ class StepBatches(Dataset[LoadedBatch]):
                 _require_whole_lanes(name, task, source, self.world_size)
             self.sources[name] = source
 
+    def _columns(self, task: Task) -> set[str]:
+        """The columns that a task reads from its source. Cached columns are read from `stores` instead."""
+        columns = _target_columns(task)
+        for name, spec in task.inputs.items():
+            if self.modalities[name].reads_text:
+                columns.update(columns_of(spec.columns))
+            else:
+                columns.update(column for column in spec.columns if (task.source, name, column) not in self.stores)
+        return columns
+
     def _decode_cached_media(self, progress: Progress | None) -> None:
         """Fills `stores`."""
         tables = {source.name: source for source in self.sources.values() if isinstance(source, Table)}
@@ -193,6 +203,20 @@ class StepBatches(Dataset[LoadedBatch]):
                     continue
                 store = DecodedStore.build(table, self.modalities[name], column, views, cache, progress=progress)
                 self.stores[table.name, name, column] = store
+
+    def _media_views(self, source: str) -> dict[tuple[str, str], list[Any]]:
+        """The views that read each media column of a source, by (modality, column)."""
+        media_views: dict[tuple[str, str], list[Any]] = {}
+        for task_name in self.sources:
+            task = self.recipe.tasks[task_name]
+            if task.source != source:
+                continue
+            for name, spec in task.inputs.items():
+                if self.modalities[name].reads_text:
+                    continue
+                for column in spec.columns:
+                    media_views.setdefault((name, column), []).extend(view[name] for view in task.views)
+        return media_views
 
     def fit(self, fitted_stems: Collection[str] = ()) -> None:
         """Fits the modalities that read text to the training texts, on rank 0, and gives all ranks what they learned.
@@ -213,6 +237,20 @@ class StepBatches(Dataset[LoadedBatch]):
         if self.rank > 0:
             for name, learner in learners.items():
                 learner.load_state(states[name])
+
+    def _corpus(self, name: str) -> Iterator[list[str]]:
+        """The texts that a modality learns from, one list per row."""
+        for task_name, source in self.sources.items():
+            spec = self.recipe.tasks[task_name].inputs.get(name)
+            if spec is None:
+                continue
+            columns = columns_of(spec.columns)
+            if isinstance(source, Stream):
+                epoch = ({column: row.get(column) for column in columns} for _, row in source.epoch())
+                rows: Iterator[dict[str, Any]] = islice(epoch, CORPUS_ROWS)
+            else:
+                rows = _sample(source, seed_key(self.recipe.seed, task_name, "corpus"), columns)
+            yield from all_texts(spec.columns, rows)
 
     def embed(self, progress: Progress | None, teachers: Mapping[Teacher, Any]) -> None:
         """Embeds what towers and teachers read. It must be called before the first batch.
@@ -256,6 +294,14 @@ class StepBatches(Dataset[LoadedBatch]):
         for name, modality in self.modalities.items():
             if modality.reads_text and isinstance(modality, Towered):
                 self.text_vectors[name] = EmbeddedTexts(modality, self._texts(name), progress)
+
+    def _texts(self, name: str) -> Iterator[str]:
+        """All texts that training may draw for a modality with a tower."""
+        for task_name, source in self.sources.items():
+            spec = self.recipe.tasks[task_name].inputs.get(name)
+            if spec is not None:
+                assert isinstance(source, Table)
+                yield from texts_in(source, spec.columns)
 
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of each source, by name. That of a table covers the media files that tasks read from it."""
@@ -393,30 +439,6 @@ class StepBatches(Dataset[LoadedBatch]):
             f"{visit.step}; first: {bad_example.name}: {bad_example.bad}"
         )
 
-    def _columns(self, task: Task) -> set[str]:
-        """The columns that a task reads from its source. Cached columns are read from `stores` instead."""
-        columns = _target_columns(task)
-        for name, spec in task.inputs.items():
-            if self.modalities[name].reads_text:
-                columns.update(columns_of(spec.columns))
-            else:
-                columns.update(column for column in spec.columns if (task.source, name, column) not in self.stores)
-        return columns
-
-    def _media_views(self, source: str) -> dict[tuple[str, str], list[Any]]:
-        """The views that read each media column of a source, by (modality, column)."""
-        media_views: dict[tuple[str, str], list[Any]] = {}
-        for task_name in self.sources:
-            task = self.recipe.tasks[task_name]
-            if task.source != source:
-                continue
-            for name, spec in task.inputs.items():
-                if self.modalities[name].reads_text:
-                    continue
-                for column in spec.columns:
-                    media_views.setdefault((name, column), []).extend(view[name] for view in task.views)
-        return media_views
-
     def _decode(self, visit: Visit, modality_name: str, examples: Iterable[Example]) -> None:
         """Decodes and augments one modality of each example that is not bad, and marks those that cannot be read.
 
@@ -476,28 +498,6 @@ class StepBatches(Dataset[LoadedBatch]):
     @cached_property
     def _target_sizes(self) -> TargetSizes:
         return target_sizes(self.recipe, self.modalities, self.classes)
-
-    def _texts(self, name: str) -> Iterator[str]:
-        """All texts that training may draw for a modality with a tower."""
-        for task_name, source in self.sources.items():
-            spec = self.recipe.tasks[task_name].inputs.get(name)
-            if spec is not None:
-                assert isinstance(source, Table)
-                yield from texts_in(source, spec.columns)
-
-    def _corpus(self, name: str) -> Iterator[list[str]]:
-        """The texts that a modality learns from, one list per row."""
-        for task_name, source in self.sources.items():
-            spec = self.recipe.tasks[task_name].inputs.get(name)
-            if spec is None:
-                continue
-            columns = columns_of(spec.columns)
-            if isinstance(source, Stream):
-                epoch = ({column: row.get(column) for column in columns} for _, row in source.epoch())
-                rows: Iterator[dict[str, Any]] = islice(epoch, CORPUS_ROWS)
-            else:
-                rows = _sample(source, seed_key(self.recipe.seed, task_name, "corpus"), columns)
-            yield from all_texts(spec.columns, rows)
 
 
 def _batch_sizes(task: Task) -> list[int]:

@@ -180,6 +180,17 @@ class Index:
         best_first = sorted(chain.from_iterable(ranked_by_group), key=lambda item: -item.sum)
         return [item.hit for item in best_first[:k]]
 
+    def groups(self, names: Iterable[str]) -> list[list[str]]:
+        """The modalities in groups that are ranked together: their cosines with a query can be compared.
+
+        They have one projection head, as image and video do, unless `model.share_heads` is false.
+        """
+        groups: dict[tuple[str, Space], list[str]] = {}
+        for name in dict.fromkeys(names):
+            other = self._metadata.towards[name]
+            groups.setdefault((self.model.imp.head_name(name, other), self._space(name, other)), []).append(name)
+        return list(groups.values())
+
     def text_query(self, text: str, weight: float = 1.0) -> Query:
         """A part of a query that is a text. UserError if the model reads no texts."""
         for name, modality in self.model.modalities.items():
@@ -298,17 +309,6 @@ class Index:
                 part = EncodedQuery(name, {self._space(name, self._metadata.towards[name]): vector}, part.weight)
             encoded.append(part)
         return encoded
-
-    def groups(self, names: Iterable[str]) -> list[list[str]]:
-        """The modalities in groups that are ranked together: their cosines with a query can be compared.
-
-        They have one projection head, as image and video do, unless `model.share_heads` is false.
-        """
-        groups: dict[tuple[str, Space], list[str]] = {}
-        for name in dict.fromkeys(names):
-            other = self._metadata.towards[name]
-            groups.setdefault((self.model.imp.head_name(name, other), self._space(name, other)), []).append(name)
-        return list(groups.values())
 
     def _space(self, name: str, other: str) -> Space:
         """The space of the vectors of one modality towards another."""
@@ -436,6 +436,11 @@ def result_key(hit: Hit, under: str | Path | None) -> str:
     return hit.path if stands_for_file(hit, under) else hit.id
 
 
+def stands_for_file(hit: Hit, under: str | Path | None) -> bool:
+    """Whether a hit is a segment that stands for its whole file. It does not if `under` is that file."""
+    return hit.start is not None and (under is None or hit.path not in (str(under), os.path.abspath(under)))
+
+
 def open_index(path: str | Path, device: str | torch.device | None = None, allow_sources: bool = False) -> Index:
     """Opens an index for search, and loads the model that built it.
 
@@ -463,8 +468,3 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
         advice = "build a new index" if folder == Path(path) else f"openimp index {path} replaces it"
         raise UserError(f"{folder}: was built with other weights or views than {metadata.model} has now; {advice}")
     return Index(folder, model, metadata, allow_sources)
-
-
-def stands_for_file(hit: Hit, under: str | Path | None) -> bool:
-    """Whether a hit is a segment that stands for its whole file. It does not if `under` is that file."""
-    return hit.start is not None and (under is None or hit.path not in (str(under), os.path.abspath(under)))
