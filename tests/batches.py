@@ -10,7 +10,7 @@ def assert_same(ours: list[LoadedBatch], theirs: list[LoadedBatch]) -> None:
     assert [a.visit for a in ours] == [b.visit for b in theirs]
     for a, b in zip(ours, theirs):
         assert (a.names, a.bad, a.cursors, a.digest) == (b.names, b.bad, b.cursors, b.digest)
-        assert a.batch.rows == b.batch.rows
+        assert a.rows == b.rows
         for mine, other in zip(a.batch.targets, b.batch.targets, strict=True):
             assert mine.keys() == other.keys()
             assert all(torch.equal(mine[key], other[key]) for key in mine)

@@ -69,7 +69,7 @@ def test_an_example_is_what_it_would_be_alone(little_data):
         task = data.recipe.tasks[visit.task]
         view, source = task.views[visit.view], data.sources[visit.task]
         key = seed_key(data.recipe.seed, visit.task, "augment")
-        for i, example in enumerate(source.rows(batch.rows)):
+        for i, example in enumerate(source.rows(item.rows)):
             rng, arrays = example_rng(key, visit.start + i), {}
             for name, spec in task.inputs.items():
                 modality, arrays[name] = data.modalities[name], []
@@ -124,9 +124,7 @@ def test_a_run_goes_on_from_any_step(little_data):
 
 
 def test_each_epoch_of_a_task_has_every_row_once(little_data):
-    rows = [
-        row for item in loaded(little_data, "train.steps=30") if item.visit.task == "named" for row in item.batch.rows
-    ]
+    rows = [row for item in loaded(little_data, "train.steps=30") if item.visit.task == "named" for row in item.rows]
     assert len(rows) > 2 * 24
     for epoch in range(2):
         assert sorted(rows[24 * epoch : 24 * epoch + 24]) == list(range(24))
@@ -140,7 +138,7 @@ def test_batches_have_the_shapes_that_the_ledger_counts(little_data):
     for item in load_batches(data, 0):
         cost = counted[item.visit.task, item.visit.view]
         tokens = item.batch.tokens
-        assert cost.examples == len(item.batch.rows) == item.visit.batch_size
+        assert cost.examples == len(item.rows) == item.visit.batch_size
         assert cost.tokens == sum(batch.coords.shape[0] * batch.coords.shape[1] for batch in tokens.values())
         for name, batch in tokens.items():
             stem = data.modalities[name].stem_spec()
@@ -167,13 +165,13 @@ def test_a_bad_file_is_skipped_counted_named_and_replaced(own_data, workers):
         if item.visit.task == "named":
             assert len(item.batch.tokens["image"].values) == item.visit.batch_size
             # A stand-in is the same item as the neighbour whose place it shares, not a false negative.
-            assert item.batch.targets[0]["item"].tolist() == item.batch.rows
+            assert item.batch.targets[0]["item"].tolist() == item.rows
             classes = [data.classes["pictures:label"][label] for label in item.batch.targets[1]["label"]]
-            assert classes == [table.row_name(row).split("/")[0] for row in item.batch.rows]
+            assert classes == [table.row_name(row).split("/")[0] for row in item.rows]
             order = rows_at(0, "named", 24, np.arange(item.visit.start, item.visit.start + 24)).tolist()
             good = [i for i in range(24) if table.row_name(order[i]) not in bad]
-            assert item.batch.rows == [order[min(j for j in good if j >= i)] for i in range(item.visit.batch_size)]
-            assert item.names == [table.row_name(row) for row in item.batch.rows]
+            assert item.rows == [order[min(j for j in good if j >= i)] for i in range(item.visit.batch_size)]
+            assert item.names == [table.row_name(row) for row in item.rows]
     reasons = dict(pair for item in steps for pair in item.bad)
     assert reasons.keys() == {*bad, "sounds.jsonl[3]"}
     assert reasons["sounds.jsonl[3]"] == "no text in column caption"
@@ -274,7 +272,7 @@ def items(folder: Path, source: list[str]) -> list[list[int]]:
     (batch, *_) = loaded(folder, *source, "tasks.named.objectives=[{type: contrastive, positives_by: label}]",
                          "tasks.named.inputs.text=file", "tasks.heard.weight=0", NO_EVALUATION)  # fmt: skip
     found: dict[int, set[int]] = {}
-    for row, item in zip(batch.batch.rows, batch.batch.targets[0]["item"].tolist()):
+    for row, item in zip(batch.rows, batch.batch.targets[0]["item"].tolist()):
         found.setdefault(item, set()).add(row)
     return sorted(map(sorted, found.values()))
 
@@ -282,7 +280,7 @@ def items(folder: Path, source: list[str]) -> list[list[int]]:
 def test_several_classes_a_row(own_data):
     source = write_labels(own_data, [["a", "b"], [], None, ["c"], ["a"], ["b", "c"]])
     (batch, *_) = loaded(own_data, *source, *only_image("{type: classification, label: label, loss: sigmoid}"))
-    hot = dict(zip(batch.batch.rows, batch.batch.targets[0]["label"].int().tolist()))
+    hot = dict(zip(batch.rows, batch.batch.targets[0]["label"].int().tolist()))
     assert [hot[row] for row in range(6)] == [[1, 1, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1], [1, 0, 0], [0, 1, 1]]
 
 

@@ -149,9 +149,11 @@ def test_the_towers_get_the_examples_of_imp_unpatched(seen, tmp_path):
     recipe = Recipe.build(data)
     training = trainer(recipe, tmp_path)
     modality = recipe.make_modalities()[seen]
-    batch = training.data[3].batch
-    theirs = StepBatches(recipe, {**training.modalities, seen: modality})[3].batch
-    assert theirs.rows == batch.rows
+    loaded = training.data[3]
+    unpatched = StepBatches(recipe, {**training.modalities, seen: modality})[3]
+    assert unpatched.rows == loaded.rows
+    batch = loaded.batch
+    theirs = unpatched.batch
     assert torch.equal(theirs.tokens["text"].values, batch.tokens["text"].values)
     whole = batch.tokens[seen].values.view(-1, *training.model.shape)
     patch = modality.config.patch if seen == "video" else modality.config.patch[-2:]

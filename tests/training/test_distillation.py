@@ -124,7 +124,7 @@ def test_a_row_without_a_vector_is_a_bad_example(data, tmp_path):
         batches = StepBatches(recipe, recipe.make_modalities())
         batches.fit()
         loaded = batches[0]
-        assert {*loaded.batch.rows} == {*range(4, 24)}
+        assert {*loaded.rows} == {*range(4, 24)}
         assert torch.allclose(loaded.batch.targets[0]["vector"], torch.full((24, SIZE), SIZE**-0.5))
         reasons = {name.partition("[")[2][0]: why.removeprefix("column 'vector': ") for name, why in loaded.bad}
         assert reasons == {
@@ -173,12 +173,12 @@ def test_a_teacher_gives_the_vectors_that_embed_join_would_write(student, data, 
     batches = StepBatches(recipe, recipe.make_modalities())
     batches.fit()
     batches.embed(None, make_teachers(recipe))
-    batch = batches[0].batch
-    for targets, modality, column in zip(batch.targets, inputs, ("file", "a {label} square")):
+    loaded = batches[0]
+    for targets, modality, column in zip(loaded.batch.targets, inputs, ("file", "a {label} square")):
         out = tmp_path / f"{modality}.parquet"
         embed_rows(student, str(data / "pictures.parquet"), out, modality, column, to="joined")
         joined = torch.tensor(pq.read_table(out)["joined"].to_pylist())
-        cosines = (targets["vector"] * joined[batch.rows]).sum(1)
+        cosines = (targets["vector"] * joined[loaded.rows]).sum(1)
         assert cosines.min() > 0.999, "openimp embed uses bf16 where it is fast, and a teacher fp32"
 
     train(recipe, tmp_path / "second")

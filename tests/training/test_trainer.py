@@ -339,7 +339,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(little_data, 
     message = str(error.value)
     assert f"step {bad.visit.step}, task named: " in message
     assert "not finite" in message
-    assert training.data.sources["named"].row_name(bad.batch.rows[0]) in message
+    assert training.data.sources["named"].row_name(bad.rows[0]) in message
     after = state_of(training)
     assert after.keys() == before.keys()
     assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == []

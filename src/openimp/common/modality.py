@@ -5,7 +5,7 @@ group `openimp.modalities`. docs/modalities.md shows a modality in a package of 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple
@@ -33,16 +33,6 @@ class Tokens(NamedTuple):
     def to(self, device: torch.device | str) -> "Tokens":
         mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
         return Tokens(self.values.to(device, non_blocking=True), self.coords.to(device, non_blocking=True), mask)
-
-    def pin_memory(self) -> "Tokens":
-        mask = None if self.mask is None else self.mask.pin_memory()
-        return Tokens(self.values.pin_memory(), self.coords.pin_memory(), mask)
-
-    @classmethod
-    def cat(cls, parts: "Sequence[Tokens]") -> "Tokens":
-        """The examples of all parts, one after the other. All parts have a mask, or none has."""
-        values, coords, masks = zip(*parts)
-        return cls(torch.cat(values), torch.cat(coords), None if masks[0] is None else torch.cat(masks))
 
     def split(self, examples: int) -> "list[Tokens]":
         """Chunks of at most `examples` examples."""

@@ -46,6 +46,7 @@ class LoadedBatch:
     Attributes:
         visit: the step, with its task and view.
         batches: the examples, in order; one batch of each worker that has any.
+        rows: the row of each example in the source, or its position in the stream.
         names: the name of each example's row.
         bad: (row name, reason) of each example that could not be read. Another example replaces it in the batch.
         cursors: where each lane of the task's stream that was read resumes; empty for tables.
@@ -56,6 +57,7 @@ class LoadedBatch:
 
     visit: Visit
     batches: list[Batch] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
     cursors: dict[str, Cursor] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class LoadedBatch:
         merged = cls(parts[0].visit)
         for part in parts:
             merged.batches += part.batches
+            merged.rows += part.rows
             merged.names += part.names
             merged.bad += part.bad
             merged.cursors |= part.cursors
@@ -362,7 +365,8 @@ class StepBatches(Dataset[LoadedBatch]):
         at_positions = [loaded[position] for position in positions]
         return LoadedBatch(
             visit,
-            batches=[Batch(tokens, targets, rows=[example.row for example in examples])],
+            batches=[Batch(tokens, targets)],
+            rows=[example.row for example in examples],
             names=names,
             bad=[(example.name, example.bad) for example in at_positions if example.bad],
             cursors=source.cursors() if isinstance(source, Stream) else {},
