@@ -111,7 +111,7 @@ def test_a_model_is_used_although_its_recipe_has_keys_that_went(fixtures, capsys
     assert embed(folder, ["apple.txt"], "vectors.parquet").rows == {"text": 1}
     init = Recipe.load("recipe.yaml", [f"train.init={folder}"])
     warm_start = open_warm_start(init, init.make_modalities())
-    assert warm_start.classes == model.classes
+    assert warm_start.saved_classes == model.classes
     for use in (lambda: model.recipe, lambda: run_eval(folder, None, None, None)):
         with refuses():
             use()

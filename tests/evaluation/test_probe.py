@@ -14,7 +14,7 @@ from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.encoding.engine import ItemEncoder
 from openimp.evaluation.evaluate import check_sets, evaluate
-from openimp.evaluation.probe import STRENGTHS, linear, nearest_neighbors
+from openimp.evaluation.probe import C_CANDIDATES, linear, nearest_neighbors
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
 
@@ -59,7 +59,7 @@ def test_colours_are_found_and_labels_at_random_are_not(probed):
         assert line["top1"] == line["per_class"] == 1
         assert (line["train"]["source"], line["train"]["n"], line["source"]) == ("train", 18, "test")
         assert line["train"]["data_hash"] != line["data_hash"]
-    assert lines[0]["C"] in STRENGTHS
+    assert lines[0]["C"] in C_CANDIDATES
     assert lines[1]["k"] == 4
     assert evaluate(*probed(), step=3) == lines
     for line in evaluate(*probed(asked=[*["red"] * 9, "blue"], test=squares(["red"] * 10, 0))):
@@ -142,11 +142,11 @@ def test_weak_penalties_are_not_tried_after_worse_ones(monkeypatch):
     features = rng.normal(size=(120, 20))
     features[:, :2] += 1.5 * classes[:, None]
     with monkeypatch.context() as last:
-        last.setattr("openimp.evaluation.probe.STRENGTHS", [*STRENGTHS, -1.0])  # Trying it would be an error.
+        last.setattr("openimp.evaluation.probe.C_CANDIDATES", [*C_CANDIDATES, -1.0])  # Trying it would be an error.
         chosen = linear(features, classes, features)
-    monkeypatch.setattr("openimp.evaluation.probe.PATIENCE", len(STRENGTHS) + 1)
+    monkeypatch.setattr("openimp.evaluation.probe.PATIENCE", len(C_CANDIDATES) + 1)
     answers, c = linear(features, classes, features)
-    assert c == chosen[1] > STRENGTHS[2]
+    assert c == chosen[1] > C_CANDIDATES[2]
     assert (answers == chosen[0]).all()
 
 

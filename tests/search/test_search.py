@@ -225,6 +225,12 @@ def test_a_query_without_a_known_word_is_refused(word_model, tmp_path):
     (tmp_path / "lines.txt").write_text("green noise\nxyzzy", encoding="utf-8")
     done = build_index(word_model, [tmp_path / "lines.txt"], tmp_path / "x.index")
     assert list(done.skipped.values()) == ["line 2: has no word that the model knows"]
+    (tmp_path / "lines.txt").rename(tmp_path / "renamed.txt")
+    shutil.copy(tmp_path / "renamed.txt", tmp_path / "copied.txt")
+    done = build_index(word_model, [tmp_path], done.folder)
+    assert {Path(path).name for path in done.skipped} == {"renamed.txt", "copied.txt"}, "under each of its names"
+    (tmp_path / "copied.txt").unlink()
+    done = build_index(word_model, [tmp_path], done.folder)
     index = open_index(done.folder)
     assert [hit.text for hit in index.search("noise")] == ["green noise"]
     for text in ("xyzzy", " "):

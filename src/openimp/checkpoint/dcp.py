@@ -45,17 +45,17 @@ def save(folder: Path, tensors: Mapping[str, Tensor], group: Group | None = None
     """Writes tensors into a new folder and returns the files that this rank wrote.
 
     The ranks of `group` write together; None: this process alone. They all see the folder. A rank may have tensors that
-    others lack; a tensor or shard that several ranks have is written by one of them. If one of them cannot write, all
-    raise OSError.
+    others lack; of a tensor or shard that several ranks have, one rank writes it. If a rank cannot write, all ranks of
+    `group` raise OSError.
     """
     if group is None:
         return [_save_file(folder, tensors)]
-    import torch.distributed.checkpoint as dcp
+    import torch.distributed.checkpoint as torch_dcp
 
     # Not with `enable_consolidation`, which writes zeros for scalars (torch 2.13).
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _causes():
-        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+    writer = torch_dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with _first_rank_error():
+        torch_dcp.save(dict(tensors), storage_writer=writer, process_group=group)
     return sorted(folder.glob(f"shard-{rank() + 1:05d}-*"))
 
 
@@ -63,22 +63,24 @@ def _save_file(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
     """Writes whole tensors. DCP would need two more copies of them in memory, and would order headers at random."""
     folder.mkdir()
     file = folder / f"{folder.name}.safetensors"
-    file.touch()
+    file.touch()  # Only for its mode: `save_file` replaces it by a file that only its owner can read.
     mode = file.stat().st_mode
     try:
         save_file(dict(tensors), file, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from None
-    file.chmod(mode)  # `save_file` replaces the file by one that only its owner can read.
+    file.chmod(mode)
     return file
 
 
-def load(folder: Path, tensors: Mapping[str, Tensor], all_of_them: bool = True) -> None:
+def load(folder: Path, tensors: Mapping[str, Tensor], strict: bool = True) -> None:
     """Fills tensors in place from the tensors of the same names in a folder. Of a DTensor, each rank reads its local
-    shard only. A UserError if a tensor does not fit or, unless `all_of_them` is false, the folder has other tensors.
+    shard only.
+
+    UserError if a tensor is missing in the folder or has another shape there or, if `strict`, the folder has others.
     """
     saved = metadata(folder)
-    names = saved.keys() | tensors.keys() if all_of_them else tensors.keys()
+    names = saved.keys() | tensors.keys() if strict else tensors.keys()
     for name in sorted(names):
         saved_shape = list(saved[name].size) if name in saved else "missing"
         shape = list(tensors[name].shape) if name in tensors else "unknown"
@@ -100,11 +102,11 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 def metadata(folder: Path) -> dict[str, Any]:
     """The `TensorStorageMetadata` of each tensor of a folder: its size, data type and shards."""
-    import torch.distributed.checkpoint as dcp
+    import torch.distributed.checkpoint as torch_dcp
 
     saved: dict[str, Any]
-    with _damage(folder):
-        saved = dict(dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+    with _damage_as_user_error(folder):
+        saved = dict(torch_dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
         # Where a shard is missing, DCP would leave uninitialized memory, and a false offset would make the tensor huge.
         for name, info in saved.items():
             if not _complete(info.size, info.chunks):
@@ -132,15 +134,15 @@ def _complete(size: Sequence[int], shards: Iterable[Any]) -> bool:
 
 def fill(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fills tensors in place from the tensors of the same names and shapes in a folder; see `load`."""
-    import torch.distributed.checkpoint as dcp
+    import torch.distributed.checkpoint as torch_dcp
 
-    with _damage(folder), _causes(), warnings.catch_warnings():
+    with _damage_as_user_error(folder), _first_rank_error(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # `no_dist` is intended.
-        dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+        torch_dcp.load(dict(tensors), storage_reader=torch_dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
 @contextmanager
-def _causes() -> Iterator[None]:
+def _first_rank_error() -> Iterator[None]:
     """Raises the error of the first failing rank, in place of DCP's error, which lists the failures of all ranks."""
     from torch.distributed.checkpoint import CheckpointException
 
@@ -152,7 +154,8 @@ def _causes() -> Iterator[None]:
 
 
 @contextmanager
-def _damage(folder: Path) -> Iterator[None]:
+def _damage_as_user_error(folder: Path) -> Iterator[None]:
+    """Raises what missing or damaged files raise as a UserError."""
     try:
         yield
     except FileNotFoundError:

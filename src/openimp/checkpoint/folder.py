@@ -52,7 +52,7 @@ MODELS = ("IMP", "OpenCLIP")
 class SavedRecipe(NamedTuple):
     """The recipe in a model's folder. Using the model needs no recipe, so only `validated` parses it."""
 
-    content: str | dict[str, Any] | None  # YAML, or what YAML means; None if there is no recipe
+    content: str | dict[str, Any] | None  # the text of recipe.yaml; of format 6, the parsed recipe; None: no recipe
     file: Path  # paths in the recipe are relative to its folder
 
     def validated(self) -> Recipe:
@@ -112,7 +112,9 @@ def load_model(folder: Path) -> tuple[Embedder, SavedModel]:
     only by `verify`.
     """
     saved = describe_model(folder)
-    with torch.device("meta") if architecture_of(saved.config.model).initializes else nullcontext():
+    # A model of open_clip computes the values of buffers, which the meta device cannot.
+    on_meta_device = architecture_of(saved.config.model).initializes
+    with torch.device("meta") if on_meta_device else nullcontext():
         model = build_model(saved.config, saved.modalities)
     load_weights(model, folder, assign=True)
     return model.eval(), saved
@@ -196,7 +198,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Reads the EMA if there is one, else the weights, unsharded. Models are stored in fp32, or in fp16 to be small."""
+    """The EMA if there is one, else the weights: whole tensors by name. Those stored in fp16 are returned in fp32."""
     weights = dcp.read(weights_folder(folder))
     return {name: weight.float() if weight.dtype is torch.float16 else weight for name, weight in weights.items()}
 
@@ -286,7 +288,7 @@ def load_training_state(
         optimizer.state.clear()
         for group in optimizer.param_groups:
             optimizer_of |= dict.fromkeys(group["params"], optimizer)
-    state: dict[str, Tensor] = {}
+    optimizer_tensors: dict[str, Tensor] = {}
     for key in dcp.metadata(folder / "optimizer"):
         name, _, field = key.partition("|")
         if name not in parameters:
@@ -295,9 +297,10 @@ def load_training_state(
         if parameter not in optimizer_of:  # Another rank updates it.
             continue
         # Fused optimizers have the step count on the device of the parameter.
-        state[key] = torch.zeros((), device=parameter.device) if field == "step" else torch.empty_like(parameter)
-        optimizer_of[parameter].state.setdefault(parameter, {})[field] = state[key]
-    dcp.load(folder / "optimizer", state, all_of_them=False)
+        on_device = torch.zeros((), device=parameter.device) if field == "step" else torch.empty_like(parameter)
+        optimizer_tensors[key] = on_device
+        optimizer_of[parameter].state.setdefault(parameter, {})[field] = on_device
+    dcp.load(folder / "optimizer", optimizer_tensors, strict=False)
     return read_state(folder)
 
 

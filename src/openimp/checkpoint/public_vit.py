@@ -81,7 +81,7 @@ class ViTWeights:
         height, width = self.vit.pixels
         return f"{self.name} (pictures of {height} x {width} pixels have its features)"
 
-    def leaves_new(self, name: str) -> bool:
+    def may_lack(self, name: str) -> bool:
         return name.startswith(tuple(f"stems.{stem}.position" for stem in self.stems))
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:

@@ -34,8 +34,12 @@ class Weights(Protocol):
         """The shape of each tensor."""
         ...
 
-    def leaves_new(self, name: str) -> bool:
-        """Whether a tensor that is missing here keeps its initial values, although its part is loaded."""
+    def __str__(self) -> str:
+        """The name of the weights, for messages."""
+        ...
+
+    def may_lack(self, name: str) -> bool:
+        """Whether the tensor `name` of the new model keeps its initial values if these weights lack it."""
         ...
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -46,17 +50,17 @@ class Weights(Protocol):
 class SavedWeights:
     """The EMA in a checkpoint if it has one, else the weights. Each rank reads only its shards."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        """`name` is for messages."""
+    def __init__(self, folder: Path, shown_name: str) -> None:
+        """`shown_name` is for messages."""
         self.folder = folder
-        self.name = name
+        self.shown_name = shown_name
         self.shapes = {name: info.size for name, info in dcp.metadata(weights_folder(folder)).items()}
 
     def __str__(self) -> str:
-        return self.name
+        return self.shown_name
 
-    def leaves_new(self, name: str) -> bool:
-        """The experts of a stem that the model does not have."""
+    def may_lack(self, name: str) -> bool:
+        """True for the experts of a stem that the saved model does not have."""
         group = re.search(r"\.groups\.\w+\.", name)
         return group is not None and not any(group[0] in saved for saved in self.shapes)
 
@@ -69,12 +73,14 @@ class WarmStart:
     """Weights that fit a recipe.
 
     Attributes:
-        classes: by classification head.
+        key: the key of the recipe that names the weights.
+        saved_classes: the classes of each classification head of the saved model.
         stems: names of the stems for which the modalities have loaded the other model's state, such as its tokenizer.
     """
 
     weights: Weights
-    classes: dict[str, list[Any]]
+    key: str
+    saved_classes: dict[str, list[Any]]
     stems: frozenset[str]
 
     def load(self, model: Embedder, classes: Classes) -> str:
@@ -88,25 +94,27 @@ class WarmStart:
         tensors = model.state_dict()
         saved_parts = dict.fromkeys(map(_part, saved_shapes))
         model_parts = dict.fromkeys(map(_part, tensors))
-        changed_heads = {f"classifiers.{head}" for head, values in self.classes.items() if classes.get(head) != values}
-        loaded_parts = {"encoder", *saved_parts} - changed_heads
+        changed_heads = {
+            f"classifiers.{head}" for head, values in self.saved_classes.items() if classes.get(head) != values
+        }
+        loadable_parts = {"encoder", *saved_parts} - changed_heads
         loaded_tensors = {}
-        new = [part for part in model_parts if part not in loaded_parts]
+        new_parts_and_tensors = [part for part in model_parts if part not in loadable_parts]
         for name, tensor in tensors.items():
-            if _part(name) not in loaded_parts:
+            if _part(name) not in loadable_parts:
                 continue
-            if name not in saved_shapes and self.weights.leaves_new(name):
-                new.append(re.sub(r"\.\d+", ".*", name))
+            if name not in saved_shapes and self.weights.may_lack(name):
+                new_parts_and_tensors.append(re.sub(r"\.\d+", ".*", name))  # One entry for all layers.
                 continue
             saved_shape = list(saved_shapes[name]) if name in saved_shapes else "missing"
             shape = list(tensor.shape)
             if saved_shape != shape:
-                raise UserError(f"train.init: {self.weights}: {name} is {saved_shape} there, {shape} here")
+                raise UserError(f"{self.key}: {self.weights}: {name} is {saved_shape} there, {shape} here")
             loaded_tensors[name] = tensor
         self.weights.fill(loaded_tensors)
         parts_by_title = {
-            "loaded": [part for part in model_parts if part in loaded_parts],
-            "new": [*dict.fromkeys(new)],
+            "loaded": [part for part in model_parts if part in loadable_parts],
+            "new": [*dict.fromkeys(new_parts_and_tensors)],
             "left behind": [part for part in saved_parts if part not in model_parts or part in changed_heads],
         }
         text = "; ".join(f"{title}: {', '.join(parts) or 'nothing'}" for title, parts in parts_by_title.items())
@@ -114,7 +122,9 @@ class WarmStart:
 
 
 def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
-    """Opens the model that `train.init` names, and loads what its modalities learned into those of the same stem.
+    """Opens the model that `train.init` or, without it, `model.wrap` names.
+
+    Loads what the model's modalities learned into those of the same stem.
 
     An encoder or a shared stem with other options is a UserError.
     """
@@ -122,19 +132,20 @@ def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
     wrap = recipe.model.wrap
     if init is None and wrap is None:
         return None
+    key = "model.wrap" if init is None else "train.init"
     try:
         if wrap is None and Name.parse(str(init)).scheme in LIBRARIES:
             return _open_vit(str(init), recipe, modalities)
-        return _open_saved(str(init or wrap), recipe, modalities)
+        return _open_saved(str(init or wrap), key, recipe, modalities)
     except UserError as error:
-        raise UserError(f"train.init: {error}") from None
+        raise UserError(f"{key}: {error}") from None
 
 
-def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
+def _open_saved(init: str, key: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
     folder = find_model(init)
     saved_config, learned, _ = read_config(folder)
-    # A wrapped model is the same under all names of its folder.
-    if init != recipe.model.wrap and _title(saved_config) != _title(recipe):
+    # Two names with the same last part mean the same public model, wherever its folder is.
+    if init != recipe.model.wrap and _wrapped_name(saved_config) != _wrapped_name(recipe):
         saved_wrap = saved_config.model.wrap or "no other model"
         wrap = recipe.model.wrap or "no other model"
         raise UserError(f"{folder}: its recipe wraps {saved_wrap}, and this one wraps {wrap}")
@@ -145,11 +156,11 @@ def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
     else:
         loaded_stems = frozenset(recipe.modalities) & frozenset(saved_config.modalities)
         equal_stems = loaded_stems
-    for key, saved_value, value in differences(_identity(saved_config, equal_stems), _identity(recipe, equal_stems)):
-        raise UserError(f"{folder}: {key} is {saved_value!r} there, {value!r} here")
+    for option, saved_value, value in differences(_identity(saved_config, equal_stems), _identity(recipe, equal_stems)):
+        raise UserError(f"{folder}: {option} is {saved_value!r} there, {value!r} here")
     load_learned((modality for modality in modalities.values() if modality.stem in loaded_stems), learned)
     weights = SavedWeights(folder, str(folder) if Name.parse(init).scheme is None else init)
-    return WarmStart(weights, saved_config.classes, loaded_stems)
+    return WarmStart(weights, key, saved_config.classes, loaded_stems)
 
 
 def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
@@ -172,10 +183,10 @@ def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
             flow = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
             lines.append(f"{key}: {flow.strip()}")
         raise UserError("\n".join(lines))
-    return WarmStart(weights, {}, frozenset())
+    return WarmStart(weights, "train.init", {}, frozenset())
 
 
-def _title(config: Recipe | ModelConfig) -> str | None:
+def _wrapped_name(config: Recipe | ModelConfig) -> str | None:
     """The name of the wrapped model. Of a local model, only the last part of the folder counts."""
     name = config.model.wrap
     return name and map_path(name, lambda folder: Path(folder).name)
@@ -185,6 +196,7 @@ def _identity(config: Recipe | ModelConfig, stems: Iterable[str]) -> dict[str, A
     """The options that must be the same in two models for their weights to mean the same."""
     model = flat(config.model.model_dump(mode="json"))
     if config.model.moe and config.model.moe.experts_by_stem:
+        # Only the groups of these stems must agree. Other groups stay new, or are left behind.
         by_stem = config.model.moe.experts_by_stem
         model["moe.experts"] = ", ".join(f"{stem}: {by_stem[stem]}" for stem in sorted(stems))
     configs = {stem: config.modalities[stem].model_dump(mode="json") for stem in stems}

@@ -35,8 +35,8 @@ COPIED_TOGETHER = 512
 class _Batch(NamedTuple):
     """Items that are encoded in one forward pass."""
 
-    errors: list[tuple[Any, BadMedia | None]]  # the key of each item, and why it cannot be read
-    clips: list[int]  # the number of clips of each readable item
+    items: list[tuple[Any, BadMedia | None]]  # the key of each item, and why it cannot be read; None if it can be
+    clip_counts: list[int]  # of each readable item
     tokens: Tokens | None  # of all clips; None if there are none
 
     @property
@@ -86,7 +86,7 @@ class ItemEncoder:
             # All ranks have tokens of the same shape, as in training. Ranks without an item encode zeros.
             rows, length = map(max, zip(*shapes))
             vectors = iter(self._vectors(batch, rows, length) if rows else ())
-            for key, error in batch.errors:
+            for key, error in batch.items:
                 yield key, next(vectors) if error is None else error
 
     def encode_item(self, clips: np.ndarray, towards: Iterable[str]) -> list[Tensor]:
@@ -114,33 +114,33 @@ class ItemEncoder:
     def _batches(self, results: Iterable[tuple[Any, np.ndarray | BadMedia]]) -> Iterator[_Batch]:
         """Divides items into forward passes."""
         batch: list[tuple[Any, np.ndarray | BadMedia]] = []
-        clips = 0
+        clip_count = 0
         for number, (key, result) in enumerate(results):
             item_clips = 0 if isinstance(result, BadMedia) else len(result)
-            if batch and (number % self.batch_size == 0 or clips + item_clips > self.batch_size):
+            if batch and (number % self.batch_size == 0 or clip_count + item_clips > self.batch_size):
                 yield self._batch(batch)
                 batch = []
-                clips = 0
+                clip_count = 0
             batch.append((key, result))
-            clips += item_clips
+            clip_count += item_clips
         if batch:
             yield self._batch(batch)
 
     def _batch(self, results: list[tuple[Any, np.ndarray | BadMedia]]) -> _Batch:
-        errors = [(key, result if isinstance(result, BadMedia) else None) for key, result in results]
-        items = [result for _, result in results if not isinstance(result, BadMedia)]
-        tokens = self.modality.tokens(np.concatenate(items), self.view, None) if items else None
-        return _Batch(errors, [len(clips) for clips in items], tokens)
+        items = [(key, result if isinstance(result, BadMedia) else None) for key, result in results]
+        clips = [result for _, result in results if not isinstance(result, BadMedia)]
+        tokens = self.modality.tokens(np.concatenate(clips), self.view, None) if clips else None
+        return _Batch(items, [len(item_clips) for item_clips in clips], tokens)
 
     # Not in inference mode: FSDP2 keeps some of the tensors that it makes for later training steps.
     @torch.no_grad()
     def _vectors(self, batch: _Batch, rows: int, length: int) -> list[Tensor]:
-        """The vectors of the readable items of a batch, whose tokens are padded to the shape (rows, length)."""
+        """The vectors of the readable items of a batch, which is padded to `rows` clips of `length` tokens."""
         tokens = batch.tokens or self.modality.zeros(rows, length)
         if len(tokens.coords) < rows:
             tokens = tokens.pad(rows)
         z_MZ = self._project(self._features(tokens), self.towards)
-        return self._means(z_MZ[: sum(batch.clips)], batch.clips)
+        return self._means(z_MZ[: sum(batch.clip_counts)], batch.clip_counts)
 
     def _features(self, tokens: Tokens) -> Tensor:
         """The encoder's features (M, D)."""
@@ -155,12 +155,12 @@ class ItemEncoder:
         with mixed_precision(self._device, self.precision):
             return self.model.project(features_MD, self.modality.name, towards, self.normalize)
 
-    def _means(self, z_MZ: Tensor, clips: list[int]) -> list[Tensor]:
+    def _means(self, z_MZ: Tensor, clip_counts: list[int]) -> list[Tensor]:
         """The vectors of items: the means of the vectors of their clips."""
-        if not clips:
+        if not clip_counts:
             return []
         # On a GPU, index_add would sum in another order in each run.
-        z_NZ = torch.stack([z.mean(0) for z in z_MZ.split(clips)])
+        z_NZ = torch.stack([z.mean(0) for z in z_MZ.split(clip_counts)])
         if self.normalize:
             z_NZ = F.normalize(z_NZ, dim=-1)
         return list(z_NZ)

@@ -17,7 +17,7 @@ from openimp.model.embedder import Embedder
 from openimp.recipe.inputs import Input
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-"""Wraps an iterable to show its progress: `progress(iterable, description)`."""
+"""Wraps an iterable, `progress(iterable, description)`, to show its progress or to stop it by an error."""
 Raw = str | bytes | Path | np.ndarray
 """A value that a modality decodes."""
 
@@ -46,22 +46,22 @@ def raw_value(table: Table, modality: Modality, spec: Input, row: int) -> Raw:
 
 
 def raw_values(
-    table: Table, modality: Modality, spec: Input, numbers: range, progress: Progress | None = None
+    table: Table, modality: Modality, spec: Input, rows: range, progress: Progress | None = None
 ) -> Iterator[tuple[str, Raw | BadMedia]]:
-    """For each row of these numbers, a key that equal values share, and the value, or why it cannot be read."""
+    """Yields (key, value) of each row. Equal values have the same key. One that cannot be read is a BadMedia."""
     columns = _columns(modality, spec)
-    chunks = (table.rows(numbers[i : i + READ_ROWS], columns) for i in range(0, len(numbers), READ_ROWS))
-    tracked_numbers: Iterable[int] = progress(numbers, modality.name) if progress else numbers
-    for number, row in zip(tracked_numbers, chain.from_iterable(chunks)):
+    chunks = (table.rows(rows[i : i + READ_ROWS], columns) for i in range(0, len(rows), READ_ROWS))
+    tracked_rows: Iterable[int] = progress(rows, modality.name) if progress else rows
+    for row, values in zip(tracked_rows, chain.from_iterable(chunks)):
         try:
-            value = _value(table, modality, spec, row)
+            value = _value(table, modality, spec, values)
             yield _key(value), value
         except BadMedia as error:
-            yield f"row:{number}", error
+            yield f"row:{row}", error
 
 
 def _columns(modality: Modality, spec: Input) -> list[str]:
-    """The columns that evaluation reads: those of all templates of a text, or the first column of media."""
+    """The columns that evaluation and search read: those of all templates of a text, or the first column of media."""
     return columns_of(spec.columns) if modality.reads_text else spec.columns[:1]
 
 

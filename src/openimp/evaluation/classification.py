@@ -29,7 +29,7 @@ from openimp.recipe.evaluation import ClassHead, ZeroShot
 
 
 class Labels(NamedTuple):
-    """What the labels of a source's rows are. They are compared as text, because CSV cells have no type."""
+    """The classes of an evaluation set, and its test splits. Labels are compared as text: CSV cells have no type."""
 
     names: list[Any]  # of all classes that the model can choose
     class_index: dict[str, int]  # by the label as text
@@ -89,74 +89,77 @@ class MultiLabel(Predicted):
         return average_precision(self.score_NK, self.hot_NK)
 
 
-def check(evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table: Table) -> Labels:
-    """Reads the labels, and finds the errors that would stop `classify`, without encoding anything: a row without a
-    class or split or with a class that the model cannot choose, a class without a name, classes that are equal as text,
-    or a head that the model does not have."""
-    table.require([options.label], where)
+def read_labels(evaluator: Evaluator, options: ZeroShot | ClassHead, error_prefix: str, table: Table) -> Labels:
+    """Reads the classes and the test splits, without encoding anything.
+
+    UserError if a row has no class or no split, or a class that the model cannot choose; if a class has no name; if two
+    classes are equal as text; or if the model lacks the head.
+    """
+    table.require([options.label], error_prefix)
     values = table.column(options.label)
     known: Iterable[Any] | None
     if isinstance(options, ZeroShot):
-        (seen,) = options.inputs
-        require_pair(evaluator.model, seen, options.reader, where)
-        known = options.classes
+        (query,) = options.inputs
+        require_pair(evaluator.model, query, options.reader, error_prefix)
+        known = options.classes  # Its keys are the labels. `class_names` reads their names.
         lists = any(isinstance(value, list) for value in values)
     else:
-        lists = evaluator.recipe.class_column(options, where).has_lists
-        known = evaluator.classes.get(_head(evaluator, options))
+        lists = evaluator.recipe.class_column(options, error_prefix).has_lists
+        known = evaluator.classes.get(_head_key(evaluator, options))
         if known is None:
-            raise UserError(f"{where}: the model has no head that tasks.{options.task} trained on {options.label!r}")
-    column = f"{where}: column {options.label!r} of source {table.name}"
-    rows_by_class = find_classes(table, options.label, values, lists, where)
+            head = f"head that tasks.{options.task} trained on {options.label!r}"
+            raise UserError(f"{error_prefix}: the model has no {head}")
+    column = f"{error_prefix}: column {options.label!r} of source {table.name}"
+    rows_by_class = find_classes(table, options.label, values, lists, error_prefix)
     classes = sort_classes(rows_by_class) if known is None else list(known)
     if not classes:
         raise UserError(f"{column}: no row that can be read has a class")
-    index = {as_text(label): i for i, label in enumerate(classes)}
+    index = {as_text(label): i for i, label in enumerate(classes)}  # Of labels that are equal as text, the last.
     for i, label in enumerate(classes):
         if index[as_text(label)] != i:
             raise UserError(
                 f"{column}: class {label!r} and another one are both {as_text(label)!r} as text; rename one"
             )
     for label, row in rows_by_class.items():
-        index_of(as_text(label), index, f"{column}: {table.row_name(row)}")
+        index_of(as_text(label), index, f"{column}: {table.row_name(row)}")  # Raises if the model cannot choose it.
     if not isinstance(options, ZeroShot):
         return Labels(classes, index, lists, {})
     if options.splits and lists:
-        raise UserError(f"{where}: splits need rows with one class each, not lists of classes")
-    splits = _read_splits(options.splits, where, table) if options.splits else {}
-    names = zero_shot.class_names(classes, options, f"{where}: source {table.name}")
+        raise UserError(f"{error_prefix}: splits need rows with one class each, not lists of classes")
+    splits = _read_splits(options.splits, error_prefix, table) if options.splits else {}
+    names = zero_shot.class_names(classes, options, f"{error_prefix}: source {table.name}")
     return Labels(names, index, lists, splits)
 
 
 def classify(
-    evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table: Table
+    evaluator: Evaluator, options: ZeroShot | ClassHead, error_prefix: str, table: Table
 ) -> tuple[Classified | MultiLabel, ReadableRows]:
-    """Predicts the class of each row, and returns the rows that could be read. Without any, also in one of the test
-    splits, there is a UserError."""
-    (seen,) = options.inputs
-    labels = check(evaluator, options, where, table)
+    """Predicts the class of each row, and returns the rows that could be read. UserError if there are none, or none of
+    one of the test splits."""
+    (query,) = options.inputs
+    labels = read_labels(evaluator, options, error_prefix, table)
     if isinstance(options, ZeroShot):
         classes_KZ = zero_shot.class_embeddings(evaluator, options, labels.names)
-        z_NZ, truths, readable = evaluator.encode_labelled(options, where, table, options.reader)
+        z_NZ, truths, readable = evaluator.encode_labelled(options, error_prefix, table, options.reader)
     else:
         classes_KZ = _head_vectors(evaluator, options)
-        features_ND, truths, readable = evaluator.encode_labelled(options, where, table, None)
-        z_NZ = F.pad(features_ND, (0, 1), value=1.0)
+        features_ND, truths, readable = evaluator.encode_labelled(options, error_prefix, table, None)
+        z_NZ = F.pad(features_ND, (0, 1), value=1.0)  # Z is D + 1: the last weight of a class is its bias.
     if labels.lists:
         hot_NK = np.zeros((len(truths), len(labels.names)), bool)
         for hot_K, truth in zip(hot_NK, truths):
             hot_K[[labels.class_index[as_text(label)] for label in truth or []]] = True
         if not hot_NK.any():
-            raise UserError(f"{where}: no row that can be read has a class in column {options.label!r}")
-        return MultiLabel(seen, options.label, (z_NZ @ classes_KZ.T).cpu().numpy(), hot_NK), readable
+            raise UserError(f"{error_prefix}: no row that can be read has a class in column {options.label!r}")
+        return MultiLabel(query, options.label, (z_NZ @ classes_KZ.T).cpu().numpy(), hot_NK), readable
     truth_N = np.array([labels.class_index[as_text(label)] for label in truths], np.int64)
     blocks = z_NZ.split(max(1, SIMILARITIES // len(classes_KZ)))
     splits = {name: np.flatnonzero(np.isin(readable.row, rows)) for name, rows in sorted(labels.splits.items())}
     for name, examples in splits.items():
         if not len(examples):
-            raise UserError(f"{where}: no row of split {name!r} can be read; leave the split out with where")
+            raise UserError(f"{error_prefix}: no row of split {name!r} can be read; leave the split out with where")
     classified = Classified(
-        seen,
+        query,
         options.label,
         classes=labels.names,
         row=readable.row,
@@ -168,26 +171,26 @@ def classify(
     return classified, readable
 
 
-def _head(evaluator: Evaluator, options: ClassHead) -> str:
+def _head_key(evaluator: Evaluator, options: ClassHead) -> str:
     return head_key(evaluator.recipe.tasks[options.task].source, options.label)
 
 
 def _head_vectors(evaluator: Evaluator, options: ClassHead) -> Tensor:
     """(K, D + 1) the weights of a head, and its bias as the weight of a feature that is always 1."""
-    head: Any = evaluator.model.get_submodule(f"classifiers.{_head(evaluator, options)}")
+    head: Any = evaluator.model.get_submodule(f"classifiers.{_head_key(evaluator, options)}")
     reshard(evaluator.model)  # An earlier pass may have left it gathered, in bf16.
     return torch.cat([full_tensor(head.weight.detach()), full_tensor(head.bias.detach())[:, None]], dim=1)
 
 
-def _read_splits(column: str, where: str, table: Table) -> dict[str, list[int]]:
+def _read_splits(column: str, error_prefix: str, table: Table) -> dict[str, list[int]]:
     """The rows of each test split. A row in no split is a UserError."""
-    table.require([column], where)
+    table.require([column], error_prefix)
     splits: dict[str, list[int]] = {}
     for row, value in enumerate(table.column(column)):
         names = value if isinstance(value, list) else [value]
         if not names or any(name is None or isinstance(name, Unreadable) for name in names):
             place = f"column {column!r} of source {table.name}: {table.row_name(row)}"
-            raise UserError(f"{where}: {place} is in no split; leave it out with where")
+            raise UserError(f"{error_prefix}: {place} is in no split; leave it out with where")
         for name in names:
             splits.setdefault(as_text(name), []).append(row)
     return splits

@@ -48,7 +48,7 @@ def evaluate(
 
     Returns:
         A dict of JSON values for each direction of a retrieval set, each classifier of a probe, and each other set.
-        Shares are between 0 and 1. Unreadable rows are left out, and readable in `skipped`.
+        Shares are between 0 and 1. Rows that cannot be read are left out; `skipped` lists them.
 
     Raises:
         UserError: there is no evaluation set of such a name.
@@ -65,8 +65,8 @@ def evaluate(
         try:
             results += measure(evaluator, name, _open_together(evaluator, name), step)[0]
         except UserError as error:
-            where = f"evaluation.sets.{name}"
-            reasons.append(str(error) if where in str(error) else f"{where}: {error}")
+            error_prefix = f"evaluation.sets.{name}"
+            reasons.append(str(error) if error_prefix in str(error) else f"{error_prefix}: {error}")
     provenance = checkpoint_fields(model, modalities)
     results = [result | provenance for result in results]
     if reasons:
@@ -75,30 +75,30 @@ def evaluate(
 
 
 def check_sets(model: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes) -> None:
-    """Finds the errors that would stop an evaluation set, before training instead of after it."""
+    """Raises the UserError that would stop an evaluation set, before training instead of after it."""
     for name in recipe.evaluation.sets:
         open_set(Evaluator(model, recipe, modalities, classes), name)
 
 
 def open_set(evaluator: Evaluator, name: str) -> dict[str, Table]:
     """Opens and checks the sources of an evaluation set, and returns them by name."""
-    where = f"evaluation.sets.{name}"
+    error_prefix = f"evaluation.sets.{name}"
     options = evaluator.recipe.evaluation.sets[name]
     tables = {}
     for source in [options.source, *([options.train] if isinstance(options, Probe) else [])]:
         table = open_source(source, evaluator.recipe.sources[source])
         if not isinstance(table, Table):
-            raise UserError(f"{where}: source {source} is streamed, but evaluation needs a table; name one")
-        for side, spec in options.inputs.items():
-            require_columns(table, evaluator.modalities[side], spec, where)
+            raise UserError(f"{error_prefix}: source {source} is streamed, but evaluation needs a table; name one")
+        for modality, spec in options.inputs.items():
+            require_columns(table, evaluator.modalities[modality], spec, error_prefix)
         tables[source] = table
     if isinstance(options, Probe):
-        probe.check(options, where, tables)
+        probe.check(options, error_prefix, tables)
     elif isinstance(options, Retrieval):
         a, b = options.inputs
-        require_pair(evaluator.model, a, b, where)
+        require_pair(evaluator.model, a, b, error_prefix)
     else:
-        classification.check(evaluator, options, where, tables[options.source])
+        classification.read_labels(evaluator, options, error_prefix, tables[options.source])
     return tables
 
 
@@ -118,27 +118,29 @@ def measure(
     the predictions of another set. If too few rows can be read, that is a UserError.
     """
     recipe, modalities, model = evaluator.recipe, evaluator.modalities, evaluator.model
-    where = f"evaluation.sets.{name}"
+    error_prefix = f"evaluation.sets.{name}"
     options = recipe.evaluation.sets[name]
     table = tables[options.source]
-    train = {}
+    train_fields = {}
     predictions: Sequence[Predicted]
     if (progress := evaluator.progress) is not None:
         evaluator = replace(evaluator, progress=lambda items, description: progress(items, f"{name}: {description}"))
-    training = model.training
+    was_training = model.training
     model.eval()
     try:
         if isinstance(options, Probe):
-            predictions, readable, learned = probe.probe(evaluator, options, where, tables)
-            train = {"train": {"n": len(learned.row), **data_fields(recipe, tables[options.train], learned)}}
+            predictions, readable, train_rows = probe.probe(evaluator, options, error_prefix, tables)
+            fields = data_fields(recipe, tables[options.train], train_rows)
+            train_fields = {"train": {"n": len(train_rows.row), **fields}}
         elif isinstance(options, Retrieval):
-            predictions, readable = retrieval.retrieve(evaluator, options, where, table)
+            predictions, readable = retrieval.retrieve(evaluator, options, error_prefix, table)
         else:
-            classified, readable = classification.classify(evaluator, options, where, table)
+            classified, readable = classification.classify(evaluator, options, error_prefix, table)
             predictions = [classified]
     finally:
-        model.train(training)
+        model.train(was_training)
     precision = precision_of(next(model.parameters()).device, recipe.train.precision)
-    about = {**data_fields(recipe, table, readable), **train, **how_fields(recipe, modalities, options, precision)}
+    how = how_fields(recipe, modalities, options, precision)
+    about = {**data_fields(recipe, table, readable), **train_fields, **how}
     kind = {"set": name, "type": options.type, "step": step}
     return [{**kind, "task": predicted.task, **predicted.metrics(), **about} for predicted in predictions], predictions

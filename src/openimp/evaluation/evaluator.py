@@ -28,8 +28,8 @@ from openimp.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Predicted(ABC):
-    """Predictions about an evaluation set: for items of the modality `query`, items of the modality `target` or classes
-    in the column `target`."""
+    """Predictions on an evaluation set: for each item of the modality `query`, an item of the modality `target` (in
+    retrieval) or a class of the column `target`."""
 
     query: str
     target: str
@@ -49,7 +49,7 @@ class Encoded:
     """One input of all rows of a source. Each rank encodes equal values once."""
 
     embeddings: Tensor  # (N, Z) unit vectors, or (N, D) features, fp32, of the values
-    item: np.ndarray  # (R,) int64, the index of each row's embedding, equal for equal values; -1: it cannot be read
+    embedding_of_row: np.ndarray  # (R,) int64, an index of `embeddings`, equal for equal values; -1: it cannot be read
     bad: dict[int, str]  # the reason why a row cannot be read, by row
     keys: list[str]  # a string per row, which identifies the row's value
 
@@ -74,8 +74,8 @@ class LabelledRows(NamedTuple):
 class _RankRows(NamedTuple):
     """What one rank read of one input."""
 
-    keys: list[str]  # of each row
-    items: list[str]  # of each row; rows with equal values have the same item
+    keys: list[str]  # by row; identifies exactly what was read
+    items: list[str]  # by row; rows with equal values have the same item, which is encoded once
     readable: list[str]  # the distinct items that could be read, in the order of their vectors
     unreadable: dict[str, str]  # the reason for each other item
 
@@ -94,9 +94,9 @@ class Evaluator:
     def encode(self, options: EvaluationSet, name: str, table: Table, towards: str | None) -> Encoded:
         """Encodes one input of an evaluation set, of the modality `name`, for all rows of a source, in order.
 
-        Media are the same item if their bytes are equal, and texts if their `text_key` is equal. Equal tokens
-        do not make texts the same item: a model that does not know a word, or reads only the beginning, would be right
-        with any of them.
+        Media are the same item if their bytes are equal, and texts if their `text_key` is equal. Texts
+        with other keys are other items, even if the model reads the same tokens: one that does not know a word, or
+        reads only the beginning, would be right with any of them.
 
         Each rank reads and encodes an equal part of the rows. All ranks get the result for all rows.
         """
@@ -124,14 +124,14 @@ class Evaluator:
         return _merge(all_gather_uneven(encoder.stack(vectors)), all_gather_object(part))
 
     def encode_labelled(
-        self, options: ZeroShot | ClassHead | Probe, where: str, table: Table, towards: str | None
+        self, options: ZeroShot | ClassHead | Probe, error_prefix: str, table: Table, towards: str | None
     ) -> "LabelledRows":
         """Encodes the only input of the rows in which it and the label can be read. UserError if there are none."""
         (name,) = options.inputs
         encoded = self.encode(options, name, table, towards)
         labels = table.column(options.label)
-        readable = readable_rows(table, [encoded], where, labels)
-        vectors = encoded.embeddings[torch.from_numpy(encoded.item[readable.row])]
+        readable = readable_rows(table, [encoded], error_prefix, labels)
+        vectors = encoded.embeddings[torch.from_numpy(encoded.embedding_of_row[readable.row])]
         return LabelledRows(vectors, [labels[row] for row in readable.row], readable)
 
     def item_encoder(self, name: str, view: Any, towards: str | None) -> ItemEncoder:
@@ -162,19 +162,24 @@ def _merge(vectors: Tensor, parts: list[_RankRows]) -> Encoded:
     reasons = {item: reason for part in reversed(parts) for item, reason in part.unreadable.items()}
     return Encoded(
         embeddings=vectors,
-        item=np.array([index.get(item, -1) for item in items], np.int64),
+        embedding_of_row=np.array([index.get(item, -1) for item in items], np.int64),
         bad={row: reasons[item] for row, item in enumerate(items) if item in reasons},
         keys=[key for part in parts for key in part.keys],
     )
 
 
-def readable_rows(table: Table, inputs: list[Encoded], where: str, labels: Sequence[Any] | None = None) -> ReadableRows:
+def readable_rows(
+    table: Table, inputs: list[Encoded], error_prefix: str, labels: Sequence[Any] | None = None
+) -> ReadableRows:
     """The rows in which all inputs, and the label if there are labels, can be read. UserError if there are none."""
     bad = {row: reason for encoded in reversed(inputs) for row, reason in encoded.bad.items()}
     bad |= {row: label.reason for row, label in enumerate(labels or ()) if isinstance(label, Unreadable)}
     skipped = [f"{table.row_name(row)}: {bad[row]}" for row in sorted(bad)]
     rows = np.setdiff1d(np.arange(len(table)), list(bad))
     if not len(rows):
-        raise UserError(f"{where}: no row of source {table.name} can be read; the first: {skipped[0]}")
-    content = stable_hash((*(encoded.keys[row] for encoded in inputs), labels and labels[row]) for row in rows)
-    return ReadableRows(rows, skipped, content)
+        raise UserError(f"{error_prefix}: no row of source {table.name} can be read; the first: {skipped[0]}")
+
+    def content_of(row: int) -> tuple[Any, ...]:
+        return (*(encoded.keys[row] for encoded in inputs), labels and labels[row])
+
+    return ReadableRows(rows, skipped, content=stable_hash(map(content_of, rows)))

@@ -4,7 +4,7 @@ The linear probe is CLIP's (arXiv 2103.00020, section 3.2): logistic regression 
 penalty, on standardized features. The nearest neighbors are DINO's (arXiv 2104.14294, appendix F.1): by cosine, each
 one votes with weight exp(similarity / 0.07).
 
-Shape suffixes: N examples, D width.
+Shape suffixes: N examples, M of them in a block, K nearest neighbors, D width.
 """
 
 import warnings
@@ -24,7 +24,7 @@ from openimp.evaluation.retrieval import SIMILARITIES
 from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.evaluation import Probe
 
-STRENGTHS = [10.0**power for power in range(-4, 4)]
+C_CANDIDATES = [10.0**power for power in range(-4, 4)]
 """Candidates for C, the inverse of the weight of the L2 penalty. CLIP searches for it, too: the best C depends on the
 number of examples and on the width by orders of magnitude, so a fixed one would favor some models."""
 PATIENCE = 2
@@ -57,54 +57,59 @@ class Probed(Predicted):
         return accuracy(self.predicted == self.truth, self.truth, len(self.classes)) | self.setting
 
 
-def check(options: Probe, where: str, tables: dict[str, Table]) -> None:
-    """Finds the errors that would stop `probe`, without encoding anything: scikit-learn or the label is missing, a row
-    has no class or a list of classes, or the training rows do not have every class of the test rows, two classes, two
-    examples per class, and `k` examples."""
+def check(options: Probe, error_prefix: str, tables: dict[str, Table]) -> None:
+    """UserError, without encoding anything, if scikit-learn or the label column is missing, or a row has no class or
+    several.
+
+    The training rows must have every class of the test rows, at least two classes, two examples of each, and `k`
+    examples.
+    """
     try:
         import sklearn  # noqa: F401
     except ImportError:
-        raise UserError(f"{where}: a probe needs scikit-learn: pip install 'openimp[probe]'") from None
+        raise UserError(f"{error_prefix}: a probe needs scikit-learn: pip install 'openimp[probe]'") from None
     labels = {}
     for name, table in tables.items():
-        table.require([options.label], where)
+        table.require([options.label], error_prefix)
         values = table.column(options.label)
-        find_classes(table, options.label, values, False, where)
+        find_classes(table, options.label, values, False, error_prefix)
         labels[name] = [value for value in values if not isinstance(value, Unreadable)]
-    _classes(labels[options.source], labels[options.train], options, where)
+    _checked_classes(labels[options.source], labels[options.train], options, error_prefix)
 
 
 def probe(
-    evaluator: Evaluator, options: Probe, where: str, tables: dict[str, Table]
+    evaluator: Evaluator, options: Probe, error_prefix: str, tables: dict[str, Table]
 ) -> tuple[list[Probed], ReadableRows, ReadableRows]:
     """Fits both classifiers to the training rows and predicts the classes of the test rows.
 
     C is chosen by cross-validation within the training rows, so the test rows decide on nothing. Returns the
-    predictions of each classifier, and the test rows and the training rows that could be read, which `check` must
-    accept, too.
+    predictions of each classifier, the test rows and the training rows that could be read. UserError if these do not
+    fulfill the conditions of `check`.
     """
-    test_ND, test_labels, tested = _read(evaluator, options, where, tables[options.source])
-    train_ND, train_labels, learned = _read(evaluator, options, where, tables[options.train])
-    classes = _classes(test_labels, train_labels, options, where)
+    test_ND, test_labels, test_rows = _read(evaluator, options, error_prefix, tables[options.source])
+    train_ND, train_labels, train_rows = _read(evaluator, options, error_prefix, tables[options.train])
+    classes = _checked_classes(test_labels, train_labels, options, error_prefix)
     index = {label: i for i, label in enumerate(classes)}
     test_N, train_N = (np.array([index[x] for x in labels], np.int64) for labels in (test_labels, train_labels))
     linear_N, c = run_on_rank_zero(lambda: linear(train_ND, train_N, test_ND))
     near_N = run_on_rank_zero(lambda: nearest_neighbors(train_ND, train_N, test_ND, options.k))
-    (seen,) = options.inputs
-    probed = partial(Probed, seen, options.label, classes=classes, truth=test_N)
+    (query,) = options.inputs
+    probed = partial(Probed, query, options.label, classes=classes, truth=test_N)
     answers = [
         probed(kind="linear", predicted=linear_N, setting={"C": c}),
         probed(kind="kNN", predicted=near_N, setting={"k": options.k}),
     ]
-    return answers, tested, learned
+    return answers, test_rows, train_rows
 
 
-def _read(evaluator: Evaluator, options: Probe, where: str, table: Table) -> tuple[np.ndarray, list[Any], ReadableRows]:
+def _read(
+    evaluator: Evaluator, options: Probe, error_prefix: str, table: Table
+) -> tuple[np.ndarray, list[Any], ReadableRows]:
     """The features (N, D) and labels of the rows of a source that can be read."""
-    vectors, labels, readable = evaluator.encode_labelled(options, where, table, None)
+    vectors, labels, readable = evaluator.encode_labelled(options, error_prefix, table, None)
     features_ND = vectors.double().cpu().numpy()
     if not np.isfinite(features_ND).all():
-        raise UserError(f"{where}: the encoder's features of source {table.name} are not finite")
+        raise UserError(f"{error_prefix}: the encoder's features of source {table.name} are not finite")
     return features_ND, labels, readable
 
 
@@ -121,16 +126,17 @@ def linear(train_ND: np.ndarray, class_N: np.ndarray, test_ND: np.ndarray) -> tu
     with warnings.catch_warnings():
         # A weak penalty may need more than MAX_ITER iterations. Its result is compared as it is.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for strength in STRENGTHS:
+        for c in C_CANDIDATES:
             # The scaler is validated, too, so it sees only the training examples of a fold.
-            pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=MAX_ITER))
+            pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=MAX_ITER))
             accuracies.append(cross_val_score(pipeline, train_ND, class_N, cv=folds).mean())
-            if all(accuracy < max(accuracies) for accuracy in accuracies[-PATIENCE:]):
+            best = max(accuracies)
+            if all(value < best for value in accuracies[-PATIENCE:]):
                 break
-        best = STRENGTHS[int(np.argmax(accuracies))]
-        pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=best, max_iter=MAX_ITER))
+        best_c = C_CANDIDATES[int(np.argmax(accuracies))]
+        pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=best_c, max_iter=MAX_ITER))
         pipeline.fit(train_ND, class_N)
-    return pipeline.predict(test_ND), best
+    return pipeline.predict(test_ND), best_c
 
 
 def nearest_neighbors(train_ND: np.ndarray, class_N: np.ndarray, test_ND: np.ndarray, k: int) -> np.ndarray:
@@ -152,10 +158,10 @@ def _unit_vectors(x_ND: np.ndarray) -> np.ndarray:
     return x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True).clip(1e-12)
 
 
-def _classes(test: list[Any], train: list[Any], options: Probe, where: str) -> list[Any]:
-    """The sorted classes of the training rows, if both parts can be used."""
+def _checked_classes(test: list[Any], train: list[Any], options: Probe, error_prefix: str) -> list[Any]:
+    """The sorted classes of the training rows. UserError if the rows do not fulfill the conditions of `check`."""
     examples = Counter(train)
-    source = f"{where}: source {options.train}"
+    source = f"{error_prefix}: source {options.train}"
     for label in sort_classes({*test}):
         if label not in examples:
             # If such rows counted as errors, the metrics would measure the split and not the model.
@@ -168,5 +174,6 @@ def _classes(test: list[Any], train: list[Any], options: Probe, where: str) -> l
         if examples[label] < 2:
             raise UserError(f"{source} has a single example of class {label!r}; a probe needs two of each")
     if len(train) < options.k:
-        raise UserError(f"{where}: k is {options.k}, but source {options.train} has {counted(len(train), 'example')}")
+        count = counted(len(train), "example")
+        raise UserError(f"{error_prefix}: k is {options.k}, but source {options.train} has {count}")
     return classes

@@ -91,7 +91,7 @@ def retrieve(
     item_of_row: dict[str, np.ndarray] = {}  # for each readable row, the index of its item in `vectors`
     for side, encoded in encoded_by_side.items():
         # Items that occur in unreadable rows only are neither queries nor candidates.
-        items, first_index, inverse = np.unique(encoded.item[rows], return_index=True, return_inverse=True)
+        items, first_index, inverse = np.unique(encoded.embedding_of_row[rows], return_index=True, return_inverse=True)
         vectors[side] = encoded.embeddings[torch.from_numpy(items)]
         first_row_of_item[side] = rows[first_index]
         item_of_row[side] = inverse

@@ -43,8 +43,9 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
     device = torch.device(device or pick_device())
     precision_of(device, precision)  # An unknown precision is an error before the model is read.
     folder = find_model(str(path))
-    imp, (config, modalities, recipe) = load_model(folder)
-    return Model(imp, config, modalities, precision, recipe, folder).to(device).eval()
+    imp, saved = load_model(folder)
+    model = Model(imp, saved.config, saved.modalities, precision, saved.recipe, folder)
+    return model.to(device).eval()
 
 
 class Model(nn.Module):
@@ -52,8 +53,9 @@ class Model(nn.Module):
 
     An input is seen in the recipe's inference view of its modality (`Recipe.inference_view`), as in evaluation: without
     augmentation, with all tokens, and with the embeddings of a long item's clips averaged. You may change `views`;
-    `preprocess` and `tokenizer` follow. The other attributes are the network `imp`, its `config`, the `modalities` by
-    name, the `precision` (see `load`), the `saved_recipe` of its training, and the `folder` that it was loaded from.
+    `preprocess` and `tokenizer` follow. The other attributes are the network `imp` (an `Embedder`), its `config`, the
+    `modalities` by name, the `precision` (see `load`), the `saved_recipe` of its training, and the `folder` that it was
+    loaded from.
     """
 
     def __init__(
@@ -73,10 +75,12 @@ class Model(nn.Module):
         self.saved_recipe = saved_recipe
         self.folder = folder
         self.views = dict(config.views)
-        self._pictures = next(
+        self._picture_modality = next(
             (modality for modality in modalities.values() if isinstance(modality, PictureReader)), None
         )
-        self._texts = next((modality for modality in modalities.values() if isinstance(modality, TextReader)), None)
+        self._text_modality = next(
+            (modality for modality in modalities.values() if isinstance(modality, TextReader)), None
+        )
         self._reported_texts: set[str] = set()  # texts without a known word that were reported already
 
     @classmethod
@@ -107,8 +111,9 @@ class Model(nn.Module):
                 takes it: float (B, 3, H, W) from `preprocess` for pictures, ids (B, L) from `tokenizer` for texts. The
                 result is then differentiable.
             normalize: whether to return unit vectors.
-            towards: the modality to compare the vectors with. None: `partner` chooses it. In a disjoint space, only
-                vectors of the same pair of modalities can be compared; in a joint space, `towards` changes nothing.
+            towards: the modality to compare the vectors with. None: `partner` chooses it. With
+                `model.space: disjoint`, only vectors of the same pair of modalities can be compared. With `joint`,
+                `towards` changes nothing.
             batch_size: maximum number of clips (or rows of a tensor) per forward pass.
 
         Returns:
@@ -142,7 +147,7 @@ class Model(nn.Module):
     def item_encoder(
         self, modality: str, towards: str | None, batch_size: int, error_prefix: str, normalize: bool = True
     ) -> ItemEncoder:
-        """The engine that encodes items of a modality; the arguments are those of `encode`.
+        """The engine that encodes items of a modality. `error_prefix` begins messages; see `encode` for the others.
 
         Raises:
             UserError: the model cannot compare the two modalities, or the view does not fit.
@@ -160,10 +165,10 @@ class Model(nn.Module):
     def partner(self, modality: str) -> str:
         """The modality that `encode` compares `modality` with by default.
 
-        The candidates are the modalities that it was trained with, in the recipe's order. If there are none, they are
-        the modalities that share a space with it; the last of these is `modality` itself. Texts are compared with
-        pictures, as users of open_clip expect, and everything else with texts, if these are among the candidates.
-        Otherwise the first candidate is taken.
+        The candidates are the modalities that training compared with `modality`, in the recipe's order. If there are
+        none, the candidates are all modalities that share a space with `modality`, and last `modality` itself. Texts
+        are compared with pictures, as users of open_clip expect, and everything else with texts, if these are among the
+        candidates. Otherwise the first candidate is taken.
         """
         reads_text = self._modality(modality).reads_text
         others = [name for name in self.modalities if name != modality]
@@ -173,7 +178,7 @@ class Model(nn.Module):
         if not candidates:
             raise UserError(f"no task trains {modality} together with another modality, so it has no embedding")
         if reads_text:
-            preferred = [name for name in candidates if self.modalities[name] is self._pictures]
+            preferred = [name for name in candidates if self.modalities[name] is self._picture_modality]
         else:
             preferred = [name for name in candidates if self.modalities[name].reads_text]
         return (preferred or candidates)[0]
@@ -239,23 +244,23 @@ class Model(nn.Module):
     def preprocess(self) -> Callable[[Any], Tensor] | None:
         """Converts a Pillow picture to a tensor (3, H, W) for `encode`, as in open_clip. None if the model does not
         read pictures."""
-        if self._pictures is None:
+        if self._picture_modality is None:
             return None
-        return partial(self._pictures.preprocess, view=self.views[self._pictures.name])
+        return partial(self._picture_modality.preprocess, view=self.views[self._picture_modality.name])
 
     @property
     def tokenizer(self) -> Callable[[str | list[str]], Tensor] | None:
         """Converts texts to ids (B, L) for `encode`, as in open_clip. None if the model does not read texts."""
-        if self._texts is None:
+        if self._text_modality is None:
             return None
-        return partial(self._texts.tokenize, length=self.views[self._texts.name].length)
+        return partial(self._text_modality.tokenize, length=self.views[self._text_modality.name].length)
 
     @property
     def logit_scale(self) -> Tensor:
         """The logarithm of the learned scale of the similarities of pictures and texts, as in open_clip."""
-        if self._pictures is None:
+        if self._picture_modality is None:
             raise UserError("the model does not read pictures; for another pair see imp.temperature")
-        name = self._pictures.name
+        name = self._picture_modality.name
         partner = self.partner(name)
         try:
             return self.imp.temperature(name, partner).scale.log()

@@ -28,7 +28,7 @@ TRACED_BATCH = 2
 TESTED_BATCH = 3
 """Batch size with which a graph is compared with the model."""
 LARGEST_GRAPH = 2**30
-"""Bytes of weights above which they are in a file beside the graph. An ONNX file may have 2 GiB."""
+"""If the weights have more bytes, they are in a file beside the graph. An ONNX file holds at most 2 GiB."""
 
 
 def export(run: str | Path, folder: Path) -> None:

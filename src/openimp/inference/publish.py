@@ -36,6 +36,7 @@ def push(
     `license` is the Hub's identifier of the model's license. `overrides` state licenses of sources, as in
     `sources.photos.license=CC-BY-4.0`. If the repository exists, the upload is a new commit.
     """
+    # `upload` checks the same, but only after the model is loaded.
     _check_name(name)
     _check_license(license)
     if to is None:
@@ -65,7 +66,7 @@ def upload(
     with TemporaryDirectory() as folder:
         write(model, name, license, Path(folder))
         message = f"{model.config.name}, written by openimp {openimp_version()}"
-        return _upload(Path(folder), name, private, message, revision, token)
+        return _upload_folder(Path(folder), name, private, message, revision, token)
 
 
 def write(model: Model, name: str, license: str | None, folder: Path) -> None:
@@ -84,6 +85,7 @@ def write(model: Model, name: str, license: str | None, folder: Path) -> None:
             )
     card = model_card(model, model.folder, name, license)
     model.save(folder)
+    # The two files that may have paths of this machine are written again without them.
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     (folder / CONFIG).write_text(json.dumps(shorten_paths(config), indent=1, ensure_ascii=False), encoding="utf-8")
     text = to_yaml(shorten_paths(model.recipe.to_dict()))
@@ -132,7 +134,9 @@ def _require_login() -> None:
         raise UserError("you are not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
 
 
-def _upload(folder: Path, name: str, private: bool, message: str, revision: str | None, token: str | None) -> str:
+def _upload_folder(
+    folder: Path, name: str, private: bool, message: str, revision: str | None, token: str | None
+) -> str:
     """Uploads the folder to the repository, which is created if it does not exist, and returns its URL."""
     from huggingface_hub import HfApi
 

@@ -117,7 +117,7 @@ def step_memory(
             _use_gpu_kernels(model, autocasts=not gathered_in_bf16)
         batch = empty_batch(recipe, task, view, modalities, classes, device=CPU, ranks=gpus)
         with StepMemory(model) as memory:
-            memory.inputs = sum(leaf.nbytes for leaf in tree_leaves(vars(batch)) if isinstance(leaf, Tensor))
+            memory.inputs = sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
             with autocast(CPU, "fp32" if gathered_in_bf16 else precision):
                 encode_all = in_chunks(model.encode_all, recipe.memory.chunk_size)
                 losses = task_losses(model, recipe.tasks[task], batch, encode_all)

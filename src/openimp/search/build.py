@@ -29,7 +29,8 @@ from openimp.search.media import Media, media_of_files, media_of_recipe
 from openimp.search.table import ITEMS, Items, import_lancedb
 from openimp.search.update import Update
 
-KINDS = ("new", "changed", "moved", "unchanged", "removed")
+FILE_COUNTS = ("new", "changed", "moved", "unchanged", "removed")
+"""The fields of `IndexResult` that count files."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class IndexResult:
     unchanged: int
     removed: int
     skipped: dict[str, str]  # by path, the reason why a file, or a part of it, could not be read
-    unknown: dict[str, int]  # the number of files in folders that no modality of the model reads, by extension
+    unknown: dict[str, int]  # by extension, the number of files that no modality of the model reads
     items: int  # all items that the index now holds: pictures, segments, lines, ...
     approximate: bool  # whether a query is compared with a part of the vectors only
 
     def __str__(self) -> str:
-        files = ", ".join(f"{getattr(self, kind):,} {kind}" for kind in KINDS if getattr(self, kind))
+        files = ", ".join(f"{getattr(self, kind):,} {kind}" for kind in FILE_COUNTS if getattr(self, kind))
         kind_of_search = "approximate" if self.approximate else "exact"
         lines = [f"{self.folder}: {counted(self.items, 'item')}, {kind_of_search} search; files: {files or 'none'}"]
         if self.skipped:
@@ -78,7 +79,7 @@ def build_index(
             other weights is then replaced.
         out: the index, a folder. Default: `search.index` in the run `model`; for `openimp:base` without `paths`, a
             folder in openimp's cache.
-        batch_size: number of clips or items per forward pass.
+        batch_size: maximum number of clips per forward pass; a picture or a text is one clip.
         progress: wraps an iterable to show its progress.
         allow_sources: whether the recipe of a model that was not trained here may read any source.
 
@@ -89,9 +90,9 @@ def build_index(
     name = str(model)
     if paths is None and Name.parse(name).scheme == OPEN_CLIP:
         raise UserError(f"{name}: comes without media; name files or folders, and the index with --out")
-    opened = load(name)
     given = None if paths is None else [Path(path) for path in paths]
     folder = Path(out) if out else _default_folder(name, has_paths=paths is not None)
+    opened = load(name)
     modalities = {}
     for modality_name, modality in opened.modalities.items():
         if any(opened.imp.share_a_space(modality_name, other) for other in opened.modalities):
@@ -126,7 +127,7 @@ def build_index(
             path, reason = next(iter(skipped.items()), ("nothing", "there are no media"))
             raise UserError(f"no file can be read; the first: {path}: {reason}")
         items.compact()
-    counts = {kind: update.counts[kind] for kind in KINDS}
+    counts = {kind: update.counts[kind] for kind in FILE_COUNTS}
     result = IndexResult(folder, **counts, skipped=skipped, unknown=unknown, items=count, approximate=items.approximate)
     console.print(str(result), soft_wrap=True)
     return result

@@ -39,16 +39,16 @@ PUBLISHED = ("id", "modality", "path", "text", "start", "end", "part", "parts", 
              "longitude", "score", "found_by")  # fmt: skip
 """What programs are told of an item."""
 RECEIVED_AT_ONCE = 4
-"""Number of uploads that are received at once. Others wait."""
+"""Uploads that are received or encoded at once. Others wait."""
 UPLOAD_SECONDS = 90
-"""Maximum time in seconds for an upload to arrive and to be decoded."""
+"""Maximum number of seconds for an upload to wait, to arrive and to be encoded."""
 
 
 class Page:
     """The handlers, and what they share: the index, the uploads and a cache of thumbnails.
 
     The event loop must stay responsive, so slow work runs in threads. Each kind of work has its own limit of threads,
-    so slow work of one kind does not delay the others.
+    so slow work of one kind does not delay the others. Reading items has anyio's limit.
     """
 
     def __init__(self, index: Index) -> None:
@@ -58,8 +58,8 @@ class Page:
         self.encoding = CapacityLimiter(2)
         self.drawing = CapacityLimiter(2)
         self.receiving = Semaphore(RECEIVED_AT_ONCE)
-        self.folder = tempfile.TemporaryDirectory(prefix="openimp-serve-")
-        self.thumbnail = lru_cache(maxsize=4096)(self._thumbnail)
+        self.temporary_folder = tempfile.TemporaryDirectory(prefix="openimp-serve-")
+        self.cached_thumbnail = lru_cache(maxsize=4096)(self._draw_item)
         modalities = index.model.modalities
         files = {name: modality for name, modality in modalities.items() if not modality.reads_text}
         # If two modalities share an extension, it belongs to the first one.
@@ -103,7 +103,9 @@ class Page:
 
     async def item_thumbnail(self, request: Request) -> Response:
         """A small picture of an item."""
-        return _picture(await to_thread.run_sync(self.thumbnail, request.path_params["id"], limiter=self.drawing))
+        return _picture(
+            await to_thread.run_sync(self.cached_thumbnail, request.path_params["id"], limiter=self.drawing)
+        )
 
     async def upload_thumbnail(self, request: Request) -> Response:
         """A small picture of an upload."""
@@ -124,9 +126,9 @@ class Page:
                     upload = await to_thread.run_sync(read, limiter=self.encoding, abandon_on_cancel=True)
             return JSONResponse({"id": self.uploads.add(upload)})
         except TimeoutError:
-            return _refused(f"{name}: reading it takes too long, or the server is busy", 408)
+            return _cannot_search(f"{name}: reading it takes too long, or the server is busy", 408)
         except (UserError, ClientDisconnect) as error:  # If the client is gone, nobody receives the answer.
-            return _refused(str(error))
+            return _cannot_search(str(error))
 
     def _read(self, name: str, modality: str, content: bytes) -> Upload:
         try:
@@ -148,13 +150,13 @@ class Page:
         if isinstance(media, Path):
             return FileResponse(media, headers=headers, media_type=displayed_type, filename=name)
         # Only files are served in ranges, which browsers need to play sounds and clips.
-        descriptor, file = tempfile.mkstemp(dir=self.folder.name)
+        descriptor, file = tempfile.mkstemp(dir=self.temporary_folder.name)
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(media)
         os.utime(file, (0, 0))  # The same ETag for each range.
         return TemporaryResponse(file, headers=headers, media_type=displayed_type, filename=name)
 
-    def _thumbnail(self, id: str) -> bytes | None:
+    def _draw_item(self, id: str) -> bytes | None:
         hit = self.index.hit(id)
         segment = None if hit.start is None or hit.end is None else (hit.start, hit.end)
         return self._draw(hit.modality, self.index.read(id), segment)
@@ -176,7 +178,9 @@ class Page:
     async def refuse(self, request: Request, error: Exception) -> Response:
         """Answers an error with one sentence: a page for browsers, plain text otherwise."""
         code = error.status_code if isinstance(error, HTTPException) else 404
-        text = "There is no such page" if isinstance(error, HTTPException) else str(error)
+        text = error.detail if isinstance(error, HTTPException) else str(error)
+        if isinstance(error, HTTPException) and code == 404:
+            text = "There is no such page"
         if request.url.path.startswith("/api/"):
             return JSONResponse({"error": text}, code)
         if "text/html" in request.headers.get("accept", ""):
@@ -207,7 +211,7 @@ async def _body(request: Request, name: str) -> bytes:
     return bytes(content)
 
 
-def _refused(reason: str, code: int = 400) -> JSONResponse:
+def _cannot_search(reason: str, code: int = 400) -> JSONResponse:
     return JSONResponse({"error": f"Cannot search with {reason}."}, code)
 
 

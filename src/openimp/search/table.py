@@ -27,8 +27,8 @@ BATCH = 8192
 """Rows that are read into memory at once."""
 APPROXIMATE_ROWS = 50_000
 """Number of rows from which on the vectors have an index."""
-PARTITIONS = 40
-"""Partitions of the vectors that a query is compared with. LanceDB makes one per 4,096 rows."""
+SEARCHED_PARTITIONS = 40
+"""A query is compared with the vectors of this many nearest partitions. LanceDB makes one per 4,096 rows."""
 REFINE_FACTOR = 2
 """After a search in quantized vectors, `REFINE_FACTOR` * k rows are compared by their exact vectors for k results."""
 KEEP_VERSIONS = 24 * 3600
@@ -55,7 +55,7 @@ def schema(size: int) -> pa.Schema:
 
 
 class Items:
-    """The table of an index, open for reading. Writers must hold `folder.locked`."""
+    """The table of an index. A caller of `replace`, `remove` or `compact` must hold `folder.locked`."""
 
     def __init__(self, folder: Path, size: int | None = None) -> None:
         """Opens the table. With `size`, the number of features, creates it if it does not exist."""
@@ -113,7 +113,7 @@ class Items:
             query = query.where(where)
         with _read_errors():
             if self.approximate:
-                rows = query.nprobes(PARTITIONS).refine_factor(REFINE_FACTOR).to_list()
+                rows = query.nprobes(SEARCHED_PARTITIONS).refine_factor(REFINE_FACTOR).to_list()
                 # The nearest partitions may have fewer than k matching rows, for example only texts if pictures are
                 # wanted. Then all vectors are compared.
                 if len(rows) == k:
@@ -128,7 +128,9 @@ class Items:
     def with_words(
         self, words: Words, all_words: bool, k: int, where: str | None = None
     ) -> tuple[list[dict[str, Any]], np.ndarray]:
-        """At most `k` rows whose texts have any or all of the wanted words, the best by BM25 first; and their vectors.
+        """At most `k` rows, the best by BM25 first, and their vectors.
+
+        Their texts have a wanted word or, if `all_words`, all wanted words, and no unwanted word.
 
         Words are compared without case, accents and endings, such as that of the plural. English stop words, such as
         `the`, do not count.
@@ -178,13 +180,13 @@ class Items:
         from lancedb.index import FTS, BTree, IvfSq
 
         indexed = self.indexed()
-        if "id" not in indexed:  # The page looks up dozens of items; without it, each is a scan of the table.
+        if "id" not in indexed:  # The page looks up dozens of items. Without an index of ids, each scans the table.
             self.table.create_index("id", config=BTree())
         if "text" not in indexed:
             self.table.create_index("text", config=FTS())
         if "vector" not in indexed and self.table.count_rows() >= APPROXIMATE_ROWS:
             self.table.create_index("vector", config=IvfSq(distance_type="cosine"))
-        self.table.optimize(cleanup_older_than=timedelta(days=9999))
+        self.table.optimize(cleanup_older_than=timedelta(days=9999))  # Only merges, which may take long.
         # Lance removes versions by the time when they were written. The version that readers have may be years old: it
         # is the last one that was written before the limit.
         now = time.time()

@@ -40,13 +40,16 @@ class Update:
         self.wanted = {item.path: item for item in media}
         self.roots = ("",) if given is None else tuple(os.path.join(os.path.abspath(path), "") for path in given)
         self.stored = items.stored()
-        # The path of a file whose rows hold the vectors, by `File.content`.
-        self.path_of = {(stored.sha256, stored.modality): path for path, stored in self.stored.items()}
         # The path of the first row of a source, by `File.content`. Later duplicates are left out.
         self.first_row: dict[tuple[str, str], str] = {}
         self.gone = {path for path in self.stored if self._is_gone(path)}
         self.moved: set[str] = set()  # the paths in `gone` whose content now has another path
         self.skipped = read_skipped(folder)
+        # By `File.content`, the path of a file whose rows hold the vectors. A file with parts that could not be read is
+        # read again, so that its problem is reported under each of its names.
+        self.path_of = {
+            (stored.sha256, stored.modality): path for path, stored in self.stored.items() if path not in self.skipped
+        }
         self.counts: Counter[str] = Counter()
 
     def run(self, towards: dict[str, str], batch_size: int, progress: Callable[..., Iterable[Any]]) -> None:
@@ -83,8 +86,13 @@ class Update:
         return media.path in self.skipped and self.skipped[media.path][0] == media.state
 
     def _index(self, encoder: ItemEncoder, group: list[Media], progress_bar: Iterator[Any]) -> None:
-        """Embeds the new content of a group of media and replaces their rows. Each file advances the progress bar."""
-        files = [file for file in ahead(partial(self._open, encoder), group) if not self._is_duplicate(file)]
+        """Embeds the new content of a group of media, and replaces their rows."""
+        files = []
+        for file in ahead(partial(self._open, encoder), group):
+            if self._is_duplicate(file):
+                self.gone |= self.stored.keys() & {file.media.path}
+            else:
+                files.append(file)
         self._copy_parts(encoder, files)
         results = to_cpu(encoder.encode(_items(encoder, files, progress_bar)))
         for (file, part), result in chain.from_iterable(results):
@@ -108,12 +116,10 @@ class Update:
         return open_file(encoder, self.path_of, media, sha256)
 
     def _is_duplicate(self, file: File) -> bool:
-        """Whether an earlier row of a source has the same content. If it has rows, they are removed."""
-        path = file.media.path
-        if not (file.media.source and file.sha256) or self.first_row.setdefault(file.content, path) == path:
+        """Whether an earlier row of a source has the same content."""
+        if not (file.media.source and file.sha256):
             return False
-        self.gone |= self.stored.keys() & {path}
-        return True
+        return self.first_row.setdefault(file.content, file.media.path) != file.media.path
 
     def _copy_parts(self, encoder: ItemEncoder, files: list[File]) -> None:
         """Adds the parts of files whose content the table has."""
@@ -122,6 +128,7 @@ class Update:
         for row in self.items.rows("path", {file.copied_from for file in files if file.copied_from}, columns):
             parts_of[row["path"]].append(row)
         for file in files:
+            # Equal media may have other captions, but the lines of a text file are its content.
             text = {} if encoder.modality.reads_text else {"text": file.text}
             file.parts += [row | text for row in parts_of[file.copied_from]]
 
@@ -136,7 +143,8 @@ class Update:
             del self.path_of[old.sha256, old.modality]
         if not any("vector" in part for part in file.parts):
             return
-        self.path_of[file.content] = path
+        if not file.problem:
+            self.path_of[file.content] = path
         if old:
             self.counts["unchanged" if old.sha256 == file.sha256 else "changed"] += 1
         elif file.copied_from in self.gone:

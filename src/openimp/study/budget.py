@@ -41,9 +41,7 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     changes = [*study.set, *part.set]
     data = Recipe.load(study.recipe, [*changes, f"seed={seed}"], Path.cwd()).to_dict()
     for change in changes:
-        key, _, value = change.partition("=")
-        for derived in flat({key.strip(): yaml.load(value, RecipeLoader)}).keys() & DERIVED:
-            raise UserError(f"{derived} follows from the study's FLOPs and seeds, so it cannot be set")
+        _refuse_derived(change)
     if part.summed:
         data["alternation"]["kind"] = "intervals"
         for task in data["tasks"].values():
@@ -64,10 +62,19 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
         raise UserError(f"its FLOPs allow {allowed:.2g} steps, but a run has at most {MAX_STEPS:,}")
     steps = max(1, round(allowed))
     round_length = sum(task.weight > 0 for task in recipe.tasks.values())
-    rounds_per_save = max(1, steps // (SAVES * round_length))  # Whole rounds, because summed tasks are saved after one.
+    # Whole rounds of one step per task: summed tasks are updated at the end of a round.
+    rounds_per_save = max(1, steps // (SAVES * round_length))
     data["train"].update(steps=steps, save_every=rounds_per_save * round_length)
     data["optimizer"]["warmup_steps"] = None  # A share of the steps, because a fixed number may exceed them.
     return Recipe.build(data)
+
+
+def _refuse_derived(change: str) -> None:
+    """UserError if a change sets a key that follows from the study."""
+    key, _, value = change.partition("=")
+    changed_keys = flat({key.strip(): yaml.load(value, RecipeLoader)}).keys()
+    if derived := changed_keys & DERIVED:
+        raise UserError(f"{min(derived)} follows from the study's FLOPs and seeds, so it cannot be set")
 
 
 def _make_small(data: dict[str, Any]) -> None:
@@ -79,7 +86,7 @@ def _make_small(data: dict[str, Any]) -> None:
 
 
 def _keep_tasks(data: dict[str, Any], names: list[str], common: Recipe) -> None:
-    """Removes the other tasks from a recipe, and the modalities and evaluation sets that these tasks do not use."""
+    """Keeps only the tasks `names` of a recipe, and the modalities, experts and evaluation sets that they use."""
     for name in names:
         if name not in data["tasks"]:
             raise UserError(f"study: no task of the recipe is called {name!r}{nearest(name, data['tasks'])}")
@@ -104,7 +111,7 @@ def flops_per_step(recipe: Recipe, variant: Variant | None = None) -> dict[str, 
     """The mean FLOPs per step of a training run, split by task; see planning/ledger.py."""
     data = recipe.to_dict()
     for source in data["sources"].values():
-        source["cache"] = "none"
+        source["cache"] = "none"  # Counting needs no decoded media.
     recipe = Recipe.build(data)
     variant = variant or Variant()
     modalities = variant.make_modalities(recipe)

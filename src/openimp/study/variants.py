@@ -49,6 +49,7 @@ def _cosines(trainer: Trainer, step: int) -> dict[str, float]:
         two_gradients = [_gradient(trainer, trainer.data[task_step]) for task_step in islice(steps, 2)]
         if len(two_gradients) == 2:
             gradients[task] = two_gradients
+    # Of different batches, so that "a|a" does not compare a gradient with itself.
     return {
         f"{a}|{b}": float(F.cosine_similarity(gradients[a][0], gradients[b][1], dim=0))
         for a, b in combinations_with_replacement(gradients, 2)
@@ -72,13 +73,15 @@ A round is one step of each task, as `alternation.kind: intervals` with every in
 round are kept until its last step, which runs one backward pass and updates the weights.
 """
 CONFLICT = Variant(name="ConflictTrainer", before_step=measure_conflict)
+"""Trains as usual, and measures the cosines between the tasks' gradients."""
 
 
 def peak_memory(trainer: Trainer) -> int:
-    """The most memory that an update of a new training allocates on top of what existed before it, in bytes.
+    """The most bytes that one update allocates beyond what existed before it.
 
     The maximum is over one update of each task and view. It is computed from the CPU allocations that torch's profiler
-    records, so it does not depend on other programs. The training cannot go on afterwards.
+    records, so it does not depend on other programs. The trainer must not have made a step yet. It cannot be used
+    afterwards, because it has made updates.
     """
     # At lower levels kineto prints its start and end.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
