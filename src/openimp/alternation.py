@@ -39,47 +39,52 @@ class Alternation(Sequence[Visit]):
         kind = recipe.alternation.kind
         weights = [task.weight for task in tasks]
         intervals = [task.interval for task in tasks]
-        self._task = _tasks(kind, weights, intervals, steps, recipe.seed)
-        self._view = np.zeros(steps, np.int16)
+        self._task_indices = _draw_tasks(kind, weights, intervals, steps, recipe.seed)
+        self._view_indices = np.zeros(steps, np.int16)
         self._batch_size = np.zeros(steps, np.int64)
         self._start = np.zeros(steps, np.int64)
         for i, task in enumerate(tasks):
-            steps_of_task = np.flatnonzero(self._task == i)
+            steps_of_task = np.flatnonzero(self._task_indices == i)
             view_weights = [view.weight for view in task.views]
             if recipe.alternation.views == "sequence":
                 chosen_views = _sequence(view_weights, len(steps_of_task))
             else:
+                # Only "random" draws views at random. All other kinds spread them evenly.
                 chosen_views = _draw(view_weights, len(steps_of_task), kind == "random", (recipe.seed, 1, i))
             batch_size = np.array([view.batch_size or task.batch_size for view in task.views])[chosen_views]
-            self._view[steps_of_task] = chosen_views
+            self._view_indices[steps_of_task] = chosen_views
             self._batch_size[steps_of_task] = batch_size
             self._start[steps_of_task] = np.cumsum(batch_size) - batch_size
 
     def __len__(self) -> int:
-        return len(self._task)
+        return len(self._task_indices)
 
     def __getitem__(self, step: int) -> Visit:  # type: ignore[override]
         if not 0 <= step < len(self):
             raise IndexError(step)
         return Visit(
             step=step,
-            task=self._names[self._task[step]],
-            view=int(self._view[step]),
+            task=self._names[self._task_indices[step]],
+            view=int(self._view_indices[step]),
             batch_size=int(self._batch_size[step]),
             start=int(self._start[step]),
         )
 
     def per_step(self, values: Mapping[tuple[str, int], float]) -> np.ndarray:
-        """The value of the task and view of each step, (steps,). `values` has all views of the trained tasks."""
+        """`values[task, view]` of each step, (steps,). `values` has exactly the views of the tasks with a weight."""
         table = np.zeros((len(self._names), 1 + max(view for _, view in values)))
         for (task, view), value in values.items():
             table[self._names.index(task), view] = value
-        return table[self._task, self._view]
+        return table[self._task_indices, self._view_indices]
 
     def step_counts(self) -> dict[tuple[str, int], int]:
         """The number of steps per (task, view)."""
-        (tasks, views), counts = np.unique(np.stack((self._task, self._view)), axis=1, return_counts=True)
-        return {(self._names[task], int(view)): int(count) for task, view, count in zip(tasks, views, counts)}
+        pairs = np.stack([self._task_indices, self._view_indices], axis=1)
+        distinct_pairs, counts = np.unique(pairs, axis=0, return_counts=True)
+        return {
+            (self._names[task_index], int(view_index)): int(count)
+            for (task_index, view_index), count in zip(distinct_pairs, counts)
+        }
 
 
 def expected_shares(recipe: Recipe) -> dict[str, float]:
@@ -90,7 +95,7 @@ def expected_shares(recipe: Recipe) -> dict[str, float]:
     return {name: value / sum(rate.values()) for name, value in rate.items()}
 
 
-def _tasks(kind: str, weights: list[float], intervals: list[int], steps: int, seed: int) -> np.ndarray:
+def _draw_tasks(kind: str, weights: list[float], intervals: list[int], steps: int, seed: int) -> np.ndarray:
     """The task index of each step, (steps,)."""
     if kind == "sequence":
         return _sequence(weights, steps)
@@ -107,7 +112,10 @@ def _sequence(weights: list[float], n: int) -> np.ndarray:
 
 
 def _draw(weights: list[float], n: int, random: bool, key: tuple[int, ...]) -> np.ndarray:
-    """Indices (n,) with frequencies proportional to the weights. A shorter draw is a prefix of a longer one."""
+    """Indices (n,) with frequencies proportional to the weights. A shorter draw is a prefix of a longer one.
+
+    `key` seeds the random numbers: (seed, 0) for the tasks, and (seed, 1, i) for the views of task i.
+    """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
     points = rng.random(n) if random else (rng.random() + GOLDEN * np.arange(n)) % 1.0
     return _pick(weights, points)

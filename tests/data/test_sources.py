@@ -186,6 +186,12 @@ def test_class_folders_that_are_links_are_not_listed(tmp_path):
     assert set(opened(tmp_path / "root").column("label")) == {"cat", "dog"}
 
 
+def test_a_folder_has_no_root(tmp_path):
+    (tmp_path / "a.png").touch()
+    with refuses():
+        open_source("x", Source(path=str(tmp_path), root=str(tmp_path.parent)))
+
+
 def test_folders_without_classes_and_without_files(tmp_path):
     fails("has no subfolders and no files", path=str(tmp_path))
     (tmp_path / "a.png").write_bytes(png(0))

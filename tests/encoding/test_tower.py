@@ -104,7 +104,7 @@ def test_training_reads_the_vectors_of_the_library_which_are_computed_once(data,
     batches.embed(bar, {})
     assert bar.count == 24 + 8  # pictures, and two texts of each class
     batch = batches[0].batch
-    rows = batches.sources["pictures"].rows(batch.rows, ["file", "label"])
+    rows = batches.sources["pictures"].rows(batches[0].rows, ["file", "label"])
     files = [data / "pictures" / row["file"] for row in rows]
     images, _ = library_vectors(folder, files, ["red"])
     torch.testing.assert_close(batch.tokens["image"].values[:, 0], images * 24**0.5, atol=4e-3, rtol=1e-3)  # fp16
@@ -222,7 +222,7 @@ def test_a_public_model_is_a_teacher(data, clip):
     batches.fit()
     batches.embed(None, make_teachers(recipe))
     batch = batches[0].batch
-    rows = batches.sources["pictures"].rows(batch.rows, ["file", "label"])
+    rows = batches.sources["pictures"].rows(batches[0].rows, ["file", "label"])
     files = [data / "pictures" / row["file"] for row in rows]
     images, texts = library_vectors(folder, files, [f"a {row['label']} square" for row in rows])
     for targets, vectors in zip(batch.targets, (images, texts)):

@@ -12,7 +12,7 @@ from messages import refuses
 from recordings import counting, film, picture_file, sound_file
 
 from openimp.common.modality import BadMedia
-from openimp.modalities.media import clip_starts, segments
+from openimp.modalities.media import clip_starts, parts_to_read
 from openimp.modalities.video import Video
 
 VIDEO = Video(Video.Config())
@@ -278,7 +278,9 @@ def test_what_is_read_of_a_long_item_is_what_evaluation_cuts(total, span, clips)
     wanted = [frames[start : start + span] for start in clip_starts(total, span, clips)]
     assert len({*map(tuple, wanted)}) == len(wanted) == max(1, min(clips, total - span + 1))
     for limit in (0, 10_000):
-        read = [i for start, count in segments(total, span, clips, limit, None) for i in frames[start : start + count]]
+        read = [
+            i for start, count in parts_to_read(total, span, clips, limit, None) for i in frames[start : start + count]
+        ]
         assert len({*read}) == len(read) <= max(limit, clips * span)
         assert [read[start : start + span] for start in clip_starts(len(read), span, clips)] == wanted
 

@@ -202,7 +202,7 @@ def test_no_task_at_all_is_refused(file):
         ("name: \ttab: x", "not valid YAML"),
         (b"name: \xff\xfe", "not valid YAML"),
         ("name: x", "sources: required value is missing"),
-        ("a: &a [*a]", "not valid YAML: an alias stands for what it is in"),
+        ("a: &a [*a]", "not valid YAML: an alias refers to a mapping or list that contains it"),
         (bomb("[0]", "[{0}, {0}, {0}, {0}]"), "not valid YAML: more than 100,000 values"),
         (bomb("{x: 0}", "{{<<: [{0}, {0}, {0}, {0}]}}"), "not valid YAML: more than 100,000 values"),
         ("a: " + "[" * 100_000, "not valid YAML: maximum recursion depth"),
@@ -252,6 +252,9 @@ def test_overrides_reach_everything(file):
     assert recipe.model.moe is None
     assert recipe.sources["pictures"].where == {"label": ["red", "blue"]}
     assert recipe.name == "a=b"
+    # A saved recipe has null for what is off.
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.load(file, ["model.moe.experts=4", "model.moe.layers=1"]).model.moe.experts == 4
 
 
 def test_a_model_sees_its_inputs_in_the_first_view_or_in_the_last_of_a_sequence(file):

@@ -15,7 +15,7 @@ from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
 from openimp.modalities.media import patchify
-from openimp.model.heads import MAX_LOGIT_SCALE
+from openimp.model.heads import MAX_LOG_LOGIT_SCALE
 from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report
 from openimp.study.budget import flops_per_step
@@ -126,7 +126,7 @@ def test_the_towers_have_the_recipes_sizes_and_temperature(tmp_path):
         model.scale.logit_scale.fill_(9.0)
     model.scale.logit_scale.grad = torch.zeros(1)
     model.clamp_logit_scales()
-    assert model.scale.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
+    assert model.scale.logit_scale.item() == pytest.approx(MAX_LOG_LOGIT_SCALE)
 
 
 def test_muon_updates_the_blocks_and_the_projections(tmp_path):

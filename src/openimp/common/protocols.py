@@ -35,7 +35,7 @@ class TextReader(Protocol):
         ...
 
     def knows(self, value: Any, view: Any) -> bool:
-        """Whether a text differs from an empty one. One with only unknown words does not."""
+        """False for a text that has words, but none that the model knows, so that it is read as an empty text."""
         ...
 
 

@@ -15,10 +15,10 @@ from openimp.common.cache import cached, stable_hash
 from openimp.common.modality import BadMedia
 from openimp.common.protocols import Towered
 from openimp.data.store import (
-    ROWS,
+    ROWS_FILE,
     DecodedStore,
     Progress,
-    code_of,
+    decoding_of,
     read_part,
     read_store,
     row_chunks,
@@ -33,7 +33,7 @@ ITEMS_PER_FILE = 4096
 TEXT_ROWS = 4096
 """Rows whose texts are read at once."""
 
-Reads = Iterable[Callable[[], Any]]
+Readers = Iterable[Callable[[], Any]]
 """Functions that return the raw values of items, or raise BadMedia."""
 
 
@@ -41,14 +41,15 @@ def embed_column(
     table: Table, modality: Any, column: str, views: list[Any], progress: Progress | None = None
 ) -> DecodedStore:
     """The vectors of the media in a table's column, by row."""
-    key = store_key(table, modality, column, views)
+    column_key = store_key(table, modality, column, views)
 
-    def reads(rows: range) -> Reads:
+    def readers_of(rows: range) -> Readers:
         return (partial(table.media, row[column]) for chunk in row_chunks(table, column, rows) for row in chunk)
 
-    return _embed(
-        modality, f"{table.name}.{column}", len(table), reads, lambda rows: stable_hash([key, rows]), progress
-    )
+    def part_key(rows: range) -> str:
+        return stable_hash([column_key, rows])
+
+    return _embed(modality, f"{table.name}.{column}", len(table), readers_of, part_key, progress)
 
 
 class EmbeddedTexts:
@@ -56,19 +57,19 @@ class EmbeddedTexts:
 
     def __init__(self, modality: Towered, texts: Iterable[str], progress: Progress | None = None) -> None:
         distinct = list(dict.fromkeys(texts))
-        code = code_of(modality)
+        code = decoding_of(modality)
 
-        def reads(numbers: range) -> Reads:
+        def readers_of(numbers: range) -> Readers:
             return (partial(str, distinct[number]) for number in numbers)
 
-        def key(numbers: range) -> str:
+        def part_key(numbers: range) -> str:
             return stable_hash([*code, *(distinct[number] for number in numbers)])
 
-        self._store = _embed(modality, "texts", len(distinct), reads, key, progress)
+        self._store = _embed(modality, "texts", len(distinct), readers_of, part_key, progress)
         self._number = {text: number for number, text in enumerate(distinct)}
 
     def __getitem__(self, text: str) -> np.ndarray:
-        """The vectors of a text; BadMedia as when it was embedded."""
+        """The vectors (crops, features) of a text. BadMedia if it could not be embedded."""
         return self._store[self._number[text]]
 
 
@@ -110,14 +111,14 @@ def _embed(
     modality: Towered,
     name: str,
     count: int,
-    reads: Callable[[range], Reads],
-    key: Callable[[range], str],
+    readers_of: Callable[[range], Readers],
+    part_key: Callable[[range], str],
     progress: Progress | None,
 ) -> DecodedStore:
     """Embeds `count` items, except those that an earlier run has embedded.
 
-    `name` is shown with the progress. For the items with some numbers, `reads` makes the functions that read them, and
-    `key` a hash of the items and their tower.
+    `name` is shown with the progress. For a range of item numbers, `readers_of` returns the functions that read these
+    items, and `part_key` a hash of these items and their tower.
     """
     numbers = range(count)
     bar = iter(progress(numbers, f"embedding {name}") if progress else numbers)
@@ -125,17 +126,18 @@ def _embed(
 
     def write(folder: Path, part: range) -> None:
         nonlocal passed
-        write_store(folder, (vectors for vectors, _ in zip(modality.embed_all(reads(part)), bar)))
+        # The bar comes second, so that it does not advance past the last vector.
+        write_store(folder, (vectors for vectors, _ in zip(modality.embed_all(readers_of(part)), bar)))
         passed = part.stop
 
     def checked_file(folder: Path) -> Path:
-        read_part(folder / ROWS)
-        return folder / ROWS
+        read_part(folder / ROWS_FILE)
+        return folder / ROWS_FILE
 
     files = []
     for start in range(0, count, ITEMS_PER_FILE):
         part = numbers[start : start + ITEMS_PER_FILE]
-        files.append(cached("embedded", key(part), checked_file, partial(write, part=part)))
+        files.append(cached("embedded", part_key(part), checked_file, partial(write, part=part)))
         for _ in islice(bar, part.stop - passed):  # An earlier run has embedded them.
             passed += 1
     next(bar, None)  # Ends the bar.

@@ -69,7 +69,7 @@ def open_folder(name: str, path: str) -> Table:
         columns["text"] = [captions.get(stem) for stem, _ in media.values()]
     data = pa.table({column: pa.array(values, pa.string()) for column, values in columns.items()})
     texts = {"text": partial(_read_caption, root)} if captions else {}
-    return Table(name, path, data, partial(str, stable_hash(sizes.items())), root, label="file", texts=texts)
+    return Table(name, path, data, partial(str, stable_hash(sizes.items())), root, label="file", text_functions=texts)
 
 
 def _read_caption(root: Path, path: str | None) -> str | Unreadable | None:

@@ -71,11 +71,12 @@ def hub_root(source: Source) -> Path:
     return Path(HF_HUB_CACHE) / repo_folder_name(repo_id=hub, repo_type="dataset")
 
 
-def as_table(name: str, path: str, data: Any, label: str, root: Path) -> Table:
-    """Converts a `datasets.Dataset`, of which `label` and a number name the rows, to a table."""
+def as_table(name: str, path: str, data: Any, row_prefix: str, root: Path) -> Table:
+    """Converts a `datasets.Dataset`, of which `row_prefix` and a number name the rows, to a table."""
     files = [file["filename"] for file in data.cache_files]
     content = partial(fingerprint, Path(files[0]).parent if files else Path(), files)
-    return Table(name, path, data.data, content, root, files=[(label, len(data))], texts=class_texts(data.features))
+    text_functions = class_texts(data.features)
+    return Table(name, path, data.data, content, root, files=[(row_prefix, len(data))], text_functions=text_functions)
 
 
 def class_texts(features: Any) -> dict[str, Callable[[Any], Any]]:

@@ -12,6 +12,7 @@ from openimp.common.names import is_url
 from openimp.data import hub
 from openimp.data.files import fingerprint, locate
 from openimp.data.folders import open_folder
+from openimp.data.manifests import read_manifests
 from openimp.data.streams import Shards, Stream
 from openimp.data.tables import Table
 from openimp.data.tars import TarShards
@@ -33,33 +34,33 @@ def open_source(name: str, source: Source, seed: int = 0) -> Table | Stream:
         raise UserError(f"source {name}: {source.path or source.hub}: {error.strerror or error}") from None
     if not len(table):
         raise UserError(f"source {name} ({table.path}) has no rows")
-    return table.filter(source.where).select(source.part).subsample(source.limit)
+    return table.keep_where(source.where).keep_part(source.part).keep_at_most(source.limit)
 
 
 def _open_table(name: str, source: Source) -> Table:
     if source.hub:
-        label = f"{source.hub}/{source.split}"
-        return hub.as_table(name, source.hub, hub.load(name, source), label, hub.hub_root(source))
-    path, kind = _path_and_format(name, source)
-    if is_url(path) and kind not in ("parquet", "webdataset"):
-        raise UserError(f"source {name}: {path}: a {kind} source must be on disk")
+        row_prefix = f"{source.hub}/{source.split}"
+        return hub.as_table(name, source.hub, hub.load(name, source), row_prefix, hub.hub_root(source))
+    path, file_format = _path_and_format(name, source)
+    if is_url(path) and file_format not in ("parquet", "webdataset"):
+        raise UserError(f"source {name}: {path}: a {file_format} source must be on disk")
     base, files = locate(name, path)
     root = Path(source.root or base)
-    if kind == "webdataset":
+    if file_format == "webdataset":
         raise UserError(
             f"source {name}: {path}: tars are read as a stream: set stream: true, or convert them to Parquet, which "
             "docs/data.md shows"
         )
-    if kind == "folder":
+    if file_format == "folder":
+        if source.root:
+            raise UserError(f"source {name}: {path}: root is for paths in tables; remove it")
         return open_folder(name, path)
     content = partial(fingerprint, base, files)
     file_names = [Path(file).name for file in files]
-    if kind == "manifest":
-        from openimp.data.manifests import read_manifests
-
+    if file_format == "manifest":
         rows, rows_by_file = read_manifests(name, path, files)
         return Table(name, path, rows, content, root, files=[*zip(file_names, rows_by_file)])
-    from openimp.data import parquet
+    from openimp.data import parquet  # It imports `datasets`, which takes almost a second.
 
     if is_url(path):
         return hub.as_table(name, path, parquet.load(name, path, files, streaming=False), path, root)
@@ -67,8 +68,9 @@ def _open_table(name: str, source: Source) -> Table:
     if not any(rows_by_file):
         raise UserError(f"source {name} ({path}) has no rows")
     data = parquet.load(name, path, files, streaming=False)
-    texts = hub.class_texts(data.features)
-    return Table(name, path, data.data, content, root, files=[*zip(file_names, rows_by_file)], texts=texts)
+    text_functions = hub.class_texts(data.features)
+    files_and_rows = [*zip(file_names, rows_by_file)]
+    return Table(name, path, data.data, content, root, files=files_and_rows, text_functions=text_functions)
 
 
 def _open_stream(name: str, source: Source, seed: int) -> Stream:
@@ -81,23 +83,23 @@ def _open_stream(name: str, source: Source, seed: int) -> Stream:
         revision = [source.revision] if source.revision else []
         content = partial(stable_hash, [path, source.config, source.split, where, len(shards), *revision])
         return Stream(name, path, shards, root, content, source=source, seed=seed)
-    path, kind = _path_and_format(name, source)
+    path, file_format = _path_and_format(name, source)
     base, files = locate(name, path)
-    if kind == "webdataset":
+    if file_format == "webdataset":
         shards = TarShards(name, files)
-    elif kind == "parquet":
+    elif file_format == "parquet":
         from openimp.data import parquet
 
         file_names = [Path(file).name for file in files]
         shards = hub.HubShards(name, path, parquet.load(name, path, files, streaming=True), file_names)
     else:
-        raise UserError(f"source {name}: {path}: a {kind} source cannot be streamed; remove stream")
+        raise UserError(f"source {name}: {path}: a {file_format} source cannot be streamed; remove stream")
     content = partial(_shards_fingerprint, base, files, where)
     return Stream(name, path, shards, Path(source.root or base), content, source=source, seed=seed)
 
 
 def _shards_fingerprint(base: Path, files: list[str], where: dict[str, Any]) -> str:
-    """Of files at URLs, only the names count."""
+    """Hash of the shards and of the filter `where`. Of shards at URLs, only the names count."""
     return stable_hash([files if is_url(files[0]) else fingerprint(base, files), where])
 
 
@@ -106,12 +108,13 @@ def _path_and_format(name: str, source: Source) -> tuple[str, str]:
     path = source.path
     assert path is not None
     extension = Path(urlsplit(path).path if is_url(path) else path).suffix.lower()
-    kind = source.format or ("folder" if os.path.isdir(path) else FORMATS.get(extension))
-    if kind is None:
+    file_format = source.format or ("folder" if os.path.isdir(path) else FORMATS.get(extension))
+    if file_format is None:
+        # The likelier mistake is a path that does not exist. A URL with an extension is not asked.
         if not extension or not is_url(path):
-            locate(name, path)  # A path that does not exist is the likelier mistake.
+            locate(name, path)
         known = ", ".join(FORMATS)
         raise UserError(
             f"source {name}: {path}: unknown extension {extension!r}; known: {known}; for others set format"
         )
-    return path, kind
+    return path, file_format

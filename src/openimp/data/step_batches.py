@@ -310,9 +310,11 @@ class StepBatches(Dataset[LoadedBatch]):
         """The fingerprint of each source, by name. That of a table covers the media files that tasks read from it."""
         fingerprints = {}
         for source in self.sources.values():
+            if source.name in fingerprints:
+                continue
             if isinstance(source, Stream):
                 fingerprints[source.name] = source.fingerprint
-            elif source.name not in fingerprints:
+            else:
                 columns = {column for _, column in self._media_views(source.name)}
                 fingerprints[source.name] = source.fingerprint_with_files(sorted(columns))
         return fingerprints

@@ -22,8 +22,8 @@ SCHEMA = pa.schema(
 )
 """Columns of a store. A row that could be decoded has the first three, another row only `error`."""
 ALIGN = 8
-"""The bytes of each array are padded to a multiple, so that the next array is aligned."""
-ROWS = "rows.arrow"
+"""The bytes of each array are padded to a multiple of this number, so that the next array is aligned."""
+ROWS_FILE = "rows.arrow"
 CHUNK = 256
 """Number of rows that are read and decoded together."""
 
@@ -74,12 +74,12 @@ class DecodedStore:
 
         `views` are all views that read the column: arrays are no larger than the largest of them needs.
         """
-        decoded = _decode(table, modality, column, views, progress)
+        decoded = _decode(table, modality, column, views, progress)  # A generator: nothing is decoded yet.
         if cache == "memory":
             return cls(pa.Table.from_batches(_batches(decoded), SCHEMA))
         key = store_key(table, modality, column, views)
         return cached(
-            "decoded", key, lambda folder: read_store(folder / ROWS), lambda folder: write_store(folder, decoded)
+            "decoded", key, lambda folder: read_store(folder / ROWS_FILE), lambda folder: write_store(folder, decoded)
         )
 
 
@@ -124,7 +124,7 @@ def _row(item: Decoded) -> dict[str, Any]:
 
 def write_store(folder: Path, decoded: Iterator[Decoded]) -> None:
     """Writes a store, or a part of one, to an empty folder."""
-    with pa.ipc.new_file(folder / ROWS, SCHEMA) as writer:
+    with pa.ipc.new_file(folder / ROWS_FILE, SCHEMA) as writer:
         for batch in _batches(decoded):
             writer.write_batch(batch)
 
@@ -140,7 +140,8 @@ def read_part(file: Path) -> pa.Table:
     rows = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
     if rows.schema != SCHEMA:
         raise ValueError("its columns are not those of a store")
-    # Offsets and types become pointers. Arrow checks the offsets here, and NumPy each array's size when it is read.
+    # A damaged file must not make NumPy read other memory. Arrow checks the offsets here, and NumPy each array's size
+    # when it is read. Arrays of Python objects, which are pointers, are refused.
     rows.validate(full=True)
     for name in filter(None, rows["dtype"].unique().to_pylist()):
         if np.dtype(name).kind not in "biufc":
@@ -152,11 +153,14 @@ def store_key(table: Table, modality: Modality, column: str, views: list[Any]) -
     """A hash of everything that decides on what a column's rows are decoded to."""
     view_options = sorted({view.model_dump_json() for view in views})
     files = [(path, table.file_state(path)) for path in table.paths(column)]
-    return stable_hash([*code_of(modality), table.fingerprint, column, view_options, files])
+    return stable_hash([*decoding_of(modality), table.fingerprint, column, view_options, files])
 
 
-def code_of(modality: Any) -> list[Any]:
-    """The code of a modality, its options, and what it learned. No view has the size of a wrapped model's pictures."""
+def decoding_of(modality: Any) -> list[Any]:
+    """What decides on how a modality decodes: its code, its options, and what it learned.
+
+    What it learned has the size of a wrapped model's pictures, which no view has.
+    """
     modality_class = type(modality)
     code = [LAYOUT, version("openimp"), modality_class.__module__, modality_class.__qualname__]
     return [*code, modality.config.model_dump_json(), sorted(learned_files([modality]).items())]

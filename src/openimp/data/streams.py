@@ -11,6 +11,7 @@ streaming has the same idea (canonical nodes).
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,9 +28,8 @@ NamedRow = tuple[str, dict[str, Any]]
 Cursor = dict[str, Any]
 """Where a window of a lane begins: the `position` of its first row in the lane, the `epoch`, the number of its shard in
 the epoch's order (`shard`), and the `state` in that shard, which is None at its beginning."""
-MAX_EPOCHS_WITHOUT_ROWS = 20
-"""A stream counts as empty if a lane has read this many times its number of shards, and the filter has kept no row. In
-each epoch, the lane reads other shards."""
+MAX_PASSES_WITHOUT_ROWS = 20
+"""A stream counts as empty if one lane reads this many times the number of shards, and the filter keeps no row."""
 
 
 class Shards(Protocol):
@@ -87,7 +87,7 @@ class Stream(Rows):
         self._window_size = -(-source.window // self.lanes)
         self._filter = source.where
         self._seed = seed
-        self._loaded = [self._beginning(lane) for lane in range(self.lanes)]
+        self._start_cursors = [self._beginning(lane) for lane in range(self.lanes)]
         self._readers: dict[int, Lane] = {}
         if next(self.epoch(), None) is None:
             raise self._empty()
@@ -95,19 +95,21 @@ class Stream(Rows):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": {}}
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of the content and of the filter. Of data that is not on disk, only the names of the shards count."""
         return self._content()
 
     def read(self, start: int, positions: Sequence[int], columns: Sequence[str] | None = None) -> list[NamedRow]:
-        """The rows at positions from `start` on, with the given columns or all, and their names.
+        """The rows at these positions of the stream, in their order, with the given columns or all, and their names.
 
-        `start` is a multiple of the number of lanes. Rows before it are forgotten: a later call with a smaller one
-        restarts from the last loaded cursor or from the beginning. Skipping ahead reads the rows in between.
+        `start` is a multiple of the number of lanes, and no position is below it. Rows before `start` are forgotten: a
+        later call with a smaller `start` begins again at the last loaded cursor, or at the beginning. Skipping ahead
+        reads the rows in between.
         """
         columns = self.columns if columns is None else columns
         lane_start = start // self.lanes
+        # Ascending, so that the last position of a lane counts.
         lane_stops = {position % self.lanes: position // self.lanes + 1 for position in sorted(positions)}
         rows_by_lane = {
             lane: self._reader(lane, lane_start).read(lane_start, lane_stop) for lane, lane_stop in lane_stops.items()
@@ -126,7 +128,7 @@ class Stream(Rows):
                 yield named_row
 
     def cursors(self) -> dict[str, Cursor]:
-        """Where each lane that was read resumes, as plain data for JSON: at the window with the last call's `start`."""
+        """The cursor of each lane that was read, of the window with the last `start` of `read`; plain data for JSON."""
         return {str(lane): reader.cursor() for lane, reader in sorted(self._readers.items())}
 
     def load_cursors(self, cursors: dict[str, Cursor], changed: bool = False) -> dict[str, Cursor]:
@@ -140,9 +142,10 @@ class Stream(Rows):
             raise UserError(f"source {self.name}: the checkpoint was saved with other lanes; start a new run")
         if changed:
             epoch = 1 + max(cursor["epoch"] for cursor in cursors.values())
+            # About as many rows of the stream as before, in the new number of lanes.
             position = max(cursor["position"] for cursor in cursors.values()) * len(cursors) // self.lanes
             cursors = {str(lane): self._beginning(lane, epoch, position) for lane in range(self.lanes)}
-        self._loaded = [cursors[str(lane)] for lane in range(self.lanes)]
+        self._start_cursors = [cursors[str(lane)] for lane in range(self.lanes)]
         self._readers = {}
         return cursors
 
@@ -155,9 +158,9 @@ class Stream(Rows):
         """The reader of a lane, which has forgotten no row from `start` on."""
         reader = self._readers.get(lane)
         if reader is None or start < reader.cursor()["position"]:
-            if start < self._loaded[lane]["position"]:
-                self._loaded[lane] = self._beginning(lane)
-            reader = self._readers[lane] = Lane(self._windows(lane, self._loaded[lane]))
+            if start < self._start_cursors[lane]["position"]:
+                self._start_cursors[lane] = self._beginning(lane)
+            reader = self._readers[lane] = Lane(self._windows(lane, self._start_cursors[lane]))
         return reader
 
     def _windows(self, lane: int, cursor: Cursor) -> Iterator[Window]:
@@ -167,7 +170,7 @@ class Stream(Rows):
         state = cursor["state"]
         window = Window(cursor, [])
         shards_without_rows = 0
-        while shards_without_rows < MAX_EPOCHS_WITHOUT_ROWS * len(self._shards):
+        while shards_without_rows < MAX_PASSES_WITHOUT_ROWS * len(self._shards):
             shards_without_rows += 1
             for named_row, next_state in self._rows(epoch, shard, state):
                 shards_without_rows = 0
@@ -178,9 +181,11 @@ class Stream(Rows):
             state = None
             last_epoch = epoch
             epoch, shard = divmod(epoch * len(self._shards) + shard + self.lanes, len(self._shards))
-            if window.rows and last_epoch != epoch:
+            epoch_ends = last_epoch != epoch
+            if epoch_ends and window.rows:
                 yield self._shuffled(lane, window)
-            if not window.rows or last_epoch != epoch:
+            # A window with rows goes on into the next shard of its epoch.
+            if epoch_ends or not window.rows:
                 window = Window({"position": window.stop, "epoch": epoch, "shard": shard, "state": None}, [])
         raise self._empty()
 
@@ -210,11 +215,12 @@ class Lane:
 
     def read(self, start: int, stop: int) -> list[NamedRow]:
         """Rows start .. stop - 1 of the lane. Windows that end before `start` are forgotten."""
-        while self._held[-1].stop < stop or self._held[0].stop <= start:
-            if self._held[-1].stop < max(stop, start + 1):
-                self._held.append(next(self._windows))
-            if self._held[0].stop <= start:
-                self._held.popleft()
+        while self._held[-1].stop < stop:
+            if self._held[-1].stop <= start:
+                self._held.clear()  # Rows that are skipped.
+            self._held.append(next(self._windows))
+        while self._held[0].stop <= start:
+            self._held.popleft()
         rows = chain.from_iterable(window.rows for window in self._held)
         held_start = self._held[0].start
         return list(islice(rows, start - held_start, stop - held_start))
@@ -224,5 +230,5 @@ class Lane:
 
 
 def lane_count(limit: int, shards: int) -> int:
-    """The number of lanes: `limit` or, if there are fewer shards, the largest of its divisors that they can fill."""
+    """The number of lanes: `limit` or, with fewer shards, its largest divisor that is not above their number."""
     return max(lanes for lanes in range(1, min(limit, shards) + 1) if limit % lanes == 0)

@@ -22,7 +22,7 @@ from openimp.data.files import digest, inside
 from openimp.recipe.tasks import Part
 
 MAX_CHECKED_FILES = 10_000
-"""Media files of a source that are opened at every start to see whether one has changed."""
+"""Most media files of a source that are opened at every start, to see whether one has changed."""
 CHUNK = 10_000
 """Rows whose values are in memory at once while all values of a column are looked at."""
 
@@ -35,7 +35,7 @@ class Unreadable:
 
 
 class UnreadableRest(Unreadable):
-    """Fills the row that stands for the unreadable rest of a file. No filter drops that row."""
+    """The value of each column in the row that stands for the unreadable rest of a file. No filter drops that row."""
 
 
 class Rows:
@@ -80,8 +80,8 @@ class Rows:
 class Table(Rows):
     """Rows of an Arrow table, by number and in a fixed order: in memory, or memory-mapped by `datasets`.
 
-    A table can be pickled and forked into workers. `filter`, `select` and `subsample` select rows. Row numbers count
-    the selected rows; stored numbers count all rows of the Arrow table.
+    A table can be pickled and forked into workers. `keep_where`, `keep_part` and `keep_at_most` select rows. Row
+    numbers count the selected rows; stored numbers count all rows of the Arrow table.
     """
 
     _kept: np.ndarray | None = None  # the stored numbers of the selected rows; None: all are selected
@@ -96,14 +96,14 @@ class Table(Rows):
         *,
         files: Sequence[tuple[str, int]] = (),  # (name, number of rows) of each file that the rows are from, in order
         label: str | None = None,  # the column with the row names; None: rows are named by their file and number
-        texts: Mapping[str, Callable[[Any], Any]] | None = None,  # by column, the function from stored value to text
+        text_functions: Mapping[str, Callable[[Any], Any]] | None = None,  # by column, from stored value to text
     ) -> None:
         super().__init__(name, path, list(data.column_names), root, content)
         self._data = data
         self._files = files
         self._ends = list(accumulate(rows for _, rows in files))
         self._label = label
-        self._texts = texts or {}
+        self._text_functions = text_functions or {}
 
     def __len__(self) -> int:
         return self._data.num_rows if self._kept is None else len(self._kept)
@@ -131,7 +131,7 @@ class Table(Rows):
         return f"{file}[{stored - (self._ends[file_number] - rows)}]"
 
     def paths(self, column: str) -> list[str]:
-        """The paths in a column of the selected rows whose bytes are not in the table itself."""
+        """The paths of media files in a column of the selected rows, without media whose bytes are in the table."""
         values = self._data.column(column)
         if pa.types.is_struct(values.type) and values.type.get_field_index("path") >= 0:
             embedded = pc.is_valid(pc.struct_field(values, "bytes"))
@@ -155,7 +155,7 @@ class Table(Rows):
         return f"{self._content()}-{stable_hash([self._kept.tobytes()])}"
 
     def fingerprint_with_files(self, columns: Iterable[str]) -> str:
-        """Hash of `fingerprint` and of the media files in these columns: all files, or 10,000 evenly spaced ones."""
+        """Hash of `fingerprint` and of the media files in these columns: all or, of more than 10,000, every n-th."""
         paths = list(dict.fromkeys(path for column in columns for path in self.paths(column)))
         checked = paths[:: max(1, -(-len(paths) // MAX_CHECKED_FILES))]
         return stable_hash([self.fingerprint, *((path, self.file_state(path)) for path in checked)])
@@ -168,8 +168,8 @@ class Table(Rows):
         except (BadMedia, OSError):
             return "bad"
 
-    def filter(self, where: dict[str, Any]) -> "Table":
-        """Selects the rows that match a source's `where`, see `matches`, and returns the table."""
+    def keep_where(self, where: dict[str, Any]) -> "Table":
+        """Drops the rows that do not match a source's `where`, see `matches`. Returns this table."""
         self.require(where, f"sources.{self.name}.where")
         for column, wanted in where.items():
             matching = self._matching(column, wanted)
@@ -184,7 +184,7 @@ class Table(Rows):
 
     def _matching(self, column: str, wanted: Any) -> np.ndarray:
         """The stored numbers of the selected rows whose cell in a column matches, see `matches`."""
-        mask = _arrow_mask(self._data.column(column), wanted, self._texts.get(column))
+        mask = _arrow_mask(self._data.column(column), wanted, self._text_functions.get(column))
         if mask is not None:
             return np.flatnonzero(mask) if self._kept is None else self._kept[mask[self._kept]]
         matching: list[int] = []
@@ -192,8 +192,8 @@ class Table(Rows):
             matching += [row for row, cell in zip(stored, self._values(column, stored)) if matches(cell, wanted)]
         return np.asarray(matching, dtype=np.int64)
 
-    def select(self, part: Part | None) -> "Table":
-        """Keeps the selected rows that are in the parts of a source's `part`, and returns the table."""
+    def keep_part(self, part: Part | None) -> "Table":
+        """Drops the rows that are not in the parts of a source's `part`. Returns this table."""
         if part is None:
             return self
         if part.by:
@@ -213,8 +213,8 @@ class Table(Rows):
             part_numbers += [part_of(value, row, of) for value, row in zip(values, stored)]
         return part_numbers
 
-    def subsample(self, limit: int | None) -> "Table":
-        """Keeps at most `limit` of the selected rows, evenly spaced, and returns the table."""
+    def keep_at_most(self, limit: int | None) -> "Table":
+        """Drops all but `limit` evenly spaced rows. Returns this table."""
         if limit is None or limit >= len(self):
             return self
         return self._keep((np.arange(limit) * len(self) // limit).tolist())
@@ -233,12 +233,14 @@ class Table(Rows):
             yield self._stored(range(start, min(start + CHUNK, len(self))))
 
     def arrow(self, rows: range) -> Any:
-        """Consecutive rows as a pyarrow.Table with the values that `rows` returns, or null if unreadable. The table
-        must have all its rows."""
+        """Consecutive rows as a pyarrow.Table, with the values of `Table.rows`; unreadable texts are null.
+
+        Only for a table from which no row was dropped.
+        """
         assert self._kept is None
         data = self._data.slice(rows.start, len(rows))
         data = getattr(data, "table", data)  # `datasets` wraps its tables.
-        for column in self._texts:
+        for column in self._text_functions:
             texts = [value if isinstance(value, str) else None for value in self._values(column, rows)]
             data = data.set_column(data.column_names.index(column), column, pa.array(texts, pa.string()))
         return data.replace_schema_metadata(None)
@@ -250,7 +252,7 @@ class Table(Rows):
             values = chunked.slice(stored.start, len(stored)).to_pylist()
         else:  # One scalar at a time, because `take` would first copy all chunks of the column into one.
             values = [chunked[int(row)].as_py() for row in stored]
-        text_of = self._texts.get(column)
+        text_of = self._text_functions.get(column)
         return [text_of(value) for value in values] if text_of else values
 
 
@@ -261,22 +263,24 @@ def _is_text(kind: pa.DataType) -> bool:
 def _arrow_mask(column: Any, wanted: Any, text_of: Callable[[Any], Any] | None = None) -> np.ndarray | None:
     """Which cells of a pyarrow.ChunkedArray match, see `matches`. None: Arrow cannot tell for this type.
 
-    `text_of` makes a text of each distinct number.
+    With `text_of`, numbers are compared by the text that it makes of them.
     """
     kind = column.type
-    matching: list[Any]
     if pa.types.is_primitive(kind):
         values = column.unique().to_pylist()
-        matching = [value for value in values if matches(text_of(value) if text_of else value, wanted)]
-    elif text_of:
+        return _is_in(column, [value for value in values if matches(text_of(value) if text_of else value, wanted)])
+    if text_of:
         return None
-    elif _is_text(kind):
-        matching = _as_texts(wanted)
-    elif pa.types.is_list(kind) and (pa.types.is_string(kind.value_type) or pa.types.is_primitive(kind.value_type)):
+    if _is_text(kind):
+        return _is_in(column, _as_texts(wanted))
+    if pa.types.is_list(kind) and (pa.types.is_string(kind.value_type) or pa.types.is_primitive(kind.value_type)):
         return np.concatenate([np.zeros(0, bool), *(_arrow_list_mask(chunk, wanted) for chunk in column.chunks)])
-    else:
-        return None
-    return np.asarray(pc.is_in(column, value_set=pa.array(matching, kind)).to_numpy())
+    return None
+
+
+def _is_in(column: Any, values: list[Any]) -> np.ndarray:
+    """Which cells of a pyarrow.ChunkedArray are one of these values."""
+    return np.asarray(pc.is_in(column, value_set=pa.array(values, column.type)).to_numpy())
 
 
 def _arrow_list_mask(lists: Any, wanted: Any) -> np.ndarray:
@@ -299,7 +303,7 @@ def number_array(value: list[Any] | np.ndarray) -> np.ndarray:
 
 
 def item_key(value: Any) -> str | None:
-    """The `text_key` of a value, written as text, which all rows of the same item share. None if there is no value."""
+    """The `text_key` of a value as text. Rows with equal keys are of the same item. None: there is no value."""
     if value in (None, "", b"", []) or value != value or isinstance(value, Unreadable):  # NaN is not equal to itself.
         return None
     return text_key(as_text(value)) or None
@@ -307,21 +311,22 @@ def item_key(value: Any) -> str | None:
 
 def item_id(value: Any, row: int) -> int:
     """A hash that rows of the same item share, see `item_key`. A row without a value is an item of its own."""
-    key = value if isinstance(value, bytes) else (item_key(value) or "").encode()  # Media and vectors have no case.
-    content = key or f"\nrow {row}".encode()  # No text's key has a line break.
+    # Media and vectors are compared byte by byte.
+    content = value if isinstance(value, bytes) else (item_key(value) or "").encode()
+    content = content or f"\nrow {row}".encode()  # No text's key has a line break.
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 def value_id(value: Any) -> int:
-    """A hash that equal values share, see `item_key`. It is not the `item_id` of the same value."""
+    """A hash that equal values share, see `item_key`. It differs from `item_id`: a loss compares both in one list."""
     content = f"\nvalue {item_key(value)}".encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
-def part_of(value: Any, row: int, parts: int) -> int:
+def part_of(value: Any, row: int, of: int) -> int:
     """The part that a row with this value is in, from 0; without a value, it follows from the number of the row."""
     text = item_key(value) or f"row {row}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") % parts
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") % of
 
 
 def matches(cell: Any, wanted: Any) -> bool:

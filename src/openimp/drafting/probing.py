@@ -6,7 +6,7 @@ import PIL.Image
 
 from openimp.modalities import sound
 from openimp.modalities.image import open_picture
-from openimp.modalities.media import decoder_errors, open_container, open_source
+from openimp.modalities.media import decoder_errors, open_container, open_media
 
 Kind = Literal["image", "video", "audio"]
 FRAME_SECONDS = 0.1
@@ -31,7 +31,7 @@ def probe(raw: Any) -> Probed:
     Raises:
         BadMedia: no modality can read it.
     """
-    with open_source(raw) as source:
+    with open_media(raw) as source:
         try:
             with open_picture(source) as picture:
                 frames = getattr(picture, "n_frames", 1)
@@ -48,4 +48,4 @@ def probe(raw: Any) -> Probed:
         except Exception:  # FFmpeg raises nearly anything. Then the file is a sound, or `length` tells what is wrong.
             pass
         source.seek(0)
-        return Probed("audio", seconds=sound.length(source))
+        return Probed("audio", seconds=sound.length_in_seconds(source))

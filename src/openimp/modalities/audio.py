@@ -18,7 +18,7 @@ from openimp.modalities.sound import (
     array_samples,
     between,
     clips_of,
-    length,
+    length_in_seconds,
     mono,
     read_sound,
     resample,
@@ -58,7 +58,7 @@ class Audio(Modality):
         hop: Count = 1024
         """Samples between two frames of the spectrogram."""
         bins: Count = 128
-        """Mel bins per frame; a multiple of the patch's."""
+        """Mel bins per frame; a multiple of the patch's bins."""
         low: Annotated[float, Field(ge=0)] = 80.0
         """Lower edge of the lowest mel filter, in Hz."""
         high: Positive = 7600.0
@@ -94,8 +94,8 @@ class Audio(Modality):
         renamed = {"drop": "drop_tokens"}
 
         seconds: Positive = 8.192
-        """Length; rounded to frames, it is a multiple of the patch's. Longer sounds are cut, at random in training, and
-        silence is appended to shorter ones. The paper: 8.192."""
+        """Length in seconds. Rounded to frames, it must be a multiple of the patch's frames. Longer sounds are cut, at
+        random in training, and silence is appended to shorter ones. The paper: 8.192."""
         drop_tokens: Share = 0.0
         """Share of tokens dropped in training (DropToken)."""
         gain: Annotated[float, Field(ge=0)] = 0.0
@@ -145,19 +145,20 @@ class Audio(Modality):
         """Decodes a sound to mono samples (N,) int16 at the stem's sample rate.
 
         `raw` is bytes, a path, an array at that rate, or {"array": array, "sampling_rate": rate}, as `datasets` decodes
-        sounds. Arrays are (N,) or (N, channels), int16 or float in -1..1. If a file is longer than 300 s, only the
-        clips of evaluation are read.
+        sounds. Arrays are (N,) or (N, channels), int16 or float in -1..1. With `rng`, only one random part of a file is
+        read. Without, only the clips of evaluation of a file that is longer than 300 s.
         """
         view = views[0] if rng is not None else max(views, key=lambda view: view.seconds)
         # A clip that is played faster needs more samples.
-        longest = self.samples(view) * (1 + view.speed if rng is not None else 1)
+        fastest = 1 + view.speed if rng is not None else 1
+        longest = self.samples(view) * fastest
         return self._read(raw, clips_of(longest / self.config.sample_rate, view.clips, rng))
 
     def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
         if isinstance(value, np.ndarray):
             return []
-        with media.decoder_errors(), media.open_source(value) as media_file:
-            return media.equal_segments(media_file, length(media_file), view.seconds)
+        with media.decoder_errors(), media.open_media(value) as media_file:
+            return media.equal_segments(media_file, length_in_seconds(media_file), view.seconds)
 
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
         """The segment's clips (clips, samples): as many as cover all of it, whatever the view's `clips`."""
@@ -175,7 +176,7 @@ class Audio(Modality):
         elif isinstance(raw, dict):
             sound, source_rate = sampled_array(raw, rate)
         else:
-            with media.open_source(raw) as media_file:
+            with media.open_media(raw) as media_file:
                 sound, source_rate = read_sound(media_file, plan)
         sound = resample(mono(sound), source_rate, rate)
         if not sound.size:
@@ -183,8 +184,8 @@ class Audio(Modality):
         return np.round(sound.clip(-1, 1) * 32767).astype(np.int16)
 
     def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
-        """Cuts one random clip (samples,) of samples (N,), or (clips, samples) in evaluation, with at most the
-        view's clips; fp32 in -1..1."""
+        """From samples (N,): one random clip (samples,) in training, and up to `view.clips` clips (clips, samples) in
+        evaluation; fp32 in -1..1."""
         count = self.samples(view)
         if rng is None:
             return np.stack([_cut(item, start, count) for start in media.clip_starts(len(item), count, view.clips)])
@@ -210,11 +211,11 @@ class Audio(Modality):
                     _equalize(spectrum, view.equalize, rng)
                 _hide(spectrum, view.mask_frames, rng, self.config.mean)
                 _hide(spectrum.T, view.mask_bins, rng, self.config.mean)
-        return self._tokens(spectra, view.drop_tokens, rngs)
+        return self._normalized_patches(spectra, view.drop_tokens, rngs)
 
     def show(self, value: Any, view: Any) -> bytes:
         """The spectrogram of the first clip of evaluation, as a small WebP file; see `_spectrogram`."""
-        return self._spectrogram(self.encode_input(value, view)[0], 2 * media.PREVIEW)
+        return self._spectrogram(self.encode_input(value, view)[0], 2 * media.PREVIEW_SIDE)
 
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
         """The spectrogram of the first clip."""
@@ -231,7 +232,7 @@ class Audio(Modality):
         if batch.ndim != 2 or not batch.is_floating_point():
             raise TypeError(f"expected float samples (B, N) in -1..1, found {batch.dtype} {list(batch.shape)}")
         self.check(self.View(seconds=batch.shape[1] / self.config.sample_rate))
-        return self._tokens(log_mel(batch, self.config), 0.0, None)
+        return self._normalized_patches(log_mel(batch, self.config), 0.0, None)
 
     def tensor_input(self, view: Any) -> TensorInput:
         samples = self.samples(view)
@@ -252,7 +253,8 @@ class Audio(Modality):
         channels = [np.interp(loudness, np.linspace(0, 1, len(COLORS)), channel) for channel in zip(*COLORS)]
         return media.encode_webp(np.stack(channels, axis=-1).round().astype(np.uint8), side)
 
-    def _tokens(self, spectra: Tensor, drop: float, rngs: list[Rng] | None) -> Tokens:
+    def _normalized_patches(self, spectra: Tensor, drop: float, rngs: list[Rng] | None) -> Tokens:
+        """Cuts log-mel spectra (B, frames, bins) into patches, and normalizes their values."""
         config = self.config
         tokens = media.patch_tokens(spectra[..., None], config.patch, config.tables, drop, rngs, spans=config.spans)
         return tokens._replace(values=(tokens.values - config.mean) / config.std)

@@ -18,11 +18,11 @@ from openimp.common.modality import BadMedia, Rng
 from openimp.common.protocols import Recorded
 from openimp.modalities.media import (
     MAX_PIXELS,
-    PREVIEW,
+    PREVIEW_SIDE,
     MediaFile,
     decoder_errors,
     encode_webp,
-    open_source,
+    open_media,
     valid_place,
 )
 from openimp.modalities.vision import Vision, check_pixels, decoded_size, shrink, to_rgb
@@ -34,11 +34,11 @@ except ImportError:
 else:
     pillow_heif.register_heif_opener(thumbnails=False, decode_threads=1)
 
-# Formats that contain only pixels, if this build of Pillow has them. Pillow passes others, such as EPS, to an external
-# program.
 PIL.Image.init()
-PIXELS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "HEIF")
-FORMATS = tuple(name for name in PIXELS if name in PIL.Image.OPEN)
+PIXEL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "HEIF")
+"""Formats that contain only pixels. Pillow passes others, such as EPS, to an external program."""
+FORMATS = tuple(name for name in PIXEL_FORMATS if name in PIL.Image.OPEN)
+"""Those that this build of Pillow reads."""
 ICON = b"\0\0\1\0"
 """First bytes of an ICO file."""
 HEIC = (b"ftyphe", b"ftypmif1", b"ftypmsf1")
@@ -84,7 +84,7 @@ class Image(Vision):
 
     def show(self, value: Any, view: Any) -> bytes:
         """The pixels that evaluation uses, as a small WebP file."""
-        return encode_webp(self.encode_input(value, view)[0], PREVIEW)
+        return encode_webp(self.encode_input(value, view)[0], PREVIEW_SIDE)
 
     @decoder_errors()
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
@@ -94,7 +94,7 @@ class Image(Vision):
     @decoder_errors()
     def recorded(self, value: Any) -> Recorded:
         """The time and place in the EXIF data of a file. The time is that of the camera's clock."""
-        with open_source(value) as media_file:
+        with open_media(value) as media_file:
             picture = open_picture(media_file)
             if picture.format == "PNG" and "exif" not in picture.info:
                 return Recorded()  # Pillow would decode all pixels to look for EXIF data behind them.
@@ -160,12 +160,12 @@ def upright(raw: Any, views: Sequence[Any] = ()) -> Iterator[PIL.Image.Image]:
     With `views`, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size.
     """
     if isinstance(raw, np.ndarray):
-        yield PIL.Image.fromarray(check_pixels(raw, 2))
+        yield PIL.Image.fromarray(check_pixels(raw, axes=2))
     elif isinstance(raw, PIL.Image.Image):
         check_size(raw)
         yield PIL.ImageOps.exif_transpose(raw)
     else:
-        with open_source(raw) as media_file:
+        with open_media(raw) as media_file:
             picture = open_picture(media_file)
             if "progressive" in picture.info:
                 _check_progressive(picture, media_file)

@@ -37,9 +37,11 @@ MAX_PIXELS = 2**25
 MAX_FRAME_PIXELS = 2**24
 """Most pixels of a frame of a clip. It is lower because decoders hold several frames. 4K and 5.3K fit, 8K does not."""
 MAX_WORK = 2**34
-"""Most pixels and samples decoded plus bytes read per file: 2048 frames of 4K."""
+"""Most work per file: decoded pixels and samples, plus bytes read. It is enough for 2048 frames of 4K."""
 MAX_CPU = 60
 """Most seconds of CPU time to decode one file."""
+READ_WORK = 2**8
+"""Work of a read besides its bytes, because many small reads take time, too."""
 CHECK_EVERY = 2**20
 """Work between two checks of the time, because a check takes microseconds."""
 LENGTHS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}
@@ -58,7 +60,7 @@ SEGMENT_BYTES = 1024
 """Least bytes of a file per segment. The most frugal codecs need more for `SEGMENT_SECONDS`."""
 MAX_SEGMENTS = 10_000
 """Most segments of a recording; with more than 14 hours, they are longer."""
-PREVIEW = 128
+PREVIEW_SIDE = 128
 """Most pixels of the longer side of a previewed frame."""
 
 
@@ -68,18 +70,22 @@ class MediaFile(io.BufferedReader):
     Decoders never open a path themselves, because FFmpeg takes the relative path `http:/host/x.mp4` for a URL.
     """
 
-    def __init__(self, raw: Any) -> None:
-        super().__init__(raw)
+    def __init__(self, stream: Any) -> None:
+        """`stream` is opened and unbuffered."""
+        super().__init__(stream)
         self._work = 0
         self._next_check = CHECK_EVERY
         self._deadline = 0.0
 
     def read(self, size: int | None = -1) -> bytes:
         content = super().read(size)
-        self._work += len(content) + 2**8  # Many small reads take time, too.
-        if self._work >= self._next_check:
-            self.spend(0)
+        self.spend(len(content) + READ_WORK)
         return content
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer)
+        self.spend(count + READ_WORK)
+        return count
 
     def spend(self, work: int) -> None:
         """Counts pixels or samples that were decoded, or bytes that were read. Beyond the limits it raises BadMedia."""
@@ -95,7 +101,7 @@ class MediaFile(io.BufferedReader):
             raise BadMedia(f"decoding takes more than {MAX_CPU} s of CPU time")
 
 
-def open_source(raw: Any) -> MediaFile:
+def open_media(raw: Any) -> MediaFile:
     """Opens a path or bytes for a decoder. The caller closes it.
 
     It refuses a path that is not a regular file, because a pipe could block forever.
@@ -142,8 +148,8 @@ def open_container(media_file: MediaFile, kind: Literal["video", "audio"]) -> It
     It decodes in one thread, because the workers of the loader are parallel already.
     """
     _check_info(media_file)
-    # No protocol is allowed, because the file is open already and must not name others. The first limit on pixels is
-    # for the frames that FFmpeg decodes to probe the file. It is higher, so that our error can name the size.
+    # No protocol is allowed, because the file is open already and must not name others. FFmpeg probes frames under this
+    # limit on pixels. It is higher than the one below, whose error names the size.
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
     options |= {"codec_whitelist": CODECS, "max_pixels": str(4 * MAX_FRAME_PIXELS)}
     container: Any
@@ -156,7 +162,9 @@ def open_container(media_file: MediaFile, kind: Literal["video", "audio"]) -> It
             raise BadMedia(f"{kind} codec that is not read: {context and context.codec.name}")
         context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
         context.thread_count = 1
-        seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+        seconds = (container.duration or 0) / av.time_base
+        if stream.duration:
+            seconds = stream.duration * stream.time_base
         yield container, stream, seconds
 
 
@@ -221,12 +229,13 @@ def clip_starts(total: int, span: int, clips: int) -> list[int]:
     return [*dict.fromkeys(starts)]
 
 
-def segments(total: int, span: int, clips: int, limit: int, rng: Rng | None) -> list[tuple[int, int]]:
+def parts_to_read(total: int, span: int, clips: int, limit: int, rng: Rng | None) -> list[tuple[int, int]]:
     """The parts to read of an item with `total` frames or samples (0: unknown), as (start, count).
 
-    In training, with `rng`, one random part of length `span` is read. Evaluation reads the whole item if it is at most
-    `limit` long, or if the `clips` parts that it uses cover the item. Otherwise it reads only these parts. In the
-    concatenation of the parts, `clip_starts` finds the same clips as in the whole item.
+    In training, with `rng` and a known length, one random part of length `span` is read. Evaluation reads the whole
+    item if it is at most `limit` long, or if the `clips` parts that it uses cover the item. Otherwise it reads only
+    these parts. In the concatenation of the parts, `clip_starts` finds the same clips as in the whole item. If the
+    length is unknown, the first `limit` are read.
     """
     if rng is not None and total > 0:
         return [(random_start(total, span, rng), span)]
@@ -251,7 +260,7 @@ def equal_segments(media_file: MediaFile, seconds: float, span: float) -> list[t
 
 
 def encode_webp(pixels: np.ndarray, side: int) -> bytes:
-    """Pixels (H, W, 3) uint8 as a WebP file whose longer side has at most `side` pixels."""
+    """Pixels (H, W, 3 or 4) uint8 as a WebP file whose longer side has at most `side` pixels."""
     file = io.BytesIO()
     picture = PIL.Image.fromarray(pixels)
     picture.thumbnail((side, side), PIL.Image.Resampling.BILINEAR)
@@ -260,7 +269,11 @@ def encode_webp(pixels: np.ndarray, side: int) -> bytes:
 
 
 class PatchGrid(Strict):
-    """Base for the options of a stem that splits its input into patches along named axes."""
+    """Base for the options of a stem that splits its input into patches along named axes.
+
+    Per axis: `patch` is the size of a patch, and `tables` the rows of the position table. By the axis' name, `absolute`
+    is the span of an axis with absolute positions.
+    """
 
     renamed = {"extent": "positions are relative; for other positions see 'absolute'"}
 
@@ -317,12 +330,13 @@ def patch_tokens(
     counts = tuple(size // side for size, side in zip(grid.shape[1:], patch))
     coords = coordinates(counts, tables, spans).to(grid.device)
     total = len(coords)
-    kept = tokens_kept(total, drop)
-    if rngs is None or kept == total:
+    kept_count = tokens_kept(total, drop)
+    if rngs is None or kept_count == total:
         return Tokens(patchify(grid, patch), coords.expand(grid.shape[0], -1, -1).contiguous())
     noise = np.stack([rng.random(total, dtype=np.float32) for rng in rngs])
-    keep = torch.from_numpy(np.sort(np.argpartition(noise, kept - 1, axis=1)[:, :kept], axis=1))
-    return Tokens(patchify(grid, patch, keep), coords[keep])
+    chosen = np.argpartition(noise, kept_count - 1, axis=1)[:, :kept_count]
+    kept = torch.from_numpy(np.sort(chosen, axis=1))
+    return Tokens(patchify(grid, patch, kept), coords[kept])
 
 
 def tokens_kept(total: int, drop: float) -> int:
@@ -330,10 +344,10 @@ def tokens_kept(total: int, drop: float) -> int:
     return max(1, round(total * (1 - drop)))
 
 
-def patchify(grid: Tensor, patch: tuple[int, ...], keep: Tensor | None = None) -> Tensor:
+def patchify(grid: Tensor, patch: tuple[int, ...], kept: Tensor | None = None) -> Tensor:
     """Cuts a batch (B, *axes, C) into patches (B, L, P). Patches, and the values in a patch, are in the axes' order.
 
-    With `keep` (B, K), only the patches with these indices are copied.
+    With `kept` (B, K), only the patches with these indices are copied.
     """
     axes = len(patch)
     batch, *sizes, channels = grid.shape
@@ -341,10 +355,10 @@ def patchify(grid: Tensor, patch: tuple[int, ...], keep: Tensor | None = None) -
     count_and_side = [n for pair in zip(counts, patch) for n in pair]  # of the first axis, of the second axis, ...
     split = grid.reshape(batch, *count_and_side, channels)
     patches = split.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
-    if keep is None:
+    if kept is None:
         return patches.reshape(batch, prod(counts), -1)
-    examples = torch.arange(batch, device=keep.device)[:, None]
-    return patches[(examples, *torch.unravel_index(keep, counts))].flatten(2)
+    examples = torch.arange(batch, device=kept.device)[:, None]
+    return patches[(examples, *torch.unravel_index(kept, counts))].flatten(2)
 
 
 def coordinates(counts: tuple[int, ...], tables: tuple[int, ...], spans: tuple[int, ...] = ()) -> Tensor:

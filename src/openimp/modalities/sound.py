@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 
 from openimp.common.modality import BadMedia
-from openimp.modalities.media import MediaFile, open_container, segments
+from openimp.modalities.media import MediaFile, open_container, parts_to_read
 
 MAX_SECONDS = 300
 """Longest sound that is read as a whole."""
@@ -86,10 +86,10 @@ ReadPlan = Callable[[int, int], list[tuple[int, int]]]
 
 
 def clips_of(seconds: float, clips: int, rng: Any) -> ReadPlan:
-    """Plans to read what clips of a sound need; see `media.segments`."""
+    """Plans to read what clips of a sound need; see `media.parts_to_read`."""
 
     def plan(total: int, rate: int) -> list[tuple[int, int]]:
-        return segments(total, ceil(seconds * rate) + 1, clips, min(MAX_SECONDS * rate, MAX_SAMPLES), rng)
+        return parts_to_read(total, ceil(seconds * rate) + 1, clips, min(MAX_SECONDS * rate, MAX_SAMPLES), rng)
 
     return plan
 
@@ -105,7 +105,7 @@ def read_sound(media_file: MediaFile, plan: ReadPlan) -> tuple[np.ndarray, int]:
     return _read_container(media_file, plan) if sound_and_rate is None else sound_and_rate
 
 
-def length(media_file: MediaFile) -> float:
+def length_in_seconds(media_file: MediaFile) -> float:
     """The length of a sound in seconds, according to its header; 0 if it is unknown."""
     seconds = _try_libsndfile(media_file, lambda file: file.frames / file.samplerate)
     if seconds is not None:

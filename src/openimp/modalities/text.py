@@ -25,11 +25,11 @@ END = 1
 UNKNOWN = "[UNK]"
 """The token of all words that a word tokenizer does not know. It is removed from texts."""
 RESERVED = 2
-"""Number of ids before the tokenizer's own: its id i becomes i + 2, so it does not matter how it pads or ends texts."""
-MAX_TOKEN_LENGTH = 64
-"""Most characters per token, by which a long text is cut before it is tokenized."""
+"""Ids that openimp reserves. Id i of the tokenizer becomes i + 2, so its own pads and end tokens do not matter."""
+CHARACTERS_PER_TOKEN = 64
+"""Before a text is tokenized, it is cut to this many characters per token of the view."""
 MAX_TRAINING_LENGTH = 10_000
-"""Most characters of a text to train on. The time of training grows with the square of the longest word."""
+"""Most characters of a text to train subwords on. The time of training grows with the square of the longest word."""
 
 
 class Text(Modality):
@@ -74,12 +74,13 @@ class Text(Modality):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The trained tokenizer."""
+        """The tokenizer, trained or read from a file."""
         if self._tokenizer is None:
             raise RuntimeError("no tokenizer yet: call fit or load_state first")
         return self._tokenizer
 
     def stem_spec(self) -> StemSpec:
+        # The size of the stem follows from the tokenizer. One from a file needs no texts.
         if self._tokenizer is None and self.config.tokenizer is not None:
             self.fit(())
         axes = (self.config.positions,)
@@ -154,7 +155,7 @@ class Text(Modality):
         )
 
     def tokenize(self, texts: str | list[str], length: int | None = None) -> Tensor:
-        """Tokenizes texts to ids (B, length) padded with 0, like open_clip's tokenizers. The default is a view's."""
+        """Tokenizes texts to ids (B, length) padded with 0, like open_clip's tokenizers. Default length: `View`'s."""
         view = self.View() if length is None else self.View(length=length)
         texts = [texts] if isinstance(texts, str) else texts
         return torch.from_numpy(np.concatenate([self.encode_input(text, view) for text in texts]))
@@ -166,7 +167,7 @@ class Text(Modality):
     def _ids(self, text: str, views: list[Any]) -> np.ndarray:
         count = max(view.length for view in views)
         # The text is cut first, so that a very long one takes little time.
-        ids = self.tokenizer.encode(valid_text(text[: MAX_TOKEN_LENGTH * count]), add_special_tokens=False).ids
+        ids = self.tokenizer.encode(valid_text(text[: CHARACTERS_PER_TOKEN * count]), add_special_tokens=False).ids
         if self.config.min_df is not None:
             unknown = self.tokenizer.token_to_id(UNKNOWN)
             ids = [i for i in ids if i != unknown]
@@ -187,7 +188,7 @@ def _train_subwords(corpus: Iterable[list[str]], size: int) -> Tokenizer:
 
 
 def _train_words(corpus: Iterable[list[str]], min_df: int, size: int) -> Tokenizer:
-    """Makes a tokenizer of the lower-cased words that occur in at least `min_df` examples: the `size` most frequent."""
+    """Makes a tokenizer of [UNK] and the `size` - 1 most frequent lower-cased words of at least `min_df` examples."""
     normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     splitter = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
     examples_with = Counter[str]()

@@ -88,14 +88,14 @@ class Video(Vision):
         """
         if isinstance(raw, np.ndarray):
             return np.stack([shrink(PIL.Image.fromarray(frame), views) for frame in check_pixels(raw, 3)])
-        with media.open_source(raw) as media_file:
+        with media.open_media(raw) as media_file:
             read = _read_animation if _is_animation(media_file) else _read_container
             return drop_opaque_alpha(_stack(read(media_file, views, rng, self.config.fps)))
 
     @media.decoder_errors()
     def recorded(self, value: Any) -> Recorded:
         """The time and place in the header of a container. Animations have neither."""
-        with media.open_source(value) as media_file:
+        with media.open_media(value) as media_file:
             if _is_animation(media_file):
                 return Recorded()
             with media.open_container(media_file, "video") as (container, _, _):
@@ -106,7 +106,7 @@ class Video(Vision):
         """The segments of a clip. Animations are not cut, because they can only be decoded from their start."""
         if isinstance(value, np.ndarray):
             return []
-        with media.decoder_errors(), media.open_source(value) as media_file:
+        with media.decoder_errors(), media.open_media(value) as media_file:
             if _is_animation(media_file):
                 return []
             with media.open_container(media_file, "video") as (_, stream, seconds):
@@ -115,7 +115,7 @@ class Video(Vision):
 
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
         """The view's clips (clips * crops, t, h, w, 3), spaced over the segment."""
-        with media.decoder_errors(), media.open_source(value) as media_file:
+        with media.decoder_errors(), media.open_media(value) as media_file:
             frames = _stack(_read_container(media_file, [view], None, self.config.fps, (start, end)))
         return self.transform(drop_opaque_alpha(frames), view, None)
 
@@ -137,7 +137,7 @@ class Video(Vision):
         item = self.decode(value, [view])
         chosen = np.linspace(0, len(item) - 1, min(STRIP, len(item))).round().astype(int)
         strip = np.concatenate(list(self._render(item[chosen], view, None)), axis=1)
-        return media.encode_webp(strip, STRIP * media.PREVIEW)
+        return media.encode_webp(strip, STRIP * media.PREVIEW_SIDE)
 
     @media.decoder_errors()
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
@@ -149,7 +149,7 @@ class Video(Vision):
             frames = self.decode(value, [still], middle)
         else:
             time = sum(segment) / 2
-            with media.open_source(value) as media_file:
+            with media.open_media(value) as media_file:
                 frames = _stack(_read_container(media_file, [still], None, self.config.fps, (time, time)))
         return media.encode_webp(frames[0], side)
 
@@ -212,10 +212,10 @@ def _stack(frames: Iterator[np.ndarray]) -> np.ndarray:
 
 
 def _parts_to_read(total: int, size: tuple[int, int], views: list[Any], rng: Rng | None) -> list[tuple[int, int]]:
-    """The frames to read; see `media.segments`. If frames are large, fewer of them are read as a whole."""
+    """The frames to read; see `media.parts_to_read`. If frames are large, fewer of them are read as a whole."""
     longest = views[0] if rng is not None else max(views, key=lambda view: view.span)
     limit = min(MAX_FRAMES, MAX_CLIP_BYTES // (size[0] * size[1] * 4))
-    return media.segments(total, longest.span, longest.clips, limit, rng)
+    return media.parts_to_read(total, longest.span, longest.clips, limit, rng)
 
 
 def _shrunk_size(height: int, width: int, views: list[Any]) -> tuple[int, int]:

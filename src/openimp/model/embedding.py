@@ -14,6 +14,8 @@ from openimp.model.init import identity_, lecun_normal_, linear
 class Stem(nn.Module):
     """Embeds tokens before the encoder, and transforms the encoder's output (arXiv 2305.06324).
 
+    `forward` is the part before the encoder. `IMP` applies `after` to the mean of the encoder's output.
+
     A stem has one linear patch embedding (a table for ids), one position table per axis, and one linear layer before
     and one after the encoder. The position embeddings are summed and, unless the spec says otherwise, normalized. They
     are looked up by coordinate, so all resolutions, and all subsets of an example's tokens, use the same tables.
@@ -21,10 +23,10 @@ class Stem(nn.Module):
     If tokens hold r times fewer values than the patch embedding expects, they are treated as if repeated r times; for
     example, a still in a stem for clips. Summing the kernel over its r parts gives the same result without a copy.
 
-    Embedding weights start with standard deviation D^-0.5, and the output is scaled to unit variance (for tables as in
-    arXiv 1706.03762, section 3.4), because an adaptive optimizer moves every weight by about the learning rate. Without
-    the scale, the embedding of a patch with thousands of values would move far too fast, and rows of a table hardly at
-    all.
+    An adaptive optimizer moves every weight by about the learning rate. So all embedding weights start with the same
+    standard deviation, D^-0.5, and a fixed factor scales the output to unit variance (for tables as in arXiv
+    1706.03762, section 3.4). Without the factor, the embedding of a patch with thousands of values would move far too
+    fast, and rows of a table hardly at all.
     """
 
     def __init__(self, spec: StemSpec, width: int) -> None:
@@ -55,7 +57,8 @@ class Stem(nn.Module):
 class VectorStem(nn.Module):
     """The stem of a modality with a tower in a model without an encoder: one linear layer.
 
-    It starts as the identity, so that vectors of one tower can be compared at first as they are.
+    If the vectors fit into the width, it starts by keeping them and appending zeros, so that vectors of one tower can
+    be compared at first as they are.
     """
 
     def __init__(self, spec: StemSpec, width: int) -> None:
@@ -79,6 +82,7 @@ def embedding_scale(spec: StemSpec, width: int) -> float:
 
 
 def _embed_patches(embed: nn.Linear, values_BLP: Tensor, scale: float) -> Tensor:
+    """Embeds patches (B, L, P). Normalizes uint8 pixels, and sums the kernel if P is a fraction of its inputs."""
     if values_BLP.dtype == torch.uint8:
         # (x / 127.5 - 1) w = (x - 127.5) (w / 127.5), with one pass over the pixels instead of three. The difference is
         # exact in bf16 too.

@@ -10,7 +10,7 @@ from openimp.model.kernels import gelu
 
 MIN_TEMPERATURE = 0.01
 """Lower bound of a learned temperature. The logit scale, 1 / temperature, is then at most 100, as in CLIP."""
-MAX_LOGIT_SCALE = math.log(100)
+MAX_LOG_LOGIT_SCALE = math.log(100)
 """Upper bound of the logarithm of open_clip's logit scale."""
 
 
@@ -28,7 +28,7 @@ class Projection(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Adds a two-layer GELU MLP to vectors, whose results are zero at first (as in CLIP-Adapter, arXiv 2110.04544)."""
+    """Adds to vectors the outputs of a two-layer GELU MLP, which are zero at first (CLIP-Adapter, arXiv 2110.04544)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ from openimp.modalities.open_clip import (
     unpacked,
 )
 from openimp.model.embedder import Embedder, Encoded
-from openimp.model.heads import MAX_LOGIT_SCALE, LogitScale
+from openimp.model.heads import MAX_LOG_LOGIT_SCALE, LogitScale
 from openimp.model.init import linear
 from openimp.recipe.model_config import ModelConfig
 
@@ -75,7 +75,7 @@ class OpenCLIP(Embedder):
                     self.register_buffer(name, values, persistent=False)
         library = cast(Any, encoder)
         only_sigmoid = {pair.sigmoid for pair in config.pairs} == {True}
-        limit = math.inf if only_sigmoid else MAX_LOGIT_SCALE  # SigLIP's scales are larger than CLIP's limit.
+        limit = math.inf if only_sigmoid else MAX_LOG_LOGIT_SCALE  # SigLIP's scales are larger than CLIP's limit.
         self.scale = LogitScale(library.logit_scale, library.logit_bias, limit)
         library.logit_scale = library.logit_bias = None
         for module in encoder.modules():

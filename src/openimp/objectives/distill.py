@@ -27,7 +27,8 @@ class Distill(Objective):
     """Trains the embeddings of one modality to match the embeddings of another model, the teacher.
 
     It trains the modality's own projection head. So modalities that learn from one teacher can be compared with each
-    other, and with the teacher's own vectors. In a disjoint space, `towards` of each must be the other.
+    other, and with the teacher's own vectors. In a disjoint space, two modalities that are to be compared must each
+    name the other in `towards`.
     """
 
     type: Literal["distill"]
@@ -37,8 +38,9 @@ class Distill(Objective):
     teacher: RecipePath | None = None
     """A frozen model that embeds the rows before the first step, as an evaluation would read them: a run,
     `openimp:base`, `hub:OWNER/NAME`, `open_clip:NAME/TAG`, `timm:NAME` for pictures, or
-    `sentence_transformers:OWNER/NAME`. All texts of a row learn the vector of one text: that of the first template that
-    fits, with all values of `{x*}`. openimp's cache keeps the vectors. They must have `model.embed_dim` numbers."""
+    `sentence_transformers:OWNER/NAME`. All texts of a row learn the vector of one text, the one that an evaluation
+    would read: that of the first template that fits. openimp's cache keeps the vectors. They must have
+    `model.embed_dim` numbers."""
     to: str | None = None
     """Instead of `teacher`: the column with a list of numbers per row, as `openimp embed --join` writes it:
     `model.embed_dim` of them, or as many as the embeddings of a wrapped model have. They are scaled to length 1. A row
@@ -59,7 +61,7 @@ class Distill(Objective):
         return self
 
     def check(self, location: str, task: Task, recipe: Recipe) -> None:
-        """Checks that the model has the head."""
+        """Checks `towards`, that a teacher reads one column, and that the model has the head."""
         known = recipe.modality_names
         if self.towards and self.towards not in known:
             raise UserError(f"{location}.towards: no modality {self.towards!r}{nearest(self.towards, known)}")
@@ -92,6 +94,7 @@ class Distill(Objective):
 
     @property
     def _column(self) -> str:
+        """The name under which `read` finds the vector of a row."""
         teacher = self.taught_by()
         return teacher.column if teacher else str(self.to)
 
@@ -135,13 +138,14 @@ class Distill(Objective):
 
 def unit_vector(value: Any, size: int, column: str) -> np.ndarray:
     """(Z,) fp32, the vector in a cell of a column, scaled to length 1; BadMedia if there is none of this size."""
+    is_list = isinstance(value, list | np.ndarray)
     try:
-        vector = number_array(value).astype(np.float64) if isinstance(value, list | np.ndarray) else np.empty(0)
+        vector = number_array(value).astype(np.float64) if is_list else np.empty(0)
     except BadMedia as error:
         raise BadMedia(f"column {column!r}: {error}") from None
     if vector.shape != (size,):
-        cell = f"a list of shape {[*vector.shape]}" if isinstance(value, list | np.ndarray) else f"{value!r:.60}"
-        raise BadMedia(f"column {column!r}: expected a list of {size} numbers (the model's embed_dim), found {cell}")
+        wrong = f"a list of shape {[*vector.shape]}" if is_list else f"{value!r:.60}"
+        raise BadMedia(f"column {column!r}: expected a list of {size} numbers (the model's embed_dim), found {wrong}")
     length = np.linalg.norm(vector)
     if not (np.isfinite(length) and length > 0):
         raise BadMedia(f"column {column!r}: a vector of length {length:g} has no direction")

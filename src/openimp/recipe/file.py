@@ -1,4 +1,4 @@
-"""Finds and reads the YAML files of recipes and studies within limits, and changes single keys."""
+"""The YAML files of recipes and studies: finding, reading and writing them, changing single keys, comparing them."""
 
 import re
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ MAX_BYTES = 2**20
 MAX_NODES = 100_000
 """Maximum number of keys, values, lists and mappings in a YAML file after its aliases are expanded."""
 MAX_SAVED_NODES = 1_000_000
-"""The maximum in a file with at least as many characters, such as a saved recipe with many classes."""
+"""In a long file, such as a saved recipe with many classes, the maximum is its number of characters, up to this."""
 
 
 def read_recipe(name: str, overrides: Iterable[str] = (), folder: Path | None = None) -> tuple[dict[str, Any], Path]:
@@ -42,7 +42,7 @@ def read_mapping(file: Path, what: str) -> dict[str, Any]:
 
 
 def parse_mapping(text: str, file: Path, what: str) -> dict[str, Any]:
-    """The YAML text of a file as `read_mapping` returns it."""
+    """Parses YAML text to the mapping that `read_mapping` returns. `file` and `what` are for messages."""
     try:
         data = yaml.load(text, RecipeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date.
@@ -53,26 +53,26 @@ def parse_mapping(text: str, file: Path, what: str) -> dict[str, Any]:
     return data
 
 
-def find_file(name: str, folder: str = "recipes", what: str = "recipe") -> Path:
+def find_file(name: str, collection: str = "recipes", what: str = "recipe") -> Path:
     """Finds a file by its path, or a bundled file by a name such as `demo` or `evaluation/coco`."""
     if Path(name).is_file():
         return Path(name)
-    known = bundled(folder)
+    known = bundled(collection)
     if name in known:
         return known[name]
     if Path(name).is_dir():
         raise UserError(f"{name}: is a folder, expected a {what}")
-    if Path(name).suffix or "/" in name:  # It is not a misspelled name of a bundled file.
+    if Path(name).suffix or "/" in name:  # Rather a path than a misspelled name.
         raise UserError(f"{name}: no such file or folder")
     raise UserError(f"{name}: no such file or folder, and no {what} of openimp{nearest(name, known)}")
 
 
-def bundled(folder: str = "recipes") -> dict[str, Path]:
-    """The files that come with openimp, by name."""
+def bundled(collection: str = "recipes") -> dict[str, Path]:
+    """The files of a collection that comes with openimp, by name."""
     package = Path(__file__).resolve().parents[1]
     files = {}
     # In a wheel the folder is in the package, in a checkout at the top.
-    for root in (package / folder, package.parents[1] / folder):
+    for root in (package / collection, package.parents[1] / collection):
         for file in root.rglob("*.yaml"):
             files[file.relative_to(root).with_suffix("").as_posix()] = file
     return files
@@ -111,12 +111,13 @@ class RecipeLoader(yaml.SafeLoader):
         self._max_nodes = max(MAX_NODES, min(len(stream), MAX_SAVED_NODES))
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """Counts nodes. `node.size` is the number of nodes in a complete node, with its aliases expanded."""
         is_alias = self.check_event(yaml.AliasEvent)
         nodes_before = self._nodes
         mark = self.peek_event().start_mark
         node: Any = super().compose_node(parent, index)
         if is_alias and not hasattr(node, "size"):
-            raise yaml.composer.ComposerError(None, None, "an alias stands for what it is in", mark)
+            raise yaml.composer.ComposerError(None, None, "an alias refers to a mapping or list that contains it", mark)
         self._nodes += node.size if is_alias else 1
         if self._nodes > self._max_nodes:
             message = f"more than {self._max_nodes:,} values, with its aliases"
@@ -162,7 +163,12 @@ def override(data: dict[str, Any], text: str, folder: Path | None = None) -> Non
     node: Any = data
     try:
         for part in path:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+            if isinstance(node, list):
+                node = node[int(part)]
+            else:
+                if node.get(part) is None:  # Saved recipes have null for options that are off, such as `model.moe`.
+                    node[part] = {}
+                node = node[part]
         last_key = int(last) if isinstance(node, list) else last
         node[last_key] = _with_folder(yaml.load(value, RecipeLoader), folder)
     except (ValueError, IndexError, TypeError, AttributeError):
@@ -172,7 +178,7 @@ def override(data: dict[str, Any], text: str, folder: Path | None = None) -> Non
 
 
 def _with_folder(value: Any, folder: Path | None) -> Any:
-    """`value` with strings that, as paths, are relative to `folder`."""
+    """`value`, in which each string is a path relative to `folder` if it is a path; None: unchanged."""
     if isinstance(value, dict):
         return {key: _with_folder(item, folder) for key, item in value.items()}
     if isinstance(value, list):

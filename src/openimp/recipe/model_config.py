@@ -35,7 +35,7 @@ class ModelConfig(Strict):
     modalities: dict[str, Any]
     """Options of each stem."""
     views: Annotated[dict[str, Any], Field(min_length=1)]
-    """The modalities in the recipe's order, each with its view for inference: the first one in training."""
+    """The modalities in the recipe's order, each with its view for inference (`Recipe.inference_view`)."""
     pairs: list[ComparedPair] = []
     """The pairs of modalities that are trained to agree, sorted."""
     distilled: list[TwoNames] = []

@@ -35,7 +35,7 @@ class Recipe(Strict):
     model: Model = Model()
     """The shared encoder and its embedding space."""
     modalities: dict[str, Any] = {}
-    """Options of each stem. The stem `vision` is for images and videos."""
+    """Options of stems, by name. Most stems have the name of their modality; images and videos share `vision`."""
     sources: Annotated[dict[str, Source], Field(min_length=1)]
     """Data sources by name."""
     tasks: Annotated[dict[str, Task], Field(min_length=1)]
@@ -60,7 +60,7 @@ class Recipe(Strict):
 
     @property
     def starts_from_weights(self) -> bool:
-        """Whether the model can do something before the first step."""
+        """Whether the model has trained weights before the first step: by `train.init`, `wrap`, or towers alone."""
         has_tower = any(hasattr(options, "tower") for options in self.modalities.values())
         return bool(self.train.init or self.model.wrap or (has_tower and not self.model.layers))
 
@@ -82,7 +82,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _fits(self, info: ValidationInfo) -> "Recipe":
-        """Checks that the parts of the recipe fit together, and validates the options of modalities."""
+        """Checks that the parts of the recipe fit together, and fills in the defaults of stems and views."""
         self._check_training()
         fill_stems(self.modalities, self.modality_names, self.model, "tasks", info)
         self._check_tasks()
@@ -97,8 +97,11 @@ class Recipe(Strict):
         if self.model.wrap and (self.train.init or "").startswith("timm:"):
             raise UserError("train.init: a model of timm is for openimp's own encoder, not for a wrapped model")
         degree = self.parallel.expert_degree
-        for experts in self.model.moe.group_sizes if self.model.moe else [0]:
-            if degree > 1 and (experts == 0 or experts % degree):
+        group_sizes = self.model.moe.group_sizes if self.model.moe else []
+        if degree > 1 and not group_sizes:
+            raise UserError("parallel.expert_degree: the model has no experts (model.moe)")
+        for experts in group_sizes:
+            if experts % degree:
                 raise UserError(
                     f"parallel.expert_degree: {experts} experts cannot be divided equally among {degree} ranks"
                 )
@@ -107,7 +110,8 @@ class Recipe(Strict):
         heads: dict[tuple[str, str], tuple[str, ClassColumn]] = {}
         for task_name, task in self.tasks.items():
             key = f"tasks.{task_name}"
-            self._check_user(key, task, {f"{key}.views[{i}]": view for i, view in enumerate(task.views)})
+            views = {f"{key}.views[{i}]": view for i, view in enumerate(task.views)}
+            self._check_source_and_fill_views(key, task, views)
             synced = any(view.sync for view in task.views)
             if synced and sum(not modality_class(name).reads_text for name in task.inputs) < 2:
                 raise UserError(f"{key}.views: sync is for tasks that read two recordings, such as video and audio")
@@ -162,13 +166,22 @@ class Recipe(Strict):
                     raise UserError(f"{key}.inputs.{name}: evaluation draws nothing; drop draw")
             if (options.view.weight, options.view.batch_size, options.view.sync) != (1, None, False):
                 raise UserError(f"{key}.view: weight, batch_size and sync are for training; use evaluation.batch_size")
-            self._check_user(key, options, {f"{key}.view": options.view})
+            self._check_source_and_fill_views(key, options, {f"{key}.view": options.view})
             if isinstance(options, ClassHead):
                 self.class_column(options, key)
             if isinstance(options, Probe):
                 _require(f"{key}.train", "source", options.train, self.sources)
                 if options.train == options.source:
                     raise UserError(f"{key}: train and source are both {options.train}; a probe needs new rows")
+
+    def _check_source_and_fill_views(
+        self, key: str, task_or_set: Task | EvaluationSet, views: Mapping[str, View]
+    ) -> None:
+        """Checks that the source exists. Validates the views, by their keys in the recipe, and adds their defaults."""
+        _require(f"{key}.source", "source", task_or_set.source, self.sources)
+        modalities = make_modalities(task_or_set.inputs, self.modalities, self.model)
+        for location, view in views.items():
+            view.fill(modalities, location)
 
     def class_column(self, options: ClassHead, key: str) -> ClassColumn:
         """The column with the classes of the head that an evaluation set names. UserError if no task trains this head.
@@ -193,19 +206,21 @@ class Recipe(Strict):
 
     def to_config(self, classes: Classes) -> ModelConfig:
         """The configuration of the recipe's model. `classes` has the classes of each classification head."""
-        limits: dict[tuple[str, str], set[bool]] = {}
+        limited_by_pair: dict[tuple[str, str], list[bool]] = {}
         distilled = []
         for task in self.tasks.values():
             for objective in task.objectives:
                 for a, b in objective.compared_pairs(task):
-                    limits.setdefault((min(a, b), max(a, b)), set()).add(objective.limits_scale)
+                    limited_by_pair.setdefault((min(a, b), max(a, b)), []).append(objective.limits_scale)
                 distilled += objective.projected(task)
+        # A pair is sigmoid if no objective limits its scale.
+        pairs = [ComparedPair(modalities=pair, sigmoid=not any(limits)) for pair, limits in limited_by_pair.items()]
         return ModelConfig(
             name=self.name,
             model=self.model,
             modalities=self.modalities,
             views={name: self.inference_view(name) for name in self.modality_names},
-            pairs=[ComparedPair(modalities=pair, sigmoid=limits[pair] == {False}) for pair in sorted(limits)],
+            pairs=sorted(pairs, key=lambda pair: pair.modalities),
             distilled=distilled,
             classes=dict(classes),
             precision=self.train.precision,
@@ -214,13 +229,6 @@ class Recipe(Strict):
     def make_modalities(self) -> dict[str, Modality]:
         """New instances of the modalities that tasks read, by name."""
         return make_modalities(self.modality_names, self.modalities, self.model)
-
-    def _check_user(self, key: str, user: Task | EvaluationSet, views: Mapping[str, View]) -> None:
-        """Checks that the source exists, and validates the views, by their keys in the recipe."""
-        _require(f"{key}.source", "source", user.source, self.sources)
-        modalities = make_modalities(user.inputs, self.modalities, self.model)
-        for location, view in views.items():
-            view.fill(modalities, location)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, including all defaults."""

@@ -47,9 +47,9 @@ class Source(Strict):
     """Data from exactly one `path` or `hub`. Several tasks may share a source."""
 
     path: RecipePath | None = None
-    """A folder (of files, or one subfolder per class), a manifest (.csv, .json or .jsonl), .parquet or .tar files (`*`
-    matches several files), a URL that fsspec opens, `openimp:NAME` for bundled data, or `hub:OWNER/NAME`. Relative to
-    the recipe's folder; `~` is the home directory."""
+    """A folder (of files, or one subfolder per class), a manifest (.csv, .json or .jsonl), a .parquet or a .tar file,
+    several such files by a pattern with `*`, a URL that fsspec opens, `openimp:NAME` for bundled data, or
+    `hub:OWNER/NAME`. Relative to the recipe's folder; `~` is the home directory."""
     hub: str | None = None
     """The name of a data set on the Hugging Face Hub."""
     config: str | None = None
@@ -72,9 +72,10 @@ class Source(Strict):
     stream: bool = False
     """Reads the shards (files) forward: tars, and other data that does not fit on disk."""
     lanes: Count = 64
-    """Number of shards that are read at the same time, only for streams. Each rank, and each of its workers, reads some
-    of the lanes and nothing else. The number of lanes must divide batch sizes, and should be a multiple of the number
-    of ranks. If there are fewer shards, it is the largest divisor of this number that they can fill."""
+    """Only for streams: the number of lanes, each of which reads one shard at a time. Each rank, and each of its
+    workers, reads whole lanes. The number must divide batch sizes, and should be a multiple of the number of ranks.
+    With fewer shards than lanes, the stream has the largest divisor of `lanes` that is not above the number of
+    shards."""
     window: Count = 1024
     """Number of rows that are shuffled together, only for streams: each lane shuffles its share of consecutive rows."""
     limit: Count | None = None
@@ -104,7 +105,7 @@ class Source(Strict):
         return {**source, "hub": hub_name.repository, "revision": hub_name.revision or revision}
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "Source":
+    def _options_fit(self) -> "Source":
         if (self.path is None) == (self.hub is None):
             raise ValueError("give exactly one of path and hub")
         if self.stream and self.cache != "none":
