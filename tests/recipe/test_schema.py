@@ -228,7 +228,7 @@ def test_a_recipe_is_found_by_path_or_by_name(file):
         Recipe.load("nowhere.yaml")
 
 
-def test_overrides_reach_everything(file):
+def test_overrides_reach_everything(file, tmp_path):
     recipe = Recipe.load(
         file,
         [
@@ -253,8 +253,8 @@ def test_overrides_reach_everything(file):
     assert recipe.sources["pictures"].where == {"label": ["red", "blue"]}
     assert recipe.name == "a=b"
     # A saved recipe has null for what is off.
-    file.write_text(recipe.to_yaml(), encoding="utf-8")
-    assert Recipe.load(file, ["model.moe.experts=4", "model.moe.layers=1"]).model.moe.experts == 4
+    (tmp_path / "saved.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.load(tmp_path / "saved.yaml", ["model.moe.experts=4", "model.moe.layers=1"]).model.moe.experts == 4
 
 
 def test_a_model_sees_its_inputs_in_the_first_view_or_in_the_last_of_a_sequence(file):
