@@ -1,6 +1,6 @@
-"""Writes the results of runs of recipes/demo.yaml and recipes/base.yaml into README.md, and draws the demo's picture.
+"""Writes the results of a run of recipes/demo.yaml and of openimp:base into README.md, and draws the demo's picture.
 
-    .venv/bin/python tools/write_results.py runs/demo runs/base
+    .venv/bin/python tools/write_results.py runs/demo
 
 The picture needs matplotlib (`pip install openimp[plots]`). It shows unseen test items that are evenly spaced in the
 data and not selected by result.
@@ -45,7 +45,11 @@ def last_results(run: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """The last results of a run, by set and by what is searched."""
     lines = read_lines(run / "results.jsonl")
     last = max(line["step"] for line in lines)
-    return {(line["set"], line["task"].split(" -> ")[-1]): line for line in lines if line["step"] == last}
+    return by_set_and_target([line for line in lines if line["step"] == last])
+
+
+def by_set_and_target(results: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(result["set"], result["task"].split(" -> ")[-1]): result for result in results}
 
 
 def with_interval(result: dict[str, Any]) -> str:
@@ -54,10 +58,10 @@ def with_interval(result: dict[str, Any]) -> str:
     return f"**{result['r1']:.1%}** ({low:.1%} to {high:.1%})"
 
 
-def write_table(run: Path, base: Path, readme: Path) -> None:
-    """Writes the last results of the demo and the base model between the markers."""
+def write_table(run: Path, readme: Path) -> None:
+    """Writes the last results of the demo, and what openimp:base reaches, between the markers."""
     results = last_results(run)
-    of_base = last_results(base)
+    of_base = by_set_and_target(openimp.evaluate("openimp:base", sets=TITLES))
     rows = [
         "| test | queries | candidate texts | R@1 | R@5 | median rank | chance R@1 | R@1 of `openimp:base` |",
         "|---|---|---|---|---|---|---|---|",
@@ -89,7 +93,7 @@ def write_picture(run: Path, file: Path) -> None:
     """Draws test items with their names above, and below the three texts of the set that the model ranks first."""
     model = openimp.load(run)
     kinds = ["unseen_concept_and_artist", "clips", "notes"]
-    figure, axes = plt.subplots(len(kinds), SHOWN, figsize=(11, 7.2), facecolor="white")
+    figure, axes = plt.subplots(len(kinds), SHOWN, figsize=(11, 7.8), facecolor="white")
     for row, name in zip(axes, kinds):
         options = model.recipe.evaluation.sets[name]
         table = open_source(name, model.recipe.sources[options.source])
@@ -98,7 +102,7 @@ def write_picture(run: Path, file: Path) -> None:
     titles = ["stills of unseen\nconcepts by an\nunseen artist", "clips of unseen\nconcepts", "unseen notes"]
     for row, title in zip(axes, titles):
         row[0].set_ylabel(title, fontsize=10, labelpad=14)
-    figure.tight_layout(h_pad=1.5)
+    figure.tight_layout(h_pad=3)
     figure.savefig(file, dpi=110)
 
 
@@ -143,11 +147,10 @@ def _show_item(axis: Axes, value: bytes, model: Model) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("base", type=Path)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/demo-results.png")
     options = parser.parse_args()
-    write_table(options.run, options.base, options.readme)
+    write_table(options.run, options.readme)
     write_picture(options.run, options.picture)
 
 
