@@ -158,7 +158,7 @@ def train_once(file: Path, run: Path) -> None:
     trainer.train()
     end = time.perf_counter()
     ranks = distributed.world_size()
-    plan_layouts = plans(recipe, trainer.data.modalities, trainer.data.classes, gpus=ranks, gpu="h100", mfu=0.4)
+    plan_layouts = plans(recipe, trainer.data.modalities, trainer.data.classes, gpus=ranks, gpu="h100", utilization=0.4)
     planned = distributed.run_on_rank_zero(lambda: next(plan_layouts).memory_bytes)
     if distributed.rank() == 0:
         lines = read_lines(run / "metrics.jsonl")[1:]

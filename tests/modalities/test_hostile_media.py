@@ -184,8 +184,9 @@ def test_frames_before_those_that_are_read_count_too(monkeypatch):
         (IMAGE, PICTURE, encoded(PIL.Image.effect_noise((600, 600), 90), "PNG")),
         (VIDEO, CLIP, film(90)),
         (AUDIO, SOUND, film(samples=90_000)),
+        (AUDIO, SOUND, sound_file(np.sin(np.arange(90_000)), form="FLAC")),
     ],
-    ids=["image", "video", "audio"],
+    ids=["image", "video", "sound of a film", "sound"],
 )
 def test_what_takes_too_long_is_given_up(modality, view, raw, monkeypatch):
     modality.decode(raw, [view])

@@ -296,6 +296,7 @@ def test_programs_search_as_the_page_does(server: Server, media_folder: Path, id
         assert json.loads(refused.body).keys() == {"error"}
     refused = server.ask("/api/search", "POST", b"", Origin=server.url)
     assert (refused.status, json.loads(refused.body)) == (405, {"error": "Method Not Allowed"})
+    assert "GET" in refused.headers["allow"]
     assert server.ask("/api/search?q=a", Host="elsewhere.example").status == 421
 
 

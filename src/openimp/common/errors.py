@@ -25,11 +25,7 @@ def printable(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of a library's error in one line of at most 300 characters, or its type if it has no message.
-
-    Libraries often wrap the cause, which is what a user can fix, so the cause is preferred.
-    """
-    error = error.__cause__ or error
+    """The message of a library's error in one line of at most 300 characters, or its type if it has no message."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

@@ -48,7 +48,8 @@ def quiet(name: str, path: str, bars: bool = False) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # datasets and its hub client raise about twenty unrelated types.
-        raise UserError(f"source {name}: {path} cannot be read: {one_line(error)}") from None
+        cause = error.__cause__ or error  # datasets wraps what a user can fix.
+        raise UserError(f"source {name}: {path} cannot be read: {one_line(cause)}") from None
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
@@ -129,4 +130,5 @@ class HubShards:
                 number += 1
                 yield (row_name, row), {"row": number, "reader": data.state_dict()}
         except Exception as error:  # As in `quiet`, which would run for every row.
-            raise UserError(f"source {self._name}: {self._path} cannot be read: {one_line(error)}") from None
+            cause = error.__cause__ or error
+            raise UserError(f"source {self._name}: {self._path} cannot be read: {one_line(cause)}") from None

@@ -216,9 +216,10 @@ class Lane:
     def read(self, start: int, stop: int) -> list[NamedRow]:
         """Rows start .. stop - 1 of the lane. Windows that end before `start` are forgotten."""
         while self._held[-1].stop < stop:
+            window = next(self._windows)  # First, because it may raise.
             if self._held[-1].stop <= start:
                 self._held.clear()  # Rows that are skipped.
-            self._held.append(next(self._windows))
+            self._held.append(window)
         while self._held[0].stop <= start:
             self._held.popleft()
         rows = chain.from_iterable(window.rows for window in self._held)

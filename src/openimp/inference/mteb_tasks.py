@@ -119,7 +119,9 @@ def _measure(encoder: MTEBEncoder, task: AbsTask) -> list[dict[str, Any]]:
     try:
         task.load_data()
     except Exception as error:  # `datasets` and its hub client raise about twenty unrelated types.
-        raise UserError(f"{metadata.name}: {metadata.dataset['path']} cannot be loaded: {one_line(error)}") from error
+        raise UserError(
+            f"{metadata.name}: {metadata.dataset['path']} cannot be loaded: {one_line(error.__cause__ or error)}"
+        ) from error
     batch_size = encoder.model.recipe.evaluation.batch_size
     evaluate: Any = mteb.evaluate  # Its types demand arguments that our encoder does not use.
     try:
@@ -135,7 +137,7 @@ def _measure(encoder: MTEBEncoder, task: AbsTask) -> list[dict[str, Any]]:
             raise ValueError(f"{metadata.main_score} is not between -1 and 1")
         return [_result(task, split, subset, names_split=len(scores) > 1) for split, subset in scores]
     except Exception as error:
-        raise UserError(f"{metadata.name}: mteb cannot measure it: {one_line(error)}") from error
+        raise UserError(f"{metadata.name}: mteb cannot measure it: {one_line(error.__cause__ or error)}") from error
     finally:
         task.unload_data()
 

@@ -82,10 +82,7 @@ class MediaFile(io.BufferedReader):
         self.spend(len(content) + READ_WORK)
         return content
 
-    def readinto(self, buffer: Any) -> int:
-        count = super().readinto(buffer)
-        self.spend(count + READ_WORK)
-        return count
+    # Not `readinto`, which soundfile calls where no error can be raised. The samples that it decodes count.
 
     def spend(self, work: int) -> None:
         """Counts pixels or samples that were decoded, or bytes that were read. Beyond the limits it raises BadMedia."""

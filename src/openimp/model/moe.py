@@ -280,7 +280,7 @@ class ExpertGroups(nn.Module):
         stems: Sequence[str],
     ) -> tuple[Tensor, list[RouterStats]]:
         """Maps (T, D) to (T, D), and returns statistics per input. They list the experts of all groups, in order; those
-        of stems without tokens in the input have 0.
+        of other stems have 0.
 
         Args:
             valid: per input, (B, L), False for padding.

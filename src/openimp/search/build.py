@@ -70,7 +70,8 @@ def build_index(
 ) -> IndexResult:
     """Embeds media into an index, or updates an index, and prints a summary.
 
-    Only new and changed files are embedded. Files that were moved are recognized by their hash. Items are removed if
+    Only new and changed files are embedded. Files that were moved are recognized by their hash, unless a part of them
+    cannot be read. Items are removed if
     their file is gone from `paths`; items of other folders stay. If a call is interrupted, the next call continues.
 
     Args:

@@ -178,14 +178,15 @@ class Page:
     async def refuse(self, request: Request, error: Exception) -> Response:
         """Answers an error with one sentence: a page for browsers, plain text otherwise."""
         code = error.status_code if isinstance(error, HTTPException) else 404
+        headers = error.headers if isinstance(error, HTTPException) else None
         text = error.detail if isinstance(error, HTTPException) else str(error)
         if isinstance(error, HTTPException) and code == 404:
             text = "There is no such page"
         if request.url.path.startswith("/api/"):
-            return JSONResponse({"error": text}, code)
+            return JSONResponse({"error": text}, code, headers)
         if "text/html" in request.headers.get("accept", ""):
             return self._render("error.html", code=code, status=text)
-        return PlainTextResponse(text.encode(errors="replace"), code)
+        return PlainTextResponse(text.encode(errors="replace"), code, headers)
 
 
 class TemporaryResponse(FileResponse):

@@ -222,7 +222,7 @@ def _make_model(
     """
     deferred = DeferredInit(recipe.seed)
     build = partial(variant.build_model, recipe, data.modalities, data.classes)
-    # A wrapped model loads its own weights, so it is built with them, and not on the meta device.
+    # The weights of a wrapped model are loaded later, and making it computes buffers, which the meta device cannot.
     model = deferred.build(build, at_once=not architecture_of(recipe.model).initializes).train()
     freeze(model, recipe.optimizer)
     # Needs the whole model, before it is sharded.
