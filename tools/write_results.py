@@ -78,8 +78,8 @@ def write_table(run: Path, readme: Path) -> None:
     flops = sum(units["flops"] for units in spent[-1]["totals"].values())
     rows += [
         "",
-        f"Demo: {found['step']:,} steps, {flops / 1e12:.1f} trillion FLOPs; training took {seconds:.0f} s, of which "
-        f"{wait:.1%} was spent waiting for data; seed {openimp.Recipe.load(run / 'recipe.yaml').seed}, "
+        f"Demo: {found['step']:,} steps, {flops / 1e12:.1f} trillion FLOPs; training took {seconds:.0f} s "
+        f"({wait:.1%} waiting for data); seed {openimp.Recipe.load(run / 'recipe.yaml').seed}, "
         f"{torch.get_num_threads()} threads, torch {version('torch')}, Python {platform.python_version()}, "
         f"openimp {found['openimp']}.",
     ]

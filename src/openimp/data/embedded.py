@@ -90,21 +90,23 @@ class EmbeddedRows:
 
 
 def _evaluation_texts(table: Table, templates: list[str]) -> Iterator[str | BadMedia]:
-    columns = columns_of(templates)
-    for start in range(0, len(table), TEXT_ROWS):
-        for row in table.rows(range(len(table))[start : start + TEXT_ROWS], columns):
-            try:
-                yield fill(templates, row)
-            except BadMedia as error:
-                yield error
+    for row in _text_rows(table, templates):
+        try:
+            yield fill(templates, row)
+        except BadMedia as error:
+            yield error
 
 
 def texts_in(table: Table, templates: list[str]) -> Iterator[str]:
     """All texts that training may draw from a table."""
+    yield from chain.from_iterable(all_texts(templates, _text_rows(table, templates)))
+
+
+def _text_rows(table: Table, templates: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a table with the columns of some templates, read `TEXT_ROWS` at a time."""
     columns = columns_of(templates)
     for start in range(0, len(table), TEXT_ROWS):
-        rows = table.rows(range(len(table))[start : start + TEXT_ROWS], columns)
-        yield from chain.from_iterable(all_texts(templates, rows))
+        yield from table.rows(range(len(table))[start : start + TEXT_ROWS], columns)
 
 
 def _embed(

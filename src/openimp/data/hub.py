@@ -73,7 +73,7 @@ def hub_root(source: Source) -> Path:
 
 
 def as_table(name: str, path: str, data: Any, row_prefix: str, root: Path) -> Table:
-    """Converts a `datasets.Dataset`, of which `row_prefix` and a number name the rows, to a table."""
+    """Converts a `datasets.Dataset` to a table. Rows are named by `row_prefix` and their number."""
     files = [file["filename"] for file in data.cache_files]
     content = partial(fingerprint, Path(files[0]).parent if files else Path(), files)
     text_functions = class_texts(data.features)

@@ -131,7 +131,7 @@ class Table(Rows):
         return f"{file}[{stored - (self._ends[file_number] - rows)}]"
 
     def paths(self, column: str) -> list[str]:
-        """The paths of media files in a column of the selected rows, without media whose bytes are in the table."""
+        """The paths of media files in a column of the selected rows. Media that the table itself holds have no path."""
         values = self._data.column(column)
         if pa.types.is_struct(values.type) and values.type.get_field_index("path") >= 0:
             embedded = pc.is_valid(pc.struct_field(values, "bytes"))
@@ -303,7 +303,7 @@ def number_array(value: list[Any] | np.ndarray) -> np.ndarray:
 
 
 def item_key(value: Any) -> str | None:
-    """The `text_key` of a value as text. Rows with equal keys are of the same item. None: there is no value."""
+    """The `text_key` of a value, after its conversion to text. Rows with equal keys are one item. None: no value."""
     if value in (None, "", b"", []) or value != value or isinstance(value, Unreadable):  # NaN is not equal to itself.
         return None
     return text_key(as_text(value)) or None

@@ -46,6 +46,7 @@ LONGEST_SIDE = 2048
 
 
 _OPENING = Lock()
+"""Held while a model is opened, so that several threads do not load it at once."""
 
 Role = Literal["tower", "teacher"]
 """What a frozen encoder is for."""
@@ -180,7 +181,7 @@ def _picture(value: Any, rng: Rng | None) -> PIL.Image.Image:
 def open_encoder(name: str, modality: str, role: Role = "tower") -> FrozenEncoder:
     """Opens the encoder of a modality by the name of its model."""
     scheme = Name.parse(name).scheme
-    # `openimp plan` makes models on the meta device. Threads that read items must not all load the same model.
+    # `openimp plan` makes models on the meta device, but a frozen encoder must compute.
     with _OPENING, torch.device("cpu"):
         if scheme == SENTENCE_TRANSFORMERS:
             return LibraryEncoder(name, modality, role)

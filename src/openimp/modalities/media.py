@@ -146,7 +146,7 @@ def open_container(media_file: MediaFile, kind: Literal["video", "audio"]) -> It
     """
     _check_info(media_file)
     # No protocol is allowed, because the file is open already and must not name others. FFmpeg probes frames under this
-    # limit on pixels. It is higher than the one below, whose error names the size.
+    # limit of pixels. It is higher than `MAX_FRAME_PIXELS`, because only the error for that limit names the size.
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
     options |= {"codec_whitelist": CODECS, "max_pixels": str(4 * MAX_FRAME_PIXELS)}
     container: Any
@@ -257,7 +257,7 @@ def equal_segments(media_file: MediaFile, seconds: float, span: float) -> list[t
 
 
 def encode_webp(pixels: np.ndarray, side: int) -> bytes:
-    """Pixels (H, W, 3 or 4) uint8 as a WebP file whose longer side has at most `side` pixels."""
+    """Encodes pixels (H, W, 3 or 4) uint8 as a WebP file. Its longer side has at most `side` pixels."""
     file = io.BytesIO()
     picture = PIL.Image.fromarray(pixels)
     picture.thumbnail((side, side), PIL.Image.Resampling.BILINEAR)

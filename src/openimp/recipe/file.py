@@ -178,7 +178,7 @@ def override(data: dict[str, Any], text: str, folder: Path | None = None) -> Non
 
 
 def _with_folder(value: Any, folder: Path | None) -> Any:
-    """`value`, in which each string is a path relative to `folder` if it is a path; None: unchanged."""
+    """Marks each string in `value`: if it is a path, it starts at `folder`. None: at the recipe's folder."""
     if isinstance(value, dict):
         return {key: _with_folder(item, folder) for key, item in value.items()}
     if isinstance(value, list):

@@ -72,8 +72,8 @@ class Source(Strict):
     stream: bool = False
     """Reads the shards (files) forward: tars, and other data that does not fit on disk."""
     lanes: Count = 64
-    """Only for streams: the number of lanes, each of which reads one shard at a time. Each rank, and each of its
-    workers, reads whole lanes. The number must divide batch sizes, and should be a multiple of the number of ranks.
+    """Only for streams: the number of lanes. A lane reads one shard at a time. Each rank, and each of its workers,
+    reads whole lanes. The number must divide batch sizes, and should be a multiple of the number of ranks.
     With fewer shards than lanes, the stream has the largest divisor of `lanes` that is not above the number of
     shards."""
     window: Count = 1024

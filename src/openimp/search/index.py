@@ -212,7 +212,7 @@ class Index:
     def check(self, hit: Hit) -> None:
         """UserError if the media of an item are gone, or have changed since they were indexed."""
         if hit.source is None:
-            # A forged index cannot have the right state, which contains the nanosecond in which the file was changed.
+            # A forged index cannot have the right state: it would need the nanosecond of the last change of the file.
             if file_state(hit.path) != media_state(hit.state):
                 raise UserError(f"{hit.path}: is gone or has changed since it was indexed; index it again")
         elif self._source(hit.source).fingerprint != hit.state:

@@ -45,8 +45,8 @@ class Update:
         self.gone = {path for path in self.stored if self._is_gone(path)}
         self.moved: set[str] = set()  # the paths in `gone` whose content now has another path
         self.skipped = read_skipped(folder)
-        # By `File.content`, the path of a file whose rows hold the vectors. A file with parts that could not be read is
-        # read again, so that its problem is reported under each of its names.
+        # By `File.content`, the path of a file that has the vectors in the table. A file with unreadable parts is left
+        # out and read again, so that its problem is reported under each of its names.
         self.path_of = {
             (stored.sha256, stored.modality): path for path, stored in self.stored.items() if path not in self.skipped
         }

@@ -165,12 +165,12 @@ def set_up(
 
 
 def _embed(recipe: Recipe, data: StepBatches, checkpoint: Path | None) -> dict[str, dict[str, str]]:
-    """Embeds the rows for towers and teachers, and returns what the teachers are."""
+    """Embeds the rows for towers and teachers, and returns the states of the teachers (`Parts.teacher_states`)."""
     teachers = make_teachers(recipe)
     teacher_states = _teacher_states(teachers, checkpoint)
     distributed.run_first_on_node(lambda: data.embed(track, teachers))
     if teachers:
-        teachers.clear()  # They hold the encoders, whose memory the model needs.
+        teachers.clear()  # They hold encoders. The model needs that memory.
         release_encoders()
     return teacher_states
 
@@ -188,7 +188,10 @@ def _flops_before(recipe: Recipe, data: StepBatches, step_costs: Costs) -> np.nd
 
 
 def _teacher_states(teachers: Mapping[Teacher, Tower], checkpoint: Path | None) -> dict[str, dict[str, str]]:
-    """What the teachers are. A resumed run reads it from its checkpoint, and needs no teacher if vectors are cached."""
+    """The states of the teachers. A resumed run has them in its checkpoint.
+
+    It opens no teacher if all vectors are cached.
+    """
     saved = read_state(checkpoint).get("teachers", {}) if checkpoint else {}
     opened = {teacher: tower for teacher, tower in teachers.items() if teacher.column not in saved}
     states = saved | distributed.run_on_rank_zero(

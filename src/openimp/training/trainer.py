@@ -232,7 +232,7 @@ class Trainer(Parts):
         return losses if logs_usage else replace(losses, usage={})
 
     def _update(self) -> None:
-        """Queues the update by the steps that have begun: usually one, or a round whose losses are summed."""
+        """Queues the update by the steps that have begun: usually one, or all steps of a round (`sum_tasks`)."""
         steps = self._begun_steps
         self._begun_steps = []
         loss = reduce(torch.add, (step.losses.total for step in steps))
