@@ -67,11 +67,11 @@ def test_any_string_is_valid_ids_with_an_end(string, length):
     items = text.encode_input(string, view)
     tokens = text.tokens(items, view, None)
     assert tokens.values.shape == tokens.mask.shape == (1, length)
-    real = tokens.values[tokens.mask]
-    assert real[-1] == END
-    assert (real[:-1] > END).all()
-    assert real.max() < text.stem_spec().values
-    assert tokens.mask[0].tolist() == [True] * len(real) + [False] * (length - len(real))
+    words, end = tokens.values[0].tolist(), tokens.values[0].tolist().index(END)
+    assert all(END < token < text.stem_spec().values for token in words[:end])
+    assert words[end + 1 :] == [PAD] * (length - end - 1)
+    valid = end + 1 if end else 0  # Without a word, not even the end is valid.
+    assert tokens.mask[0].tolist() == [True] * valid + [False] * (length - valid)
 
 
 SOME = ["a", "red", "Dogs,", "ΑΣ", "don't", "x" * 70, "", "\u0301", "\t", "\u2003"]
@@ -131,7 +131,7 @@ def test_tokens_carry_positions_and_a_mask(text):
     items = np.stack([text.transform(text.decode(raw, [view]), view, np.random.default_rng()) for raw in ("a red", "")])
     tokens = text.tokens(items, view, None)
     assert tokens.values.dtype == tokens.coords.dtype == torch.int64
-    assert tokens.mask.tolist() == [[True] * 3 + [False] * 3, [True] + [False] * 5]
+    assert tokens.mask.tolist() == [[True] * 3 + [False] * 3, [False] * 6]  # The second text has no word.
     assert tokens.coords.shape == (2, 6, 1)
     assert tokens.coords[1, :, 0].tolist() == list(range(6))
     assert torch.equal(text.from_tensor(torch.from_numpy(items).int()).values, tokens.values)

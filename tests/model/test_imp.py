@@ -117,6 +117,18 @@ def test_a_model_in_bf16_or_fp64_encodes_in_its_own_type(moe):
             assert model.project(encoded.features, name, "text" if name == "image" else "image").isfinite().all()
 
 
+@pytest.mark.parametrize("moe", [None, {"experts": 4, "layers": 1}])
+def test_an_example_without_a_valid_token_has_an_embedding_of_0_and_finite_gradients(moe):
+    model = small(moe=moe).to(torch.bfloat16)
+    torch.nn.init.normal_(model.projections["text-to-vision"].norm.bias)
+    features = model.encode("text", texts([3, 0], 16)).features
+    words, nothing = model.project(features, "text", "image")
+    assert words.norm().item() == pytest.approx(1)
+    assert not nothing.any()
+    words.sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
+
+
 def test_stems_may_have_experts_to_themselves():
     """A pass gives no gradient to the experts of other stems, and the statistics show it."""
     model = small(moe={"experts": GROUPS, "layers": 1}).train()

@@ -26,7 +26,7 @@ class Saver:
     """Writes the checkpoints of a run, one at a time, together with the savers of all other ranks.
 
     Each rank writes its shards into a draft folder. When all have, rank 0 writes the manifest, renames the draft, and
-    removes all other checkpoints but the last `keep` and the best. A thread does this, and its collectives have a
+    removes all checkpoints except the last `keep` and the best. A thread does this, and its collectives have a
     process group of their own, so they cannot mix with those of the training steps.
     """
 
@@ -124,10 +124,7 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _remove_others(folder: Path, keep: int) -> None:
-    """Keeps the last `keep` checkpoints up to this one, and the best one if it is not a later one.
-
-    Removes all others.
-    """
+    """Removes all checkpoints except the last `keep` up to `folder`, and the best one unless that is later."""
     run = folder.parents[1]  # `folder` is RUN/checkpoints/step-...
     saved = checkpoints(run)
     best = (folder.parent / BEST).resolve().name

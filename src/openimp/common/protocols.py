@@ -35,7 +35,7 @@ class TextReader(Protocol):
         ...
 
     def knows(self, value: Any, view: Any) -> bool:
-        """False for a text that has words, but none that the model knows, so that it is read as an empty text."""
+        """False for a text without a word that the model knows: it is similar to nothing."""
         ...
 
 

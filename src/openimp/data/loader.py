@@ -68,7 +68,8 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
     """
     outer_handler = signal.getsignal(signal.SIGCHLD)
     iterator: Iterator[LoadedBatch | UserError] | None = None
-    # Exactly one `next` per part: one more, to reach the end, could report a worker that died after its last part.
+    # Exactly one `next` per part. An additional `next`, to reach the end, could report a worker that died after its
+    # last part.
     for _ in range(len(loader)):
         try:
             iterator = iterator or iter(loader)  # Inside `try`: this starts the workers and installs torch's handler.

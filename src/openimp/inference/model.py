@@ -140,7 +140,7 @@ class Model(nn.Module):
             is_unknown = isinstance(reader, TextReader) and not reader.knows(value, encoder.view)
             if is_unknown and value not in self._reported_texts:
                 self._reported_texts.add(value)
-                notice(f"{value!r:.100} has no word that the model knows: read as an empty text")
+                notice(f"{value!r:.100} has no word that the model knows: its vector is 0")
             vectors[key] = vector
         return encoder.stack([vectors[id(value)] for value in inputs])
 

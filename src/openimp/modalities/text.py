@@ -33,7 +33,11 @@ MAX_TRAINING_LENGTH = 10_000
 
 
 class Text(Modality):
-    """A text: its first subwords or known words, an end token, and pads, which the mask excludes."""
+    """A text: its first subwords or known words, an end token, and pads, which the mask excludes.
+
+    A text without a known word, such as an empty one, has no valid token. So its features and embeddings are 0, and it
+    is similar to nothing. Otherwise all such texts would share one embedding, which is near many pictures.
+    """
 
     name = "text"
     stem = "text"
@@ -130,19 +134,23 @@ class Text(Modality):
         return out[None] if rng is None else out
 
     def knows(self, value: Any, view: Any) -> bool:
-        return not isinstance(value, str) or not value.strip() or len(self._ids(value, [view])) > 0
+        return not isinstance(value, str) or len(self._ids(value, [view])) > 0
 
     def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
-        """Converts ids (B, length) to tokens whose mask excludes the pads."""
+        """Converts ids (B, length) to tokens, as `from_tensor` does."""
         return self.from_tensor(torch.from_numpy(items))
 
     def from_tensor(self, batch: Tensor) -> Tokens:
-        """Converts ids (B, L), as `tokenize` returns them, to tokens."""
+        """Converts ids (B, L), as `tokenize` returns them, to tokens.
+
+        The mask excludes pads, and all of a text without a known word.
+        """
         if batch.ndim != 2 or batch.is_floating_point():
             raise TypeError(f"expected integer ids (B, L), found {batch.dtype} {list(batch.shape)}")
         self._check_length(batch.shape[1])
         coords = torch.arange(batch.shape[1], device=batch.device).expand(batch.shape[0], -1)
-        return Tokens(batch.long(), coords[..., None].contiguous(), batch != PAD)
+        has_words_B1 = (batch >= RESERVED).any(1, keepdim=True)
+        return Tokens(batch.long(), coords[..., None].contiguous(), (batch != PAD) & has_words_B1)
 
     def tensor_input(self, view: Any) -> TensorInput:
         unknown = "" if self.config.min_df is None else f"Remove the ids of {UNKNOWN}. "

@@ -80,15 +80,15 @@ class IMP(Embedder):
     def _encode(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
         embedded = []
         specific_routing = []
-        for name, tokens in inputs.items():
-            x_BLD, routing = self.encoder.forward_specific(self.stem(name)(tokens), tokens.mask, self.stem_of[name])
+        masks = [_attended(tokens.mask) for tokens in inputs.values()]
+        for (name, tokens), mask_BL in zip(inputs.items(), masks):
+            x_BLD, routing = self.encoder.forward_specific(self.stem(name)(tokens), mask_BL, self.stem_of[name])
             embedded.append(x_BLD)
             specific_routing.append(routing)
-        masks = [tokens.mask for tokens in inputs.values()]
         outputs, shared_routing = self.encoder(embedded, masks, [self.stem_of[name] for name in inputs])
         encoded = {}
-        for i, name in enumerate(inputs):
-            features_BD = self._pool(name, outputs[i], masks[i])
+        for i, (name, tokens) in enumerate(inputs.items()):
+            features_BD = self._pool(name, outputs[i], tokens.mask)
             encoded[name] = Encoded(features_BD, specific_routing[i] + shared_routing[i])
         return encoded
 
@@ -110,6 +110,8 @@ class IMP(Embedder):
 
     def project(self, features_BD: Tensor, modality: str, other: str, normalize: bool = True) -> Tensor:
         z_BZ: Tensor = self.projections[self.head_name(modality, other)](features_BD).float()
+        # The features of an example without a valid token are 0, but a head's norm has a bias.
+        z_BZ = z_BZ * (features_BD != 0).any(-1, keepdim=True)
         return F.normalize(z_BZ, dim=-1) if normalize else z_BZ
 
     def share_a_space(self, a: str, b: str) -> bool:
@@ -174,6 +176,11 @@ class IMP(Embedder):
         """The name of the projection head that maps `modality` to the space that it shares with `other`."""
         head = self.head_of[modality]
         return head if self.config.space == "joint" else f"{head}-to-{self.head_of[other]}"
+
+
+def _attended(mask_BL: Tensor | None) -> Tensor | None:
+    """The mask for the blocks: all tokens of an example without a valid one, because attention to none may be NaN."""
+    return None if mask_BL is None else mask_BL | ~mask_BL.any(1, keepdim=True)
 
 
 def make_stem(spec: StemSpec, config: Model) -> nn.Module:

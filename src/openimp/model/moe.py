@@ -85,7 +85,7 @@ def expert_choice(probs_BLE: Tensor, valid_BL: Tensor, capacity_factor: float) -
     """
     _, tokens, experts = probs_BLE.shape
     capacity = min(tokens, _capacity(tokens, capacity_factor / experts))
-    # Padding comes last, and `gate_BEC > 0` below leaves its slots empty.
+    # Padding has the score -1, so `topk` selects it last, and `gate_BEC > 0` below leaves its slots empty.
     score_BEL = probs_BLE.masked_fill(~valid_BL[..., None], -1.0).transpose(1, 2)
     gate_BEC, token_BEC = score_BEL.topk(capacity, dim=-1)
     # fp64, like Python's floats in `_capacity`: fp32 could round a half the other way.
@@ -258,8 +258,8 @@ class SparseMLP(nn.Module):
 class ExpertGroups(nn.Module):
     """A router and experts per stem, so that experts specialize on stems (MoMa, arXiv 2407.21770).
 
-    The gates are multiplied by the number of experts of the group, so that they are about 1 at first. The experts of
-    each group are divided among all ranks, so each rank has work in every step.
+    The gates are multiplied by the number of experts of the group, so that they are about 1 at first. With
+    expert parallelism, the experts of each group are divided over all its ranks, so each rank has work in every step.
     """
 
     def __init__(self, width: int, hidden: int, config: MoE, bias: bool = False, gelu_kind: Gelu = "tanh") -> None:

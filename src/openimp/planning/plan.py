@@ -178,6 +178,6 @@ def per_token(model: Embedder) -> int | None:
     if moe is None:
         return parameters
     expert_size = parameter_count(model.experts()[0]) / moe.group_sizes[0]
-    # A group with fewer experts than `capacity_factor` limits the number. The largest group counts.
+    # A token uses at most all experts of its group. If the groups differ in size, this is the largest group's number.
     experts_per_token = min(moe.capacity_factor, max(moe.group_sizes))
     return round(parameters - moe.layers * expert_size * (sum(moe.group_sizes) - experts_per_token))

@@ -50,7 +50,7 @@ def train(
         recipe: a recipe, its file, or the name of one that comes with openimp.
         run: directory to write to; with `resume`, that of an interrupted run of the same recipe. None: runs/NAME.
         resume: True requires a checkpoint and resumes from the newest intact one; "auto" starts from step 0 if there is
-            no checkpoint. Ranks that torchrun has restarted always use "auto".
+            no checkpoint. Ranks that torchrun has restarted use "auto" if their job began the run.
         variant: what a study changes.
         allow_changed_data: resume even if a source has changed since the checkpoint was saved.
         callbacks: their methods are called after steps, evaluations and checkpoints, and may end the training.
@@ -58,7 +58,8 @@ def train(
     Raises:
         UserError: the run cannot start, resume or continue. If data is bad or a loss is not finite, all complete steps
             are saved. If a rank died, the steps since the last checkpoint are lost.
-        CheckpointError: a checkpoint cannot be written. Steps since the previous one are lost.
+        CheckpointError: a checkpoint cannot be written, or an older one cannot be removed. The steps since the last
+            complete checkpoint are lost.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)

@@ -26,8 +26,8 @@ class Updater:
     def __init__(self, recipe: Recipe, model: Embedder, flops_before: np.ndarray | None = None) -> None:
         """Makes the optimizers and the EMA.
 
-        With `flops_before`, the FLOPs of all steps before each step, the learning rate follows these instead of the
-        number of steps (`lr_schedule`).
+        `flops_before[i]` is the sum of the FLOPs of all steps before step i. If it is given, the learning rate follows
+        the share of the FLOPs that are done, instead of the share of the steps (`lr_schedule`).
         """
         options = recipe.optimizer
         self.recipe = recipe
@@ -58,8 +58,8 @@ class Updater:
         set_learning_rate(self.optimizers, factor=self.lr_factor(step))
         found_inf = 1 - grad_norm.isfinite().float()
         for optimizer in self.optimizers:
-            # As torch's GradScaler sets it: if `found_inf` is 1, a fused optimizer or Muon changes nothing, not even
-            # its step counts.
+            # torch's GradScaler sets the same attribute. If it is 1, a fused optimizer or Muon changes nothing, not
+            # even its step counts.
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
             optimizer.step()
         self.model.clamp_logit_scales()
