@@ -92,14 +92,14 @@ def write_table(run: Path, readme: Path) -> None:
 def write_picture(run: Path, file: Path) -> None:
     """Draws test items with their names above, and below the three texts of the set that the model ranks first."""
     model = openimp.load(run)
-    kinds = ["unseen_concept_and_artist", "clips", "notes"]
+    kinds = ["unseen_artist", "clips", "notes"]
     figure, axes = plt.subplots(len(kinds), SHOWN, figsize=(11, 7.8), facecolor="white")
     for row, name in zip(axes, kinds):
         options = model.recipe.evaluation.sets[name]
         table = open_source(name, model.recipe.sources[options.source])
         assert isinstance(table, Table)
         _show_set(row, model, table, options)
-    titles = ["stills of unseen\nconcepts by an\nunseen artist", "clips of unseen\nconcepts", "unseen notes"]
+    titles = ["stills of seen\nconcepts by an\nunseen artist", "clips of unseen\nconcepts", "unseen notes"]
     for row, title in zip(axes, titles):
         row[0].set_ylabel(title, fontsize=10, labelpad=14)
     figure.tight_layout(h_pad=3)
