@@ -10,8 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from openimp.common.versions import processor
 from openimp.study.outcome import Outcome, Outcomes, mean_and_deviation, scores_by_set
 from openimp.study.plots import draw_against_flops, draw_cosines, draw_experts, draw_scores, plot_style
@@ -141,6 +139,5 @@ def _spread(scores: Sequence[float]) -> str:
 def _versions(outcomes: Outcomes) -> str:
     versions = sorted(set().union(*(seed.versions for seeds in outcomes.values() for seed in seeds)))
     return (
-        f"openimp {' and '.join(versions)}, torch {version('torch')}, Python {platform.python_version()}; "
-        f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+        f"openimp {' and '.join(versions)}, torch {version('torch')}, Python {platform.python_version()}; {processor()}"
     )
