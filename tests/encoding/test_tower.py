@@ -10,6 +10,7 @@ from typing import Any
 
 import little
 import numpy as np
+import onnxruntime
 import open_clip
 import PIL.Image
 import public
@@ -30,6 +31,7 @@ from openimp.data.step_batches import StepBatches
 from openimp.drafting.draft import draft_recipe
 from openimp.encoding.frozen import open_encoder
 from openimp.encoding.tower import make_teachers
+from openimp.inference.onnx import export
 from openimp.inference.public_recipe import shorten_paths
 from openimp.inference.publish import push
 from openimp.recipe.schema import Recipe
@@ -134,6 +136,14 @@ def test_a_model_without_an_encoder_starts_with_the_cosines_of_its_tower(data, c
     cosines = model.encode_image(files, normalize=True) @ model.encode_text(texts, normalize=True).T
     images, text_vectors = library_vectors(folder, files, texts)
     torch.testing.assert_close(cosines, images @ text_vectors.T, atol=1e-5, rtol=1e-5)
+    of_vectors = model.encode_image(7 * images, normalize=True) @ model.encode_text(text_vectors, normalize=True).T
+    torch.testing.assert_close(of_vectors, images @ text_vectors.T, atol=1e-5, rtol=1e-5)
+    with pytest.raises(TypeError, match="expected float vectors"):
+        model.encode_image(torch.zeros(2, 3))
+    export(tmp_path / "run", tmp_path / "onnx")
+    graph = onnxruntime.InferenceSession(tmp_path / "onnx" / "image.onnx")
+    (vectors,) = graph.run(["vectors"], {"input": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(vectors), model.encode_image(images, normalize=True), atol=1e-4, rtol=0)
 
 
 def test_crops_are_further_vectors_of_a_picture(data, clip):

@@ -22,7 +22,7 @@ from torch import Tensor
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
 from openimp.common.objective import Teacher
-from openimp.common.protocols import Dated, Pictured, Recorded, Segmented
+from openimp.common.protocols import Dated, Pictured, Recorded, Segmented, TensorInput
 from openimp.common.schema import Count, RecipePath, Strict, checked
 from openimp.encoding.engine import ahead
 from openimp.encoding.frozen import CLIPS, FrozenEncoder, Role, open_encoder
@@ -163,8 +163,25 @@ class Tower(Modality):
 
     def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
         """One token per row of `items`: vectors (B, features), or without `rngs` clips (M, ...), which it embeds."""
-        vectors_BD = torch.from_numpy(items).float() if rngs is not None else _scaled(self.encoder.embed(items))
-        return Tokens(vectors_BD[:, None], torch.zeros(len(items), 1, 1, dtype=torch.int64, device=vectors_BD.device))
+        vectors_BD = torch.from_numpy(items) if rngs is not None else self.encoder.embed(items)
+        return self.from_tensor(vectors_BD.float())
+
+    def from_tensor(self, batch: Tensor) -> Tokens:
+        """One token per vector (B, features) of the tower. The vectors may have any length."""
+        features = self.stem_spec().values
+        if batch.ndim != 2 or batch.shape[1] != features or not batch.is_floating_point():
+            raise TypeError(f"expected float vectors (B, {features}), found {batch.dtype} {list(batch.shape)}")
+        # Not `len`, which would give an exported graph a fixed batch size.
+        coords = torch.zeros(batch.shape[0], 1, 1, dtype=torch.int64, device=batch.device)
+        return Tokens(_scaled(batch)[:, None], coords)
+
+    def tensor_input(self, view: Any) -> TensorInput:
+        return TensorInput(
+            (self.stem_spec().values,),
+            torch.float32,
+            f"A vector of the model in the recipe's modalities.{self.stem}.tower: its features, before any head. "
+            "The length of the vector does not matter.",
+        )
 
 
 class MediaTower(Tower):
