@@ -501,6 +501,18 @@ def test_a_run_indexes_the_media_of_its_recipe_and_new_texts_without_them(own_da
     assert (texts["0.wav"], texts["1.wav"]) == ("a tone with another name", "a middle tone")
     assert texts["pictures/red/0.png"] == "a red square"
 
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(own_data / "1.wav", other / "copy.wav")
+    assert build_index(run, [other]).items == 40
+    (own_data / "pictures" / "red" / "0.png").unlink()
+    done = build_index(run)
+    assert (done.removed, done.items) == (1, 39)  # The other folder's item stays.
+    index = open_index(run)
+    assert len(index.search("a red square", k=50, under="pictures")) == 23
+    assert [hit.path for hit in index.search("a tone", k=50, under=other)] == [str(other / "copy.wav")]
+    assert {*index.folders} >= {"pictures", "sounds"}
+
 
 def test_a_text_beside_media_is_their_caption_and_no_item(build, media_folder, tmp_path, embedded):
     index = tmp_path / "x.index"

@@ -211,7 +211,7 @@ class Index:
 
     def check(self, hit: Hit) -> None:
         """UserError if the media of an item are gone, or have changed since they were indexed."""
-        if hit.source is None:
+        if hit.source is None or hit.row is None:
             # A forged index cannot have the right state: it would need the nanosecond of the last change of the file.
             if file_state(hit.path) != media_state(hit.state):
                 raise UserError(f"{hit.path}: is gone or has changed since it was indexed; index it again")
@@ -225,9 +225,8 @@ class Index:
         """
         hit = self.hit(id)
         self.check(hit)
-        if hit.source is None:
+        if hit.source is None or hit.row is None:
             return Path(hit.path)
-        assert hit.row is not None
         assert hit.column is not None
         try:
             with self._sources_lock:

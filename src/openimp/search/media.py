@@ -37,8 +37,8 @@ class Media:
     state: str
     raw: Callable[[], bytes | Path | np.ndarray]  # raises BadMedia if the media cannot be read
     text: ReadText = lambda: None  # its caption or the text of its row
-    source: str | None = None  # of a row that contains the media itself; None for a file
-    row: int | None = None
+    source: str | None = None  # that names or contains the media; None for a file in a folder that was given
+    row: int | None = None  # of the source, if the row contains the media itself; None for a file
     column: str | None = None
 
 
@@ -106,9 +106,16 @@ def row_media(table: Table, row: int, column: str) -> bytes | Path | np.ndarray:
     return table.media(table.rows([row], [column])[0][column])
 
 
-def _file(path: str, modality: str, roots: Roots | None, text: ReadText = lambda: None, text_state: str = "") -> Media:
+def _file(
+    path: str,
+    modality: str,
+    roots: Roots | None,
+    text: ReadText = lambda: None,
+    text_state: str = "",
+    source: str | None = None,
+) -> Media:
     state = f"{file_state(path)} {text_state}".rstrip()
-    return Media(shown_name(path), modality, state, partial(_checked, path, roots), text)
+    return Media(shown_name(path), modality, state, partial(_checked, path, roots), text, source)
 
 
 def _checked(path: str, roots: Roots | None) -> Path:
@@ -136,7 +143,7 @@ def _rows(table: Table, modality: str, column: str, text: Callable[[int], str | 
         row_text = partial(text, row)
         if isinstance(value, str) or (isinstance(value, dict) and not value.get("bytes")):
             try:
-                yield _file(str(table.media(value)), modality, None, row_text, table.fingerprint)
+                yield _file(str(table.media(value)), modality, None, row_text, table.fingerprint, table.name)
                 continue
             except BadMedia:
                 pass  # Reading the row raises the same error, which is then recorded under the row's name.

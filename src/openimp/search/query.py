@@ -62,7 +62,7 @@ class Hit:
     end: float | None
     text: str | None  # the line of a text file, or the caption or the text of the row that belongs to the media
     media_type: str | None  # by the first bytes of the file; None for a text or a list of numbers
-    source: str | None  # of the recipe, if the media is in a row of a source; None for a file
+    source: str | None  # of the recipe, that names or contains the media; None for a file in a folder that was given
     row: int | None  # number of that row
     column: str | None
     state: str  # of the media when they were indexed; see `Media.state`

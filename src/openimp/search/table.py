@@ -43,6 +43,7 @@ class Stored(NamedTuple):
     sha256: str
     modality: str
     state: str
+    source: str | None
 
 
 def schema(size: int) -> pa.Schema:

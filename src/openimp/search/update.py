@@ -32,13 +32,13 @@ class Update:
         folder: Path,
         items: Items,
         media: Iterable[Media],  # what the index should hold
-        given: list[Path] | None,  # only items in these files and folders are removed; None: all may be
+        given: list[Path] | None,  # only items in these files and folders are removed; None: only those of sources
     ) -> None:
         self.model = model
         self.folder = folder
         self.items = items
         self.wanted = {item.path: item for item in media}
-        self.roots = ("",) if given is None else tuple(os.path.join(os.path.abspath(path), "") for path in given)
+        self.roots = None if given is None else tuple(os.path.join(os.path.abspath(path), "") for path in given)
         self.stored = items.stored()
         # The path of the first row of a source, by `File.content`. Later duplicates are left out.
         self.first_row: dict[tuple[str, str], str] = {}
@@ -64,7 +64,7 @@ class Update:
                 outdated[media.modality].append(media)
             elif path in self.stored:
                 self.counts["unchanged"] += 1
-                if media.source:
+                if media.row is not None:
                     self.first_row[self.stored[path].sha256, media.modality] = path
         group_size = batch_size * WRITTEN_BATCHES
         for name, media_of_modality in outdated.items():
@@ -78,7 +78,11 @@ class Update:
         self._write_skipped()
 
     def _is_gone(self, path: str) -> bool:
-        return path not in self.wanted and os.path.join(path, "").startswith(self.roots)
+        if path in self.wanted:
+            return False
+        if self.roots is None:
+            return path not in self.stored or self.stored[path].source is not None
+        return os.path.join(path, "").startswith(self.roots)
 
     def _is_current(self, media: Media) -> bool:
         if stored := self.stored.get(media.path):
@@ -117,7 +121,7 @@ class Update:
 
     def _is_duplicate(self, file: File) -> bool:
         """Whether an earlier row of a source has the same content."""
-        if not (file.media.source and file.sha256):
+        if file.media.row is None or not file.sha256:
             return False
         return self.first_row.setdefault(file.content, file.media.path) != file.media.path
 
