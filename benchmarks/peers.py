@@ -128,7 +128,7 @@ def drafted_arm(name: str, train: dict[str, Any], test: dict[str, Any], file: Pa
     command = [sys.executable, "-m", "openimp", "init", train["path"]]
     draft = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     recipe = yaml.safe_load(draft.stdout)
-    source = recipe["name"]
+    (source,) = recipe["tasks"]
     recipe["sources"] = {source: {**train, "cache": "memory"}, f"{source}_test": test}
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return openimp_arm(name, file, [], evaluation_set=source)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from itertools import chain
@@ -97,8 +98,8 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
     if distributed.rank() == 0:
         for note in drafted.notes:
             notice(note)
-        notice(f"the recipe is in {run / 'recipe.yaml'}; to change it: openimp init {data} > mine.yaml")
-    recipe = yaml.load(drafted.text, RecipeLoader)
+        notice(f"the recipe is in {run / 'recipe.yaml'}; to change it: openimp init {shlex.quote(data)} > mine.yaml")
+    recipe = {"name": recipe_name(data), **yaml.load(drafted.text, RecipeLoader)}
     for text in overrides:
         override(recipe, text, Path.cwd())
     return Recipe.build(recipe, Path.cwd(), f"recipe for {data}")

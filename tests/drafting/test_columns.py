@@ -158,6 +158,13 @@ def test_texts_that_are_classes_are_in_both_parts():
     assert test <= train
 
 
+def test_the_held_out_part_of_few_rows_has_as_many_classes_as_any():
+    for seed in range(5):
+        rows = numbered(45, file=copies(45), label=["a", "b", "c"], caption=f"text {seed} {{}}")
+        train, test = held_out(rows, "label")
+        assert train == test == {"a", "b", "c"}
+
+
 def held_out(rows, column):
     """The values of a column in the rows that the only task trains on, and in those that it holds out."""
     (task,) = tasks(rows)

@@ -78,6 +78,8 @@ def test_links_are_not_followed_and_a_folder_without_media_says_what_was_looked_
     (folder / "data/linked").symlink_to(folder / "secret")
     with refuses():
         find(["data"])
+    with refuses():
+        find([""])
     Image.new("RGB", (4, 4)).save(folder / "data/x.pcx")
     with refuses():
         find(["data"])

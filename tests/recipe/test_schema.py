@@ -374,6 +374,14 @@ def test_a_recipe_is_made_of_keywords_and_trains(little_data, tmp_path, monkeypa
     assert openimp.load("run").recipe == recipe
 
 
+def test_a_recipe_without_a_name_has_that_of_its_file(little_data, tmp_path):
+    text = (little_data / "recipe.yaml").read_text()
+    file = tmp_path / "mine.yaml"
+    file.write_text(text.replace("name: little\n", ""))
+    assert Recipe.load(file).name == "mine"
+    assert Recipe.load(file, ["name=other"]).name == "other"
+
+
 def test_a_mistake_in_keywords_is_told_in_the_same_words(little_data):
     data, _ = read_recipe(str(little_data / "recipe.yaml"))
     data["tasks"]["named"]["views"][0]["image"]["size"] = 20

@@ -34,9 +34,12 @@ from openimp.data.templates import all_texts, columns_of, draw_text, fill
 from openimp.parallel.distributed import ranks_on_node, run_on_rank_zero
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
+from openimp.recipe.training import tolerant_fraction
 
 CORPUS_ROWS = 100_000
 """Maximum number of rows per task to train a tokenizer: the first rows of a stream, or a random sample of a table."""
+SHOWN_BAD_ROWS = 3
+"""Bad rows that an error names."""
 
 
 @dataclass
@@ -205,7 +208,20 @@ class StepBatches(Dataset[LoadedBatch]):
                 if isinstance(self.modalities[name], Towered):
                     continue
                 store = DecodedStore.build(table, self.modalities[name], column, views, cache, progress=progress)
+                self._check_bad_rows(table, column, store)
                 self.stores[table.name, name, column] = store
+
+    def _check_bad_rows(self, table: Table, column: str, store: DecodedStore) -> None:
+        """UserError if more rows of a cached column are bad than a run may read: it would stop later."""
+        errors = store.errors()
+        limit = self.recipe.train.max_bad_fraction
+        if len(errors) > limit * len(table):
+            examples = [f"{table.row_name(row)}: {reason}" for row, reason in islice(errors.items(), SHOWN_BAD_ROWS)]
+            raise UserError(
+                f"source {table.name}: {len(errors):,} of {len(table):,} rows cannot be read, more than "
+                f"train.max_bad_fraction {limit:g}; for example {'; '.join(examples)}; remove these rows, or set "
+                f"train.max_bad_fraction={tolerant_fraction(len(errors) / len(table)):g} to train on the others"
+            )
 
     def _media_views(self, source: str) -> dict[tuple[str, str], list[Any]]:
         """The views that read each media column of a source, by (modality, column)."""

@@ -13,9 +13,10 @@ from openimp.drafting.machine import Machine
 from openimp.drafting.probing import Probed
 from openimp.drafting.splitting import Split
 from openimp.recipe.registry import modality_class
+from openimp.recipe.training import tolerant_fraction
 
-BAD_ROWS_WARNING = 0.005
-"""Share of bad rows in the sample above which the recipe sets `max_bad_fraction`."""
+MAX_BAD_FRACTION = 0.1
+"""The least `train.max_bad_fraction` of a draft. Ordinary folders hold some broken files."""
 AUGMENTATION = ("flip", "crop", "aspect", "jitter")
 """Options of a view that evaluation ignores."""
 COMMENTS = {
@@ -108,8 +109,7 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mappin
     if decoded_once and machine.workers == 1 and not machine.is_gpu:
         # Preparing decoded examples is little work, and a process for it would slow the threads of few cores down.
         recipe["train"]["num_workers"] = 0
-    if bad > BAD_ROWS_WARNING:
-        recipe["train"]["max_bad_fraction"] = round(min(1.0, 1.5 * bad + 0.02), 2)
+    recipe["train"]["max_bad_fraction"] = max(MAX_BAD_FRACTION, tolerant_fraction(bad))
     return Draft(recipe, comments)
 
 

@@ -44,8 +44,7 @@ MAX_NOTES = 50
 class DraftedRecipe(NamedTuple):
     """A drafted recipe, and notes on the data."""
 
-    name: str
-    text: str  # the recipe as YAML
+    text: str  # the recipe as YAML, without a name
     notes: list[str]  # what is used and what is not, one line each
 
 
@@ -62,7 +61,6 @@ def draft_recipe(
     """
     tasks, notes = find_tasks(paths, text, label)
     machine = this_machine()
-    name = recipe_name(paths[0])
     tower_by_kind: dict[str, Tower] = {}
     for tower in towers:
         for kind, features in vector_sizes(tower).items():
@@ -71,7 +69,7 @@ def draft_recipe(
     for tower in towers:
         if not any(tower_by_kind[kind].name == tower for kind in kinds & tower_by_kind.keys()):
             raise UserError(f"--tower {tower}: reads none of {', '.join(sorted(kinds))}, or another tower does")
-    draft = assemble(name, tasks, machine, tower_by_kind)
+    draft = assemble(recipe_name(paths[0]), tasks, machine, tower_by_kind)
     classes = {
         head_key(draft.recipe["tasks"][name]["source"], task.label.name): sort_classes(split.classes)
         for name, task, split in tasks if task.label
@@ -83,8 +81,9 @@ def draft_recipe(
     for tower in towers:
         options += ["--tower", tower]
     command = " ".join(shlex.quote(shown(argument, limit=1000)) for argument in [*paths, *options])
-    draft.comments["name"] = HEAD.format(command=command, cost=cost)
-    return DraftedRecipe(name, write(draft.recipe, draft.comments), notes)
+    draft.comments["model"] = HEAD.format(command=command, cost=cost)
+    del draft.recipe["name"]  # The name of the file in which the user stores the recipe suits its run better.
+    return DraftedRecipe(write(draft.recipe, draft.comments), notes)
 
 
 def is_data(what: str) -> bool:

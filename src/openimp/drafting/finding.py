@@ -53,6 +53,8 @@ def find(paths: list[str]) -> list[Candidate]:
 
 
 def _below(path: str) -> list[Candidate]:
+    if not path:
+        raise UserError("the path of the data is empty")
     scheme, rest = Name.parse(path)
     if scheme == HUB:
         return _hub_splits(rest)

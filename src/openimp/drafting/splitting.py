@@ -101,19 +101,23 @@ def _by_hash(task: TaskDraft) -> Split:
     parts = max(10, rows // TEST_ROWS)
     part_of_row = task.table.parts(parts, by)
     sizes = Counter(part_of_row)
-    held_out = min(sizes, key=lambda part: (abs(sizes[part] - rows / parts), part))
+    labels = task.table.column(task.label.name) if task.label else []
+    classes_of_part: dict[int, set[Any]] = {part: set() for part in sizes}
+    for label, part in zip(labels, part_of_row):
+        classes_of_part[part].add(label)
+    # Of a small source, a part may have few of the classes.
+    held_out = min(sizes, key=lambda part: (-len(classes_of_part[part]), abs(sizes[part] - rows / parts), part))
     together = {"by": by} if by else {}
     train, test = (
         {**task.source, "part": {"of": parts, choice: [held_out], **together}} for choice in ("drop", "keep")
     )
-    labels = task.table.column(task.label.name) if task.label else []
     return whole._replace(
         train=train,
         test=test,
         rows=rows - sizes[held_out],
         test_rows=sizes[held_out],
         why=f"1 of {parts} parts is held out" + (f"; rows with equal {shown(by)} stay together" if by else ""),
-        trains_test_classes=classes <= {label for label, part in zip(labels, part_of_row) if part != held_out},
+        trains_test_classes=classes <= set().union(*(classes_of_part[part] for part in sizes if part != held_out)),
     )
 
 

@@ -20,13 +20,14 @@ MAX_SAVED_NODES = 1_000_000
 
 
 def read_recipe(name: str, overrides: Iterable[str] = (), folder: Path | None = None) -> tuple[dict[str, Any], Path]:
-    """Reads a recipe's file as plain data, applies the overrides, and returns the data and the file.
+    """Reads a recipe's file as plain data, applies the overrides, and returns the data and the file. If the recipe has
+    no name, it gets that of the file.
 
     `name` is a path, or the name of a recipe that comes with openimp. Relative paths in the overrides start at
     `folder`; None: at the recipe's folder.
     """
     file = find_file(name)
-    data = read_mapping(file, "recipe")
+    data = {"name": file.stem, **read_mapping(file, "recipe")}
     for text in overrides:
         override(data, text, folder)
     return data, file

@@ -29,7 +29,8 @@ class Recipe(Strict):
     renamed = {"batch": "memory"}
 
     name: FolderName
-    """The name of the experiment. By default, the run directory is runs/NAME."""
+    """The name of the experiment. Default: the name of the recipe's file without `.yaml`. By default, the run directory
+    is runs/NAME."""
     seed: Whole = 0
     """Seed of the initial weights, the order of tasks and examples, and the augmentation."""
     model: Model = Model()

@@ -142,3 +142,8 @@ class Train(Strict):
     max_bad_fraction: Share = 0.01
     """The run stops if more than this share of a task's examples is unreadable. It is checked with each log record,
     from 100 examples on."""
+
+
+def tolerant_fraction(bad: float) -> float:
+    """A value of `max_bad_fraction` for data with this share of bad rows, with room for chance."""
+    return round(min(1.0, 1.5 * bad + 0.02), 2)

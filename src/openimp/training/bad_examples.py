@@ -8,6 +8,7 @@ from openimp.common.errors import UserError, counted
 from openimp.common.json_lines import append, forget_after, read_lines
 from openimp.common.progress import console
 from openimp.parallel.distributed import all_gather_object, rank
+from openimp.recipe.training import tolerant_fraction
 
 MIN_EXAMPLES = 100
 """`train.max_bad_fraction` applies once a task has read this many examples."""
@@ -63,5 +64,6 @@ class BadExamples:
                 raise UserError(
                     f"task {task}: {counts['bad']} of {counts['read']} examples could not be read, more than "
                     f"train.max_bad_fraction {self.limit:g}; for example {'; '.join(examples[:3])}; {self.file} lists "
-                    "all"
+                    "all; to go on with the others, resume with --set train.max_bad_fraction="
+                    f"{tolerant_fraction(counts['bad'] / counts['read']):g}"
                 )
