@@ -34,7 +34,8 @@ class Classification(Objective):
     of: str | None = None
     """The modality to classify. Default: each of the task's modalities except those with a mask, such as text."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax: one class per example. sigmoid: any number of classes per example."""
+    """softmax: one class per example. sigmoid: any number of classes per example; the binary cross-entropy is averaged over
+    the classes, as in torch and timm."""
     classes: list[str] | list[int] | None = None
     """The classes, in the order of the head's outputs. Default: all values of the column. Required for streams."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -97,6 +98,9 @@ def softmax_classification(logits_BK: Tensor, label_B: Tensor, smoothing: float)
 
 
 def sigmoid_classification(logits_BK: Tensor, label_BK: Tensor, smoothing: float) -> Tensor:
-    """Binary cross-entropy, summed over classes and averaged over examples. Smoothing moves targets towards 1/2."""
+    """Binary cross-entropy, averaged over classes and examples. Smoothing moves targets towards 1/2.
+
+    A sum over hundreds of classes would be hundreds of times as large as the other losses of a step.
+    """
     target_BK = label_BK * (1 - smoothing) + smoothing / 2
-    return F.binary_cross_entropy_with_logits(logits_BK, target_BK, reduction="none").sum(1).mean()
+    return F.binary_cross_entropy_with_logits(logits_BK, target_BK)
