@@ -145,7 +145,9 @@ def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
     assert recipe_name("mine") == "mine"
     code, _, err = openimp("train", "runs/classes")
     assert code == 2
-    assert "is a run; to train its recipe again, name runs/classes/recipe.yaml" in err
+    assert "is a run; name its recipe, runs/classes/recipe.yaml, with --resume to go on" in err
+    code, out, _ = openimp("train", "runs/classes/recipe.yaml", "--resume")
+    assert (code, "all 3 steps are done" in out) == (0, True)
 
 
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])

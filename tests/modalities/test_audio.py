@@ -52,6 +52,11 @@ def test_compressed_files_sound_the_same(form, subtype):
     assert share_at(out.astype(float), 1000) > 0.98
 
 
+def test_resampling_takes_any_number_of_samples():
+    for count in range(6):
+        assert len(resample(np.zeros(count, np.float32), 48_000, 8_000)) <= count
+
+
 def test_resampling_lets_no_higher_frequency_alias():
     sound = sine(10_000, rate=44_100) + sine(3000, rate=44_100)
     out = resample(sound, 44_100, RATE)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, counted
 from openimp.common.folders import subfolders
 from openimp.common.modality import BadMedia
 from openimp.common.schema import as_text, checked
@@ -256,9 +256,12 @@ def _class_column(
             are_numbers = not are_names and all(_is_number(as_text(value)) for value in classes)
             columns.append(ClassColumn(name, classes, are_numbers))
         else:
+            missing = sum(value in (None, "") for value in values)
+            different = counted(len(classes), "different value")
+            found = different if are_classes else f"{counted(missing, 'row')} without a class"
             notes.append(
                 f"{shown(name)}: expected a class (a text or a whole number) in every row, at least two classes, and "
-                f"{rows_per_class} rows per class"
+                f"{rows_per_class} rows per class; found {found} in {counted(len(values), 'row')}"
             )
     return min(columns, key=lambda column: column.are_numbers, default=None)
 
@@ -284,7 +287,7 @@ def _what_to_add(candidate: Candidate, media: list[MediaColumn], others: list[st
     return (
         f"{shown(media[0].name)} has {media[0].kind}, but no other column ({_listed(others)}) has a name like "
         f"{', '.join(NAMES['text'][:3])} or {', '.join(NAMES['class'][:2])} (docs/init.md has all); name one with "
-        "--text COLUMN or --label COLUMN"
+        "openimp init --text COLUMN or --label COLUMN"
     )
 
 

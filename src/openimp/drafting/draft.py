@@ -97,7 +97,7 @@ def is_data(what: str) -> bool:
     if not Path(what).is_dir() or what in bundled():
         return False
     if (Path(what) / "recipe.yaml").exists():
-        raise UserError(f"{what}: is a run; to train its recipe again, name {Path(what) / 'recipe.yaml'}")
+        raise UserError(f"{what}: is a run; name its recipe, {Path(what) / 'recipe.yaml'}, with --resume to go on")
     return True
 
 

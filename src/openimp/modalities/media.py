@@ -113,6 +113,9 @@ def open_media(raw: Any) -> MediaFile:
             raise BadMedia("not a file" if Path(raw).exists() else "no such file")
         media_file = MediaFile(open(raw, "rb", buffering=0))  # noqa: SIM115 (the caller closes it)
         size = os.fstat(media_file.fileno()).st_size
+        if not size:
+            media_file.close()
+            raise BadMedia("an empty file")
     else:
         raise BadMedia(f"expected bytes, a path or an array, found {type(raw).__name__}")
     _check_length(media_file.peek(8)[:8], size)

@@ -60,7 +60,7 @@ def resample(sound: np.ndarray, rate: int, target_rate: int) -> np.ndarray:
     frame.sample_rate = rate
     resampler = av.AudioResampler("fltp", "mono", target_rate)
     parts = [part.to_ndarray()[0] for part in [*resampler.resample(frame), *resampler.resample(None)]]
-    return np.concatenate(parts)
+    return np.concatenate([np.empty(0, np.float32), *parts])  # A few samples may become none.
 
 
 class _Quiet:

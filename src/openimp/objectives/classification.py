@@ -34,8 +34,8 @@ class Classification(Objective):
     of: str | None = None
     """The modality to classify. Default: each of the task's modalities except those with a mask, such as text."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax: one class per example. sigmoid: any number of classes per example; the binary cross-entropy is averaged over
-    the classes, as in torch and timm."""
+    """softmax: one class per example. sigmoid: any number of classes per example; the binary cross-entropy is averaged
+    over the classes, as in torch and timm."""
     classes: list[str] | list[int] | None = None
     """The classes, in the order of the head's outputs. Default: all values of the column. Required for streams."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
