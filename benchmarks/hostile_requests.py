@@ -102,7 +102,7 @@ def requests(server: Server, folder: Path, known: str, seed: int, count: int) ->
               "lines=1-2", "bytes=" + ",".join(f"{i}-{i}" for i in range(5000)), "bytes=0-0," * 90 + "1-1",
               "bytes=" + "9" * 4000 + "-"]  # fmt: skip
     values = ["nan", "inf", "-1e400", "9" * 5000, "%00", "<script>", "é", "' OR 1=1", secret, "[]", "1e3", "\U0001f3b8"]
-    keys = ["q", "file", "more", "less", "modality", "under", "min", "k", "since", "until", "name", "x"]
+    keys = ["q", "file", "more", "less", "modality", "under", "min", "k", "since", "until", "by"]
 
     def one(values: list[str]) -> str:
         return values[rng.integers(len(values))]
@@ -128,7 +128,10 @@ def requests(server: Server, folder: Path, known: str, seed: int, count: int) ->
                 )
             case _:
                 yield server.ask(
-                    f"/uploads?{query}", "POST", SECRET, Origin=one([server.url, "http://evil.example", "http://["])
+                    f"/uploads?name={quote(one(values))}&{query}",
+                    "POST",
+                    SECRET,
+                    Origin=one([server.url, "http://evil.example", "http://["]),
                 )
 
 

@@ -240,6 +240,7 @@ def test_a_query_without_results_says_why(server: Server):
         ("q=noise&modality=smell", "no items of modality"),
         ("q=noise&under=/nowhere", "Nothing is indexed that matches these filters"),
         ("q=noise&min=1", "No result with a score of at least 1.00; the best has"),
+        ("q=noise&modalty=image", "there is no parameter &#39;modalty&#39;; did you mean &#39;modality&#39;?"),
     ):
         answer = server.ask(f"/?{query}")
         assert answer.status in (200, 400)
@@ -283,6 +284,10 @@ def test_programs_search_as_the_page_does(server: Server, media_folder: Path, id
         assert item.keys() == described["components"]["schemas"]["Item"]["properties"].keys()
         assert json.loads(server.ask(f"/api/items/{item['id']}").body)["path"] == item["path"]
         assert server.ask(item["media"]).status == 200
+        assert (item["thumbnail"] is None) == (item["modality"] == "text")
+        assert item["thumbnail"] is None or server.ask(item["thumbnail"]).status == 200
+    examples = json.loads(server.ask("/api/search?q=&k=2").body)["results"]
+    assert [(item["score"], item["found_by"]) for item in examples] == [(None, None)] * 2
 
     picture = (media_folder / "0.png").read_bytes()
     upload = json.loads(server.upload("0.png", picture).body)["id"]
@@ -290,8 +295,8 @@ def test_programs_search_as_the_page_does(server: Server, media_folder: Path, id
     assert best["id"] == ids["0.png"]
     assert best["score"] == pytest.approx(1, abs=1e-3)
 
-    for path, code in (("/api/search?k=0", 400), (f"/api/items/{'0' * 32}", 404), ("/api/nothing", 404)):
-        refused = server.ask(path, Accept="text/html")
+    for path, code in (("search?k=0", 400), ("search?x=1", 400), (f"items/{'0' * 32}", 404), ("nothing", 404)):
+        refused = server.ask(f"/api/{path}", Accept="text/html")
         assert refused.status == code
         assert json.loads(refused.body).keys() == {"error"}
     refused = server.ask("/api/search", "POST", b"", Origin=server.url)

@@ -18,7 +18,7 @@ from openimp.search.uploads import Uploads
 LESS_WEIGHT = -0.5
 """Weight of an item that results should be less like. With -1, most results would resemble neither."""
 EXAMPLES = 12
-"""Items that are shown while the query is empty."""
+"""Items that are shown while the query is empty, unless the URL has `k`."""
 MAX_NAME = 200
 """Maximum number of characters of an item's name."""
 
@@ -86,7 +86,8 @@ def answer(index: Index, uploads: Uploads, parameters: QueryParams) -> Answer:
             total = counted(sum(index.counts.values()), "item")
             start = "Nothing is left of this query. Start" if page.notes else f"{total}. Search them, or start"
             page.status = f"{start} from one of these"
-            page.items = [_item(index, hit) for hit in index.sample(EXAMPLES)]
+            count = page.state.k if parameters.get("k") else EXAMPLES
+            page.items = [_item(index, hit) for hit in index.sample(count)]
     except UserError as error:
         page.status = f"This cannot be searched: {error}"
         page.code = 400

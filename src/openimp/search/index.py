@@ -199,11 +199,11 @@ class Index:
         raise UserError("the model reads no texts; search with a file")
 
     def hits(self, ids: Iterable[str]) -> dict[str, Hit]:
-        """Items by their ids, with score 1. Ids that are not indexed are left out."""
+        """Items by their ids. Ids that are not indexed are left out."""
         return {row["id"]: Hit(**row) for row in self._items.rows("id", ids, self._items.hit_columns)}
 
     def hit(self, id: str) -> Hit:
-        """An item by its id, with score 1. UserError if it is not indexed."""
+        """An item by its id. UserError if it is not indexed."""
         hit = self.hits([id]).get(id)
         if hit is None:
             raise UserError(f"{self.folder}: has no item {id!r}")
@@ -242,7 +242,7 @@ class Index:
         return self._items.table.search().select(["id", "modality", "vector"]).to_arrow()
 
     def sample(self, count: int) -> list[Hit]:
-        """At most `count` items, which are evenly spaced over the index, with score 1."""
+        """At most `count` items, which are evenly spaced over the index."""
         total = self._items.table.count_rows()
         rows = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
         return [Hit(**row) for row in self._items.table.take_offsets(rows).select(self._items.hit_columns).to_list()]
@@ -336,7 +336,7 @@ class Index:
         hits = []
         for row in self._items.nearest(vector, count, where):
             distance = row.pop("_distance")
-            hits.append(Hit(score=1 - distance, **row))
+            hits.append(Hit(score=1 - distance, found_by="meaning", **row))
         return hits
 
     def _with_words(

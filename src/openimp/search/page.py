@@ -89,13 +89,12 @@ class Page:
         found = await to_thread.run_sync(search, limiter=self.searching)
         if found.code != 200:
             return JSONResponse({"error": found.status}, found.code)
-        return JSONResponse(
-            {"status": found.status, "notes": found.notes, "results": [_described(item.hit) for item in found.items]}
-        )
+        results = [self._described(item.hit) for item in found.items]
+        return JSONResponse({"status": found.status, "notes": found.notes, "results": results})
 
     async def api_item(self, request: Request) -> Response:
         """An item as JSON."""
-        return JSONResponse(_described(await to_thread.run_sync(self.index.hit, request.path_params["id"])))
+        return JSONResponse(self._described(await to_thread.run_sync(self.index.hit, request.path_params["id"])))
 
     async def media(self, request: Request) -> Response:
         """The file of an item, or the range of it that the Range header asks for."""
@@ -171,6 +170,12 @@ class Page:
         except BadMedia:
             return None
 
+    def _described(self, hit: Hit) -> dict[str, Any]:
+        """An item for programs. Its URLs are relative to the server's."""
+        has_picture = isinstance(self.index.model.modalities[hit.modality], Pictured)
+        urls = {"media": f"/media/{hit.id}", "thumbnail": f"/thumbnails/{hit.id}" if has_picture else None}
+        return {name: getattr(hit, name) for name in PUBLISHED} | urls
+
     def _render(self, template: str, code: int = 200, **values: Any) -> HTMLResponse:
         page = TEMPLATES.get_template(template).render(self.shared | values)
         return HTMLResponse(page.encode(errors="replace"), code, {"Cache-Control": "no-store"})
@@ -214,12 +219,6 @@ async def _body(request: Request, name: str) -> bytes:
 
 def _cannot_search(reason: str, code: int = 400) -> JSONResponse:
     return JSONResponse({"error": f"Cannot search with {reason}."}, code)
-
-
-def _described(hit: Hit) -> dict[str, Any]:
-    """An item for programs. Its URLs are relative to the server's."""
-    urls = {"media": f"/media/{hit.id}", "thumbnail": f"/thumbnails/{hit.id}"}
-    return {name: getattr(hit, name) for name in PUBLISHED} | urls
 
 
 def _picture(picture: bytes | None) -> Response:

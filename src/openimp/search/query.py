@@ -69,5 +69,5 @@ class Hit:
     date: str | None = None  # local time of the recording or, if unknown, of the last change: 2026-05-31T18:30:00
     latitude: float | None = None  # of the place where it was recorded, in degrees
     longitude: float | None = None
-    score: float | None = 1.0  # cosine with the query, None if it has none; 1 outside of a search
-    found_by: By = "meaning"  # the rankings that it is in
+    score: float | None = None  # cosine with the query; None if it has none, and outside of a search
+    found_by: By | None = None  # the rankings that it is in; None outside of a search

@@ -6,7 +6,7 @@ from urllib.parse import urlencode
 
 from starlette.datastructures import QueryParams
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, nearest
 from openimp.search.query import By
 
 MAX_TEXT = 1000
@@ -36,7 +36,11 @@ class State:
 
     @classmethod
     def parse(cls, parameters: QueryParams) -> "State":
-        """Reads the parameters of a URL; UserError if a value is impossible. Unknown parameters are ignored."""
+        """Reads the parameters of a URL; UserError if one is unknown, or its value impossible."""
+        known = [field.name for field in fields(cls)]
+        for name in parameters:
+            if name not in known:
+                raise UserError(f"there is no parameter {name!r}{nearest(name, known)}")
         lists: dict[str, Any] = {
             name: tuple(dict.fromkeys(parameters.getlist(name))) for name in ("file", "more", "less", "modality")
         }
