@@ -90,8 +90,8 @@ def test_the_keyboard_alone_searches_for_texts_and_files(server, page, little_da
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
     chooser.value.set_files(little_data / "4.wav")
-    page.wait_for_url("**file=*")
-    assert results(page)[0] == "a middle tone"
+    page.wait_for_url("**q=a+red+square&file=*")
+    assert page.locator("#q").input_value() == "a red square", "the file is added to the text"
     assert page.locator("#parts").inner_text().split() == ["like", "4.wav", "✕"]
     press_until(page, "Tab", "#results a[data-go]")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid", "the focus is visible"

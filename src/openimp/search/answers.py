@@ -141,7 +141,7 @@ def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
         page.status = f"{start}{counted(len(hits), 'result')}{at_least}"
     elif closest := _closest(find) if state.min else []:
         page.status = f"No result{at_least}; the best has {closest[0].score:.2f}"
-    elif state.by == "words" and state.q:
+    elif state.by == "words" and not page.chips:
         page.status = "No item has these words"
     else:
         page.status = "Nothing is indexed that matches these filters"

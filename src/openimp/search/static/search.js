@@ -55,7 +55,7 @@ function address(changes = {}) {
   return fields.size ? `/?${fields}` : "/";
 }
 
-// Starts a new search with a file. Filters are kept.
+// Searches with a file instead of other files and items. The text and the filters are kept.
 async function upload(file, name, modality = "") {
   if (file.size > Number($("#query").dataset.limit)) {
     explain(`Cannot search with ${name}: it is larger than ${Math.floor($("#query").dataset.limit / 2 ** 20)} MiB.`);
@@ -68,7 +68,6 @@ async function upload(file, name, modality = "") {
     const answer = await ask(`/uploads?${new URLSearchParams({ name, modality })}`, { method: "POST", body: file });
     const found = await answer.json().catch(() => ({ error: `The server failed: ${answer.status}.` }));
     if (found.error) throw new Error(found.error);
-    if ($("#q")) $("#q").value = "";
     await go(address({ more: "", less: "", file: found.id }));
   } catch (error) {
     $("#status").textContent = status;
