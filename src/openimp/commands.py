@@ -199,8 +199,14 @@ def run_search(
         text = f"  {' '.join(hit.text.split())[:MAX_TEXT]}" if hit.text else ""
         score = " " * 6 if hit.score is None else f"{hit.score:6.3f}"
         console.print(f"{score}  {hit.modality:{width}}  {hit.path}{time}{text}", soft_wrap=True)
-    if not hits:
-        console.print("no item has these words" if by == "words" else "no item is that close to the query")
+    if hits:
+        return
+    if min_score is not None and index.search(parts, 1, modalities, under, by=by, since=since, until=until):
+        console.print("no item is that close to the query")
+    elif index.search(parts, 1, by=by):
+        console.print("nothing is indexed that matches these filters")
+    else:
+        console.print("no item has these words")
 
 
 def run_embed(

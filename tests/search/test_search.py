@@ -389,6 +389,12 @@ def test_the_command_line_indexes_and_searches(openimp, joint_model, media, tmp_
     assert {hit["text"][:12] for hit in hits} == {"a red square", "a green circ", "a blue line "}
     assert hits[0].keys() == {field.name for field in fields(Hit)}
     assert openimp("search", index, "noise", "--min-score", 0.9999)[1] == "no item is that close to the query\n"
+    for words in ("noise",), ("circle", "--by", "words"), ("noise", "--min-score", 0.1):
+        printed = openimp("search", index, *words, "--since", "2099-01-01")[1]
+        assert printed == "nothing is indexed that matches these filters\n"
+    assert openimp("search", index, "piano", "--by", "words")[1] == "no item has these words\n"
+    days = ("--since", "2026-02-01", "--until", "2026-01-31")
+    assert openimp("search", index, "noise", *days)[::2] == (2, "openimp: since 2026-02-01 is after until 2026-01-31\n")
     code, _, err = openimp("search", index, "noise", "--under", media / "nowhere")
     assert (code, err) == (
         2,

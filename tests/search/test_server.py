@@ -240,6 +240,7 @@ def test_a_query_without_results_says_why(server: Server):
         ("q=noise&modality=smell", "no items of modality"),
         ("q=noise&under=/nowhere", "Nothing is indexed that matches these filters"),
         ("q=noise&min=1", "No result with a score of at least 1.00; the best has"),
+        ("q=noise&since=2026-02-01&until=2026-01-31", "since 2026-02-01 is after until 2026-01-31"),
         ("q=noise&modalty=image", "there is no parameter &#39;modalty&#39;; did you mean &#39;modality&#39;?"),
     ):
         answer = server.ask(f"/?{query}")

@@ -121,10 +121,12 @@ class Index:
 
         Raises:
             UserError: a query cannot be read, no item can be compared with it, neither the model nor an item has a word
-                of it, `since` or `until` is not a day, or no item has a date.
+                of it, `since` or `until` is not a day, `since` is after `until`, or no item has a date.
         """
         first_day = _day("since", since)
         last_day = _day("until", until)
+        if first_day and last_day and first_day > last_day:
+            raise UserError(f"since {first_day} is after until {last_day}")
         parts = [queries] if isinstance(queries, str | QueryPart) else queries
         if not parts:
             raise UserError("the query is empty: give a text or a file")
