@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from openimp.checkpoint.find import find_model
-from openimp.checkpoint.folder import checkpoints, describe_model, load_run_recipe, saved_step
+from openimp.checkpoint.folder import CONFIG, checkpoints, describe_model, load_run_recipe, saved_step
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append
@@ -37,7 +37,7 @@ from openimp.recipe.file import RecipeLoader, override
 from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report
 from openimp.search.build import build_index
-from openimp.search.folder import METADATA
+from openimp.search.folder import METADATA, own_index
 from openimp.search.index import open_index
 from openimp.search.query import By, Like, Query
 from openimp.training.metrics_file import read_metrics
@@ -230,7 +230,7 @@ def run_embed(
 def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:
     """Serves the search page of an index, or of the media of a run's recipe."""
     is_bundled = Name.parse(what).scheme == BUNDLED
-    if has_scheme(what) and not is_bundled:
+    if (has_scheme(what) and not is_bundled) or (what / CONFIG).exists():
         raise UserError(f"{what}: comes without media; index some first: openimp index {what} FOLDER --out my.index")
     if not is_bundled and not what.exists():
         raise UserError(f"{what}: no such index or run; openimp index makes an index")
@@ -239,6 +239,9 @@ def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> 
     except ModuleNotFoundError as error:
         raise UserError(f"serve needs {error.name}: pip install 'openimp[search]'") from None
     if not (what / METADATA).exists():
+        if own_index(str(what)) is None:
+            advice = f"make an index first: openimp index MODEL {what} --out {what}.index"
+            raise UserError(f"{what}: is neither an index nor a run with a checkpoint; {advice}")
         what = build_index(what, allow_sources=allow_sources).folder
     serve(open_index(what, allow_sources=allow_sources), host, port)
 

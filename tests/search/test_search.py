@@ -404,6 +404,12 @@ def test_the_command_line_indexes_and_searches(openimp, joint_model, media, tmp_
     assert (code, err) == (2, f"openimp: {media}: cannot be read as video: not a file\n")
     code, _, err = openimp("serve", media / "nowhere")
     assert (code, err) == (2, f"openimp: {media / 'nowhere'}: no such index or run; openimp index makes an index\n")
+    advice = f"make an index first: openimp index MODEL {media} --out {media}.index"
+    code, _, err = openimp("serve", media)
+    assert (code, err) == (2, f"openimp: {media}: is neither an index nor a run with a checkpoint; {advice}\n")
+    code, _, err = openimp("serve", joint_model)
+    advice = f"index some first: openimp index {joint_model} FOLDER --out my.index"
+    assert (code, err) == (2, f"openimp: {joint_model}: comes without media; {advice}\n")
     assert openimp("search", index)[::2] == (2, "openimp: the query is empty: give a text or a file\n")
     monkeypatch.setitem(sys.modules, "lancedb", None)
     for command in (("search", index, "noise"), ("index", joint_model, media, "--out", index)):
