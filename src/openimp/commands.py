@@ -14,7 +14,7 @@ import yaml
 from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import CONFIG, checkpoints, describe_model, load_run_recipe, saved_step
 from openimp.checkpoint.warm_start import open_warm_start
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, escaped
 from openimp.common.json_lines import append
 from openimp.common.modality import Modality
 from openimp.common.names import BUNDLED, Name, has_scheme
@@ -198,7 +198,7 @@ def run_search(
         time = "" if hit.start is None or hit.end is None else f"  {clock(hit.start)} to {clock(hit.end)}"
         text = f"  {' '.join(hit.text.split())[:MAX_TEXT]}" if hit.text else ""
         score = " " * 6 if hit.score is None else f"{hit.score:6.3f}"
-        console.print(f"{score}  {hit.modality:{width}}  {hit.path}{time}{text}", soft_wrap=True)
+        console.print(f"{score}  {hit.modality:{width}}  {escaped(hit.path)}{time}{text}", soft_wrap=True)
     if hits:
         return
     if min_score is not None and index.search(parts, 1, modalities, under, by=by, since=since, until=until):

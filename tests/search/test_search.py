@@ -414,3 +414,22 @@ def test_the_command_line_indexes_and_searches(openimp, joint_model, media, tmp_
     monkeypatch.setitem(sys.modules, "lancedb", None)
     for command in (("search", index, "noise"), ("index", joint_model, media, "--out", index)):
         assert openimp(*command)[::2] == (2, "openimp: search needs LanceDB: pip install 'openimp[search]'\n")
+
+
+def test_names_with_control_characters_are_printed_in_one_line(openimp, joint_model, media, tmp_path):
+    names = ("a\nb \x1b[31m:cat:\t.png", "bad\n.png")
+    (tmp_path / "media").mkdir()
+    shutil.copy(media / "seen" / "1.png", tmp_path / "media" / names[0])
+    (tmp_path / "media" / names[1]).write_bytes(b"no picture")
+    index = tmp_path / "x.index"
+    code, out, _ = openimp("index", joint_model, tmp_path / "media", "--out", index)
+    assert code == 0
+    assert any(line.startswith(f"  {tmp_path}/media/bad\\n.png: ") for line in out.splitlines())
+    code, out, _ = openimp("search", index, "noise")
+    assert out.endswith(f"  image  {tmp_path}/media/a\\nb \\x1b[31m:cat:\\t.png\n")
+    assert out.count("\n") == 1
+    bad = tmp_path / "media" / names[1]
+    for command in (("index", joint_model, bad, "--out", tmp_path / "y.index"), ("embed", joint_model, bad)):
+        code, _, err = openimp(*command)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "media/bad\\n.png: " in err

@@ -24,6 +24,17 @@ def printable(text: str) -> str:
     return "".join(character for character in text if character.isprintable() or character in "\n\t\xa0")
 
 
+def escaped(name: object) -> str:
+    """A name, or a line with names, in which control characters are escaped, as in a string of Python."""
+    text = str(name)
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character == "\xa0" else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 def one_line(error: BaseException) -> str:
     """The message of a library's error in one line of at most 300 characters, or its type if it has no message."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -33,10 +33,10 @@ class _Console(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-console = _Console(highlight=False, markup=False)
+console = _Console(highlight=False, markup=False, emoji=False)
 """Standard output."""
 if not console.is_terminal:
-    console = _Console(highlight=False, markup=False, width=PLAIN_WIDTH)
+    console = _Console(highlight=False, markup=False, emoji=False, width=PLAIN_WIDTH)
 
 
 def notice(message: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from openimp.common.errors import UserError, by_extension, counted
+from openimp.common.errors import UserError, by_extension, counted, escaped
 from openimp.common.modality import BadMedia
 from openimp.common.names import is_url
 from openimp.common.progress import console, track
@@ -39,7 +39,7 @@ class Embedded:
             lines += [f"  {file}" for file in self.skipped]
         if self.unknown:
             lines.append(f"skipped files in folders that no modality of the model reads: {by_extension(self.unknown)}")
-        return "\n".join(lines)
+        return "\n".join(map(escaped, lines))
 
 
 def embed(
@@ -99,7 +99,7 @@ def embed(
                     rows[name] += len(new_rows)
                     writer.write_table(pa.Table.from_pylist(new_rows, schema))
         if not sum(rows.values()):
-            raise UserError(f"no file can be read; the first: {skipped[0]}")
+            raise UserError(f"no file can be read; the first: {escaped(skipped[0])}")
     embedded = Embedded(out, rows, skipped, unknown)
     console.print(str(embedded), soft_wrap=True)
     return embedded

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from openimp.checkpoint.find import find_model
-from openimp.common.errors import UserError, by_extension, counted
+from openimp.common.errors import UserError, by_extension, counted, escaped
 from openimp.common.modality import Modalities
 from openimp.common.names import BUNDLED, OPEN_CLIP, Name, absolute_name
 from openimp.common.progress import console, track
@@ -57,7 +57,7 @@ class IndexResult:
             lines += [f"  {path}: {reason}" for path, reason in self.skipped.items()]
         if self.unknown:
             lines.append(f"skipped files in folders that no modality of the model reads: {by_extension(self.unknown)}")
-        return "\n".join(lines)
+        return "\n".join(map(escaped, lines))
 
 
 def build_index(
@@ -126,7 +126,7 @@ def build_index(
         count = items.table.count_rows()
         if not count:
             path, reason = next(iter(skipped.items()), ("nothing", "there are no media"))
-            raise UserError(f"no file can be read; the first: {path}: {reason}")
+            raise UserError(f"no file can be read; the first: {escaped(path)}: {reason}")
         items.compact()
     counts = {kind: update.counts[kind] for kind in FILE_COUNTS}
     result = IndexResult(folder, **counts, skipped=skipped, unknown=unknown, items=count, approximate=items.approximate)
