@@ -115,7 +115,8 @@ def test_towards_selects_the_space_of_texts(tiny_model_folder, media_folder, tmp
         (["bad.png"], {"modality": "picture"}, "no modality 'picture'"),
         (["bad.png"], {"towards": "video"}, "no task trains image and video together"),
         (["nothing://x"], {}, "nothing://x: Protocol not known: nothing"),
-        (["bad.png"], {"out": "empty"}, "is a folder"),
+        (["bad.png"], {"out": "empty"}, "empty: name a file on disk that ends with .parquet"),
+        (["bad.png"], {"out": "v.csv"}, r"v\.csv: name a file on disk that ends with .parquet"),
     ],
 )
 def test_bad_input_is_reported_and_the_old_table_stays(

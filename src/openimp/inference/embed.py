@@ -13,12 +13,11 @@ import pyarrow.parquet as pq
 
 from openimp.common.errors import UserError, by_extension, counted, escaped
 from openimp.common.modality import BadMedia
-from openimp.common.names import is_url
 from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
 from openimp.data.files import is_utf8
 from openimp.encoding.engine import ItemEncoder, to_cpu
-from openimp.inference.files import File, file_value, find_files, shown_name
+from openimp.inference.files import File, file_value, find_files, parquet_file, shown_name
 from openimp.inference.model import load
 
 
@@ -61,17 +60,13 @@ def embed(
     Args:
         run: a run, a model folder or a model on the Hugging Face Hub, as `openimp.load` takes it.
         files: files, and folders to search, on disk or at URLs that fsspec opens, such as `s3://bucket/photos`.
-        out: the table. An existing file is replaced.
+        out: the table, a file that ends with .parquet. An existing file is replaced.
         modality: the modality of all files. By default, the extension of each file decides.
         towards: see `Model.encode`.
         batch_size: number of clips or items per forward pass.
         progress: wraps an iterable to show its progress.
     """
-    if is_url(str(out)):
-        raise UserError(f"{out}: name a Parquet file on disk")
-    out = Path(out)
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder; name a Parquet file")
+    out = parquet_file(out)
     model = load(run)
     files_by_modality, unknown = find_files(
         files, model.modalities, modality, hint="; if it is one of these, use --modality"

@@ -112,3 +112,10 @@ def file_text(path: Path) -> str:
 def shown_name(path: File) -> str:
     """A path as text. Bytes of its name that are not UTF-8 are escaped."""
     return str(path).encode(errors="backslashreplace").decode()
+
+
+def parquet_file(out: str | Path) -> Path:
+    """The table to write. UserError if its name does not say so, because names decide how files are read."""
+    if is_url(str(out)) or Path(out).suffix.lower() != ".parquet" or Path(out).is_dir():
+        raise UserError(f"{out}: name a file on disk that ends with .parquet")
+    return Path(out)

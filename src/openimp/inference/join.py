@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia
-from openimp.common.names import is_url
 from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
 from openimp.encoding.engine import to_cpu
 from openimp.encoding.items import raw_value, require_columns
+from openimp.inference.files import parquet_file
 from openimp.inference.model import Model, load
 from openimp.recipe.inputs import Input
 from openimp.recipe.tasks import Source
@@ -78,7 +78,7 @@ def embed_rows(
         batch_size: number of clips or items per forward pass.
         progress: wraps an iterable to show its progress.
     """
-    out = _parquet_file(out)
+    out = parquet_file(out)
     model = load(run)
     name = _modality(model, modality)
     if column is None:
@@ -112,12 +112,6 @@ def embed_rows(
     joined = Joined(out, column=to, size=model.imp.config.embed_dim, rows=len(table), bad=bad, root=table.root)
     console.print(str(joined), soft_wrap=True)
     return joined
-
-
-def _parquet_file(out: str | Path) -> Path:
-    if is_url(str(out)) or Path(out).suffix.lower() != ".parquet" or Path(out).is_dir():
-        raise UserError(f"{out}: name a file on disk that ends with .parquet, because it is to be read as a source")
-    return Path(out)
 
 
 def _modality(model: Model, name: str | None) -> str:
