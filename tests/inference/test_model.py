@@ -329,8 +329,10 @@ def test_import_is_quick_and_imports_no_torch():
     assert min(spent) < 0.1
 
 
-def test_unknown_public_names_are_refused():
+def test_unknown_public_names_are_refused(model):
     assert openimp.IMP.__module__ == "openimp.model.imp"
     assert openimp.Recipe.__module__ == "openimp.recipe.schema"
+    with pytest.raises(AttributeError, match="the model has no modality 'smell'; known: audio, image, text, video"):
+        model.encode_smell("rose")
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = openimp.lode

@@ -268,8 +268,12 @@ class Model(nn.Module):
             raise UserError(f"no contrastive objective has learned a scale for {name} and {partner}") from None
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("encode_") and name.removeprefix("encode_") in self.__dict__.get("modalities", ()):
-            return partial(self.encode, name.removeprefix("encode_"))
+        if name.startswith("encode_"):
+            modality = name.removeprefix("encode_")
+            modalities = self.__dict__.get("modalities", {})
+            if modality in modalities:
+                return partial(self.encode, modality)
+            raise AttributeError(f"the model has no modality {modality!r}{nearest(modality, modalities)}")
         return super().__getattr__(name)
 
     def __dir__(self) -> list[str]:
