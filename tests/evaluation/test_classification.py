@@ -19,7 +19,7 @@ from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.common.progress import console
 from openimp.evaluation.classification import Classified
-from openimp.evaluation.evaluate import check_sets, evaluate
+from openimp.evaluation.evaluate import NotMeasured, check_sets, evaluate
 from openimp.evaluation.metrics import average_precision
 from openimp.evaluation.results import table
 from openimp.model.imp import IMP
@@ -210,9 +210,9 @@ def test_splits_may_overlap(setup):
         (["red", None], {}, "has 1 row without a class"),
         ([["red"], ["blue"]], {}, "r.*.parquet.0.: expected one class, found .'red'."),
         (["red", "blue"], {"loss": "sigmoid"}, "rows.parquet.0.: expected a list of classes, found 'red'"),
-        (["red"], {"task": "name"}, "task: no task 'name'; did you mean 'named'"),
-        (["red"], {"task": "heard"}, "label: tasks.heard has no classification of 'colour'"),
-        (["red"], {"label": "color"}, "no classification of 'color'; did you mean 'colour'"),
+        (["red"], {"task": "name"}, "task: the model has no task 'name'; did you mean 'named'"),
+        (["red"], {"task": "heard"}, "label: the model has no head of tasks.heard for 'colour'"),
+        (["red"], {"label": "color"}, "no head of tasks.named for 'color'; did you mean 'colour'"),
         (["red"], {"source": "row"}, "no source 'row'; did you mean 'rows'"),
     ],
 )
@@ -265,6 +265,40 @@ def test_a_run_measures_its_head_as_eval_does(little_data, little_run, tmp_path)
     assert (result["n"], result["candidates"], result["view"]["image"]["size"]) == (24, 4, 16)
     assert saved.config.classes == {"pictures:label": sorted(COLOURS)}
     assert result["top1"] > 0.9, "the run has learned its colours"
+
+
+def test_sets_that_do_not_fit_the_model_stop_no_others(little_run, tmp_path):
+    task = "evaluation.sets.heads={type: classification, task: nosuch, source: pictures, " + OPTIONS + "}"
+    out = tmp_path / "results.jsonl"
+    run_eval(little_run, ["tones"], None, out, [task])
+    assert [line["set"] for line in read_lines(out)] == ["tones", "tones"]
+    out.unlink()
+    label = "evaluation.sets.labels={type: classification, task: heard, source: pictures, " + OPTIONS + "}"
+    with refuses(NotMeasured):
+        run_eval(little_run, None, None, out, [task, label, "evaluation.sets.more={type: probe, source: nosuch}"])
+    assert {line["set"] for line in read_lines(out)} == {"colours", "tones"}
+    with refuses(NotMeasured):
+        run_eval(little_run, ["heads"], None, None, [task])
+    with refuses():
+        run_eval(little_run, ["tone"], None, None, [task])
+    with refuses():
+        run_eval(little_run, None, None, None, ["evaluation.sets=3"])
+    with refuses():
+        run_eval(little_run, None, None, None, [task, "evaluation.batch_size=none"])
+
+
+def test_sets_of_another_recipe_that_do_not_fit_the_bundled_model_stop_no_others(tmp_path):
+    for i, colour in enumerate(["red", "blue"]):
+        (tmp_path / "pictures" / colour).mkdir(parents=True)
+        (tmp_path / "pictures" / colour / "0.png").write_bytes(png(i))
+    (tmp_path / "recipe.yaml").write_text(
+        "sources: {rows: {path: pictures}}\nevaluation:\n  sets:\n"
+        "    heads: {type: classification, task: rows, source: rows, inputs: {image: file}, label: label}\n"
+        "    names: {type: zero_shot, source: rows, inputs: {image: file}, label: label}\n"
+    )
+    with refuses(NotMeasured) as refused:
+        openimp.evaluate("openimp:base", recipe=tmp_path / "recipe.yaml")
+    assert [result["set"] for result in refused.value.results] == ["names"]
 
 
 OPTIONS = "inputs: {image: file}, label: label, view: {image: {size: 16}}"

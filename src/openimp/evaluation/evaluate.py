@@ -56,9 +56,7 @@ def evaluate(
     """
     evaluator = Evaluator(model, recipe, modalities, classes or {}, progress=progress, watch=watch)
     names = list(recipe.evaluation.sets if sets is None else sets)
-    for name in names:
-        if name not in recipe.evaluation.sets:
-            raise UserError(f"no evaluation set is called {name!r}{nearest(name, recipe.evaluation.sets)}")
+    check_names(names, recipe.evaluation.sets)
     reasons: list[str] = []
     results: list[dict[str, Any]] = []
     for name in names:
@@ -72,6 +70,14 @@ def evaluate(
     if reasons:
         raise NotMeasured(reasons, results)
     return results
+
+
+def check_names(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises UserError for a name that none of the `known` evaluation sets has."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise UserError(f"no evaluation set is called {name!r}{nearest(name, known)}")
 
 
 def check_sets(model: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes) -> None:

@@ -1,6 +1,7 @@
 """`openimp eval`: measures a named model on evaluation sets of its own or another recipe."""
 
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.data.trust import check_sources
 from openimp.encoding.items import Progress
+from openimp.evaluation.evaluate import NotMeasured, check_names
 from openimp.evaluation.evaluate import evaluate as evaluate_sets
 from openimp.recipe.file import override, read_recipe
 from openimp.recipe.model_config import class_for
@@ -47,22 +49,35 @@ def evaluate(
     imp, (config, modalities, saved_recipe) = load_model(folder)
     measured = saved_recipe.validated()
     overrides = list(overrides)
-    user_sources: Collection[str] = ()  # the names of the sources in the recipe that the user names
-    if recipe or overrides:
-        measured, user_sources = _with_sets(measured, str(recipe) if recipe else None, overrides)
-    if not measured.evaluation.sets:
-        raise UserError(f"{recipe or model}: the recipe has no evaluation sets")
     sets = None if sets is None else list(sets)
+    user_sources: Collection[str] = ()  # the names of the sources in the recipe that the user names
+    reasons: list[str] = []  # why sets do not fit the model
+    if recipe or overrides:
+        measured, user_sources, reasons = _with_sets(measured, str(recipe) if recipe else None, overrides, sets)
+    if not measured.evaluation.sets and not reasons:
+        raise UserError(f"{recipe or model}: the recipe has no evaluation sets")
+    if recipe or overrides:
+        sets = list(measured.evaluation.sets)
     if not allow_sources:
         check_sources(name, folder, measured, sets or measured.evaluation.sets, user_sources)
     imp = imp.to(pick_device())
-    return evaluate_sets(imp, measured, modalities, sets, saved_step(folder), progress=progress, classes=config.classes)
+    step = saved_step(folder)
+    try:
+        results = evaluate_sets(imp, measured, modalities, sets, step, progress=progress, classes=config.classes)
+    except NotMeasured as error:
+        raise NotMeasured([*reasons, str(error)], error.results) from None
+    if reasons:
+        raise NotMeasured(reasons, results)
+    return results
 
 
-def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple[Recipe, Collection[str]]:
+def _with_sets(
+    recipe: Recipe, other: str | None, overrides: list[str], names: list[str] | None
+) -> tuple[Recipe, Collection[str], list[str]]:
     """A model's recipe with overrides, or with the sources and sets of another recipe, which has the overrides.
 
-    The second value has the names of the sources that the other recipe defines.
+    It has only the sets `names` that fit the model; None: all that do. The second value has the names of the sources
+    that the other recipe defines, and the third one says why sets do not fit.
     """
     for text in overrides:
         if not text.startswith(("sources.", "evaluation.")):
@@ -71,7 +86,8 @@ def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple
     if other is None:
         for text in overrides:
             override(ours, text)
-        return Recipe.build(ours), ()
+        measured, reasons = _build(ours, names)
+        return measured, (), reasons
     theirs, file = read_recipe(other, overrides, Path.cwd())
     # The model's own sources are kept, because its tasks name them.
     user_sources = theirs.get("sources") or {}
@@ -81,7 +97,39 @@ def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple
         _drop_sizes(recipe, evaluation)
     # `build` refuses unknown keys of `theirs`.
     data = {**theirs, **ours, "sources": sources, "evaluation": evaluation}
-    return Recipe.build(data, file.resolve().parent, other), user_sources
+    measured, reasons = _build(data, names, file.resolve().parent, other)
+    return measured, user_sources, reasons
+
+
+def _build(
+    data: dict[str, Any], names: list[str] | None, folder: str | Path = ".", error_prefix: str = "recipe"
+) -> tuple[Recipe, list[str]]:
+    """The recipe with those of the sets `names` that fit its model, and the reason for each other one.
+
+    `Recipe.build` explains the other arguments.
+    """
+    evaluation = data["evaluation"]
+    known = evaluation.get("sets") if isinstance(evaluation, dict) else None
+    if not isinstance(known, dict):
+        return Recipe.build(data, folder, error_prefix), []
+
+    def build(chosen: Iterable[str]) -> Recipe:
+        # `best` is for training, and may name a set that is not chosen.
+        part = {**evaluation, "best": None, "sets": {name: known[name] for name in chosen}}
+        return Recipe.build({**data, "evaluation": part}, folder, error_prefix)
+
+    names = list(known) if names is None else names
+    check_names(names, known)
+    with suppress(UserError):
+        return build(names), []
+    build([])  # Raises an error that is not about the sets.
+    reasons = {}
+    for name in names:
+        try:
+            build([name])
+        except UserError as error:
+            reasons[name] = str(error)
+    return build(name for name in names if name not in reasons), list(reasons.values())
 
 
 def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:

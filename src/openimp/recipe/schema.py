@@ -189,12 +189,14 @@ class Recipe(Strict):
 
         `key` is that of the set in the recipe.
         """
-        _require(f"{key}.task", "task", options.task, self.tasks)
+        if options.task not in self.tasks:
+            hint = nearest(options.task, self.tasks)
+            raise UserError(f"{key}.task: the model has no task {options.task!r}{hint}")
         class_columns = [objective.class_column() for objective in self.tasks[options.task].objectives]
         columns = {column.name: column for column in class_columns if column}
         if options.label not in columns:
             hint = nearest(options.label, columns)
-            raise UserError(f"{key}.label: tasks.{options.task} has no classification of {options.label!r}{hint}")
+            raise UserError(f"{key}.label: the model has no head of tasks.{options.task} for {options.label!r}{hint}")
         return columns[options.label]
 
     def inference_view(self, modality: str) -> Any:
