@@ -37,7 +37,7 @@ LITTLE = {
     "title": "Little arms",
     "question": "Which is better?",
     "recipe": "recipe.yaml",
-    "flops": 2e8,
+    "flops": 5e8,
     "seeds": [0, 1],
     "arms": {
         "together": {},
@@ -157,7 +157,8 @@ def test_finished_runs_are_not_trained_again(done, capsys):
     [
         (
             {"arms": LITTLE["arms"] | {"half": {"flops_factor": 0.5, "set": ["optimizer.lr=0.5"]}}},
-            r"half-0-seed0: trained with optimizer.lr .*, now 0.5; remove the folder",
+            r"half-0-seed0: trained with optimizer.lr .*, now 0.5; "
+            r"remove \S*half-0-seed0 \S*half-0-seed1 to train them again",
         ),
         # `train` alone would take them for the results of the changed evaluation set.
         (
@@ -254,6 +255,15 @@ def test_cosines_that_were_not_measured_have_an_empty_cell(tmp_path):
     assert (tmp_path / "t-cosines.png").stat().st_size
 
 
+def test_the_page_has_three_digits_of_the_flops(tmp_path):
+    study = Study(title="t", question="q", recipe="r", flops=1, arms={"a": {}, "b": {}})
+    found = {"a": [replace(PLAIN, flops=123_456_789)], "b": [replace(PLAIN, flops=11_984 * 10**9)]}
+    write_results(study, found, tmp_path, "t", "c")
+    cells = [line.split(" | ") for line in (tmp_path / "t.md").read_text().splitlines() if line.startswith("| ")]
+    column = cells[0].index("TFLOPs")
+    assert [row[column] for row in cells[2:]] == ["0.000123", "11.98"]
+
+
 def test_a_failed_page_leaves_the_old_files(tmp_path):
     for name in ("t.md", "t.png"):
         (tmp_path / name).write_text("old")
@@ -304,6 +314,7 @@ def test_a_stopped_study_resumes(done, little_data, tmp_path):
             {"flops": 1e300},
             "arm 'together': its FLOPs allow .*e.2.. steps, but a run has at most 100,000,000",
         ),
+        ({"flops": 2e7}, "arm 'together': its FLOPs allow 2 steps, but arms are comparable from 10 steps on; raise"),
         (
             {"arms": {"a": {}, "b": [{"tasks": ["named"]}] * 2}},
             "arm 'b': each of its models needs `tasks` that no other",

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from openimp.common.errors import UserError, nearest
+from openimp.common.errors import UserError, counted, nearest
 from openimp.data.step_batches import StepBatches
 from openimp.planning.ledger import mixture
 from openimp.recipe.file import RecipeLoader, flat
@@ -23,6 +23,8 @@ SMOKE_ROWS = 48
 """Rows per source with --smoke."""
 SMOKE_BATCH = 16
 """Examples per batch with --smoke."""
+MIN_STEPS = 10
+"""Fewest steps of a model. Steps are whole, so with fewer of them the arms' FLOPs would differ by more than 5 %."""
 MAX_STEPS = 10**8
 """Limit on the steps of a run, because its whole schedule is held in memory."""
 
@@ -37,7 +39,10 @@ def variant_of(study: Study, part: Part) -> Variant:
 
 
 def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Recipe:
-    """The recipe of one model of a study. If its FLOPs allow more than `MAX_STEPS`, that is a UserError."""
+    """The recipe of one model of a study.
+
+    If its FLOPs allow fewer than `MIN_STEPS` or more than `MAX_STEPS`, that is a UserError; `smoke` allows 1 step.
+    """
     changes = [*study.set, *part.set]
     data = Recipe.load(study.recipe, [*changes, f"seed={seed}"], Path.cwd()).to_dict()
     for change in changes:
@@ -61,6 +66,11 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     if allowed > MAX_STEPS:
         raise UserError(f"its FLOPs allow {allowed:.2g} steps, but a run has at most {MAX_STEPS:,}")
     steps = max(1, round(allowed))
+    if steps < MIN_STEPS and not smoke:
+        raise UserError(
+            f"its FLOPs allow {counted(round(allowed), 'step')}, but arms are comparable from {MIN_STEPS} steps on; "
+            "raise flops"
+        )
     round_length = sum(task.weight > 0 for task in recipe.tasks.values())
     # Whole rounds of one step per task: summed tasks are updated at the end of a round.
     rounds_per_save = max(1, steps // (SAVES * round_length))

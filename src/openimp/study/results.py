@@ -1,5 +1,6 @@
 """The page of a study: tables and plots in Markdown. It needs matplotlib (`pip install openimp[plots]`)."""
 
+import math
 import os
 import platform
 import statistics
@@ -91,7 +92,7 @@ def _score_table(outcomes: Outcomes) -> str:
             cells[0] = f"**{cells[0]}**"
         cells += [
             f"{seeds[0].steps:,}",
-            f"{statistics.mean(seed.flops for seed in seeds) / 1e12:.2f}",
+            _teraflops(statistics.mean(seed.flops for seed in seeds)),
             f"{seeds[0].parameters / 1e6:.2f}M",
             f"{seeds[0].memory / 2**20:,.0f} MiB",
             f"{statistics.mean(seed.seconds for seed in seeds) / 60:.1f}",
@@ -134,6 +135,12 @@ def _spread(scores: Sequence[float]) -> str:
         return ""
     mean, deviation = mean_and_deviation(scores)
     return f"{mean:.1f} ± {deviation:.1f}" if len(scores) > 1 else f"{mean:.1f}"
+
+
+def _teraflops(flops: float) -> str:
+    """FLOPs in TFLOPs, with two decimals or, for little studies, more: at least three significant digits."""
+    decimals = max(2, 14 - math.floor(math.log10(flops)))
+    return f"{flops / 1e12:.{decimals}f}"
 
 
 def _versions(outcomes: Outcomes) -> str:

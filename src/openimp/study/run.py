@@ -7,6 +7,7 @@ such models that share the arm's FLOPs.
 import os
 import shlex
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -52,6 +53,7 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     trainings = _trainings(study, name, smoke)
     first_seed = study.seeds[0]
     _check_evaluation(study, name, [training for training in trainings if training.seed == first_seed])
+    _check_same_recipes({_run(runs, title, training): training.recipe for training in trainings})
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -62,9 +64,8 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
         seed = training.seed
         outcome = outcomes[arm][seed]
         variant = variant_of(study, training.part)
-        run = runs / title / f"{file_name(arm)}-{training.model_number}-seed{seed}"
+        run = _run(runs, title, training)
         console.print(f"\n{title}, training {number} of {len(trainings)}: {arm}, seed {seed}", style="bold")
-        _check_same_recipe(run, training.recipe)
         if not train(training.recipe, run, "auto", variant):
             return False
         outcome.add(run, study.score)
@@ -116,13 +117,25 @@ def _check_evaluation(study: Study, name: str, trainings: list[Training]) -> Non
         raise UserError(f"{name}: at least one arm must have all evaluation sets, so that there is a mean over them")
 
 
-def _check_same_recipe(run: Path, recipe: Recipe) -> None:
-    """Raises UserError if the study has changed since the run: the run has another recipe.
+def _run(runs: Path, title: str, training: Training) -> Path:
+    """The run directory of a training of the study `title`."""
+    return runs / title / f"{file_name(training.arm)}-{training.model_number}-seed{training.seed}"
+
+
+def _check_same_recipes(recipe_by_run: Mapping[Path, Recipe]) -> None:
+    """Raises UserError if the study has changed since some of its runs: they have other recipes. It names them all.
 
     `train` compares only keys that change the training. A study also needs results of the same evaluation.
     """
-    if not (run / "recipe.yaml").exists():
-        return
-    for key, was, now in differences(load_run_recipe(run).to_dict(), recipe.to_dict()):
-        if key not in FREE:
-            raise UserError(f"{run}: trained with {key} {was!r}, now {now!r}; remove the folder to train it again")
+    changed = {}
+    for run, recipe in recipe_by_run.items():
+        if (run / "recipe.yaml").exists():
+            found = differences(load_run_recipe(run).to_dict(), recipe.to_dict())
+            if found := [difference for difference in found if difference[0] not in FREE]:
+                changed[run] = found
+    if changed:
+        first = next(iter(changed))
+        key, was, now = changed[first][0]
+        runs = " ".join(shlex.quote(str(run)) for run in changed)
+        again = "it" if len(changed) == 1 else "them"
+        raise UserError(f"{first}: trained with {key} {was!r}, now {now!r}; remove {runs} to train {again} again")
