@@ -351,7 +351,9 @@ def info(
 def plan(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    gpus: Annotated[int, typer.Option("--gpus", help="Number of GPUs.")] = 256,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", help="Number of GPUs; by default, 1 or as many as share a replica.")
+    ] = None,
     gpu: Annotated[str, typer.Option("--gpu", help="Type of GPU, for example a100, h100 or h200.")] = "h100",
     mfu: Annotated[float, typer.Option("--mfu", help="MFU: the share of the bf16 peak that training reaches.")] = 0.4,
 ) -> None:

@@ -288,9 +288,11 @@ def run_info(what: str, overrides: list[str]) -> None:
         _print_run(path)
 
 
-def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -> None:
-    """Prints the needs of a run of a recipe, and which layout suits it."""
+def run_plan(name: str, overrides: list[str], gpus: int | None, gpu: str, mfu: float) -> None:
+    """Prints the needs of a run of a recipe, and which layout suits it. By default, as few GPUs as its layout needs."""
     recipe = Recipe.load(name, overrides, Path.cwd())
+    if gpus is None:
+        gpus = max(recipe.parallel.shard_degree or 1, recipe.parallel.expert_degree)
     modalities = _modalities(recipe)
     layout_plans = [*plans(recipe, modalities, _classes(recipe), gpus=gpus, gpu=gpu, utilization=mfu)]
     print_plan(recipe, modalities, layout_plans, gpu)

@@ -334,6 +334,13 @@ def test_the_command_prints_the_plan(little_data, capsys):
         assert line in printed
 
 
+@pytest.mark.parametrize(("parallel", "gpus"), [("{}", 1), ("{shard_degree: 2}", 2), ("{expert_degree: 2}", 2)])
+def test_the_command_plans_the_fewest_gpus_unless_told(little_data, capsys, parallel, gpus):
+    changes = ["model.moe.experts=4", f"parallel={parallel}"]
+    run_plan(str(little_data / "recipe.yaml"), changes, None, "h100", 0.4)
+    assert f"on each of {gpus} x h100" in capsys.readouterr().out
+
+
 def test_the_peak_of_a_device_is_that_of_the_plan_if_it_has_one(monkeypatch):
     monkeypatch.setattr("openimp.planning.gpus.product_speed", lambda device, precision: (device.type, precision))
     assert peak_flops(torch.device("cpu"), "fp32") == ("cpu", "fp32")

@@ -28,6 +28,9 @@ from openimp.recipe.schema import Recipe
 MIN_SPEEDUP = 1.1
 """Speedup above which another layout is recommended instead of the recipe's. It is not 1, because times are estimates.
 """
+MIN_GAIN_SECONDS = 1e-3
+"""Seconds per step that another layout must gain to be recommended. The latencies of collectives are not counted, and
+those of a step can take this long."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,8 @@ def recommended(candidate_plans: Sequence[Plan]) -> Plan:
     """The plan of the fastest run that fits, or the one that needs the least memory if none fits.
 
     The first plan, which is for the recipe's layout, stays if it is a candidate and no other is faster by more than
-    `MIN_SPEEDUP`. Candidates are the plans that fit; those with shards over several nodes only if nothing else fits,
-    because the planned time lacks the latency of their collectives.
+    `MIN_SPEEDUP` and `MIN_GAIN_SECONDS`. Candidates are the plans that fit; those with shards over several nodes only
+    if nothing else fits, because the planned time lacks the latency of their collectives.
     """
     fitting = [plan for plan in candidate_plans if plan.fits]
     if not fitting:
@@ -150,7 +153,9 @@ def recommended(candidate_plans: Sequence[Plan]) -> Plan:
     candidates = [plan for plan in fitting if plan.layout.shard_degree <= GPUS_PER_NODE] or fitting
     fastest = min(candidates, key=lambda plan: plan.seconds)
     recipe_plan = candidate_plans[0]
-    if recipe_plan in candidates and recipe_plan.seconds <= MIN_SPEEDUP * fastest.seconds:
+    gain = recipe_plan.seconds - fastest.seconds
+    min_gain = MIN_GAIN_SECONDS * sum(recipe_plan.step_counts.values())
+    if recipe_plan in candidates and (gain < min_gain or recipe_plan.seconds <= MIN_SPEEDUP * fastest.seconds):
         return recipe_plan
     return fastest
 
