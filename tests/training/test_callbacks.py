@@ -5,6 +5,7 @@ from typing import Any
 
 import little
 import pytest
+from messages import refuses
 
 import openimp
 from openimp.checkpoint.folder import checkpoints, verify
@@ -75,6 +76,16 @@ def test_early_stopping_waits_for_a_gain(recipe, tmp_path):
     openimp.train(frozen, tmp_path / "run", callbacks=[recorded, openimp.EarlyStopping("colours", patience=1)])
     assert recorded.evaluations == [2, 4]
     assert {line["step"] for line in read_lines(tmp_path / "run" / "results.jsonl")} == {2, 4}
+
+
+def test_early_stopping_that_would_never_stop_is_refused_before_the_first_step(recipe, tmp_path):
+    with refuses():
+        openimp.train(recipe, tmp_path / "run", callbacks=iter([openimp.EarlyStopping("colors")]))
+    seldom = recipe.to_dict()
+    seldom["evaluation"]["every"] = None
+    with refuses():
+        openimp.train(openimp.Recipe.build(seldom), tmp_path / "run", callbacks=[openimp.EarlyStopping("colours")])
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_the_functions_of_the_commands_are_in_the_package():

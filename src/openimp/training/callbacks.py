@@ -5,8 +5,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, nearest
 from openimp.evaluation.results import main_metric
+from openimp.recipe.schema import Recipe
 
 
 class StopTraining(Exception):
@@ -19,6 +20,9 @@ class Callback:
     With several ranks, each of them calls the callbacks. Steps and results are equal on all ranks, but times in
     `figures` are not: do not end the training because of them.
     """
+
+    def on_start(self, recipe: Recipe) -> None:
+        """Called before anything is written. A UserError says that the callback does not suit the recipe."""
 
     def on_step(self, step: int, figures: dict[str, Any] | None) -> None:
         """Called when the update of a step is confirmed. `step` counts from 1. `figures` is the line of metrics.jsonl,
@@ -44,11 +48,15 @@ class EarlyStopping(Callback):
         self._best = float("-inf")
         self._without_gain = 0
 
+    def on_start(self, recipe: Recipe) -> None:
+        sets = recipe.evaluation.sets
+        if self.set not in sets:
+            raise UserError(f"EarlyStopping: no evaluation set is called {self.set!r}{nearest(self.set, sets)}")
+        if recipe.evaluation.every is None:
+            raise UserError("EarlyStopping: evaluation.every is null, so sets are evaluated only at the end; set it")
+
     def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
-        metrics = [main_metric(result) for result in results if result["set"] == self.set]
-        if not metrics:
-            raise UserError(f"EarlyStopping: no evaluation set is called {self.set!r}")
-        metric = fmean(metrics)
+        metric = fmean(main_metric(result) for result in results if result["set"] == self.set)
         self._without_gain = 0 if metric > self._best else self._without_gain + 1
         self._best = max(self._best, metric)
         if self._without_gain >= self.patience:
@@ -60,6 +68,9 @@ class Callbacks(Callback):
 
     def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
         self.callbacks = list(callbacks)
+
+    def on_start(self, recipe: Recipe) -> None:
+        self._call(lambda callback: callback.on_start(recipe))
 
     def on_step(self, step: int, figures: dict[str, Any] | None) -> None:
         self._call(lambda callback: callback.on_step(step, figures))

@@ -53,7 +53,8 @@ def train(
             no checkpoint. Ranks that torchrun has restarted use "auto" if their job began the run.
         variant: what a study changes.
         allow_changed_data: resume even if a source has changed since the checkpoint was saved.
-        callbacks: their methods are called after steps, evaluations and checkpoints, and may end the training.
+        callbacks: their methods are called at the start, and after steps, evaluations and checkpoints, and may end the
+            training.
 
     Raises:
         UserError: the run cannot start, resume or continue. If data is bad or a loss is not finite, all complete steps
@@ -71,6 +72,8 @@ def train(
             complete = True
             console.print(f"{run}: all {recipe.train.steps:,} steps are done and evaluated already", soft_wrap=True)
         else:
+            callbacks = list(callbacks)
+            Callbacks(callbacks).on_start(recipe)
             complete = Trainer(set_up(recipe, run, resume, variant, allow_changed_data), callbacks).train()
     distributed.shut_down()
     return complete
