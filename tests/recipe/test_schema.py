@@ -52,6 +52,8 @@ REFUSED = {
     "optimizer.clip=1": "optimizer: key 'clip' is now called 'max_grad_norm'",
     "tasks.named.views.0.share=2": "tasks.named.views[0]: key 'share' is now called 'weight'",
     "tasks.named.views.0.image.drop=0.5": "tasks.named.views[0].image: key 'drop' is now called 'drop_tokens'",
+    "tasks.named.views.0.image.drop_tokens=1.0": "tasks.named.views[0].image: drop_tokens: must be below 1, found 1.0",
+    "tasks.heard.views.0.audio.drop_tokens=1.0": "tasks.heard.views[0].audio: drop_tokens: must be below 1, found 1.0",
     "batch.micro=4": "key 'batch' is now called 'memory'",
     "model.moe={experts:8, layers:2}": "model.moe: unknown key 'experts:8': YAML needs a space after the colon, as in "
     "experts: 8",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
 from openimp.common.protocols import TensorInput
-from openimp.common.schema import Count, Pair, Positive, Share, Strict
+from openimp.common.schema import Count, Pair, PartialShare, Positive, Share, Strict
 from openimp.modalities import media
 from openimp.modalities.sound import (
     ReadPlan,
@@ -96,7 +96,7 @@ class Audio(Modality):
         seconds: Positive = 8.192
         """Length in seconds. Rounded to frames, it must be a multiple of the patch's frames. Longer sounds are cut, at
         random in training, and silence is appended to shorter ones. The paper: 8.192."""
-        drop_tokens: Share = 0.0
+        drop_tokens: PartialShare = 0.0
         """Share of tokens dropped in training (DropToken)."""
         gain: Annotated[float, Field(ge=0)] = 0.0
         """Largest random change of loudness in training, in dB, up or down."""

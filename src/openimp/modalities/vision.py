@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
 from openimp.common.protocols import TensorInput
-from openimp.common.schema import Count, Pair, Positive, Share, Strict, Triple
+from openimp.common.schema import Count, Pair, PartialShare, Positive, Share, Strict, Triple
 from openimp.modalities.media import PatchGrid, patch_tokens, tokens_kept
 
 Size = tuple[int, int]
@@ -72,7 +72,7 @@ class Vision(Modality):
 
         size: Count | Pair = 256
         """Pixels per side, or [height, width]; multiples of the patch. The paper: 256, and 128 for low resolution."""
-        drop_tokens: Share = 0.0
+        drop_tokens: PartialShare = 0.0
         """Share of tokens dropped in training (DropToken); the paper: 0.75 for 16 frames of 256 pixels."""
         crop: Annotated[float, Field(gt=0, le=1)] = 0.5
         """Smallest share of the picture's area that a training crop shows (Inception crop; the paper: 0.5). 1: the

@@ -4,16 +4,16 @@ Shape suffixes: B examples, D features, K classes.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from openimp.common.device import full_precision
 from openimp.common.errors import UserError
 from openimp.common.objective import ClassColumn, Objective, Row, TargetSizes, Tensors
+from openimp.common.schema import PartialShare
 from openimp.data.batch import head_key
 from openimp.data.targets import index_of, row_classes
 from openimp.model.embedder import Embedder, EncodedAll
@@ -38,7 +38,7 @@ class Classification(Objective):
     over the classes, as in torch and timm."""
     classes: list[str] | list[int] | None = None
     """The classes, in the order of the head's outputs. Default: all values of the column. Required for streams."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: PartialShare = 0.0
     """Share of the target that is distributed over all classes."""
 
     def check(self, location: str, task: Task, recipe: Recipe) -> None:
