@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from messages import refuses
 from timm.optim import param_groups_layer_decay
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -182,8 +183,16 @@ def test_a_step_of_a_slower_part_is_smaller(little_data, tmp_path):
 
 def test_what_cannot_be_frozen_is_refused(little_data, tmp_path):
     for scale, message in (
-        ("{stems.visoin: 0}", "optimizer.lr_scale: the model has no part 'stems.visoin'; did you mean 'stems.vision'"),
+        ("{stems.visoin: 0}", "the model has no part 'stems.visoin'; known: stems.vision, stems.text, stems.audio$"),
+        ("{encoder.text: 0}", "the model has no part 'encoder.text'; known: encoder.blocks, encoder.norm$"),
+        ("{encodr.text: 0}", "no part 'encodr.text'; known: stems, encoder, projections, temperatures, classifiers$"),
+        ("{encoder.norm.weight.x: 0}", "no part 'encoder.norm.weight.x'; known: encoder.norm.weight"),
         ("{stems: 0, encoder: 0, projections: 0, temperatures: 0}", "tasks.heard: optimizer.lr_scale freezes all that"),
     ):
         with pytest.raises(UserError, match=message):
             training_of(little_data, tmp_path / "run", f"optimizer.lr_scale={scale}")
+
+
+def test_at_most_ten_of_many_parts_are_named(little_data, tmp_path):
+    with refuses():
+        training_of(little_data, tmp_path / "run", "model.layers=12", "optimizer.lr_scale={encoder.blocks.12: 0}")

@@ -1,13 +1,15 @@
 """The learning rate of each parameter relative to the recipe's, by part of the model and by depth; frozen parts."""
 
 from collections.abc import Collection
-from itertools import accumulate
 
 from torch import Tensor
 
-from openimp.common.errors import UserError, nearest
+from openimp.common.errors import UserError
 from openimp.model.embedder import Embedder
 from openimp.recipe.training import Optimizer
+
+MAX_NAMED = 10
+"""Maximum number of parts that an error message names."""
 
 
 def freeze(model: Embedder, options: Optimizer) -> None:
@@ -47,7 +49,16 @@ def _require_parts(parts: Collection[str], names: Collection[str]) -> None:
     """Checks that each part is a parameter or a module of a model, given the names of its parameters."""
     for part in parts:
         if not any(_belongs_to(name, part) for name in names):
-            known = set[str]()
-            for name in names:
-                known.update(accumulate(name.split("."), "{}.{}".format))
-            raise UserError(f"optimizer.lr_scale: the model has no part {part!r}{nearest(part, sorted(known))}")
+            known = _children_of_longest_parent(part, names)
+            listed = ", ".join(known[:MAX_NAMED]) + (", ..." if len(known) > MAX_NAMED else "")
+            raise UserError(f"optimizer.lr_scale: the model has no part {part!r}; known: {listed}")
+
+
+def _children_of_longest_parent(part: str, names: Collection[str]) -> list[str]:
+    """The parts that could have been meant: those directly inside the longest beginning of `part` that is a module."""
+    parent = part
+    while parent and not any(name.startswith(f"{parent}.") for name in names):
+        parent = parent.rpartition(".")[0]
+    depth = len(parent.split(".")) if parent else 0
+    inside = [name for name in names if not parent or _belongs_to(name, parent)]
+    return list(dict.fromkeys(".".join(name.split(".")[: depth + 1]) for name in inside))
