@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from messages import refuses
 
 import openimp
 from openimp import cli
@@ -221,6 +222,23 @@ def test_a_modality_from_another_package_is_as_the_page_says(outside, tmp_path, 
         assert tokens.coords.dtype == torch.int64
         assert (tokens.coords >= 0).all()
         assert (tokens.coords < torch.tensor(spec.axes)).all()
+
+
+def test_an_error_of_an_objective_from_another_package_names_the_objective(outside):
+    with refuses():
+        Recipe.build(framed("objectives: [{type: contrastive}, {type: similarity, between: [image], score: score}]"))
+
+
+@pytest.mark.parametrize("kind", ["modalities", "objectives"])
+def test_the_packages_of_the_pages_can_be_installed(kind):
+    tomllib = pytest.importorskip("tomllib", reason="new in Python 3.11")
+    page = ROOT / "docs" / f"{kind}.md"
+    ((_, text),) = [found for found in blocks(page, "toml") if found[0] == "pyproject.toml"]
+    data = tomllib.loads(text)
+    (module,) = [name.removesuffix(".py") for name, _ in blocks(page, "python") if name]
+    assert data["build-system"]["build-backend"] == "setuptools.build_meta"
+    assert data["project"].keys() >= {"name", "version"}
+    assert data["tool"]["setuptools"]["py-modules"] == [module]
 
 
 def test_an_objective_from_another_package_is_trained_saved_and_loaded(outside, little_data, tmp_path, capsys):
