@@ -454,7 +454,7 @@ def test_rows_get_the_vectors_of_a_model_from_which_another_one_learns(
     for arguments, told in (
         (
             [*train, tmp_path / "no", *sets("model.embed_dim=16")],
-            "column 'teacher': expected a list of 16 numbers (the model's embed_dim), found a list of shape [32]",
+            "column 'teacher' has vectors of 32 numbers, and the model of 16; set model.embed_dim",
         ),
         ([*join[:3], out, "--out", out, *choice], "already; name another one"),
         (join, "--modality: expected image or text or audio, found none"),

@@ -146,6 +146,12 @@ def test_a_row_without_a_vector_is_a_bad_example(data, tmp_path):
             unit_vector(value, SIZE, "vector")
 
 
+def test_a_column_of_vectors_of_another_size_is_refused_before_the_training(data, tmp_path):
+    with refuses():
+        train(Recipe.load(data / "recipe.yaml", ["model.embed_dim=16"]), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_in_a_disjoint_space_the_recipe_names_what_to_compare_with(data):
     disjoint = "model.space=disjoint"
     with refuses():

@@ -275,8 +275,9 @@ class StepBatches(Dataset[LoadedBatch]):
         """Embeds what towers and teachers read. It must be called before the first batch.
 
         Vectors are stored in openimp's cache. UserError if a source is a stream, which is read only once, or if the
-        vectors of a teacher have another size than the model's embeddings.
+        vectors of a teacher or in a column have another size than the model's embeddings.
         """
+        self._check_first_rows()
         self._embed_for_towers(progress)
         size = self._target_sizes.embed_dim
         for teacher, tower in teachers.items():
@@ -297,6 +298,17 @@ class StepBatches(Dataset[LoadedBatch]):
                 else:
                     vectors[teacher] = embed_column(source, tower, columns[0], views=[], progress=progress)
             self.teacher_vectors[task_name] = vectors
+
+    def _check_first_rows(self) -> None:
+        """Checks before the training what would make every row of a table a bad example."""
+        for task_name, source in self.sources.items():
+            task = self.recipe.tasks[task_name]
+            columns = sorted(_target_columns(task))
+            if isinstance(source, Stream) or not columns:
+                continue
+            (row,) = source.rows([0], columns)
+            for i, objective in enumerate(task.objectives):
+                objective.check_row(f"tasks.{task_name}.objectives.{i}", row, self._target_sizes)
 
     def _embed_for_towers(self, progress: Progress | None) -> None:
         for task_name, source in self.sources.items():
