@@ -206,7 +206,8 @@ def test_splits_may_overlap(setup):
 @pytest.mark.parametrize(
     ("colours", "options", "message"),
     [
-        (["red", "pink"], {}, "'pink' is not among the classes; known: blue, green, red, white"),
+        (["red", "pink"], {}, "'pink' is not among the classes; list all classes in the objective of tasks.named, or "),
+        ([["red"], ["rad"]], {"loss": "sigmoid"}, "'rad' is not among the classes; list all classes in the objective"),
         (["red", None], {}, "has 1 row without a class"),
         ([["red"], ["blue"]], {}, "r.*.parquet.0.: expected one class, found .'red'."),
         (["red", "blue"], {"loss": "sigmoid"}, "rows.parquet.0.: expected a list of classes, found 'red'"),

@@ -84,10 +84,12 @@ def row_classes(value: Any, lists: bool) -> list[Any]:
     return labels
 
 
-def index_of(label: Any, index: Mapping[Any, int], error_prefix: str) -> int:
-    """The index of a class. UserError if it has none."""
+def index_of(label: Any, index: Mapping[Any, int], error_prefix: str, remedy: str | None = None) -> int:
+    """The index of a class. UserError if it has none, with the `remedy`. None: it names the nearest class."""
     if label in index:
         return index[label]
     same_text = [known for known in index if as_text(known) == as_text(label)]
-    hint = f", but {same_text[0]!r} is" if same_text else nearest(str(label), map(str, index))
+    hint = f"; {remedy}" if remedy else nearest(str(label), map(str, index))
+    if same_text:
+        hint = f", but {same_text[0]!r} is"
     raise UserError(f"{error_prefix}: {label!r} is not among the classes{hint}")

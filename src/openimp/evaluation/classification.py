@@ -120,8 +120,12 @@ def read_labels(evaluator: Evaluator, options: ZeroShot | ClassHead, error_prefi
             raise UserError(
                 f"{column}: class {label!r} and another one are both {as_text(label)!r} as text; rename one"
             )
+    remedy = None
+    if isinstance(options, ClassHead):
+        remedy = f"list all classes in the objective of tasks.{options.task}, or leave the row out with where"
     for label, row in rows_by_class.items():
-        index_of(as_text(label), index, f"{column}: {table.row_name(row)}")  # Raises if the model cannot choose it.
+        # Raises if the model cannot choose it.
+        index_of(as_text(label), index, f"{column}: {table.row_name(row)}", remedy)
     if not isinstance(options, ZeroShot):
         return Labels(classes, index, lists, {})
     if options.splits and lists:
