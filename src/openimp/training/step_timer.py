@@ -12,6 +12,7 @@ import torch
 
 from openimp.common.errors import counted
 from openimp.common.modality import Modalities
+from openimp.common.protocols import Towered
 from openimp.data.step_batches import LoadedBatch
 from openimp.parallel.distributed import all_gather
 from openimp.planning.ledger import short
@@ -83,9 +84,12 @@ class StepTimer:
         """Advice, once, if much time is spent waiting for data. The first record, when workers start, is skipped."""
         if self.warned or self.records == 1 or record["data_wait"] <= WAIT_WARNING:
             return None
-        self.warned = True
         name = max(record["waits"], key=record["waits"].get)
-        *others, last = advice(recipe, modalities, name, self.rare_waits)
+        ways = advice(recipe, modalities, name, self.rare_waits)
+        if not ways:
+            return None
+        self.warned = True
+        *others, last = ways
         return (
             f"{record['data_wait']:.0%} of the time is spent waiting for data, most of it for task {name}; "
             f"{', '.join(others)}{' or ' if others else ''}{last}"
@@ -93,7 +97,7 @@ class StepTimer:
 
 
 def advice(recipe: Recipe, modalities: Modalities, name: str, rare_waits: bool) -> list[str]:
-    """Ways to load the data of the task `name` faster, the easiest first.
+    """Ways to load the data of the task `name` faster, the easiest first. There may be none.
 
     `rare_waits`: only a few steps wait, but long. More prefetched batches bridge such waits.
     """
@@ -102,7 +106,9 @@ def advice(recipe: Recipe, modalities: Modalities, name: str, rare_waits: bool) 
     source = recipe.sources[task.source]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    reads_media = any(not modalities[modality].reads_text for modality in task.inputs)
+    inputs = [modalities[modality] for modality in task.inputs]
+    # What a tower reads is embedded before the first step, and what is cached is decoded.
+    decodes = source.cache == "none" and any(not (each.reads_text or isinstance(each, Towered)) for each in inputs)
     ways = []
     # On few cores, a process that prepares decoded data would slow down the threads that train; drafts have none.
     few_cores = cores < FEW_CORES and not torch.cuda.is_available()
@@ -110,9 +116,9 @@ def advice(recipe: Recipe, modalities: Modalities, name: str, rare_waits: bool) 
         ways.append(f"raise train.num_workers (now {workers}; {counted(cores, 'core')} per rank)")
     if workers and rare_waits:
         ways.append(f"raise train.prefetch_factor (now {recipe.train.prefetch_factor})")
-    if reads_media and source.cache == "none" and not source.stream:
+    if decodes and not source.stream:
         ways.append(f"set sources.{task.source}.cache=memory")
-    if reads_media or not ways:
+    if decodes:
         ways.append(f"use smaller views in tasks.{name} (lower resolution, fewer frames or seconds)")
     return ways
 
