@@ -124,7 +124,7 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _remove_others(folder: Path, keep: int) -> None:
-    """Removes all checkpoints except the last `keep` up to `folder`, and the best one unless that is later."""
+    """Removes all checkpoints but the last `keep` up to `folder` and, if not later than `folder`, the best one."""
     run = folder.parents[1]  # `folder` is RUN/checkpoints/step-...
     saved = checkpoints(run)
     best = (folder.parent / BEST).resolve().name

@@ -134,8 +134,8 @@ def ranks(queries_NZ: Tensor, candidates_MZ: Tensor, pairs: np.ndarray, limit: i
         best_n = similar_nM.new_full((len(similar_nM),), -torch.inf).scatter_reduce(0, query_e, correct_e, "amax")
         # `not <` instead of `>=`, so that every comparison with NaN counts against the model.
         not_below_n = (~(similar_nM < best_n[:, None])).sum(1)
-        # The rank is 1 + the number of wrong candidates that are not less similar than the best correct one: all such
-        # candidates minus the correct ones among them, which are the best one and its ties.
+        # Rank = 1 + wrong candidates not below `best_n`
+        #      = 1 + all candidates not below `best_n` - correct candidates not below `best_n`.
         not_below_e = ~(correct_e < best_n[query_e])
         correct_not_below_n = torch.zeros_like(not_below_n).index_add(0, query_e, not_below_e.long())
         blocks.append(1 + not_below_n - correct_not_below_n)

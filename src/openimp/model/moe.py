@@ -151,8 +151,8 @@ class Router(nn.Module):
 
 
 def set_usage_collection(model: nn.Module, enabled: bool) -> None:
-    """Sets whether the sparse layers of a model return their `Usage`. By default they do not, because each layer needs
-    about 15 small operations per input to compute it."""
+    """Sets whether sparse layers that are not compiled return their `Usage`. By default they do not, because each layer
+    needs about 15 small operations per input to compute it."""
     for module in model.modules():
         if isinstance(module, Router):
             module.collects_usage = enabled

@@ -140,19 +140,19 @@ def plans(
         )
 
 
-def recommended(candidate_plans: Sequence[Plan]) -> Plan:
+def recommended(all_plans: Sequence[Plan]) -> Plan:
     """The plan of the fastest run that fits, or the one that needs the least memory if none fits.
 
-    The first plan, which is for the recipe's layout, stays if it is a candidate and no other is faster by more than
-    `MIN_SPEEDUP` and `MIN_GAIN_SECONDS`. Candidates are the plans that fit; those with shards over several nodes only
-    if nothing else fits, because the planned time lacks the latency of their collectives.
+    Candidates are the plans that fit; those with shards over several nodes only if nothing else fits, because the
+    planned time lacks the latency of their collectives. The first plan, which is for the recipe's layout, stays if it
+    is a candidate and no other candidate is faster by more than `MIN_SPEEDUP` and `MIN_GAIN_SECONDS`.
     """
-    fitting = [plan for plan in candidate_plans if plan.fits]
+    fitting = [plan for plan in all_plans if plan.fits]
     if not fitting:
-        return min(candidate_plans, key=lambda plan: plan.memory_bytes)
+        return min(all_plans, key=lambda plan: plan.memory_bytes)
     candidates = [plan for plan in fitting if plan.layout.shard_degree <= GPUS_PER_NODE] or fitting
     fastest = min(candidates, key=lambda plan: plan.seconds)
-    recipe_plan = candidate_plans[0]
+    recipe_plan = all_plans[0]
     gain = recipe_plan.seconds - fastest.seconds
     min_gain = MIN_GAIN_SECONDS * sum(recipe_plan.step_counts.values())
     if recipe_plan in candidates and (gain < min_gain or recipe_plan.seconds <= MIN_SPEEDUP * fastest.seconds):

@@ -252,7 +252,7 @@ class Trainer(Parts):
         self._queued_update = QueuedUpdate(steps, grad_norm)
 
     def confirm(self) -> None:
-        """Waits until the queued steps are complete, counts and logs them.
+        """Waits for the gradient norm of the queued update, then counts and logs its steps.
 
         If the gradient norm is not finite, the steps were not applied, and this raises on all ranks: `Stopped` or a
         UserError if a rank had a reason to stop, else a UserError that names the loss.
