@@ -248,7 +248,19 @@ def captioned(word_model, media_folder, tmp_path) -> Index:
         file = Path(shutil.copy(media_folder / name, folder))
         if name in captions:
             file.with_suffix(".txt").write_text(captions[name], encoding="utf-8")
-    return open_index(build_index(word_model, [tmp_path / "captioned"], tmp_path / "x.index").folder)
+    folders = [tmp_path / "captioned" / kind for kind in ("png", "wav")]
+    return open_index(build_index(word_model, folders, tmp_path / "x.index").folder)
+
+
+def test_media_without_a_caption_are_found_by_the_name_of_their_subfolder(word_model, media_folder, tmp_path):
+    folder = tmp_path / "media"
+    for place in ("", "old guitar", "drum"):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        shutil.copy(media_folder / "0.png", folder / place / "a.png")
+    (folder / "drum" / "a.txt").write_text("a guitar, after all")
+    index = open_index(build_index(word_model, [folder], tmp_path / "x.index").folder)
+    assert {hit.text for hit in index.search("guitars", by="words")} == {"old guitar", "a guitar, after all"}
+    assert {hit.text for hit in index.sample(3)} == {"old guitar", "a guitar, after all", None}
 
 
 def test_items_are_found_by_the_words_of_their_texts(captioned):
@@ -381,7 +393,7 @@ def test_the_command_line_indexes_and_searches(openimp, joint_model, media, tmp_
     code, out, _ = openimp("search", index, "--image", picture, "-k", 2)
     assert code == 0
     first, _ = out.splitlines()
-    assert first.split() == ["1.000", "image", str(picture)]
+    assert first.split() == ["1.000", "image", str(picture), "seen"]
     folder = media / "heard_100%"
     query = ("a red square", "--minus", "noise", "--audio", folder / "0.wav")
     code, out, _ = openimp("search", index, *query, "--modality", "text", "--under", folder, "--json")

@@ -47,8 +47,10 @@ def media_of_files(
 ) -> Iterator[Media]:
     """The files that `find_files` found in the files and folders `given`.
 
-    A text file beside a medium, such as `a.txt` beside `a.jpg`, is its caption, and not an item.
+    A text file beside a medium, such as `a.txt` beside `a.jpg`, is its caption, and not an item. A medium without a
+    caption in a subfolder, such as `dog/1.jpg`, has the subfolder's name as its text.
     """
+    given_folders = {os.path.abspath(path) for path in given}
     roots = cache(lambda: [Path(os.path.realpath(path)) for path in given])  # Slow; needed only if there are links.
     files = [(os.path.abspath(path), name) for name, paths in files_by_modality.items() for path in paths]
     texts = [(path, name) for path, name in files if modalities[name].reads_text]
@@ -59,7 +61,9 @@ def media_of_files(
             continue
         caption = caption_of.get(os.path.splitext(path)[0])
         if caption is None:
-            yield _file(path, name, roots)
+            folder = os.path.dirname(path)
+            text = None if folder in given_folders else os.path.basename(folder)
+            yield _file(path, name, roots, partial(str, text) if text else lambda: None)
         else:
             used_captions.add(caption)
             yield _file(path, name, roots, partial(_caption, caption, roots), file_state(caption))
