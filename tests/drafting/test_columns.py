@@ -165,6 +165,13 @@ def test_the_held_out_part_of_few_rows_has_as_many_classes_as_any():
         assert train == test == {"a", "b", "c"}
 
 
+def test_a_large_group_is_not_held_out_for_its_many_classes():
+    speakers = ["most"] * 60 + [f"s{i}" for i in range(8) for _ in range(5)]
+    labels = [f"class {i % 6}" for i in range(60)] + [f"class {i % 2}" for i in range(40)]
+    train, _ = held_out(numbered(100, file=copies(100), speaker=speakers, label=labels), "speaker")
+    assert "most" in train
+
+
 def held_out(rows, column):
     """The values of a column in the rows that the only task trains on, and in those that it holds out."""
     (task,) = tasks(rows)

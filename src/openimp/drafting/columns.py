@@ -256,12 +256,11 @@ def _class_column(
             are_numbers = not are_names and all(_is_number(as_text(value)) for value in classes)
             columns.append(ClassColumn(name, classes, are_numbers))
         else:
-            missing = sum(value in (None, "") for value in values)
-            different = counted(len(classes), "different value")
-            found = different if are_classes else f"{counted(missing, 'row')} without a class"
+            invalid = sum(type(value) not in (str, int) or value == "" for value in values)
+            summary = f"{counted(invalid, 'row')} without one" if invalid else counted(len(classes), "different value")
             notes.append(
                 f"{shown(name)}: expected a class (a text or a whole number) in every row, at least two classes, and "
-                f"{rows_per_class} rows per class; found {found} in {counted(len(values), 'row')}"
+                f"{rows_per_class} rows per class; found {summary} in {counted(len(values), 'row')}"
             )
     return min(columns, key=lambda column: column.are_numbers, default=None)
 

@@ -105,8 +105,13 @@ def _by_hash(task: TaskDraft) -> Split:
     classes_of_part: dict[int, set[Any]] = {part: set() for part in sizes}
     for label, part in zip(labels, part_of_row):
         classes_of_part[part].add(label)
-    # Of a small source, a part may have few of the classes.
-    held_out = min(sizes, key=lambda part: (-len(classes_of_part[part]), abs(sizes[part] - rows / parts), part))
+
+    def order(part: int) -> tuple[bool, int, float, int]:
+        """Sorts the part to hold out first: of at most twice the mean size, with the most classes, near the mean size."""
+        size = sizes[part]
+        return size > 2 * rows / parts, -len(classes_of_part[part]), abs(size - rows / parts), part
+
+    held_out = min(sizes, key=order)
     together = {"by": by} if by else {}
     train, test = (
         {**task.source, "part": {"of": parts, choice: [held_out], **together}} for choice in ("drop", "keep")

@@ -240,8 +240,8 @@ class Audio(Modality):
             (samples,),
             torch.float32,
             f"{samples} mono samples in -1..1 at {self.config.sample_rate} Hz. Append zeros to a shorter sound. Of a "
-            f"longer one, take {view.clips} such parts, evenly spaced, of which the first begins and the last ends "
-            "with the sound (round starts down; a single part is in the middle), and average their unit vectors.",
+            f"longer one, take {view.clips} such parts, evenly spaced from the beginning of the sound to its "
+            "end (round starts down; take a single part from the middle), and average their unit vectors.",
         )
 
     def _spectrogram(self, samples: np.ndarray, side: int) -> bytes:

@@ -1,7 +1,7 @@
 """The media that are indexed: files, and the rows of the sources that a recipe names."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -43,7 +43,7 @@ class Media:
 
 
 def media_of_files(
-    files_by_modality: dict[str, list[File]], given: Iterable[Path], modalities: Modalities
+    files_by_modality: dict[str, list[File]], given: Sequence[Path], modalities: Modalities
 ) -> Iterator[Media]:
     """The files that `find_files` found in the files and folders `given`.
 
