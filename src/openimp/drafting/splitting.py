@@ -107,7 +107,7 @@ def _by_hash(task: TaskDraft) -> Split:
         classes_of_part[part].add(label)
 
     def order(part: int) -> tuple[bool, int, float, int]:
-        """Sorts the part to hold out first: of at most twice the mean size, with the most classes, near the mean size."""
+        """Sorts the part to hold out first: at most twice the mean size, the most classes, nearest to the mean size."""
         size = sizes[part]
         return size > 2 * rows / parts, -len(classes_of_part[part]), abs(size - rows / parts), part
 
