@@ -249,7 +249,7 @@ def test_a_still_repeated_over_a_patch_is_one_frame_of_it():
     torch.testing.assert_close(patchify(clip, (4, 16, 16)) @ kernel, patchify(frame, (16, 16)) @ folded)
 
 
-@given(drop=st.floats(0, 1), seed=st.integers(0, 99))
+@given(drop=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_dropped_tokens_leave_the_others_in_place(drop, seed):
     view = Image.View(size=64, drop_tokens=drop)
