@@ -47,10 +47,10 @@ def media_of_files(
 ) -> Iterator[Media]:
     """The files that `find_files` found in the files and folders `given`.
 
-    A text file beside a medium, such as `a.txt` beside `a.jpg`, is its caption, and not an item. A medium without a
-    caption in a subfolder, such as `dog/1.jpg`, has the subfolder's name as its text.
+    A text file beside a medium, such as `a.txt` beside `a.jpg`, is its caption, and not an item. The text of a medium
+    without a caption is its path in the given folder, without the extension: `dog/on the beach`.
     """
-    given_folders = {os.path.abspath(path) for path in given}
+    folders = [os.path.abspath(path) for path in given]
     roots = cache(lambda: [Path(os.path.realpath(path)) for path in given])  # Slow; needed only if there are links.
     files = [(os.path.abspath(path), name) for name, paths in files_by_modality.items() for path in paths]
     texts = [(path, name) for path, name in files if modalities[name].reads_text]
@@ -61,9 +61,7 @@ def media_of_files(
             continue
         caption = caption_of.get(os.path.splitext(path)[0])
         if caption is None:
-            folder = os.path.dirname(path)
-            text = None if folder in given_folders else os.path.basename(folder)
-            yield _file(path, name, roots, partial(str, text) if text else lambda: None)
+            yield _file(path, name, roots, partial(_name, path, folders))
         else:
             used_captions.add(caption)
             yield _file(path, name, roots, partial(_caption, caption, roots), file_state(caption))
@@ -131,6 +129,12 @@ def _checked(path: str, roots: Roots | None) -> Path:
         if not any(target.is_relative_to(root) for root in roots()):
             raise BadMedia("is a link out of the folders that are indexed")
     return Path(path)
+
+
+def _name(path: str, folders: list[str]) -> str:
+    """The path of a file in one of the folders, without the extension."""
+    folder = next((folder for folder in folders if path.startswith(folder + os.sep)), os.path.dirname(path))
+    return os.path.splitext(os.path.relpath(path, folder))[0]
 
 
 def _caption(path: str, roots: Roots) -> str:
