@@ -528,7 +528,7 @@ def test_a_text_beside_media_is_their_caption_and_no_item(build, media_folder, t
         return {Path(row["path"]).name: row["text"] for row in found}
 
     expected = {f"{i}.{end}": TEXTS[i] for i in range(2) for end in ("png", "mp4", "wav")}
-    expected |= {f"2.{end}": "noise\nand more" for end in ("png", "mp4", "wav")} | {"1 again.PNG": None}
+    expected |= {f"2.{end}": "noise\nand more" for end in ("png", "mp4", "wav")} | {"1 again.PNG": "1 again"}
     assert texts() == expected
     assert [row["path"] for row in rows(index).values() if row["modality"] == "text"] == [str(media / "alone.txt")] * 2
 
@@ -539,7 +539,7 @@ def test_a_text_beside_media_is_their_caption_and_no_item(build, media_folder, t
     (media / "1 again.txt").write_text("again", encoding="utf-8")
     done = build(media)
     assert (done.unchanged, done.items, embedded) == (11, 12, {}), "media are not embedded again"
-    new = {"0": "a new caption", "1": None, "2": None, "1 again": "again"}
+    new = {"0": "a new caption", "1": "1", "2": None, "1 again": "again"}
     assert texts() == {name: new[Path(name).stem] for name in expected}
     assert set(done.skipped) == {str(media / f"2.{end}") for end in ("png", "mp4", "wav")}
     assert all(reason.startswith("2.txt: no UTF-8 text") for reason in done.skipped.values())
