@@ -4,12 +4,13 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +18,8 @@ from rich.text import Text
 from openimp.common.errors import printable
 
 T = TypeVar("T")
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+"""Wraps an iterable, `progress(iterable, description)`, to show its progress or to stop it by an error; see `track`."""
 PLAIN_WIDTH = 110
 
 
@@ -54,14 +57,14 @@ def track(items: Iterable[T], description: str) -> Iterator[T]:
             yield item
         console.print(f"{description}: {count} in {time.perf_counter() - start:.1f} s")
         return
-    with Progress(
+    with ProgressBar(
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=console, transient=True,
     ) as bar:  # fmt: skip
         yield from bar.track(items, total=total, description=description)
 
 
-class StepBar(Progress):
+class StepBar(ProgressBar):
     """Progress of a training run: steps, time left, and below them the losses and throughput of the last record."""
 
     def __init__(self, total: int, done: int) -> None:

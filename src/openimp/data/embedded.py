@@ -13,11 +13,11 @@ import numpy as np
 
 from openimp.common.cache import cached, stable_hash
 from openimp.common.modality import BadMedia
+from openimp.common.progress import Progress
 from openimp.common.protocols import Towered
 from openimp.data.store import (
     ROWS_FILE,
     DecodedStore,
-    Progress,
     decoding_of,
     read_part,
     read_store,

@@ -21,12 +21,13 @@ from openimp.alternation import Alternation, Visit
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.objective import TargetSizes, Teacher, Tensors
+from openimp.common.progress import Progress
 from openimp.common.protocols import Learned, Towered
 from openimp.data.batch import Batch, head_key
 from openimp.data.embedded import TEXT_ROWS, EmbeddedRows, EmbeddedTexts, embed_column, texts_in
 from openimp.data.order import batch_digest, example_rng, permute, rows_at, seed_key
 from openimp.data.sources import open_source
-from openimp.data.store import DecodedStore, Progress
+from openimp.data.store import DecodedStore
 from openimp.data.streams import Cursor, Stream
 from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import classes_of, target_sizes

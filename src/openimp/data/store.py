@@ -1,6 +1,6 @@
 """Keeps the decoded arrays of a column, in memory or on disk, so that small data is decoded only once."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import chain, islice
@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from openimp.common.cache import cached, stable_hash
 from openimp.common.modality import BadMedia, Modality
+from openimp.common.progress import Progress
 from openimp.common.protocols import learned_files
 from openimp.data.tables import Table
 
@@ -29,8 +30,6 @@ CHUNK = 256
 
 Decoded = np.ndarray | BadMedia
 """What a row was decoded to: an array, or the reason why it cannot be read."""
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-"""Wraps an iterable to show progress: `progress(iterable, description)`."""
 
 
 class DecodedStore:

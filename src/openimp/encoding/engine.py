@@ -18,7 +18,7 @@ from torch import Tensor
 
 from openimp.common.device import Precision
 from openimp.common.modality import BadMedia, Modality, Tokens
-from openimp.encoding.items import Progress
+from openimp.common.progress import Progress
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import in_lockstep
 from openimp.parallel.layout import mixed_precision

@@ -1,7 +1,7 @@
 """Reads items of one modality from the rows of a source, and checks that modalities can be compared."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,13 @@ import numpy as np
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality
+from openimp.common.progress import Progress
 from openimp.common.safe_files import sha256
 from openimp.data.tables import Table
 from openimp.data.templates import columns_of, fill
 from openimp.model.embedder import Embedder
 from openimp.recipe.inputs import Input
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-"""Wraps an iterable, `progress(iterable, description)`, to show its progress or to stop it by an error."""
 Raw = str | bytes | Path | np.ndarray
 """A value that a modality decodes."""
 

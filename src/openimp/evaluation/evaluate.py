@@ -7,9 +7,10 @@ from typing import Any
 from openimp.common.device import precision_of
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Classes, Modalities
+from openimp.common.progress import Progress
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
-from openimp.encoding.items import Progress, require_columns, require_pair
+from openimp.encoding.items import require_columns, require_pair
 from openimp.evaluation import classification, probe, retrieval
 from openimp.evaluation.evaluator import Evaluator, Predicted
 from openimp.evaluation.provenance import checkpoint_fields, data_fields, how_fields

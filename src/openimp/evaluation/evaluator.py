@@ -16,10 +16,11 @@ from torch import Tensor
 from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Classes, Modalities
+from openimp.common.progress import Progress
 from openimp.common.texts import text_key
 from openimp.data.tables import Table, Unreadable
 from openimp.encoding.engine import ItemEncoder
-from openimp.encoding.items import Progress, Raw, raw_values
+from openimp.encoding.items import Raw, raw_values
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import all_gather_object, all_gather_uneven, own_part
 from openimp.recipe.evaluation import ClassHead, EvaluationSet, Probe, ZeroShot

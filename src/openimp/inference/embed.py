@@ -1,11 +1,10 @@
 """`openimp embed`: writes the embeddings of files to a Parquet table."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 
 from openimp.common.errors import UserError, by_extension, counted, escaped
 from openimp.common.modality import BadMedia
-from openimp.common.progress import console, track
+from openimp.common.progress import Progress, console, track
 from openimp.common.safe_files import replacing
 from openimp.data.files import is_utf8
 from openimp.encoding.engine import ItemEncoder, to_cpu
@@ -48,7 +47,7 @@ def embed(
     modality: str | None = None,
     towards: str | None = None,
     batch_size: int = 64,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] = track,
+    progress: Progress = track,
 ) -> Embedded:
     """Embeds files, writes their unit vectors to a Parquet table, and prints a summary.
 

@@ -9,8 +9,8 @@ from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import load_model, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
+from openimp.common.progress import Progress
 from openimp.data.trust import check_sources
-from openimp.encoding.items import Progress
 from openimp.evaluation.evaluate import NotMeasured, check_names
 from openimp.evaluation.evaluate import evaluate as evaluate_sets
 from openimp.recipe.file import override, read_recipe

@@ -1,11 +1,10 @@
 """`openimp embed --join`: adds a column of embeddings to the rows of a source, for example to distill the model."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia
-from openimp.common.progress import console, track
+from openimp.common.progress import Progress, console, track
 from openimp.common.safe_files import replacing
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
@@ -60,7 +59,7 @@ def embed_rows(
     to: str = "embedding",
     towards: str | None = None,
     batch_size: int = 64,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] = track,
+    progress: Progress = track,
 ) -> Joined:
     """Embeds one modality of the rows of a source, and writes the rows with the unit vectors to a Parquet file.
 

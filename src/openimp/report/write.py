@@ -14,12 +14,13 @@ from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modalities
 from openimp.common.names import has_scheme
+from openimp.common.progress import Progress
 from openimp.common.protocols import Pictured
 from openimp.common.safe_files import refuse_links, write_text
 from openimp.common.versions import openimp_version
 from openimp.data.tables import Table
 from openimp.data.trust import check_sources
-from openimp.encoding.items import Progress, raw_value
+from openimp.encoding.items import raw_value
 from openimp.evaluation.classification import Classified
 from openimp.evaluation.evaluate import measure, open_set
 from openimp.evaluation.evaluator import Evaluator

@@ -1,15 +1,14 @@
 """`openimp index`: brings an index up to date with folders, or with the media of a run's recipe."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from openimp.checkpoint.find import find_model
 from openimp.common.errors import UserError, by_extension, counted, escaped
 from openimp.common.modality import Modalities
 from openimp.common.names import BUNDLED, OPEN_CLIP, Name, absolute_name
-from openimp.common.progress import console, track
+from openimp.common.progress import Progress, console, track
 from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
 from openimp.inference.files import find_files
@@ -65,7 +64,7 @@ def build_index(
     paths: Iterable[str | Path] | None = None,
     out: str | Path | None = None,
     batch_size: int = 64,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] = track,
+    progress: Progress = track,
     allow_sources: bool = False,
 ) -> IndexResult:
     """Embeds media into an index, or updates an index, and prints a summary.

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from openimp.common.cache import stable_hash
 from openimp.common.modality import BadMedia
+from openimp.common.progress import Progress
 from openimp.common.safe_files import write_text
 from openimp.encoding.engine import ItemEncoder, ahead, to_cpu
 from openimp.inference.model import Model
@@ -52,7 +53,7 @@ class Update:
         }
         self.counts: Counter[str] = Counter()
 
-    def run(self, towards: dict[str, str], batch_size: int, progress: Callable[..., Iterable[Any]]) -> None:
+    def run(self, towards: dict[str, str], batch_size: int, progress: Progress) -> None:
         """Updates the table. For `towards` see `Metadata`."""
         for path, (state, _) in list(self.skipped.items()):
             # If a process was killed after it wrote the rows of a file, skipped.json has the file's earlier state.

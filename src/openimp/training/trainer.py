@@ -16,12 +16,11 @@ from openimp.checkpoint.folder import checkpoint_folder
 from openimp.checkpoint.saver import CheckpointError
 from openimp.common.device import HostCopy
 from openimp.common.errors import UserError, counted
-from openimp.common.progress import StepBar, console
+from openimp.common.progress import Progress, StepBar, console
 from openimp.data.loader import load_batches
 from openimp.data.order import seed_key
 from openimp.data.step_batches import LoadedBatch
 from openimp.data.streams import Cursor
-from openimp.encoding.items import Progress
 from openimp.model.embedder import in_chunks
 from openimp.model.moe import set_usage_collection
 from openimp.objectives.losses import Losses

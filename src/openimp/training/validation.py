@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from openimp.checkpoint.folder import checkpoints, mark_best, step_of
-from openimp.common.progress import console
+from openimp.common.progress import Progress, console
 from openimp.data.step_batches import StepBatches
-from openimp.encoding.items import Progress
 from openimp.evaluation.evaluate import NotMeasured, evaluate
 from openimp.evaluation.results import best_step, table
 from openimp.model.embedder import Embedder
