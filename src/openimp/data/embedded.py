@@ -21,7 +21,6 @@ from openimp.data.store import (
     decoding_of,
     read_part,
     read_store,
-    row_chunks,
     store_key,
     write_store,
 )
@@ -30,8 +29,6 @@ from openimp.data.templates import all_texts, columns_of, fill
 
 ITEMS_PER_FILE = 4096
 """Items per file. After a stop, at most this many items are embedded again."""
-TEXT_ROWS = 4096
-"""Rows whose texts are read at once."""
 
 Readers = Iterable[Callable[[], Any]]
 """Functions that return the raw values of items, or raise BadMedia."""
@@ -44,7 +41,7 @@ def embed_column(
     column_key = store_key(table, modality, column, views)
 
     def readers_of(rows: range) -> Readers:
-        return (partial(table.media, row[column]) for chunk in row_chunks(table, column, rows) for row in chunk)
+        return (partial(table.media, row[column]) for chunk in table.chunks(rows, [column]) for row in chunk)
 
     def part_key(rows: range) -> str:
         return stable_hash([column_key, rows])
@@ -99,14 +96,12 @@ def _evaluation_texts(table: Table, templates: list[str]) -> Iterator[str | BadM
 
 def texts_in(table: Table, templates: list[str]) -> Iterator[str]:
     """All texts that training may draw from a table."""
-    yield from chain.from_iterable(all_texts(templates, _text_rows(table, templates)))
+    return chain.from_iterable(all_texts(templates, _text_rows(table, templates)))
 
 
 def _text_rows(table: Table, templates: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a table with the columns of some templates, read `TEXT_ROWS` at a time."""
-    columns = columns_of(templates)
-    for start in range(0, len(table), TEXT_ROWS):
-        yield from table.rows(range(len(table))[start : start + TEXT_ROWS], columns)
+    """The rows of a table with the columns of some templates."""
+    return chain.from_iterable(table.chunks(range(len(table)), columns_of(templates)))
 
 
 def _embed(

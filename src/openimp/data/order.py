@@ -18,7 +18,7 @@ ROUNDS = 6
 
 def rows_at(seed: int, task: str, rows: int, positions: np.ndarray) -> np.ndarray:
     """The rows (int64) at positions (int64, from 0) in a task's endless order. Each epoch has every row once."""
-    epochs, positions_in_epoch = np.divmod(np.asarray(positions, np.int64), rows)
+    epochs, positions_in_epoch = np.divmod(positions, rows)
     result = np.empty_like(positions_in_epoch)
     for epoch in np.unique(epochs):
         in_epoch = epochs == epoch

@@ -82,20 +82,21 @@ def _open_stream(name: str, source: Source, seed: int) -> Stream:
         shards = hub.HubShards(name, path, hub.load(name, source))
         revision = [source.revision] if source.revision else []
         content = partial(stable_hash, [path, source.config, source.split, where, len(shards), *revision])
-        return Stream(name, path, shards, root, content, source=source, seed=seed)
-    path, file_format = _path_and_format(name, source)
-    base, files = locate(name, path)
-    if file_format == "webdataset":
-        shards = TarShards(name, files)
-    elif file_format == "parquet":
-        from openimp.data import parquet
-
-        file_names = [Path(file).name for file in files]
-        shards = hub.HubShards(name, path, parquet.load(name, path, files, streaming=True), file_names)
     else:
-        raise UserError(f"source {name}: {path}: a {file_format} source cannot be streamed; remove stream")
-    content = partial(_shards_fingerprint, base, files, where)
-    return Stream(name, path, shards, Path(source.root or base), content, source=source, seed=seed)
+        path, file_format = _path_and_format(name, source)
+        base, files = locate(name, path)
+        root = Path(source.root or base)
+        if file_format == "webdataset":
+            shards = TarShards(name, files)
+        elif file_format == "parquet":
+            from openimp.data import parquet
+
+            file_names = [Path(file).name for file in files]
+            shards = hub.HubShards(name, path, parquet.load(name, path, files, streaming=True), file_names)
+        else:
+            raise UserError(f"source {name}: {path}: a {file_format} source cannot be streamed; remove stream")
+        content = partial(_shards_fingerprint, base, files, where)
+    return Stream(name, path, shards, root, content, source=source, seed=seed)
 
 
 def _shards_fingerprint(base: Path, files: list[str], where: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from math import lcm
 from typing import Any
 
@@ -24,7 +24,7 @@ from openimp.common.objective import TargetSizes, Teacher, Tensors
 from openimp.common.progress import Progress
 from openimp.common.protocols import Learned, Towered
 from openimp.data.batch import Batch, head_key
-from openimp.data.embedded import TEXT_ROWS, EmbeddedRows, EmbeddedTexts, embed_column, texts_in
+from openimp.data.embedded import EmbeddedRows, EmbeddedTexts, embed_column, texts_in
 from openimp.data.order import batch_digest, example_rng, permute, rows_at, seed_key
 from openimp.data.sources import open_source
 from openimp.data.store import DecodedStore
@@ -186,6 +186,10 @@ class StepBatches(Dataset[LoadedBatch]):
                 _require_whole_lanes(name, task, source, self.world_size)
             self.sources[name] = source
 
+    def _tables(self) -> Iterable[Table]:
+        """The sources that are tables, each once."""
+        return dict.fromkeys(source for source in self.sources.values() if isinstance(source, Table))
+
     def _columns(self, task: Task) -> set[str]:
         """The columns that a task reads from its source. Cached columns are read from `stores` instead."""
         columns = _target_columns(task)
@@ -198,8 +202,7 @@ class StepBatches(Dataset[LoadedBatch]):
 
     def _decode_cached_media(self, progress: Progress | None) -> None:
         """Fills `stores`."""
-        tables = {source.name: source for source in self.sources.values() if isinstance(source, Table)}
-        for table in tables.values():
+        for table in self._tables():
             cache = self.recipe.sources[table.name].cache
             if cache == "none":
                 continue
@@ -316,8 +319,7 @@ class StepBatches(Dataset[LoadedBatch]):
             for name in self.recipe.tasks[task_name].inputs:
                 if isinstance(self.modalities[name], Towered) and isinstance(source, Stream):
                     raise UserError(f"tasks.{task_name}: a tower reads {name}, and source {source.name} is a stream")
-        tables = {source.name: source for source in self.sources.values() if isinstance(source, Table)}
-        for table in tables.values():
+        for table in self._tables():
             for (name, column), views in self._media_views(table.name).items():
                 modality = self.modalities[name]
                 if isinstance(modality, Towered):
@@ -562,5 +564,4 @@ def _sample(table: Table, key: int, columns: list[str]) -> Iterator[dict[str, An
     rows = np.arange(min(len(table), CORPUS_ROWS))
     if len(table) > CORPUS_ROWS:
         rows = np.sort(permute(rows, len(table), key))
-    for start in range(0, len(rows), TEXT_ROWS):
-        yield from table.rows(rows[start : start + TEXT_ROWS].tolist(), columns)
+    return chain.from_iterable(table.chunks(rows.tolist(), columns))

@@ -26,7 +26,7 @@ ALIGN = 8
 """The bytes of each array are padded to a multiple of this number, so that the next array is aligned."""
 ROWS_FILE = "rows.arrow"
 CHUNK = 256
-"""Number of rows that are read and decoded together."""
+"""Number of arrays that are written together."""
 
 Decoded = np.ndarray | BadMedia
 """What a row was decoded to: an array, or the reason why it cannot be read."""
@@ -102,15 +102,9 @@ def _decode(
     if progress:
         progress_bar = progress(row_numbers, f"decoding {table.name}.{column}")
     with ThreadPoolExecutor() as pool:
-        chunks = row_chunks(table, column, row_numbers)
-        decoded = chain.from_iterable(pool.map(decode, chunk) for chunk in chunks)
+        decoded = chain.from_iterable(pool.map(decode, chunk) for chunk in table.chunks(row_numbers, [column]))
         for _, item in zip(progress_bar, decoded):
             yield item
-
-
-def row_chunks(table: Table, column: str, numbers: range) -> Iterator[list[dict[str, Any]]]:
-    """The rows with these numbers, of which only `column` is read, `CHUNK` at a time."""
-    return (table.rows(numbers[start : start + CHUNK], [column]) for start in range(0, len(numbers), CHUNK))
 
 
 def _batches(decoded: Iterator[Decoded]) -> Iterator[pa.RecordBatch]:

@@ -25,6 +25,8 @@ MAX_CHECKED_FILES = 10_000
 """Most media files of a source that are opened at every start, to see whether one has changed."""
 CHUNK = 10_000
 """Rows whose values are in memory at once while all values of a column are looked at."""
+READ_ROWS = 256
+"""Rows of `Table.chunks`. There are few because their media are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,10 @@ class Table(Rows):
         if not columns:
             return [{} for _ in stored]
         return [dict(zip(columns, row)) for row in zip(*values)]
+
+    def chunks(self, indices: Sequence[int], columns: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+        """The rows with these numbers, in this order, `READ_ROWS` at a time."""
+        return (self.rows(indices[start : start + READ_ROWS], columns) for start in range(0, len(indices), READ_ROWS))
 
     def column(self, name: str) -> list[Any]:
         """All values of a column, in memory: use it for texts and labels."""
@@ -313,13 +319,15 @@ def item_id(value: Any, row: int) -> int:
     """A hash that rows of the same item share, see `item_key`. A row without a value is an item of its own."""
     # Media and vectors are compared byte by byte.
     content = value if isinstance(value, bytes) else (item_key(value) or "").encode()
-    content = content or f"\nrow {row}".encode()  # No text's key has a line break.
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+    return _signed_hash(content or f"\nrow {row}".encode())  # No text's key has a line break.
 
 
 def value_id(value: Any) -> int:
     """A hash that equal values share, see `item_key`. It differs from `item_id`: a loss compares both in one list."""
-    content = f"\nvalue {item_key(value)}".encode()
+    return _signed_hash(f"\nvalue {item_key(value)}".encode())
+
+
+def _signed_hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 

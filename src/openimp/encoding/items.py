@@ -20,9 +20,6 @@ from openimp.recipe.inputs import Input
 Raw = str | bytes | Path | np.ndarray
 """A value that a modality decodes."""
 
-READ_ROWS = 256
-"""Number of rows that are read from a source at once."""
-
 
 def require_columns(table: Table, modality: Modality, spec: Input, error_prefix: str) -> None:
     """Raises UserError if the source lacks a column that an input reads."""
@@ -48,10 +45,9 @@ def raw_values(
     table: Table, modality: Modality, spec: Input, rows: range, progress: Progress | None = None
 ) -> Iterator[tuple[str, Raw | BadMedia]]:
     """Yields (key, value) of each row. Equal values have the same key. One that cannot be read is a BadMedia."""
-    columns = _columns(modality, spec)
-    chunks = (table.rows(rows[i : i + READ_ROWS], columns) for i in range(0, len(rows), READ_ROWS))
+    all_values = chain.from_iterable(table.chunks(rows, _columns(modality, spec)))
     tracked_rows: Iterable[int] = progress(rows, modality.name) if progress else rows
-    for row, values in zip(tracked_rows, chain.from_iterable(chunks)):
+    for row, values in zip(tracked_rows, all_values):
         try:
             value = _value(table, modality, spec, values)
             yield _key(value), value
