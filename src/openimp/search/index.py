@@ -46,7 +46,7 @@ class Index:
         folder: where the index is.
     """
 
-    def __init__(self, folder: Path, model: Model, metadata: Metadata, allow_sources: bool = False) -> None:
+    def __init__(self, folder: Path, model: Model, metadata: Metadata, allow_sources: bool) -> None:
         self.folder = folder
         self.model = model
         self._metadata = metadata
@@ -426,9 +426,9 @@ def merged(rankings: Iterable[Sequence[Hit]], under: str | Path | None) -> list[
         for rank, hit in enumerate(ranking, start=1):
             key = result_key(hit, under)
             sums[key] += 1 / (RANK_CONSTANT + rank)
-            first = hits.setdefault(key, hit)
-            if first.found_by != hit.found_by:
-                hits[key] = replace(first, found_by="both")
+            first_hit = hits.setdefault(key, hit)
+            if first_hit.found_by != hit.found_by:
+                hits[key] = replace(first_hit, found_by="both")
     return sorted((Ranked(hit, sums[key]) for key, hit in hits.items()), key=lambda item: -item.sum)
 
 

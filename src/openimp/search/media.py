@@ -117,7 +117,7 @@ def _file(
     source: str | None = None,
 ) -> Media:
     state = f"{file_state(path)} {text_state}".rstrip()
-    return Media(shown_name(path), modality, state, partial(_checked, path, roots), text, source)
+    return Media(shown_name(path), modality, state, partial(_checked, path, roots), text, source=source)
 
 
 def _checked(path: str, roots: Roots | None) -> Path:
@@ -151,7 +151,8 @@ def _rows(table: Table, modality: str, column: str, text: Callable[[int], str | 
         row_text = partial(text, row)
         if isinstance(value, str) or (isinstance(value, dict) and not value.get("bytes")):
             try:
-                yield _file(str(table.media(value)), modality, None, row_text, table.fingerprint, table.name)
+                path = str(table.media(value))
+                yield _file(path, modality, None, row_text, text_state=table.fingerprint, source=table.name)
                 continue
             except BadMedia:
                 pass  # Reading the row raises the same error, which is then recorded under the row's name.

@@ -2,7 +2,8 @@
 
 import os
 import tempfile
-from functools import lru_cache, partial
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.common.progress import clock
 from openimp.common.protocols import Pictured
-from openimp.search.answers import answer
+from openimp.search.answers import Answer, answer
 from openimp.search.index import Index
 from openimp.search.media_types import UNKNOWN, kind_of, media_type
 from openimp.search.query import Hit, Query
@@ -80,17 +81,15 @@ class Page:
 
     async def search(self, request: Request) -> Response:
         """The form with the results of the query in the URL."""
-        search = partial(answer, self.index, self.uploads, request.query_params)
-        return self._render("search.html", **vars(await to_thread.run_sync(search, limiter=self.searching)))
+        return self._render("search.html", **vars(await self._answer(request)))
 
     async def api_search(self, request: Request) -> Response:
         """The results of the query in the URL as JSON; static/openapi.json describes them."""
-        search = partial(answer, self.index, self.uploads, request.query_params)
-        found = await to_thread.run_sync(search, limiter=self.searching)
-        if found.code != 200:
-            return JSONResponse({"error": found.status}, found.code)
-        results = [self._described(item.hit) for item in found.items]
-        return JSONResponse({"status": found.status, "notes": found.notes, "results": results})
+        page = await self._answer(request)
+        if page.code != 200:
+            return JSONResponse({"error": page.status}, page.code)
+        results = [self._described(item.hit) for item in page.items]
+        return JSONResponse({"status": page.status, "notes": page.notes, "results": results})
 
     async def api_item(self, request: Request) -> Response:
         """An item as JSON."""
@@ -102,9 +101,8 @@ class Page:
 
     async def item_thumbnail(self, request: Request) -> Response:
         """A small picture of an item."""
-        return _picture(
-            await to_thread.run_sync(self.cached_thumbnail, request.path_params["id"], limiter=self.drawing)
-        )
+        id = request.path_params["id"]
+        return _picture(await to_thread.run_sync(self.cached_thumbnail, id, limiter=self.drawing))
 
     async def upload_thumbnail(self, request: Request) -> Response:
         """A small picture of an upload."""
@@ -120,14 +118,20 @@ class Page:
                 raise UserError(f"{name}: choose a file of {' or '.join(self.shared['readable'])}")
             with anyio.fail_after(UPLOAD_SECONDS):
                 async with self.receiving:
-                    read = partial(self._read, name, modality, await _body(request, name))
+                    content = await _body(request, name)
                     # A thread cannot be stopped. It counts towards the limit until it is done.
-                    upload = await to_thread.run_sync(read, limiter=self.encoding, abandon_on_cancel=True)
+                    upload = await to_thread.run_sync(
+                        self._read, name, modality, content, limiter=self.encoding, abandon_on_cancel=True
+                    )
             return JSONResponse({"id": self.uploads.add(upload)})
         except TimeoutError:
             return _cannot_search(f"{name}: reading it takes too long, or the server is busy", 408)
         except (UserError, ClientDisconnect) as error:  # If the client is gone, nobody receives the answer.
             return _cannot_search(str(error))
+
+    async def _answer(self, request: Request) -> Answer:
+        parameters = request.query_params
+        return await to_thread.run_sync(answer, self.index, self.uploads, parameters, limiter=self.searching)
 
     def _read(self, name: str, modality: str, content: bytes) -> Upload:
         try:
@@ -182,11 +186,13 @@ class Page:
 
     async def refuse(self, request: Request, error: Exception) -> Response:
         """Answers an error with one sentence: a page for browsers, plain text otherwise."""
-        code = error.status_code if isinstance(error, HTTPException) else 404
-        headers = error.headers if isinstance(error, HTTPException) else None
-        text = error.detail if isinstance(error, HTTPException) else str(error)
-        if isinstance(error, HTTPException) and code == 404:
-            text = "There is no such page"
+        code = 404
+        headers: Mapping[str, str] | None = None
+        text = str(error)
+        if isinstance(error, HTTPException):
+            code = error.status_code
+            headers = error.headers
+            text = "There is no such page" if code == 404 else error.detail
         if request.url.path.startswith("/api/"):
             return JSONResponse({"error": text}, code, headers)
         if "text/html" in request.headers.get("accept", ""):

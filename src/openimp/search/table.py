@@ -127,7 +127,7 @@ class Items:
         return "text" in self.indexed()
 
     def with_words(
-        self, words: Words, all_words: bool, k: int, where: str | None = None
+        self, words: Words, all_words: bool, k: int, where: str | None
     ) -> tuple[list[dict[str, Any]], np.ndarray]:
         """At most `k` rows, the best by BM25 first, and their vectors.
 
@@ -146,10 +146,10 @@ class Items:
         if where:
             query = query.where(where)
         with _read_errors():
-            found = query.to_arrow()
-        values = found["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        vectors = values.astype(np.float32).reshape(len(found), found.schema.field("vector").type.list_size)
-        return found.drop_columns(["vector"]).to_pylist(), vectors
+            rows = query.to_arrow()
+        values = rows["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        vectors = values.astype(np.float32).reshape(len(rows), rows.schema.field("vector").type.list_size)
+        return rows.drop_columns(["vector"]).to_pylist(), vectors
 
     def rows(self, column: str, values: Iterable[str], columns: list[str]) -> list[dict[str, Any]]:
         """The rows with one of these values in a column; vectors are lists of floats."""

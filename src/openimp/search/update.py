@@ -95,7 +95,8 @@ class Update:
         files = []
         for file in ahead(partial(self._open, encoder), group):
             if self._is_duplicate(file):
-                self.gone |= self.stored.keys() & {file.media.path}
+                if file.media.path in self.stored:
+                    self.gone.add(file.media.path)
             else:
                 files.append(file)
         self._copy_parts(encoder, files)
