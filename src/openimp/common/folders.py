@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
+from openimp.common.errors import UserError
+
 
 def visible(folder: str | Path) -> list[os.DirEntry[str]]:
     """The files and folders in a folder that are not hidden, sorted by name; none if the folder may not be read."""
@@ -36,6 +38,12 @@ def files_below(folder: str | Path) -> Iterator[os.DirEntry[str]]:
             stack += reversed(visible(entry.path))
         elif not entry.is_dir():
             yield entry
+
+
+def require_empty(folder: Path) -> None:
+    """UserError unless the folder is empty or does not exist yet."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: expected a new or empty folder")
 
 
 def is_hidden(path: str) -> bool:

@@ -133,8 +133,7 @@ class LibraryEncoder(FrozenEncoder):
             return _objects(value)
         if self._modality != "image":
             return super().read(value, rng)
-        picture = _picture(value, rng)
-        return _objects(picture)
+        return _objects(_picture(value, rng))
 
     def embed(self, clips: np.ndarray) -> Tensor:
         inputs = list(clips)

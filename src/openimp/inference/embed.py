@@ -77,21 +77,20 @@ def embed(
     rows = dict.fromkeys(files_by_modality, 0)
     skipped: list[str] = []
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as draft:
-        with pq.ParquetWriter(draft, schema) as writer:
-            for name, modality_files in files_by_modality.items():
-                encoder = encoders[name]
-                items = ((file, partial(_read, encoder, file)) for file in progress(modality_files, f"embed {name}"))
-                for chunk in to_cpu(encoder.encode(items)):
-                    new_rows = []
-                    for file, result in chunk:
-                        if isinstance(result, BadMedia):
-                            skipped.append(f"{shown_name(file)}: {result}")
-                        else:
-                            row = {"path": str(file), "modality": name, "towards": encoder.towards, "embedding": result}
-                            new_rows.append(row)
-                    rows[name] += len(new_rows)
-                    writer.write_table(pa.Table.from_pylist(new_rows, schema))
+    with replacing(out) as draft, pq.ParquetWriter(draft, schema) as writer:
+        for name, modality_files in files_by_modality.items():
+            encoder = encoders[name]
+            items = ((file, partial(_read, encoder, file)) for file in progress(modality_files, f"embed {name}"))
+            for chunk in to_cpu(encoder.encode(items)):
+                new_rows = []
+                for file, result in chunk:
+                    if isinstance(result, BadMedia):
+                        skipped.append(f"{shown_name(file)}: {result}")
+                    else:
+                        row = {"path": str(file), "modality": name, "towards": encoder.towards, "embedding": result}
+                        new_rows.append(row)
+                rows[name] += len(new_rows)
+                writer.write_table(pa.Table.from_pylist(new_rows, schema))
         if not sum(rows.values()):
             raise UserError(f"no file can be read; the first: {escaped(skipped[0])}")
     embedded = Embedded(out, rows, skipped, unknown)

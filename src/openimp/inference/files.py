@@ -95,8 +95,10 @@ def file_value(file: File, reads_text: bool) -> str | bytes | Path:
         if len(data) > limit:
             raise BadMedia(f"is larger than {limit:,} bytes")
         return data.decode().strip() if reads_text else data
-    except (FileNotFoundError, PermissionError) as error:
-        raise BadMedia("no such file" if isinstance(error, FileNotFoundError) else "access is denied") from None
+    except FileNotFoundError:
+        raise BadMedia("no such file") from None
+    except PermissionError:
+        raise BadMedia("access is denied") from None
     except UnicodeDecodeError as error:
         raise BadMedia(f"no UTF-8 text: {error}") from None
 

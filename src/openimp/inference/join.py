@@ -97,15 +97,14 @@ def embed_rows(
     results = encoder.encode((row, partial(read, row)) for row in rows)
     bad: list[str] = []
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as draft:
-        with pq.ParquetWriter(draft, schema) as writer:
-            for chunk in to_cpu(results):
-                vectors = [None if isinstance(result, BadMedia) else result for _, result in chunk]
-                bad += [f"{table.row_name(row)}: {error}" for row, error in chunk if isinstance(error, BadMedia)]
-                first_row = chunk[0][0]
-                part = table.arrow(range(first_row, first_row + len(chunk)))
-                part = part.append_column(embedding, pa.array(vectors, embedding.type))
-                writer.write_table(part.replace_schema_metadata(metadata))
+    with replacing(out) as draft, pq.ParquetWriter(draft, schema) as writer:
+        for chunk in to_cpu(results):
+            vectors = [None if isinstance(result, BadMedia) else result for _, result in chunk]
+            bad += [f"{table.row_name(row)}: {error}" for row, error in chunk if isinstance(error, BadMedia)]
+            first_row = chunk[0][0]
+            part = table.arrow(range(first_row, first_row + len(chunk)))
+            part = part.append_column(embedding, pa.array(vectors, embedding.type))
+            writer.write_table(part.replace_schema_metadata(metadata))
         if len(bad) == len(table):
             raise UserError(f"no row can be read; the first: {bad[0]}")
     joined = Joined(out, column=to, size=model.imp.config.embed_dim, rows=len(table), bad=bad, root=table.root)

@@ -15,6 +15,7 @@ from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import NO_RECIPE, SavedRecipe, load_model, save_model
 from openimp.common.device import Precision, pick_device, precision_of
 from openimp.common.errors import UserError, nearest
+from openimp.common.folders import require_empty
 from openimp.common.modality import BadMedia, Modalities, Modality
 from openimp.common.names import HUB, HubName
 from openimp.common.progress import notice
@@ -186,8 +187,7 @@ class Model(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Writes the model to a new or empty folder, which `load` opens."""
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder}: expected a new or empty folder")
+        require_empty(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(folder, self.imp, self.config, self.modalities, self.saved_recipe.text())
 
@@ -223,7 +223,7 @@ class Model(nn.Module):
         """
         from openimp.inference.publish import upload  # That module imports this one.
 
-        return upload(self, name, private, license, revision, token)
+        return upload(self, name, private, license, revision=revision, token=token)
 
     @cached_property
     def recipe(self) -> Recipe:

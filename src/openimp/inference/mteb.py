@@ -48,11 +48,11 @@ class MTEBEncoder(AbsEncoder):
         names = [name for name in self.model.modalities if name in batch]
         if not names:
             raise UserError(f"the batch has {', '.join(batch)}, but the model has {', '.join(self.model.modalities)}")
-        values = {name: [_raw(value) for value in batch[name]] for name in names}
         vectors = []
         for name in names:
+            values = [_raw(value) for value in batch[name]]
             towards = self._towards(name, compared)
-            vectors.append(self.model.encode(name, values[name], normalize=True, towards=towards))
+            vectors.append(self.model.encode(name, values, normalize=True, towards=towards))
         return torch.stack(vectors).sum(0)
 
     def _towards(self, name: str, compared: list[str]) -> str:

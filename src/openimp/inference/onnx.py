@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from openimp.common.errors import UserError
+from openimp.common.folders import require_empty
 from openimp.common.modality import Modality
 from openimp.common.progress import console
 from openimp.common.protocols import TensorInput, Tensors, learned_files
@@ -37,8 +38,7 @@ def export(run: str | Path, folder: Path) -> None:
     Each graph is run with onnxruntime and compared with the model.
     """
     _require_packages()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: expected a new or empty folder")
+    require_empty(folder)
     model = load(run, "cpu", "fp32")
     outputs_by_modality = {name: _outputs(model, name) for name in model.modalities}
     if not any(outputs_by_modality.values()):
@@ -145,11 +145,10 @@ def _difference(graph: Graph, file: Path, batch: Tensor) -> float:
     file_outputs = session.run(None, {"input": batch.numpy()})
     with torch.no_grad():
         model_outputs = graph(batch)
-    differences = [
+    difference = max(
         float((torch.from_numpy(file_output) - model_output).abs().max())
         for file_output, model_output in zip(file_outputs, model_outputs)
-    ]
-    difference = max(differences)
+    )
     if not difference <= TOLERANCE:  # Also if it is not a number.
         raise UserError(f"{file}: differs from the model by {difference:.1e}; try other versions of onnxruntime")
     return difference
