@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -70,9 +71,7 @@ def run_init(paths: list[str], text: str | None, label: str | None, towers: list
     sys.stdout.flush()
 
 
-def run_train(
-    name: str, overrides: list[str], run: Path | None, resume: str | None = None, allow_changed_data: bool = False
-) -> None:
+def run_train(name: str, overrides: list[str], run: Path | None, resume: str | None, allow_changed_data: bool) -> None:
     """Trains a recipe, or data, into `run` or into runs/NAME. `resume` is the value of --resume: "" or auto."""
     if resume not in (None, "", "auto"):
         raise UserError(f"--resume: expected auto or nothing, found {resume}")
@@ -186,8 +185,9 @@ def run_search(
     parts: list[str | Query | Like] = list(texts)
     parts += [Query(name, value) for name, values in queries.items() for value in values or ()]
     parts += [index.text_query(text, -1.0) for text in minus]
-    hits = index.search(parts, k, modalities, under, min_score, by, since, until)
-    if under and not hits and not index.search(parts, 1, modalities, under, by=by):
+    find = partial(index.search, parts, by=by)
+    hits = find(k, modalities, under, min_score, since=since, until=until)
+    if under and not hits and not find(1, modalities, under):
         raise UserError(f"--under {under}: nothing is indexed there that the query could find")
     if as_json:
         for hit in hits:
@@ -202,9 +202,9 @@ def run_search(
         console.print(f"{score}  {hit.modality:{width}}  {escaped(hit.path)}{time}{text}", soft_wrap=True)
     if hits:
         return
-    if min_score is not None and index.search(parts, 1, modalities, under, by=by, since=since, until=until):
+    if min_score is not None and find(1, modalities, under, since=since, until=until):
         console.print("no item is that close to the query")
-    elif index.search(parts, 1, by=by):
+    elif find(1):
         console.print("nothing is indexed that matches these filters")
     else:
         console.print("no item has these words")
@@ -247,7 +247,7 @@ def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> 
     serve(open_index(what, allow_sources=allow_sources), host, port)
 
 
-def run_report(run: Path, out: Path | None, allow_sources: bool = False) -> None:
+def run_report(run: Path, out: Path | None, allow_sources: bool) -> None:
     """Writes a run's page."""
     file = write_report(run, out, track, allow_sources)
     console.print(f"{file}: {file.stat().st_size / 1e6:.2f} MB", soft_wrap=True)

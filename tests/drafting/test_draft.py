@@ -152,7 +152,7 @@ def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
 
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
 def test_a_recipe_for_any_machine_is_valid_and_its_yaml_says_the_same(media_folder, machine):
-    draft = assemble("all", tasks_of_kinds(media_folder, "png", "wav", "mp4"), machine)
+    draft = assemble("all", tasks_of_kinds(media_folder, "png", "wav", "mp4"), machine, {})
     assert Recipe.build(draft.recipe).tasks.keys() == {"all_image", "all_audio", "all_video"}
     text = write(draft.recipe, draft.comments)
     assert yaml.load(text, RecipeLoader) == draft.recipe
@@ -163,13 +163,13 @@ def test_few_cores_prepare_decoded_data_without_another_process(media_folder):
     tasks = tasks_of_kinds(media_folder, "png")
     uncached = replace(CPU, host_memory=1000)
     for machine, workers in ((CPU, 0), (replace(CPU, workers=4), 4), (uncached, 1), (GPU, 8)):
-        assert assemble("all", tasks, machine).recipe["train"]["num_workers"] == workers
+        assert assemble("all", tasks, machine, {}).recipe["train"]["num_workers"] == workers
 
 
 def test_names_of_classes_are_short_texts_and_classify_with_full_weight():
     write_files("colors", by_color=True)
     (task,), _ = find_tasks(["colors"])
-    recipe = assemble("colors", [task], CPU).recipe
+    recipe = assemble("colors", [task], CPU, {}).recipe
     (drafted,) = recipe["tasks"].values()
     assert drafted["inputs"]["text"] == "label"
     assert [objective.get("weight", 1) for objective in drafted["objectives"]] == [1, 1]
@@ -182,7 +182,7 @@ def test_names_of_classes_are_short_texts_and_classify_with_full_weight():
 @pytest.mark.slow
 def test_batches_are_halved_until_the_step_with_the_most_memory_fits(media_folder):
     """Which need not be the one with the most FLOPs: clips of one large token have few FLOPs and many bytes."""
-    draft = assemble("all", tasks_of_kinds(media_folder, "png", "mp4"), CPU)
+    draft = assemble("all", tasks_of_kinds(media_folder, "png", "mp4"), CPU, {})
     draft.recipe["modalities"]["vision"]["patch"] = [8, 32, 32]
     draft.recipe["train"]["precision"] = "bf16"
     recipe, steps = Recipe.build(draft.recipe), draft.recipe["train"]["steps"]
@@ -207,7 +207,7 @@ def test_batches_are_halved_until_the_step_with_the_most_memory_fits(media_folde
 def test_names_from_the_data_cannot_change_the_recipe():
     name = "label\nname: stolen\n\u2028seed: 7 #"
     write_parquet("rows.parquet", [{name: color, "on": caption} for color, caption, _ in examples()])
-    draft = assemble("rows", find_tasks(["rows.parquet"])[0], CPU)
+    draft = assemble("rows", find_tasks(["rows.parquet"])[0], CPU, {})
     assert yaml.load(write(draft.recipe, draft.comments), RecipeLoader) == draft.recipe
     assert draft.recipe["name"] == "rows"
     assert name in {objective.get("label") for objective in draft.recipe["tasks"]["rows"]["objectives"]}
@@ -217,7 +217,7 @@ def test_sparse_texts_and_objects_in_a_group_column_are_drafted():
     """Three of four texts are missing, and a user is an object."""
     titles = [caption if i % 4 == 0 else None for i, (_, caption, _) in enumerate(examples(120))]
     write_parquet("rows.parquet", [{"title": title, "user": {"id": i % 10}} for i, title in enumerate(titles)])
-    recipe = assemble("rows", find_tasks(["rows.parquet"])[0], CPU).recipe
+    recipe = assemble("rows", find_tasks(["rows.parquet"])[0], CPU, {}).recipe
     assert recipe["train"]["max_bad_fraction"] == 1
     assert recipe["sources"]["rows"]["part"]["by"] == "user"
 

@@ -34,9 +34,7 @@ Readers = Iterable[Callable[[], Any]]
 """Functions that return the raw values of items, or raise BadMedia."""
 
 
-def embed_column(
-    table: Table, modality: Any, column: str, views: list[Any], progress: Progress | None = None
-) -> DecodedStore:
+def embed_column(table: Table, modality: Any, column: str, views: list[Any], progress: Progress | None) -> DecodedStore:
     """The vectors of the media in a table's column, by row."""
     column_key = store_key(table, modality, column, views)
 
@@ -52,7 +50,7 @@ def embed_column(
 class EmbeddedTexts:
     """The vectors of texts: `texts[text]`."""
 
-    def __init__(self, modality: Towered, texts: Iterable[str], progress: Progress | None = None) -> None:
+    def __init__(self, modality: Towered, texts: Iterable[str], progress: Progress | None) -> None:
         distinct = list(dict.fromkeys(texts))
         code = decoding_of(modality)
 
@@ -73,7 +71,7 @@ class EmbeddedTexts:
 class EmbeddedRows:
     """The vectors of the texts that evaluation makes of a table's rows: `texts[row]`."""
 
-    def __init__(self, table: Table, modality: Towered, templates: list[str], progress: Progress | None = None) -> None:
+    def __init__(self, table: Table, modality: Towered, templates: list[str], progress: Progress | None) -> None:
         self._texts = [*_evaluation_texts(table, templates)]
         readable = (text for text in self._texts if isinstance(text, str))
         self._vectors = EmbeddedTexts(modality, readable, progress)

@@ -55,12 +55,11 @@ class Draft(NamedTuple):
     comments: dict[str, str]
 
 
-def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mapping[str, Tower] | None = None) -> Draft:
+def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mapping[str, Tower]) -> Draft:
     """Makes a complete recipe. Its batches may not fit into memory yet, and its training may take too long.
 
     `towers` has the frozen encoders that read some of the modalities.
     """
-    towers = towers or {}
     samples: dict[str, list[Probed]] = {}
     texts: list[str] = []
     bad = 0.0

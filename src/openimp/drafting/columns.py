@@ -83,7 +83,7 @@ class TaskDraft(NamedTuple):
 
 
 def inspect(
-    candidate: Candidate, chosen_text: str | None = None, chosen_label: str | None = None
+    candidate: Candidate, chosen_text: str | None, chosen_label: str | None
 ) -> tuple[list[TaskDraft], list[str]]:
     """The tasks of a source, one for each kind of media, and notes on what is not used.
 
@@ -239,9 +239,7 @@ def _text_columns(table: Table, names: Sequence[str]) -> list[TextColumn]:
     return columns
 
 
-def _class_column(
-    table: Table, minimum: dict[str, int], notes: list[str], are_named: bool = False
-) -> ClassColumn | None:
+def _class_column(table: Table, minimum: dict[str, int], notes: list[str], are_named: bool) -> ClassColumn | None:
     """The first column that has classes, preferably with names. `minimum` has the fewest rows per class of each.
 
     `are_named`: texts of digits are names too, because the user chose the column.

@@ -97,9 +97,11 @@ def model(rows: int, machine: Machine) -> dict[str, Any]:
     if not machine.is_gpu:
         width = 128
         layers = 4
-    sizes = {"width": width, "layers": layers, "heads": width // 64, "mlp_dim": 4 * width}
     return {
-        **sizes,
+        "width": width,
+        "layers": layers,
+        "heads": width // 64,
+        "mlp_dim": 4 * width,
         "qk_norm": True,
         "attention_init": "mimetic",
         "space": "joint",
@@ -114,7 +116,7 @@ def adapters(towers: Mapping[str, Any], kinds: Iterable[str]) -> dict[str, Any]:
     return {"width": width, "layers": 0, "heads": 1, "space": "joint", "embed_dim": width, "init_temperature": 0.05}
 
 
-def batch_size(kind: str, rows: int, machine: Machine, decodes: bool = True) -> int:
+def batch_size(kind: str, rows: int, machine: Machine, decodes: bool) -> int:
     """Examples per step: a power of two, and at most half of the rows, so that batches differ.
 
     With a tower, a step does not decode media but reads vectors.

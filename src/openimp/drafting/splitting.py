@@ -1,6 +1,6 @@
 """Decides which rows of a source are trained on, and which are held out for evaluation."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
 from openimp.common.errors import UserError
@@ -48,7 +48,8 @@ def split(task: TaskDraft) -> Split:
         why = f"column {shown(column)} says so"
         if values["val"] and values["test"]:
             why += "; its test rows are left for a last test"
-        train, test = ({**task.source, "where": {column: chosen}} for chosen in (values["train"], held_out))
+        train = {**task.source, "where": {column: values["train"]}}
+        test = {**task.source, "where": {column: held_out}}
         try:
             return _given_split(task, train, test, why)
         except UserError as error:
@@ -102,7 +103,7 @@ def _by_hash(task: TaskDraft) -> Split:
     part_of_row = task.table.parts(parts, by)
     sizes = Counter(part_of_row)
     labels = task.table.column(task.label.name) if task.label else []
-    classes_of_part: dict[int, set[Any]] = {part: set() for part in sizes}
+    classes_of_part: dict[int, set[Any]] = defaultdict(set)
     for label, part in zip(labels, part_of_row):
         classes_of_part[part].add(label)
 
@@ -113,12 +114,9 @@ def _by_hash(task: TaskDraft) -> Split:
 
     held_out = min(sizes, key=order)
     together = {"by": by} if by else {}
-    train, test = (
-        {**task.source, "part": {"of": parts, choice: [held_out], **together}} for choice in ("drop", "keep")
-    )
     return whole._replace(
-        train=train,
-        test=test,
+        train={**task.source, "part": {"of": parts, "drop": [held_out], **together}},
+        test={**task.source, "part": {"of": parts, "keep": [held_out], **together}},
         rows=rows - sizes[held_out],
         test_rows=sizes[held_out],
         why=f"1 of {parts} parts is held out" + (f"; rows with equal {shown(by)} stay together" if by else ""),
