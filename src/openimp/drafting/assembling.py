@@ -62,17 +62,17 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mappin
     """
     samples: dict[str, list[Probed]] = {}
     texts: list[str] = []
-    bad = 0.0
+    bad_share = 0.0
     for _, task, _ in tasks:
         samples.setdefault(task.media.kind, []).extend(task.media.sample)
         texts += task.text.sample if task.text else []
-        bad = max(bad, task.media.bad, task.text.bad if task.text else 0)
+        bad_share = max(bad_share, task.media.bad, task.text.bad if task.text else 0)
     views = {kind: sizing.view(kind, sample, machine) for kind, sample in samples.items() if kind not in towers}
     modalities = sizing.stems(views, machine)
     rows = sum(split.rows for _, _, split in tasks)
     mentions_sides = any(re.search(r"\b(left|right)\b", text.lower()) for text in texts)
-    used = [*samples, *(["text"] if texts else [])]
-    for kind in used:
+    kinds = [*samples, *(["text"] if texts else [])]
+    for kind in kinds:
         if kind in towers:
             crops = {"crops": sizing.CROPS} if kind == "image" and not mentions_sides else {}
             modalities[modality_class(kind).stem] = {"tower": towers[kind].name, **crops}
@@ -84,7 +84,7 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mappin
             views["image"]["flip"] = False  # A mirrored picture would contradict its text.
     recipe: dict[str, Any] = {
         "name": name,
-        "model": sizing.adapters(towers, used) if towers.keys() >= {*used} else sizing.model(rows, machine),
+        "model": sizing.adapters(towers, kinds) if towers.keys() >= {*kinds} else sizing.model(rows, machine),
         "modalities": modalities,
         "sources": {},
         "tasks": {},
@@ -100,15 +100,15 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mappin
         _add(recipe, named, views, machine)
         count = f"{counted(split.rows, 'row')}, and {split.test_rows:,} for evaluation"
         comments["sources"] += f"\n{named.name}: {count} ({split.why})."
-    needed = [sizing.steps(split.rows, recipe["tasks"][name]["batch_size"]) for name, _, split in tasks]
-    for section, steps in zip(recipe["tasks"].values(), needed):
-        section["weight"] = float(f"{steps / min(needed):.2g}")
-    recipe["train"]["steps"] = sizing.rounded(sum(needed))
+    steps_of_tasks = [sizing.steps(split.rows, recipe["tasks"][name]["batch_size"]) for name, _, split in tasks]
+    for section, steps in zip(recipe["tasks"].values(), steps_of_tasks):
+        section["weight"] = float(f"{steps / min(steps_of_tasks):.2g}")
+    recipe["train"]["steps"] = sizing.rounded(sum(steps_of_tasks))
     decoded_once = all(recipe["sources"][name]["cache"] == "memory" for name in recipe["tasks"])
     if decoded_once and machine.workers == 1 and not machine.is_gpu:
         # Preparing decoded examples is little work, and a process for it would slow the threads of few cores down.
         recipe["train"]["num_workers"] = 0
-    recipe["train"]["max_bad_fraction"] = max(MAX_BAD_FRACTION, tolerant_fraction(bad))
+    recipe["train"]["max_bad_fraction"] = max(MAX_BAD_FRACTION, tolerant_fraction(bad_share))
     return Draft(recipe, comments)
 
 

@@ -109,14 +109,15 @@ def inspect(
     texts = _text_columns(table, [chosen_text] if chosen_text else by_use["text"])
     if chosen_text and not texts:
         raise UserError(f"--text {shown(chosen_text)}: the column holds no texts")
-    minimum = dict.fromkeys([chosen_label] if chosen_label else by_use["class"], ROWS_PER_CLASS)
+    min_rows_per_class = dict.fromkeys([chosen_label] if chosen_label else by_use["class"], ROWS_PER_CLASS)
     if not chosen:
         # Texts that repeat often are the names of classes.
-        minimum |= {text.name: ROWS_PER_NAME for text in texts if ROWS_PER_NAME * text.items <= len(text.sample)}
-    label = _class_column(table, minimum, notes, are_named=chosen_label is not None)
+        repeated = (text.name for text in texts if ROWS_PER_NAME * text.items <= len(text.sample))
+        min_rows_per_class |= dict.fromkeys(repeated, ROWS_PER_NAME)
+    label = _class_column(table, min_rows_per_class, notes, are_named=chosen_label is not None)
     if chosen_label and label is None:
         raise UserError(f"--label: {'; '.join(notes)}")
-    text = next((text for text in texts if text.name not in minimum), None)
+    text = next((text for text in texts if text.name not in min_rows_per_class), None)
     if not media or not (text or label):
         raise UserError("; ".join([*notes, _what_to_add(candidate, media, plain_columns)]))
     tasks = [
@@ -239,13 +240,16 @@ def _text_columns(table: Table, names: Sequence[str]) -> list[TextColumn]:
     return columns
 
 
-def _class_column(table: Table, minimum: dict[str, int], notes: list[str], are_named: bool) -> ClassColumn | None:
-    """The first column that has classes, preferably with names. `minimum` has the fewest rows per class of each.
+def _class_column(
+    table: Table, min_rows_per_class: dict[str, int], notes: list[str], are_named: bool
+) -> ClassColumn | None:
+    """The first column that has classes, preferably with names.
 
-    `are_named`: texts of digits are names too, because the user chose the column.
+    `min_rows_per_class` has the fewest rows per class, on average, for each column to look at. With `are_named`, texts
+    of digits are names too, because the user chose the column.
     """
     columns = []
-    for name, rows_per_class in minimum.items():
+    for name, rows_per_class in min_rows_per_class.items():
         values = [value for value in table.column(name) if not isinstance(value, Unreadable)]
         are_classes = all(type(value) in (str, int) and value != "" for value in values)
         classes = list(dict.fromkeys(values)) if are_classes else []

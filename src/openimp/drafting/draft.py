@@ -65,7 +65,9 @@ def draft_recipe(
     for tower in towers:
         for kind, features in vector_sizes(tower).items():
             tower_by_kind.setdefault(kind, Tower(tower, features))
-    kinds = {task.media.kind for _, task, _ in tasks} | {"text" for _, task, _ in tasks if task.text}
+    kinds: set[str] = {task.media.kind for _, task, _ in tasks}
+    if any(task.text for _, task, _ in tasks):
+        kinds.add("text")
     for tower in towers:
         if not any(tower_by_kind[kind].name == tower for kind in kinds & tower_by_kind.keys()):
             raise UserError(f"--tower {tower}: reads none of {', '.join(sorted(kinds))}, or another tower does")
@@ -161,14 +163,14 @@ def fit(draft: Draft, classes: Classes, machine: Machine) -> float:
         ]
         weights = parameter_count(meta_model(recipe, modalities, classes))
         # fp32 weights, gradients and two moments
-        needed = 16 * weights + max(step.peak.total() + step.inputs for step in steps)
-        if needed <= machine.memory or all(task["batch_size"] <= 2 for task in tasks):
+        needed_bytes = 16 * weights + max(step.peak.total() + step.inputs for step in steps)
+        if needed_bytes <= machine.memory or all(task["batch_size"] <= 2 for task in tasks):
             break
         for task in tasks:
             task["batch_size"] = max(2, task["batch_size"] // 2)
         train["steps"] *= 2  # Of half as many examples each, so training sees each row the same number of times.
     flops = sum(row["flops"] for row in mixture(recipe, costs(recipe, modalities, classes)).values())
     train["steps"] = min(train["steps"], sizing.rounded(machine.hours * 3600 * machine.speed / flops))
-    memory = f"{needed / 2**20:,.0f} MiB"
+    memory = f"{needed_bytes / 2**20:,.0f} MiB"
     draft.comments["model"] = f"{short(weights)} parameters; the largest step needs {memory} of memory."
     return train["steps"] * flops

@@ -39,16 +39,16 @@ def split(task: TaskDraft) -> Split:
         except UserError as error:
             unused = f"; {place} is not used: {str(error).removeprefix('source data: ')}"
     for column in task.by_use["split"]:
-        values: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+        values_by_role: dict[str, list[str]] = defaultdict(list)
         for value in sorted({str(value) for value in task.table.column(column)}):
-            values.setdefault(ROLES.get(value.lower(), ""), []).append(value)
-        held_out = values["val"] or values["test"]
-        if not values["train"] or not held_out:
+            values_by_role[ROLES.get(value.lower(), "")].append(value)
+        held_out = values_by_role["val"] or values_by_role["test"]
+        if not values_by_role["train"] or not held_out:
             continue
         why = f"column {shown(column)} says so"
-        if values["val"] and values["test"]:
+        if values_by_role["val"] and values_by_role["test"]:
             why += "; its test rows are left for a last test"
-        train = {**task.source, "where": {column: values["train"]}}
+        train = {**task.source, "where": {column: values_by_role["train"]}}
         test = {**task.source, "where": {column: held_out}}
         try:
             return _given_split(task, train, test, why)
