@@ -87,7 +87,7 @@ class ItemEncoder:
             rows, length = map(max, zip(*shapes))
             vectors = iter(self._vectors(batch, rows, length) if rows else ())
             for key, error in batch.items:
-                yield key, next(vectors) if error is None else error
+                yield key, (next(vectors) if error is None else error)
 
     def encode_item(self, clips: np.ndarray, towards: Iterable[str]) -> list[Tensor]:
         """The vectors (Z,) fp32 of one item in the spaces shared with several modalities, from one forward pass."""

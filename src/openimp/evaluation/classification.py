@@ -97,21 +97,21 @@ def read_labels(evaluator: Evaluator, options: ZeroShot | ClassHead, error_prefi
     """
     table.require([options.label], error_prefix)
     values = table.column(options.label)
-    known: Iterable[Any] | None
+    known_classes: Iterable[Any] | None
     if isinstance(options, ZeroShot):
         (query,) = options.inputs
         require_pair(evaluator.model, query, options.reader, error_prefix)
-        known = options.classes  # Its keys are the labels. `class_names` reads their names.
+        known_classes = options.classes  # Its keys are the labels. `class_names` reads their names.
         lists = any(isinstance(value, list) for value in values)
     else:
         lists = evaluator.recipe.class_column(options, error_prefix).has_lists
-        known = evaluator.classes.get(_head_key(evaluator, options))
-        if known is None:
+        known_classes = evaluator.classes.get(_head_key(evaluator, options))
+        if known_classes is None:
             head = f"head that tasks.{options.task} trained on {options.label!r}"
             raise UserError(f"{error_prefix}: the model has no {head}")
     column = f"{error_prefix}: column {options.label!r} of source {table.name}"
     rows_by_class = find_classes(table, options.label, values, lists, error_prefix)
-    classes = sort_classes(rows_by_class) if known is None else list(known)
+    classes = sort_classes(rows_by_class) if known_classes is None else list(known_classes)
     if not classes:
         raise UserError(f"{column}: no row that can be read has a class")
     index = {as_text(label): i for i, label in enumerate(classes)}  # Of labels that are equal as text, the last.

@@ -124,7 +124,8 @@ def measure(
     Returns the results, and what they were computed from: both directions of retrieval, both classifiers of a probe, or
     the predictions of another set. If too few rows can be read, that is a UserError.
     """
-    recipe, modalities, model = evaluator.recipe, evaluator.modalities, evaluator.model
+    recipe = evaluator.recipe
+    model = evaluator.model
     error_prefix = f"evaluation.sets.{name}"
     options = recipe.evaluation.sets[name]
     table = tables[options.source]
@@ -147,7 +148,7 @@ def measure(
     finally:
         model.train(was_training)
     precision = precision_of(next(model.parameters()).device, recipe.train.precision)
-    how = how_fields(recipe, modalities, options, precision)
+    how = how_fields(recipe, evaluator.modalities, options, precision)
     about = {**data_fields(recipe, table, readable), **train_fields, **how}
     kind = {"set": name, "type": options.type, "step": step}
     return [{**kind, "task": predicted.task, **predicted.metrics(), **about} for predicted in predictions], predictions

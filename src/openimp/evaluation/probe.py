@@ -90,7 +90,8 @@ def probe(
     train_ND, train_labels, train_rows = _read(evaluator, options, error_prefix, tables[options.train])
     classes = _checked_classes(test_labels, train_labels, options, error_prefix)
     index = {label: i for i, label in enumerate(classes)}
-    test_N, train_N = (np.array([index[x] for x in labels], np.int64) for labels in (test_labels, train_labels))
+    test_N = np.array([index[label] for label in test_labels], np.int64)
+    train_N = np.array([index[label] for label in train_labels], np.int64)
     linear_N, c = run_on_rank_zero(lambda: linear(train_ND, train_N, test_ND))
     near_N = run_on_rank_zero(lambda: nearest_neighbors(train_ND, train_N, test_ND, options.k))
     (query,) = options.inputs

@@ -18,9 +18,12 @@ from openimp.parallel.distributed import all_gather_uneven, own_part
 from openimp.recipe.evaluation import ZeroShot
 
 
-def class_names(labels: list[Any], options: ZeroShot, where: str) -> list[str]:
-    """The names of classes by which prompts are filled. A class without a name, two with the same one, and a prompt
-    without a place for it are UserErrors, which begin with `where`."""
+def class_names(labels: list[Any], options: ZeroShot, error_prefix: str) -> list[str]:
+    """The names of classes, which fill the prompts.
+
+    A class without a name, two classes with the same name, or a prompt without a place for it is a UserError, which
+    begins with `error_prefix`.
+    """
     label_of: dict[str, Any] = {}
     for label in labels:
         name = (options.classes or {}).get(as_text(label), label)
@@ -28,10 +31,10 @@ def class_names(labels: list[Any], options: ZeroShot, where: str) -> list[str]:
             name = words(name)
         if not isinstance(name, str) or not name.strip():
             hint = f"name it in classes as {as_text(label)!r}"
-            raise UserError(f"{where}: class {label!r} of column {options.label!r} has no text; {hint}")
+            raise UserError(f"{error_prefix}: class {label!r} of column {options.label!r} has no text; {hint}")
         if name in label_of:
             both = f"classes {label_of[name]!r} and {label!r}"
-            raise UserError(f"{where}: {both} have the same text, {name!r}; rename one")
+            raise UserError(f"{error_prefix}: {both} have the same text, {name!r}; rename one")
         label_of[name] = label
     for prompt in options.prompts:
         try:
@@ -40,7 +43,7 @@ def class_names(labels: list[Any], options: ZeroShot, where: str) -> list[str]:
             fields = []
         # Only a field without a format: a width, as in {:>2000000000}, would fill the memory.
         if fields != [["", "", None]]:
-            raise UserError(f"{where}: prompt {prompt!r} needs one plain {{}} where the class' text goes")
+            raise UserError(f"{error_prefix}: prompt {prompt!r} needs one plain {{}} where the class' text goes")
     return list(label_of)
 
 

@@ -130,12 +130,12 @@ def _check_same_recipes(recipe_by_run: Mapping[Path, Recipe]) -> None:
     changed = {}
     for run, recipe in recipe_by_run.items():
         if (run / "recipe.yaml").exists():
-            found = differences(load_run_recipe(run).to_dict(), recipe.to_dict())
-            if found := [difference for difference in found if difference[0] not in FREE]:
-                changed[run] = found
+            all_differences = differences(load_run_recipe(run).to_dict(), recipe.to_dict())
+            if relevant := [difference for difference in all_differences if difference[0] not in FREE]:
+                changed[run] = relevant
     if changed:
-        first = next(iter(changed))
-        key, was, now = changed[first][0]
+        first_run = next(iter(changed))
+        key, was, now = changed[first_run][0]
         runs = " ".join(shlex.quote(str(run)) for run in changed)
         again = "it" if len(changed) == 1 else "them"
-        raise UserError(f"{first}: trained with {key} {was!r}, now {now!r}; remove {runs} to train {again} again")
+        raise UserError(f"{first_run}: trained with {key} {was!r}, now {now!r}; remove {runs} to train {again} again")
