@@ -156,11 +156,12 @@ class Video(Vision):
 
 def _container_time(tags: Mapping[str, str]) -> datetime | None:
     """The time in the time zone of the camera, which only Apple's phones write, or else of this machine."""
-    local, universal = (tags.get(name, "") for name in ("com.apple.quicktime.creationdate", "creation_time"))
+    local_time = tags.get("com.apple.quicktime.creationdate")
+    universal_time = tags.get("creation_time", "")
     try:
-        if local:
-            return datetime.strptime(local, "%Y-%m-%dT%H:%M:%S%z").replace(tzinfo=None)
-        time = datetime.fromisoformat(universal.replace("Z", "+00:00"))  # Python 3.10 reads no Z.
+        if local_time:
+            return datetime.strptime(local_time, "%Y-%m-%dT%H:%M:%S%z").replace(tzinfo=None)
+        time = datetime.fromisoformat(universal_time.replace("Z", "+00:00"))  # Python 3.10 reads no Z.
     except ValueError:
         return None
     is_set = time.year > 1970  # Clocks that are not set begin in 1904 or 1970.
@@ -220,12 +221,15 @@ def _parts_to_read(total: int, size: tuple[int, int], views: list[Any], rng: Rng
 
 def _shrunk_size(height: int, width: int, views: list[Any]) -> tuple[int, int]:
     """The size that frames are shrunk to. Refuses frames that are too large before or after."""
-    shrunk = height, width
-    for limit in (media.MAX_FRAME_PIXELS, MAX_SHRUNK_PIXELS):
-        if not 0 < shrunk[0] * shrunk[1] <= limit:
-            raise BadMedia(f"frames of {shrunk[1]} x {shrunk[0]} pixels")
-        shrunk = decoded_size((height, width), views)
-    return shrunk
+    _check_size(height, width, media.MAX_FRAME_PIXELS)
+    shrunk_height, shrunk_width = decoded_size((height, width), views)
+    _check_size(shrunk_height, shrunk_width, MAX_SHRUNK_PIXELS)
+    return shrunk_height, shrunk_width
+
+
+def _check_size(height: int, width: int, limit: int) -> None:
+    if not 0 < height * width <= limit:
+        raise BadMedia(f"frames of {width} x {height} pixels")
 
 
 def _is_animation(media_file: media.MediaFile) -> bool:
@@ -263,7 +267,7 @@ def _read_animation(
     media_file: media.MediaFile, views: list[Any], rng: Rng | None, fps: float | None
 ) -> Iterator[np.ndarray]:
     with PIL.Image.open(media_file, formats=("WEBP", "GIF", "PNG")) as picture:
-        height, width = size = _shrunk_size(picture.height, picture.width, views)
+        size = _shrunk_size(picture.height, picture.width, views)
         total = getattr(picture, "n_frames", 1)
         # With `fps` it is read from its start, because its length is known only when all frames are decoded.
         parts = _parts_to_read(0 if fps else total, size, views, rng)
@@ -277,7 +281,7 @@ def _read_animation(
                 media_file.spend(picture.height * picture.width)
                 picture.load()
                 if fps or i in wanted:
-                    pixels = picture.convert("RGBA").resize((width, height), PIL.Image.Resampling.BILINEAR)
+                    pixels = picture.convert("RGBA").resize(size[::-1], PIL.Image.Resampling.BILINEAR)
                     yield seconds, np.asarray(pixels)
                 seconds += (picture.info.get("duration") or DURATION) / 1000
 
@@ -304,7 +308,7 @@ def _read_container(
         if segment:
             total = max(1, round((segment[1] - segment[0]) * float(rate)))
         for start, count in _parts_to_read(total, size, views, rng):
-            begin = start and start / rate
+            begin = start / rate if start else 0
             if segment:
                 begin = segment[0] + float(begin)
                 count = min(count, total)

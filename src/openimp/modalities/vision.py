@@ -161,7 +161,7 @@ class Vision(Modality):
         Transparent pictures get a random plain background in training and a white one in evaluation.
         """
         size = frames.shape[1:3]
-        box = center_box(size, view.hw, view.crop_pct)
+        box = center_box(size, view.hw, view.crop_pct if rng is None else 1.0)
         mirror = False
         color_matrix = None
         background: tuple[int, ...] = (255, 255, 255)
@@ -169,8 +169,6 @@ class Vision(Modality):
             draw = rng.random(12).tolist()  # Always 12 numbers, so that options do not change the crops.
             if view.crop < 1:
                 box = inception_box(size, view.hw, view.crop, view.aspect, draw[:4])
-            else:
-                box = center_box(size, view.hw)
             mirror = view.flip and draw[4] < 0.5
             if view.jitter and draw[11] < JITTERED:
                 color_matrix = jitter_matrix(*(1 + view.jitter * (2 * x - 1) for x in draw[5:8]))
