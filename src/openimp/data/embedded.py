@@ -117,13 +117,10 @@ def _embed(
     """
     numbers = range(count)
     bar = iter(progress(numbers, f"embedding {name}") if progress else numbers)
-    passed = 0  # by the bar
 
-    def write(folder: Path, part: range) -> None:
-        nonlocal passed
+    def write(folder: Path, part: range, part_bar: Iterator[int]) -> None:
         # The bar comes second, so that it does not advance past the last vector.
-        write_store(folder, (vectors for vectors, _ in zip(modality.embed_all(readers_of(part)), bar)))
-        passed = part.stop
+        write_store(folder, (vectors for vectors, _ in zip(modality.embed_all(readers_of(part)), part_bar)))
 
     def checked_file(folder: Path) -> Path:
         read_part(folder / ROWS_FILE)
@@ -132,8 +129,8 @@ def _embed(
     files = []
     for start in range(0, count, ITEMS_PER_FILE):
         part = numbers[start : start + ITEMS_PER_FILE]
-        files.append(cached("embedded", part_key(part), checked_file, partial(write, part=part)))
-        for _ in islice(bar, part.stop - passed):  # An earlier run has embedded them.
-            passed += 1
+        part_bar = islice(bar, len(part))
+        files.append(cached("embedded", part_key(part), checked_file, partial(write, part=part, part_bar=part_bar)))
+        list(part_bar)  # If an earlier run has embedded the part, the bar advances here.
     next(bar, None)  # Ends the bar.
     return read_store(*files)

@@ -47,17 +47,15 @@ def read_manifests(name: str, path: str, files: list[str]) -> tuple[Any, list[in
     except (OSError, UserError):  # It belongs to another user, or cannot be made.
         return _read_all(name, path, files)
     state = stable_hash([CACHE_VERSION, *map(file_state, files)])
-    written: list[tuple[Any, list[int]]] = []
-
-    def write(folder: Path) -> None:
-        written.append(_read_all(name, path, files))
-        _write_cached(folder / "rows.arrow", *written[0], state)
-
     try:
-        key = stable_hash(map(os.path.realpath, files))
-        return cached("manifests", key, lambda folder: _open_cached(folder / "rows.arrow", state), write)
+        return cached(
+            "manifests",
+            stable_hash(map(os.path.realpath, files)),
+            lambda folder: _open_cached(folder / "rows.arrow", state),
+            lambda folder: _write_cached(folder / "rows.arrow", *_read_all(name, path, files), state),
+        )
     except (OSError, ValueError, NotImplementedError):  # The disk is full, or the file system has no locks.
-        return written[0] if written else _read_all(name, path, files)
+        return _read_all(name, path, files)
 
 
 def _open_cached(file: Path, state: str) -> tuple[Any, list[int]]:

@@ -29,11 +29,6 @@ class GPU:
         return self.bf16_tflops * 1e12
 
     @property
-    def bytes_per_s(self) -> float:
-        """Bandwidth of its memory."""
-        return self.memory_tb_per_s * 1e12
-
-    @property
     def usable_bytes(self) -> float:
         return USABLE * self.memory_gib * GIB
 

@@ -145,7 +145,7 @@ class StepPlanner:
         muon_parameters = self.muon.momentum_bytes(updated) / FP32_BYTES
         ema_parameters = self.ema_bytes / FP32_BYTES
         moved_bytes = ADAMW_BYTES * adamw_parameters + MUON_BYTES * muon_parameters + EMA_BYTES * ema_parameters
-        return self._seconds(cost.optimizer_flops / self.muon.owners) + moved_bytes / self.gpu.bytes_per_s
+        return self._seconds(cost.optimizer_flops / self.muon.owners) + moved_bytes / (1e12 * self.gpu.memory_tb_per_s)
 
     def _memory(self, compared: Compared, counted: StepMemory, updated: Set[Tensor]) -> GPUMemory:
         """What one GPU holds at the moment of the step at which it holds most."""
