@@ -18,7 +18,7 @@ from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.errors import UserError, escaped
 from openimp.common.json_lines import append
 from openimp.common.modality import Modality
-from openimp.common.names import BUNDLED, Name, has_scheme
+from openimp.common.names import has_scheme, is_bundled
 from openimp.common.progress import clock, console, notice, number_table, track
 from openimp.common.safe_files import refuse_links
 from openimp.data.batch import head_key
@@ -230,10 +230,9 @@ def run_embed(
 
 def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:
     """Serves the search page of an index, or of the media of a run's recipe."""
-    is_bundled = Name.parse(what).scheme == BUNDLED
-    if (has_scheme(what) and not is_bundled) or (what / CONFIG).exists():
+    if (has_scheme(what) and not is_bundled(what)) or (what / CONFIG).exists():
         raise UserError(f"{what}: comes without media; index some first: openimp index {what} FOLDER --out my.index")
-    if not is_bundled and not what.exists():
+    if not is_bundled(what) and not what.exists():
         raise UserError(f"{what}: no such index or run; openimp index makes an index")
     try:
         from openimp.search.server import serve

@@ -58,6 +58,11 @@ def has_scheme(name: str | Path) -> bool:
     return Name.parse(name).scheme in SCHEMES
 
 
+def is_bundled(name: str | Path) -> bool:
+    """Whether a name is that of a model or of data that comes with openimp."""
+    return Name.parse(name).scheme == BUNDLED
+
+
 def is_url(name: str) -> bool:
     """Whether a name is a URL that fsspec opens, such as `s3://bucket/*.parquet`."""
     return Name.parse(name).scheme == "url"

@@ -413,7 +413,7 @@ class StepBatches(Dataset[LoadedBatch]):
         example of each lane in turn: position p is in lane p % lanes. In a table, each example is a lane of its own. If
         the lanes are not a multiple of the ranks, two ranks share a lane, and each takes a part of its examples.
         """
-        lanes = self._lanes(visit.task) or visit.batch_size
+        lanes = self.sources[visit.task].lanes or visit.batch_size
         lane_size = visit.batch_size // lanes  # examples of a lane in the batch
         rank_size = visit.batch_size // self.world_size
         rank_start = rank_size * self.rank
@@ -427,11 +427,6 @@ class StepBatches(Dataset[LoadedBatch]):
             lane, place = divmod(example, lane_size)
             positions.append(visit.start + place * lanes + lane)
         return positions
-
-    def _lanes(self, task: str) -> int:
-        """The number of lanes of a task's stream; 0 for a table."""
-        source = self.sources[task]
-        return source.lanes if isinstance(source, Stream) else 0
 
     def _load(self, visit: Visit, positions: Sequence[int]) -> dict[int, Example]:
         """Reads the examples at positions in the task's order."""
@@ -464,7 +459,7 @@ class StepBatches(Dataset[LoadedBatch]):
 
         So the replacement depends neither on the ranks nor on the workers. Adds the examples that it reads to `loaded`.
         """
-        stride = self._lanes(visit.task) or 1
+        stride = self.sources[visit.task].lanes or 1
         for candidate in range(position, position + visit.batch_size * stride, stride):
             if candidate not in loaded:
                 loaded |= self._load(visit, [candidate])

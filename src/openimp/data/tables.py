@@ -43,6 +43,8 @@ class UnreadableRest(Unreadable):
 class Rows:
     """Base of tables and streams."""
 
+    lanes = 0  # of a stream
+
     def __init__(self, name: str, path: str, columns: list[str], root: Path | None, content: Callable[[], str]) -> None:
         self.name = name  # in the recipe
         self.path = path  # where it was opened from, for messages

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from openimp.common.cache import cache_folder
 from openimp.common.errors import UserError
-from openimp.common.names import BUNDLED, Name, is_url
+from openimp.common.names import is_bundled, is_url
 from openimp.data.files import locate
 from openimp.recipe.evaluation import Probe
 from openimp.recipe.schema import Recipe
@@ -85,7 +85,6 @@ def _is_inside(folder: Path, name: str, source: Source) -> bool:
     """Whether a source is bundled, or all its files are inside `folder` after links are resolved."""
     if source.path is None or is_url(source.path):
         return False
-    bundled = Name.parse(source.path).scheme == BUNDLED
     real_folder = os.path.realpath(folder)
 
     def is_inside(path: str) -> bool:
@@ -94,4 +93,4 @@ def _is_inside(folder: Path, name: str, source: Source) -> bool:
     if source.root is not None and not is_inside(source.root):
         return False
     # Files are listed only if the path is inside, so that nothing outside of the folder is looked at.
-    return bundled or (is_inside(source.path) and all(map(is_inside, locate(name, source.path)[1])))
+    return is_bundled(source.path) or (is_inside(source.path) and all(map(is_inside, locate(name, source.path)[1])))

@@ -54,10 +54,9 @@ def evaluate(
     reasons: list[str] = []  # why sets do not fit the model
     if recipe or overrides:
         measured, user_sources, reasons = _with_sets(measured, str(recipe) if recipe else None, overrides, sets)
+        sets = list(measured.evaluation.sets)
     if not measured.evaluation.sets and not reasons:
         raise UserError(f"{recipe or model}: the recipe has no evaluation sets")
-    if recipe or overrides:
-        sets = list(measured.evaluation.sets)
     if not allow_sources:
         check_sources(name, folder, measured, sets or measured.evaluation.sets, user_sources)
     imp = imp.to(pick_device())

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from openimp.checkpoint.folder import CHECKPOINTS, read_state, saved_step
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality
-from openimp.common.names import BUNDLED, HUB, Name, is_url
+from openimp.common.names import HUB, Name, is_bundled, is_url
 from openimp.common.versions import openimp_version
 from openimp.data.files import BUNDLED_LICENSES
 from openimp.data.sources import open_source
@@ -90,11 +90,6 @@ def training_sources(recipe: Recipe) -> dict[str, Source]:
     return {name: recipe.sources[name] for name in names}
 
 
-def is_bundled(source: Source) -> bool:
-    """Whether the data comes with openimp."""
-    return source.path is not None and Name.parse(source.path).scheme == BUNDLED
-
-
 def _example(modality: Modality) -> str:
     """An input for the code on the card."""
     return "a red bicycle" if modality.reads_text else "FILE" + "".join(modality.extensions[:1])
@@ -108,8 +103,8 @@ def _sources(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
         {
             "name": name,
             "data": public_path(source.hub or str(source.path)),
-            "bundled": is_bundled(source),
-            "rows": _rows(name, source) if is_trusted or is_bundled(source) else None,
+            "bundled": is_bundled(str(source.path)),
+            "rows": _rows(name, source) if is_trusted or is_bundled(str(source.path)) else None,
             "examples": seen.get(name),
             "license": source.license or BUNDLED_LICENSES.get(Name.parse(str(source.path)).rest),
         }

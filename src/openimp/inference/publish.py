@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 
 from openimp.checkpoint.folder import CONFIG, RECIPE
 from openimp.common.errors import UserError, nearest, one_line
-from openimp.common.names import Name
+from openimp.common.names import Name, is_bundled
 from openimp.common.progress import console
 from openimp.common.versions import openimp_version
 from openimp.data.files import DEMO
 from openimp.inference.model import Model, load
-from openimp.inference.model_card import is_bundled, model_card, training_sources
+from openimp.inference.model_card import model_card, training_sources
 from openimp.inference.public_recipe import shorten_paths
 from openimp.recipe.file import override, to_yaml
 from openimp.recipe.schema import Recipe
@@ -91,7 +91,7 @@ def write(model: Model, name: str, license: str | None, folder: Path) -> None:
     text = to_yaml(shorten_paths(model.recipe.to_dict()))
     (folder / RECIPE).write_text(text, encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
-    if any(map(is_bundled, training_sources(model.recipe).values())):
+    if any(is_bundled(str(source.path)) for source in training_sources(model.recipe).values()):
         for notice in DEMO.glob("NOTICE*"):
             shutil.copy(notice, folder)
 

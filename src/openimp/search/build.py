@@ -7,7 +7,7 @@ from pathlib import Path
 from openimp.checkpoint.find import find_model
 from openimp.common.errors import UserError, by_extension, counted, escaped
 from openimp.common.modality import Modalities
-from openimp.common.names import BUNDLED, OPEN_CLIP, Name, absolute_name
+from openimp.common.names import OPEN_CLIP, Name, absolute_name, is_bundled
 from openimp.common.progress import Progress, console, track
 from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
@@ -136,7 +136,7 @@ def build_index(
 def _default_folder(model: str, has_paths: bool) -> Path:
     folder = own_index(model)
     # A cache may be emptied, so it holds nothing of the user's.
-    if folder is None or (has_paths and Name.parse(model).scheme == BUNDLED):
+    if folder is None or (has_paths and is_bundled(model)):
         raise UserError(f"{model}: is not a run; name the index with --out")
     return folder
 
