@@ -45,7 +45,7 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
     precision_of(device, precision)  # An unknown precision is an error before the model is read.
     folder = find_model(str(path))
     imp, saved = load_model(folder)
-    model = Model(imp, saved.config, saved.modalities, precision, saved.recipe, folder)
+    model = Model(imp, saved.config, saved.modalities, precision, saved_recipe=saved.recipe, folder=folder)
     return model.to(device).eval()
 
 

@@ -4,8 +4,13 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from openimp.checkpoint.folder import CONFIG, RECIPE
 from openimp.common.errors import UserError, nearest, one_line
@@ -36,11 +41,7 @@ def push(
     `license` is the Hub's identifier of the model's license. `overrides` state licenses of sources, as in
     `sources.photos.license=CC-BY-4.0`. If the repository exists, the upload is a new commit.
     """
-    # `upload` checks the same, but only after the model is loaded.
-    _check_name(name)
-    _check_license(license)
-    if to is None:
-        _require_login()
+    _check(name, license, needs_login=to is None)  # `upload` does, too, but after the model is loaded.
     model = load(run, "cpu")
     model.recipe = _with_licenses(model.recipe, overrides)
     if to is not None:
@@ -53,20 +54,30 @@ def push(
 def upload(
     model: Model,
     name: str,
-    private: bool = False,
-    license: str | None = None,
+    private: bool,
+    license: str | None,
     revision: str | None = None,
     token: str | None = None,
 ) -> str:
     """Uploads a model that `load` opened, and returns the URL; the arguments are those of `Model.push_to_hub`."""
-    _check_name(name)
-    _check_license(license)
-    if token is None:
-        _require_login()
+    _check(name, license, needs_login=token is None)
+    hub = HfApi(token=token)
+    message = f"{model.config.name}, written by openimp {openimp_version()}"
     with TemporaryDirectory() as folder:
         write(model, name, license, Path(folder))
-        message = f"{model.config.name}, written by openimp {openimp_version()}"
-        return _upload_folder(Path(folder), name, private, message, revision, token)
+        try:
+            url = hub.create_repo(name, private=private or None, exist_ok=True)
+            # `create_repo` leaves a repository that exists as it is.
+            if private and not hub.model_info(name).private:
+                raise UserError(f"{name} exists and is public; make it private in its settings, or choose another name")
+            if revision is not None:
+                hub.create_branch(name, branch=revision, exist_ok=True)
+            hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message, revision=revision)
+        except UserError:
+            raise
+        except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
+            raise UserError(f"{name}: the upload to the Hugging Face Hub failed: {one_line(error)}") from None
+    return str(url)
 
 
 def write(model: Model, name: str, license: str | None, folder: Path) -> None:
@@ -109,48 +120,15 @@ def _with_licenses(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     return Recipe.build(data)
 
 
-def _check_name(name: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
+def _check(name: str, license: str | None, needs_login: bool) -> None:
+    """UserError if the name of the repository or of the license is invalid, or if a login is needed and missing."""
+    is_valid = False
+    with suppress(HFValidationError):
         validate_repo_id(name)
-        valid = "/" in name
-    except HFValidationError:
-        valid = False
-    if not valid:
+        is_valid = "/" in name
+    if not is_valid:
         raise UserError(f"{name}: expected OWNER/NAME, of letters, digits, '-', '_' and '.'")
-
-
-def _check_license(license: str | None) -> None:
     if license is not None and not re.fullmatch(LICENSE, license):
         raise UserError(f"license {license}: expected the Hub's identifier of a license, such as apache-2.0 or other")
-
-
-def _require_login() -> None:
-    from huggingface_hub import get_token
-
-    if get_token() is None:
+    if needs_login and get_token() is None:
         raise UserError("you are not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
-
-
-def _upload_folder(
-    folder: Path, name: str, private: bool, message: str, revision: str | None, token: str | None
-) -> str:
-    """Uploads the folder to the repository, which is created if it does not exist, and returns its URL."""
-    from huggingface_hub import HfApi
-
-    hub = HfApi(token=token)
-    try:
-        url = hub.create_repo(name, private=private or None, exist_ok=True)
-        # `create_repo` leaves a repository that exists as it is.
-        if private and not hub.model_info(name).private:
-            raise UserError(f"{name} exists and is public; make it private in its settings, or choose another name")
-        if revision is not None:
-            hub.create_branch(name, branch=revision, exist_ok=True)
-        hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message, revision=revision)
-    except UserError:
-        raise
-    except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
-        raise UserError(f"{name}: the upload to the Hugging Face Hub failed: {one_line(error)}") from None
-    return str(url)
