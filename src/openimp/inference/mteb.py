@@ -1,9 +1,7 @@
 """openimp's models in mteb (Massive Text Embedding Benchmark, arXiv 2210.07316; image tasks: arXiv 2504.10471)."""
 
-import hashlib
 from typing import Any, get_args
 
-import safetensors.torch
 import torch
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
@@ -12,8 +10,10 @@ from mteb.types import Modalities
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError
 from openimp.inference.model import Model
+from openimp.parallel.layout import weights_hash
 
 
 class MTEBEncoder(AbsEncoder):
@@ -28,7 +28,8 @@ class MTEBEncoder(AbsEncoder):
         self.mteb_model_meta = ModelMeta.create_empty(
             {
                 "name": f"openimp/{model.config.name}",
-                "revision": _revision(model),
+                # mteb reuses cached results of the same name and revision.
+                "revision": stable_hash([weights_hash(model.imp).hexdigest(), model.views, model.precision])[:16],
                 "modalities": [name for name in model.modalities if name in get_args(Modalities)],
                 "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "embed_dim": model.imp.config.embed_dim,
@@ -76,11 +77,3 @@ def _raw(value: Any) -> Any:
     if isinstance(value, dict):
         return value.get("bytes") or value.get("path")
     return value
-
-
-def _revision(model: Model) -> str:
-    """A hash of weights and views, because mteb reuses cached results of the same name and revision."""
-    weights = {name: weight.contiguous() for name, weight in model.imp.state_dict().items()}
-    digest = hashlib.sha256(repr((model.views, model.precision)).encode())
-    digest.update(safetensors.torch.save(weights))
-    return digest.hexdigest()[:16]
