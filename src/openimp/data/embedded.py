@@ -44,7 +44,7 @@ def embed_column(table: Table, modality: Any, column: str, views: list[Any], pro
     def part_key(rows: range) -> str:
         return stable_hash([column_key, rows])
 
-    return _embed(modality, f"{table.name}.{column}", len(table), readers_of, part_key, progress)
+    return _embed(modality, f"{table.name}.{column}", len(table), readers_of, part_key, progress=progress)
 
 
 class EmbeddedTexts:
@@ -60,7 +60,7 @@ class EmbeddedTexts:
         def part_key(numbers: range) -> str:
             return stable_hash([*code, *(distinct[number] for number in numbers)])
 
-        self._store = _embed(modality, "texts", len(distinct), readers_of, part_key, progress)
+        self._store = _embed(modality, "texts", len(distinct), readers_of, part_key, progress=progress)
         self._number = {text: number for number, text in enumerate(distinct)}
 
     def __getitem__(self, text: str) -> np.ndarray:

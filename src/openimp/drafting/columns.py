@@ -132,8 +132,8 @@ def inspect(
         )
         for column in media
     ]
-    used = {*tasks[0].columns, *by_use["split"], *by_use["group"], "__key__"}
-    if unused := [name for name in plain_columns if name not in used]:
+    used_columns = {*tasks[0].columns, *by_use["split"], *by_use["group"], "__key__"}
+    if unused := [name for name in plain_columns if name not in used_columns]:
         notes.append(f"columns {_listed(unused)}")
     return tasks, notes
 

@@ -97,7 +97,7 @@ def _example(modality: Modality) -> str:
 
 def _sources(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     """The values that the card shows of each training source."""
-    seen = _examples_seen(recipe, folder)
+    examples_seen = _examples_seen(recipe, folder)
     is_trusted = trained_here(folder)
     return [
         {
@@ -105,7 +105,7 @@ def _sources(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
             "data": public_path(source.hub or str(source.path)),
             "bundled": is_bundled(str(source.path)),
             "rows": _rows(name, source) if is_trusted or is_bundled(str(source.path)) else None,
-            "examples": seen.get(name),
+            "examples": examples_seen.get(name),
             "license": source.license or BUNDLED_LICENSES.get(Name.parse(str(source.path)).rest),
         }
         for name, source in training_sources(recipe).items()

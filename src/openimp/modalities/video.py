@@ -332,7 +332,7 @@ def _frames_from(media_file: media.MediaFile, container: Any, stream: Any, secon
     """Up to `count` frames from a time on, or the last frame before it if no frame begins later."""
     start_pts = None
     before = None
-    left = count
+    remaining = count
     if seconds:
         start_pts = (stream.start_time or 0) + int(seconds / stream.time_base)
         container.seek(start_pts, stream=stream)
@@ -345,10 +345,10 @@ def _frames_from(media_file: media.MediaFile, container: Any, stream: Any, secon
                 before = frame
                 continue
             yield frame
-            left -= 1
-            if not left:
+            remaining -= 1
+            if not remaining:
                 return
-    if before is not None and left == count:
+    if before is not None and remaining == count:
         yield before
 
 

@@ -77,9 +77,9 @@ def experts(metrics: list[MetricsLine]) -> dict[str, Any] | None:
 
     gate = mean("gate")
     dropped = mean("dropped")
-    used = (mean("load") > 0).sum(-1)  # With experts by stem, only those of one stem.
+    used_experts = (mean("load") > 0).sum(-1)  # With experts by stem, only those of one stem.
     maps = []
     for i in range(gate.shape[1]):
-        rows = list(zip(modalities, gate[:, i].tolist(), used[:, i].tolist(), dropped[:, i].tolist()))
+        rows = list(zip(modalities, gate[:, i].tolist(), used_experts[:, i].tolist(), dropped[:, i].tolist()))
         maps.append({"layer": i + 1, "rows": rows})
     return {"first": last_lines[0].step, "last": last_lines[-1].step, "maps": maps}

@@ -159,8 +159,8 @@ def _recipe_media(name: str, model: Model, modalities: Modalities, allow_sources
 
 def _write_metadata(folder: Path, metadata: Metadata, model: Model, replace: bool) -> None:
     """Writes index.json. Refuses, or with `replace` empties, an index that was built with other weights."""
-    old = read_metadata(folder)
-    if old is not None and not built_with(old, model):
+    old_metadata = read_metadata(folder)
+    if old_metadata is not None and not built_with(old_metadata, model):
         if not replace:
             raise UserError(
                 f"{folder}: was built with other weights or views than {metadata.model} has; name a new folder"

@@ -135,8 +135,9 @@ class Index:
                 raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
         encoded = self._encode_all(parts)
         words = self._words(encoded, by)
-        if words is None:
-            _check_known(encoded)
+        unknown_texts = [part.text for part in encoded if not part.vectors]
+        if words is None and unknown_texts:
+            raise UserError(f"{unknown_texts[0]!r} has no word that the model knows")
         filters = []
         if likes := [part.id for part in parts if isinstance(part, Like)]:
             filters.append(f"NOT {any_of('id', likes)}")
@@ -353,13 +354,6 @@ class Index:
         bm25 = [row.pop("_score") for row in rows]
         order = sorted(range(len(rows)), key=lambda i: (-bm25[i], -(cosines[i] or 0)))
         return [Hit(score=cosines[i], found_by="words", **rows[i]) for i in order]
-
-
-def _check_known(parts: Sequence[EncodedQuery]) -> None:
-    """UserError if a part of a query is a text without a word that the model knows."""
-    for part in parts:
-        if not part.vectors:
-            raise UserError(f"{part.text!r} has no word that the model knows")
 
 
 def _day(name: str, value: str | date | None) -> date | None:

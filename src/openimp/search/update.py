@@ -144,15 +144,15 @@ class Update:
         self.skipped.pop(path, None)
         if file.problem:
             self.skipped[path] = (file.media.state, file.problem)
-        old = self.stored.get(path)
-        if old and self.path_of.get((old.sha256, old.modality)) == path:
-            del self.path_of[old.sha256, old.modality]
+        stored = self.stored.get(path)
+        if stored and self.path_of.get((stored.sha256, stored.modality)) == path:
+            del self.path_of[stored.sha256, stored.modality]
         if not any("vector" in part for part in file.parts):
             return
         if not file.problem:
             self.path_of[file.content] = path
-        if old:
-            self.counts["unchanged" if old.sha256 == file.sha256 else "changed"] += 1
+        if stored:
+            self.counts["unchanged" if stored.sha256 == file.sha256 else "changed"] += 1
         elif file.copied_from in self.gone:
             self.moved.add(file.copied_from)
             self.counts["moved"] += 1
