@@ -87,7 +87,7 @@ def run_train(name: str, overrides: list[str], run: Path | None, resume: str | N
 
 
 def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str | None) -> Recipe:
-    """The recipe that `init` writes for data, or that of the run to resume, because a draft depends on the machine."""
+    """The recipe that `init` writes for data. A resumed run keeps its own, because a draft depends on the machine."""
     run = run or Path("runs") / recipe_name(data)
     if resume is not None and (run / "recipe.yaml").exists():
         refuse_links(run)
@@ -299,7 +299,7 @@ def run_plan(name: str, overrides: list[str], gpus: int | None, gpu: str, mfu: f
 
 
 def _modalities(recipe: Recipe) -> dict[str, Modality]:
-    """The recipe's modalities; those of a wrapped model with the library's files."""
+    """The recipe's modalities. If it wraps a model, they have the library's files."""
     modalities = recipe.make_modalities()
     if recipe.model.wrap:
         open_warm_start(recipe, modalities)

@@ -68,5 +68,5 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def batch_digest(names: Iterable[str]) -> int:
-    """Sum of the 48-bit hashes of the examples' names. The digests of all ranks add up to that of the whole batch."""
+    """Sum of the 48-bit hashes of the examples' names. The digests of all ranks add up to the whole batch's."""
     return sum(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "big") for name in names)

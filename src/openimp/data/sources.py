@@ -105,7 +105,7 @@ def _shards_fingerprint(base: Path, files: list[str], where: dict[str, Any]) -> 
 
 
 def _path_and_format(name: str, source: Source) -> tuple[str, str]:
-    """The source's path and its format: that of the recipe or, by default, of the path's extension."""
+    """The source's path, and its format: from the recipe or, by default, from the path's extension."""
     path = source.path
     assert path is not None
     extension = Path(urlsplit(path).path if is_url(path) else path).suffix.lower()

@@ -138,7 +138,7 @@ class StepBatches(Dataset[LoadedBatch]):
         Args:
             modalities: by name; those that learn from texts need `fit` or `load_state` before the first batch.
             progress: `progress(iterable, description)` wraps an iterable to show progress.
-            rank, world_size: each batch is divided into `world_size` equal parts, of which this is number `rank`.
+            rank, world_size: each batch is divided into `world_size` equal parts. This data set makes part `rank`.
 
         Raises:
             UserError: a source or a column is missing, a label fits no class, or the ranks or the lanes of a stream do

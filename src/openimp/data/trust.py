@@ -40,7 +40,7 @@ def trained_here(folder: Path) -> bool:
 
 
 def _record(*contents: bytes) -> Path:
-    """The file for config.json and recipe.yaml, of which an older model has only the first."""
+    """The file for a model with these contents of config.json and recipe.yaml. An older model has only config.json."""
     return cache_folder(KNOWN) / hashlib.sha256(b"\0".join(contents)).hexdigest()
 
 

@@ -148,7 +148,7 @@ def _join_splits(candidates: list[Candidate]) -> list[Candidate]:
 def _without_role(candidate: Candidate) -> tuple[str, str]:
     """What all splits of a source have in common, and the role of this one.
 
-    The name of a file or folder, or else that of the folder around it, tells the role.
+    The role is in the name of the file or folder, or else in the name of its parent folder.
     """
     if "hub" in candidate.source:
         return candidate.place, ROLES.get(candidate.source["split"].lower(), "")

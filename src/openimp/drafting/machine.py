@@ -10,7 +10,7 @@ from openimp.common.errors import counted
 from openimp.planning.gpus import USABLE, peak_flops
 
 MFU = 0.2
-"""The model FLOPs utilization that is assumed: that of a small model. On two cores `mixture` reaches 0.23."""
+"""The assumed model FLOPs utilization, which is what small models reach: on two cores, `mixture` reaches 0.23."""
 HOST_SHARE = 0.5
 """Share of a computer's memory that training on its CPU may take."""
 

@@ -21,7 +21,7 @@ WORD_ROWS = 50_000
 CACHE_SHARE = 0.1
 """Decoded media are cached if they take at most this share of the computer's memory."""
 MARGIN = 1.15**2
-"""Pixels of a cached picture, relative to those of its view."""
+"""Pixels of a cached picture per pixel of its view."""
 SMALL_PICTURE = 32
 """Pixels per side of pictures that are cropped less."""
 PATCHES = {32: 4, 64: 8}
@@ -111,7 +111,7 @@ def model(rows: int, machine: Machine) -> dict[str, Any]:
 
 
 def adapters(towers: Mapping[str, Any], kinds: Iterable[str]) -> dict[str, Any]:
-    """The model for data of which each modality has a tower: heads alone, as wide as the largest vectors."""
+    """The model if each modality has a tower: only heads, as wide as the longest vectors."""
     width = max(towers[kind].features for kind in kinds)
     return {"width": width, "layers": 0, "heads": 1, "space": "joint", "embed_dim": width, "init_temperature": 0.05}
 

@@ -125,9 +125,9 @@ def _by_hash(task: TaskDraft) -> Split:
 
 
 def _items(task: TaskDraft) -> tuple[str | None, int]:
-    """The column whose equal values mean the same item, and the number of items: of texts, those in the sample.
+    """The column whose equal values mean the same item, and the number of items (of texts: in the sample).
 
-    It has paths if a path repeats, else it is the first text column. None: each row is an item.
+    It is the column of paths in which a path repeats, or else the text column. None: each row is an item.
     """
     for name in task.by_use["path"]:
         paths = _keys(task.table, name)

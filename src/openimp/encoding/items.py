@@ -56,7 +56,7 @@ def raw_values(
 
 
 def _columns(modality: Modality, spec: Input) -> list[str]:
-    """The columns that evaluation and search read: those of all templates of a text, or the first column of media."""
+    """The columns that evaluation and search read: all columns of a text's templates, or the first column of media."""
     return columns_of(spec.columns) if modality.reads_text else spec.columns[:1]
 
 

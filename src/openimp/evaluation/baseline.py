@@ -36,7 +36,7 @@ class RawRows(NamedTuple):
 def comparison(recipe: Recipe, results: list[dict[str, Any]], task: str) -> list[str]:
     """Two lines about a task of a recipe that `openimp init` wrote: accuracies without an encoder, and after training.
 
-    Empty if the task has no classes, or no rows besides those of training. `results` are those of the run.
+    Empty if the task has no classes, or only rows of training. `results` are the results of the run.
     """
     sets = {name: recipe.evaluation.sets.get(name) for name in (task, f"{task}_classes")}
     labelled = {name: options for name, options in sets.items() if isinstance(options, ZeroShot | ClassHead)}

@@ -21,7 +21,7 @@ from openimp.recipe.schema import Recipe
 
 
 class NotMeasured(UserError):
-    """Some evaluation sets could not be measured. There is one sentence per set; `results` are those of the others."""
+    """Some evaluation sets could not be measured. There is one sentence per set. `results` has the other sets."""
 
     def __init__(self, reasons: list[str], results: list[dict[str, Any]]) -> None:
         super().__init__("\n".join(reasons))

@@ -47,7 +47,7 @@ def interval(hit_N: np.ndarray, weight_N: np.ndarray | None = None) -> list[floa
 
 
 def share_interval(share: float, n: int) -> list[float]:
-    """The `interval` of hits of which only their share and their number are known."""
+    """The `interval` of `n` examples if only their share of hits is known."""
     return interval(np.arange(n) < round(share * n))
 
 

@@ -31,7 +31,7 @@ def evaluate(
     Args:
         model: a run, a checkpoint, a model folder, or the name of a model, as `openimp.load` takes it.
         sets: names of evaluation sets. None: all of them.
-        recipe: the recipe that has the evaluation sets and their sources. None: that of the model's training.
+        recipe: the recipe that has the evaluation sets and their sources. None: the recipe of the model's training.
         overrides: changes of sources and evaluation sets, as `--set` takes them: `["sources.photos.limit=100"]`.
         allow_sources: whether the recipe of a model that was not trained here may read any source.
         progress: wraps an iterable to show its progress.
@@ -42,7 +42,7 @@ def evaluate(
 
     Raises:
         UserError: there is no such model or evaluation set, or the recipe has no evaluation sets.
-        NotMeasured: a set cannot be measured; its `results` are those of the other sets.
+        NotMeasured: a set cannot be measured; its `results` are the results of the other sets.
     """
     name = Path(model)
     folder = find_model(name)
@@ -103,7 +103,7 @@ def _with_sets(
 def _build(
     data: dict[str, Any], names: list[str] | None, folder: str | Path = ".", error_prefix: str = "recipe"
 ) -> tuple[Recipe, list[str]]:
-    """The recipe with those of the sets `names` that fit its model, and the reason for each other one.
+    """The recipe with the sets in `names` that fit its model, and the reasons why the others do not.
 
     `Recipe.build` explains the other arguments.
     """

@@ -213,7 +213,7 @@ class Model(nn.Module):
             private: whether a new repository is private. If the repository exists and is public, nothing is uploaded.
             license: the Hub's identifier of the model's license, such as apache-2.0.
             revision: the branch, which is made if it does not exist. None: the main branch.
-            token: a token of the Hub. None: that of `hf auth login` or of HF_TOKEN.
+            token: a token of the Hub. None: the token of `hf auth login` or of HF_TOKEN.
 
         Returns:
             The URL of the repository.

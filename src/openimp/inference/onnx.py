@@ -77,7 +77,7 @@ class Graph(nn.Module):
 def _outputs(model: Model, name: str) -> dict[str, list[str]]:
     """The modalities with which the embeddings of each output can be compared, by name of the output.
 
-    In a disjoint space, a modality has an output per projection head; the first is that of `Model.partner`.
+    In a disjoint space, a modality has an output per projection head. The first output is for `Model.partner`.
     """
     shared = [other for other in model.modalities if model.imp.share_a_space(name, other)]
     comparable = [other for other in shared if other != name] or shared

@@ -59,7 +59,7 @@ def upload(
     revision: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Uploads a model that `load` opened, and returns the URL; the arguments are those of `Model.push_to_hub`."""
+    """Uploads a model that `load` opened, and returns the URL. `Model.push_to_hub` explains the arguments."""
     _check(name, license, needs_login=token is None)
     hub = HfApi(token=token)
     message = f"{model.config.name}, written by openimp {openimp_version()}"
@@ -83,7 +83,7 @@ def upload(
 def write(model: Model, name: str, license: str | None, folder: Path) -> None:
     """Writes what `load` needs, recipe.yaml, README.md, and the notices of bundled training data, to an empty folder.
 
-    `name` is that of the repository, or of a model that comes with openimp.
+    `name` is the name of the repository, or of a model that comes with openimp.
     """
     if model.folder is None:
         raise UserError("only a model that openimp.load opened can be published; save it and load it")

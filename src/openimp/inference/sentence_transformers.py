@@ -26,8 +26,8 @@ def sentence_transformer(
     Its `encode` takes texts and media, also mixed in one list, and returns the vectors of `Model.encode`. The library's
     rules decide what an input is. A string is a file if a file of that name exists and has a usual extension of a
     picture, clip or sound, else it is a text. Arrays of 1 or 2 axes are sounds, of 3 axes pictures, of 4 axes clips.
-    Besides, it takes `pathlib.Path`, and {MODALITY: value} where the rules would be wrong. `encode(..., towards=NAME)`
-    is that of `Model.encode`. Training is not supported.
+    Besides, it takes `pathlib.Path`, and {MODALITY: value} where the rules would be wrong. It also takes the argument
+    `towards` of `Model.encode`. Training is not supported.
 
     Args:
         path: a run, a checkpoint, a model's folder or a model on the Hugging Face Hub, as `openimp.load` takes it.

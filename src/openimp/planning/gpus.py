@@ -94,7 +94,7 @@ GPUS = {
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float:
-    """The FLOP/s of which MFU and HFU are shares.
+    """The FLOP/s that an MFU or an HFU of 1 means.
 
     For a GPU in `GPUS` it is the published bf16 peak, as in `openimp plan`. For any other device it is the speed of the
     fastest of some large matrix products.

@@ -51,13 +51,12 @@ class Cost:
 
     @property
     def model_flops(self) -> int:
-        """FLOPs of one forward and one backward pass, of which MFU is the share of a device's peak (PaLM, arXiv
-        2204.02311, appendix B)."""
+        """FLOPs of one forward and one backward pass, which MFU counts (PaLM, arXiv 2204.02311, appendix B)."""
         return self.hardware_flops - self.repeated_flops
 
     @property
     def hardware_flops(self) -> int:
-        """FLOPs of all passes, of which HFU is the share."""
+        """FLOPs of all passes, which HFU counts."""
         return self.flops - self.optimizer_flops
 
 

@@ -100,8 +100,9 @@ def step_memory(
 ) -> StepMemory:
     """Counts the memory of a forward and a backward pass on one rank, if `gpus` ranks share the batch.
 
-    The precision "auto" is what this machine's CPU would use. With `on_gpu`, it counts the memory of a GPU's kernels,
-    not that of the CPU's. In bf16, autocast casts the weights on one rank; on several ranks FSDP2 gathers them in bf16.
+    The precision "auto" is what this machine's CPU would use. With `on_gpu`, it counts what a GPU's kernels allocate,
+    else what the CPU's do. In bf16, autocast casts the weights on one rank. On several ranks, FSDP2 gathers them in
+    bf16.
     """
     gathered_in_bf16 = gpus > 1 and precision_of(CPU, precision) == "bf16"
     # Without CUDA, torch cannot differentiate CUDA's fake tensors. So the tensors are on the CPU, and modules with

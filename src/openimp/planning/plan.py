@@ -30,7 +30,7 @@ MIN_SPEEDUP = 1.1
 """
 MIN_GAIN_SECONDS = 1e-3
 """Seconds per step that another layout must gain to be recommended. The latencies of collectives are not counted, and
-those of a step can take this long."""
+in one step they can add up to this."""
 
 
 @dataclass(frozen=True)

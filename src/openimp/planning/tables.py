@@ -13,7 +13,7 @@ from openimp.recipe.schema import Recipe
 
 
 def print_plan(recipe: Recipe, modalities: Modalities, plans: Sequence[Plan], gpu: str) -> None:
-    """Prints the first plan, compares it with those of other layouts, and says whether it fits on the type `gpu`."""
+    """Prints the first plan, compares it with the other plans, and says whether it fits on GPUs of the type `gpu`."""
     recipe_plan = plans[0]
     _print_parameters(recipe_plan.parameters, recipe_plan.per_token, recipe_plan.frozen, modalities)
     step_rows = [
@@ -95,7 +95,7 @@ def print_costs(recipe: Recipe, modalities: Modalities, classes: Classes) -> Non
 
 
 def _print_parameters(parameters: dict[str, int], per_token: int | None, frozen: int, modalities: Modalities) -> None:
-    """Prints the parameters by part of the model. The names and numbers are those of `Plan`."""
+    """Prints the parameters by part of the model. The arguments are fields of `Plan`."""
     specs = {name: modality.stem_spec() for name, modality in modalities.items()}
     limits = {name: spec.values for name, spec in specs.items() if spec.is_limit}
     rows = [(name, f"{size:,}") for name, size in parameters.items()]

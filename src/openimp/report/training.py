@@ -25,7 +25,7 @@ def sections(metrics: list[MetricsLine]) -> dict[str, Any]:
 
 
 def losses(metrics: list[MetricsLine]) -> list[dict[str, Any]]:
-    """One chart per task with its loss and, if there are several, the parts of it; one chart of all router losses."""
+    """One chart per task with its loss and, if it has several parts, these; and one chart of all router losses."""
     charts = []
     routers = []
     for task in dict.fromkeys(task for line in metrics for task in line.tasks):

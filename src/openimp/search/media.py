@@ -32,8 +32,8 @@ class Media:
 
     path: str  # absolute; SOURCE/ROW/COLUMN for a row. Unique in an index.
     modality: str
-    # Of a row: the source's fingerprint. Of a file: "FILE_STATE", or "FILE_STATE TEXT_STATE" if it has a text. The
-    # state of the text is that of the caption, or the fingerprint of the source that names the file.
+    # Of a row: the source's fingerprint. Of a file: "FILE_STATE", or "FILE_STATE TEXT_STATE" if it has a text.
+    # TEXT_STATE is the caption's FILE_STATE, or the fingerprint of the source that names the file.
     state: str
     raw: Callable[[], bytes | Path | np.ndarray]  # raises BadMedia if the media cannot be read
     text: ReadText = lambda: None  # its caption or the text of its row

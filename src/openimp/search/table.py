@@ -47,7 +47,7 @@ class Stored(NamedTuple):
 
 
 def schema(size: int) -> pa.Schema:
-    """The table's columns, for unit vectors with `size` features. Most are those of `Hit`; `sha256` is of the media."""
+    """The columns of the table: those of `Hit`, the hash of the media, and unit vectors with `size` features."""
     texts = ("id", "path", "sha256", "state", "modality", "text", "media_type", "source", "column", "date")
     columns = dict.fromkeys(texts, pa.string())
     columns |= dict.fromkeys(("part", "parts", "row"), pa.int64())
@@ -133,8 +133,8 @@ class Items:
 
         Their texts have a wanted word or, if `all_words`, all wanted words, and no unwanted word.
 
-        Words are compared without case, accents and endings, such as that of the plural. English stop words, such as
-        `the`, do not count.
+        Words are compared without case, accents and endings such as the plural's. English stop words, such as `the`, do
+        not count.
         """
         lance = import_lancedb().query
         operator = lance.FullTextOperator.AND if all_words else lance.FullTextOperator.OR

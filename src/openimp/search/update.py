@@ -33,7 +33,7 @@ class Update:
         folder: Path,
         items: Items,
         media: Iterable[Media],  # what the index should hold
-        given: list[Path] | None,  # only items in these files and folders are removed; None: only those of sources
+        given: list[Path] | None,  # only items in these files and folders are removed; None: only items of sources
     ) -> None:
         self.model = model
         self.folder = folder

@@ -4,7 +4,7 @@
 
 The recipe has one task of two modalities, one of them text. The towers have the recipe's sizes. They get its examples
 in its order, with its augmentation and tokenizer, and its optimizers update them. Initialization, pooling and patch
-dropout are open_clip's, and so is the loss, which is that of openimp without `positives_by`. It needs `pip install
+dropout are open_clip's, and so is the loss, which equals openimp's loss without `positives_by`. It needs `pip install
 openimp[peers]`. A model that open_clip has published is wrapped without this module (`model.wrap`).
 
 Shape suffixes: B examples, P values per token.
@@ -34,8 +34,8 @@ class TwoTowers(OpenCLIP):
 
     A sound is its log-mel spectrogram: one image of frames x bins, with the channel repeated three times.
 
-    The text tower uses the recipe's tokenizer instead of open_clip's. A small corpus has only few of the latter's
-    49,408 tokens, and tokens that occur only in held-out texts would keep their random embeddings.
+    The text tower uses the recipe's tokenizer. A small corpus has only few of the 49,408 tokens of open_clip's
+    tokenizer, and tokens that occur only in held-out texts would keep their random embeddings.
     """
 
     def __init__(self, recipe: Recipe, modalities: Modalities) -> None:
