@@ -10,7 +10,7 @@ from openimp.drafting import sizing
 from openimp.drafting.columns import TaskDraft
 from openimp.drafting.finding import ROLE
 from openimp.drafting.machine import Machine
-from openimp.drafting.probing import Probed
+from openimp.drafting.probing import MediaInfo
 from openimp.drafting.splitting import Split
 from openimp.recipe.registry import modality_class
 from openimp.recipe.training import tolerant_fraction
@@ -33,7 +33,7 @@ COMMENTS = {
 }
 
 
-class Tower(NamedTuple):
+class ChosenTower(NamedTuple):
     """A frozen encoder of a modality."""
 
     name: str  # of the model
@@ -55,12 +55,12 @@ class Draft(NamedTuple):
     comments: dict[str, str]
 
 
-def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mapping[str, Tower]) -> Draft:
+def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mapping[str, ChosenTower]) -> Draft:
     """Makes a complete recipe. Its batches may not fit into memory yet, and its training may take too long.
 
     `towers` has the frozen encoders that read some of the modalities.
     """
-    samples: dict[str, list[Probed]] = {}
+    samples: dict[str, list[MediaInfo]] = {}
     texts: list[str] = []
     bad_share = 0.0
     for _, task, _ in tasks:

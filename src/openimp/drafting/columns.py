@@ -14,7 +14,7 @@ from openimp.data.files import inside
 from openimp.data.sources import open_source
 from openimp.data.tables import Table, Unreadable, item_key
 from openimp.drafting.finding import KIND_OF, Candidate, shown
-from openimp.drafting.probing import Kind, Probed, probe
+from openimp.drafting.probing import Kind, MediaInfo, probe
 from openimp.recipe.tasks import Source
 
 NAMES = {
@@ -44,7 +44,7 @@ class MediaColumn(NamedTuple):
 
     name: str
     kind: Kind
-    sample: list[Probed]
+    sample: list[MediaInfo]
     bad: float  # share of the sample that is not readable, or of another kind
 
 
@@ -199,7 +199,7 @@ def _media_columns(table: Table, first_rows: dict[str, list[Any]], notes: list[s
     for name, values in first_rows.items():
         if not _are_media(values):
             continue
-        probed: list[Probed] = []
+        probed: list[MediaInfo] = []
         why = "it mixes kinds of media"
         for value in values:
             try:

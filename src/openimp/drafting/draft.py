@@ -14,7 +14,7 @@ from openimp.data.files import is_utf8
 from openimp.data.sources import FORMATS
 from openimp.data.targets import sort_classes
 from openimp.drafting import sizing
-from openimp.drafting.assembling import Draft, NamedTask, Tower, assemble, source_name, task_names
+from openimp.drafting.assembling import ChosenTower, Draft, NamedTask, assemble, source_name, task_names
 from openimp.drafting.columns import TaskDraft, inspect
 from openimp.drafting.finding import find, shown
 from openimp.drafting.machine import Machine, this_machine
@@ -61,10 +61,10 @@ def draft_recipe(
     """
     tasks, notes = find_tasks(paths, text, label)
     machine = this_machine()
-    tower_by_kind: dict[str, Tower] = {}
+    tower_by_kind: dict[str, ChosenTower] = {}
     for tower in towers:
         for kind, features in vector_sizes(tower).items():
-            tower_by_kind.setdefault(kind, Tower(tower, features))
+            tower_by_kind.setdefault(kind, ChosenTower(tower, features))
     kinds: set[str] = {task.media.kind for _, task, _ in tasks}
     if any(task.text for _, task, _ in tasks):
         kinds.add("text")

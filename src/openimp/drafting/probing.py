@@ -15,7 +15,7 @@ COVERS = ("mjpeg", "png")
 """Codecs of a single frame that is the cover of a sound."""
 
 
-class Probed(NamedTuple):
+class MediaInfo(NamedTuple):
     """Kind, size and length of a media value. Fields that do not apply to the kind are 0."""
 
     kind: Kind
@@ -25,7 +25,7 @@ class Probed(NamedTuple):
 
 
 @decoder_errors()
-def probe(raw: Any) -> Probed:
+def probe(raw: Any) -> MediaInfo:
     """Probes bytes or a path. Only headers are read, so a broken file may pass.
 
     Raises:
@@ -37,15 +37,15 @@ def probe(raw: Any) -> Probed:
                 frames = getattr(picture, "n_frames", 1)
                 moves = frames > 1 and picture.format in ("GIF", "PNG", "WEBP")  # The frames of a TIFF are pages.
                 kind: Kind = "video" if moves else "image"
-                return Probed(kind, min(picture.size), frames, frames * FRAME_SECONDS)
+                return MediaInfo(kind, min(picture.size), frames, frames * FRAME_SECONDS)
         except (PIL.UnidentifiedImageError, SyntaxError):
             source.seek(0)
         try:
             with open_container(source, "video") as (_, stream, seconds):
                 frames = stream.frames or int(seconds * float(stream.average_rate or 0))
                 if frames > 1 or (not frames and stream.codec_context.codec.name not in COVERS):
-                    return Probed("video", min(stream.width, stream.height), frames, float(seconds))
+                    return MediaInfo("video", min(stream.width, stream.height), frames, float(seconds))
         except Exception:  # FFmpeg raises nearly anything. Then the file is a sound, or `length` tells what is wrong.
             pass
         source.seek(0)
-        return Probed("audio", seconds=sound.length_in_seconds(source))
+        return MediaInfo("audio", seconds=sound.length_in_seconds(source))

@@ -8,7 +8,7 @@ from statistics import mean, median
 from typing import Any
 
 from openimp.drafting.machine import Machine
-from openimp.drafting.probing import Probed
+from openimp.drafting.probing import MediaInfo
 
 EPOCHS = 65
 """How often training sees each row of a source of `EPOCH_ROWS`; of one with 16 times as many rows, half as often."""
@@ -34,7 +34,7 @@ CROPS = 4
 """Vectors of each picture that a tower reads."""
 
 
-def view(kind: str, sample: Sequence[Probed], machine: Machine) -> dict[str, Any]:
+def view(kind: str, sample: Sequence[MediaInfo], machine: Machine) -> dict[str, Any]:
     """The view of pictures, clips or sounds, by the medians of a sample."""
     seconds = median(probed.seconds for probed in sample)
     if kind == "audio":
@@ -135,7 +135,7 @@ def rounded(steps: float) -> int:
     return max(MIN_STEPS, int(float(f"{steps:.2g}")))
 
 
-def fits_cache(sample: Sequence[Probed], view: dict[str, Any], rows: int, machine: Machine) -> bool:
+def fits_cache(sample: Sequence[MediaInfo], view: dict[str, Any], rows: int, machine: Machine) -> bool:
     """Whether the decoded media of a source are few and short enough to be kept in memory."""
     if "seconds" in view:
         longest = max(probed.seconds for probed in sample) / LONG_SOUND

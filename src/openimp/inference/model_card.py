@@ -28,7 +28,7 @@ METRICS = {"r1": "R@1", "top1": "top-1", "map": "mAP"}
 """Names of the main metrics. The result of another library has the name of its score itself."""
 
 
-def as_text(value: Any) -> str:
+def plain_text(value: Any) -> str:
     """A value as plain text in a cell of a Markdown table. Names come from data, so they must not add markup."""
     text = " ".join(str(value).split())
     for character in "\\`*|[]<>":
@@ -38,7 +38,7 @@ def as_text(value: Any) -> str:
 
 TEMPLATES = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
 TEMPLATES.loader = PackageLoader("openimp.inference")
-TEMPLATES.filters.update(text=as_text, percent=percent, commas="{:,}".format)
+TEMPLATES.filters.update(text=plain_text, percent=percent, commas="{:,}".format)
 
 
 def model_card(model: Model, folder: Path, name: str, license: str | None) -> str:

@@ -31,7 +31,7 @@ UNKNOWN_RECORDING = Recorded()
 
 
 @dataclass
-class File:
+class IndexedFile:
     """A file, or the media in a row of a source, while it is indexed."""
 
     media: Media
@@ -48,12 +48,12 @@ class File:
         return self.sha256, self.media.modality
 
 
-def open_file(encoder: ItemEncoder, path_of: Mapping[tuple[str, str], str], media: Media, sha256: str) -> File:
+def open_file(encoder: ItemEncoder, path_of: Mapping[tuple[str, str], str], media: Media, sha256: str) -> IndexedFile:
     """Reads the text of media, hashes them if `sha256` is empty, and lists their parts.
 
-    A path that `path_of` has for `File.content` becomes `copied_from`, and no parts are listed.
+    A path that `path_of` has for `IndexedFile.content` becomes `copied_from`, and no parts are listed.
     """
-    file = File(media, sha256)
+    file = IndexedFile(media, sha256)
     try:
         file.text = (media.text() or "")[:MAX_TEXT] or None
     except BadMedia as error:
@@ -85,7 +85,7 @@ def _parts(encoder: ItemEncoder, raw: bytes | Path | np.ndarray, text: str | Non
     ]
 
 
-def read_part(encoder: ItemEncoder, file: File, part: Mapping[str, Any]) -> np.ndarray:
+def read_part(encoder: ItemEncoder, file: IndexedFile, part: Mapping[str, Any]) -> np.ndarray:
     """The clips of a part, as `Modality.encode_input` makes them. BadMedia says which part cannot be read."""
     error_prefix = ""
     modality = encoder.modality

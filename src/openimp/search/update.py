@@ -17,7 +17,7 @@ from openimp.encoding.engine import ItemEncoder, ahead, to_cpu
 from openimp.inference.model import Model
 from openimp.search.folder import SKIPPED, read_skipped
 from openimp.search.media import Media, media_state
-from openimp.search.parts import File, open_file, read_part
+from openimp.search.parts import IndexedFile, open_file, read_part
 from openimp.search.table import Items
 
 WRITTEN_BATCHES = 4
@@ -41,13 +41,13 @@ class Update:
         self.wanted = {item.path: item for item in media}
         self.roots = None if given is None else tuple(os.path.join(os.path.abspath(path), "") for path in given)
         self.stored = items.stored()
-        # The path of the first row of a source, by `File.content`. Later duplicates are left out.
+        # The path of the first row of a source, by `IndexedFile.content`. Later duplicates are left out.
         self.first_row: dict[tuple[str, str], str] = {}
         self.gone = {path for path in self.stored if self._is_gone(path)}
         self.moved: set[str] = set()  # the paths in `gone` whose content now has another path
         self.skipped = read_skipped(folder)
-        # By `File.content`, the path of a file that has the vectors in the table. A file with unreadable parts is left
-        # out and read again, so that its problem is reported under each of its names.
+        # By `IndexedFile.content`, the path of a file whose vectors are in the table. A file with unreadable parts is
+        # left out and read again, so that its problem is reported under each of its names.
         self.path_of = {
             (stored.sha256, stored.modality): path for path, stored in self.stored.items() if path not in self.skipped
         }
@@ -114,20 +114,20 @@ class Update:
         if self.skipped != skipped_before:
             self._write_skipped()
 
-    def _open(self, encoder: ItemEncoder, media: Media) -> File:
+    def _open(self, encoder: ItemEncoder, media: Media) -> IndexedFile:
         sha256 = ""
         stored = self.stored.get(media.path)
         if stored and media_state(stored.state) == media_state(media.state):
             sha256 = stored.sha256  # Only the text of the media has changed.
         return open_file(encoder, self.path_of, media, sha256)
 
-    def _is_duplicate(self, file: File) -> bool:
+    def _is_duplicate(self, file: IndexedFile) -> bool:
         """Whether an earlier row of a source has the same content."""
         if file.media.row is None or not file.sha256:
             return False
         return self.first_row.setdefault(file.content, file.media.path) != file.media.path
 
-    def _copy_parts(self, encoder: ItemEncoder, files: list[File]) -> None:
+    def _copy_parts(self, encoder: ItemEncoder, files: list[IndexedFile]) -> None:
         """Adds the parts of files whose content the table has."""
         parts_of = defaultdict(list)
         columns = ["path", "part", "start", "end", "text", "media_type", "vector"]
@@ -138,7 +138,7 @@ class Update:
             text = {} if encoder.modality.reads_text else {"text": file.text}
             file.parts += [row | text for row in parts_of[file.copied_from]]
 
-    def _record(self, file: File) -> None:
+    def _record(self, file: IndexedFile) -> None:
         """Counts a file that was written, and remembers its content and its problem."""
         path = file.media.path
         self.skipped.pop(path, None)
@@ -163,7 +163,7 @@ class Update:
         write_text(self.folder / SKIPPED, json.dumps(self.skipped, indent=1))
 
 
-def _items(encoder: ItemEncoder, files: list[File], progress_bar: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
+def _items(encoder: ItemEncoder, files: list[IndexedFile], progress_bar: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
     """The parts that have no vector, as `ItemEncoder.encode` takes them."""
     for file in files:
         next(progress_bar, None)
@@ -172,7 +172,7 @@ def _items(encoder: ItemEncoder, files: list[File], progress_bar: Iterator[Any])
                 yield (file, part), partial(read_part, encoder, file, part)
 
 
-def _rows(file: File) -> list[dict[str, Any]]:
+def _rows(file: IndexedFile) -> list[dict[str, Any]]:
     """The rows of a file in the table."""
     media = file.media
     parts = [part for part in file.parts if "vector" in part]
