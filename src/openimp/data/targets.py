@@ -36,10 +36,10 @@ def classes_of(source: Table | Stream, column: ClassColumn, error_prefix: str) -
     return list(column.classes)
 
 
-def find_classes(table: Table, column: str, values: list[Any], lists: bool, error_prefix: str) -> dict[Any, int]:
+def find_classes(table: Table, column: str, values: list[Any], has_lists: bool, error_prefix: str) -> dict[Any, int]:
     """The classes in a column with these values, each with the first row that has it. Unreadable rows are skipped.
 
-    With `lists`, each row has a list of classes, or nothing; else each row must have one class. NaN counts as none.
+    With `has_lists`, each row has a list of classes, or nothing; else each row must have one class. NaN counts as none.
     """
     column_prefix = _column_prefix(table, column, error_prefix)
     row_by_class: dict[Any, int] = {}
@@ -48,7 +48,7 @@ def find_classes(table: Table, column: str, values: list[Any], lists: bool, erro
         if isinstance(value, Unreadable):
             continue
         try:
-            labels = row_classes(value, lists)
+            labels = row_classes(value, has_lists)
         except ValueError as error:
             raise UserError(f"{column_prefix}: {table.row_name(row)}: {error}") from None
         for label in labels:
@@ -74,13 +74,13 @@ def _column_prefix(source: Table, column: str, error_prefix: str) -> str:
     return f"{error_prefix}: column {column!r} of source {source.name}"
 
 
-def row_classes(value: Any, lists: bool) -> list[Any]:
-    """The classes of one row: one class or, with `lists`, any number. ValueError: the value is something else."""
-    if lists and value is None:
+def row_classes(value: Any, has_lists: bool) -> list[Any]:
+    """The classes of one row: one class or, with `has_lists`, any number. ValueError: the value is something else."""
+    if has_lists and value is None:
         return []
     labels = value if isinstance(value, list) else [value]
-    if isinstance(value, list) != lists or any(isinstance(label, list | dict) for label in labels):
-        raise ValueError(f"expected {'a list of classes' if lists else 'one class'}, found {value!r:.60}")
+    if isinstance(value, list) != has_lists or any(isinstance(label, list | dict) for label in labels):
+        raise ValueError(f"expected {'a list of classes' if has_lists else 'one class'}, found {value!r:.60}")
     return labels
 
 

@@ -33,7 +33,7 @@ class Labels(NamedTuple):
 
     names: list[Any]  # of all classes that the model can choose
     class_index: dict[str, int]  # by the label as text
-    lists: bool  # whether a row may have any number of classes
+    has_lists: bool  # whether a row may have any number of classes
     splits: dict[str, list[int]]  # the rows of each test split; empty if there are no splits
 
 
@@ -102,15 +102,15 @@ def read_labels(evaluator: Evaluator, options: ZeroShot | ClassHead, error_prefi
         (query,) = options.inputs
         require_pair(evaluator.model, query, options.reader, error_prefix)
         known_classes = options.classes  # Its keys are the labels. `class_names` reads their names.
-        lists = any(isinstance(value, list) for value in values)
+        has_lists = any(isinstance(value, list) for value in values)
     else:
-        lists = evaluator.recipe.class_column(options, error_prefix).has_lists
+        has_lists = evaluator.recipe.class_column(options, error_prefix).has_lists
         known_classes = evaluator.classes.get(_head_key(evaluator, options))
         if known_classes is None:
             head = f"head that tasks.{options.task} trained on {options.label!r}"
             raise UserError(f"{error_prefix}: the model has no {head}")
     column = f"{error_prefix}: column {options.label!r} of source {table.name}"
-    rows_by_class = find_classes(table, options.label, values, lists, error_prefix)
+    rows_by_class = find_classes(table, options.label, values, has_lists, error_prefix)
     classes = sort_classes(rows_by_class) if known_classes is None else list(known_classes)
     if not classes:
         raise UserError(f"{column}: no row that can be read has a class")
@@ -127,12 +127,12 @@ def read_labels(evaluator: Evaluator, options: ZeroShot | ClassHead, error_prefi
         # Raises if the model cannot choose it.
         index_of(as_text(label), index, f"{column}: {table.row_name(row)}", remedy)
     if not isinstance(options, ZeroShot):
-        return Labels(classes, index, lists, {})
-    if options.splits and lists:
+        return Labels(classes, index, has_lists, {})
+    if options.splits and has_lists:
         raise UserError(f"{error_prefix}: splits need rows with one class each, not lists of classes")
     splits = _read_splits(options.splits, error_prefix, table) if options.splits else {}
     names = zero_shot.class_names(classes, options, f"{error_prefix}: source {table.name}")
-    return Labels(names, index, lists, splits)
+    return Labels(names, index, has_lists, splits)
 
 
 def classify(
@@ -149,7 +149,7 @@ def classify(
         classes_KZ = _head_vectors(evaluator, options)
         features_ND, truths, readable = evaluator.encode_labelled(options, error_prefix, table, None)
         z_NZ = F.pad(features_ND, (0, 1), value=1.0)  # Z is D + 1: the last weight of a class is its bias.
-    if labels.lists:
+    if labels.has_lists:
         hot_NK = np.zeros((len(truths), len(labels.names)), bool)
         for hot_K, truth in zip(hot_NK, truths):
             hot_K[[labels.class_index[as_text(label)] for label in truth or []]] = True

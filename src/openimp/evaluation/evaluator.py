@@ -126,7 +126,7 @@ class Evaluator:
 
     def encode_labelled(
         self, options: ZeroShot | ClassHead | Probe, error_prefix: str, table: Table, towards: str | None
-    ) -> "LabelledRows":
+    ) -> LabelledRows:
         """Encodes the only input of the rows in which it and the label can be read. UserError if there are none."""
         (name,) = options.inputs
         encoded = self.encode(options, name, table, towards)

@@ -1,7 +1,6 @@
 """`openimp embed --join`: adds a column of embeddings to the rows of a source, for example to distill the model."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia
-from openimp.common.progress import Progress, console, track
+from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
@@ -59,7 +58,6 @@ def embed_rows(
     to: str = "embedding",
     towards: str | None = None,
     batch_size: int = 64,
-    progress: Progress = track,
 ) -> Joined:
     """Embeds one modality of the rows of a source, and writes the rows with the unit vectors to a Parquet file.
 
@@ -75,7 +73,6 @@ def embed_rows(
         to: the name of the new column.
         towards: see `Model.encode`.
         batch_size: number of clips or items per forward pass.
-        progress: wraps an iterable to show its progress.
     """
     out = parquet_file(out)
     model = load(run)
@@ -93,7 +90,7 @@ def embed_rows(
     embedding = pa.field(to, pa.list_(pa.float32()))
     metadata = {"openimp": json.dumps({"model": str(run), "recipe": model.config.name})}
     schema = table.arrow(range(0)).schema.append(embedding).with_metadata(metadata)
-    rows: Iterable[int] = progress(range(len(table)), f"embed {name}")
+    rows = track(range(len(table)), f"embed {name}")
     results = encoder.encode((row, partial(read, row)) for row in rows)
     bad: list[str] = []
     out.parent.mkdir(parents=True, exist_ok=True)

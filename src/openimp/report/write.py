@@ -66,7 +66,8 @@ def write_report(
         facts = {"recipe": load_run_recipe(run), "parameters": None, "step": metrics[-1].step}
         notes = ["There is no checkpoint to measure."] if recorded else []
         sections = {"Results": results.section(latest(recorded), recorded, notes)}
-    sections = {"Results": sections.pop("Results"), **training.sections(metrics), **sections}
+    results_section = sections.pop("Results")
+    sections = {"Results": results_section, **training.sections(metrics), **sections}
     newest_file = run / "metrics.jsonl" if metrics else find_model(run) / "config.json"
     page = TEMPLATES.get_template("page.html").render(
         sections={title: data for title, data in sections.items() if data},
