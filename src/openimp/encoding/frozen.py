@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from openimp.checkpoint.find import download, find_model
-from openimp.checkpoint.folder import SavedModel, load_model, read_config
+from openimp.checkpoint.folder import SavedModel, load_model
 from openimp.checkpoint.public_vit import library_opens
 from openimp.common.cache import stable_hash
 from openimp.common.device import pick_device
@@ -82,15 +82,14 @@ class OwnEncoder(FrozenEncoder):
     """A model that openimp loads, also one of open_clip. Its vectors are features before the heads, or embeddings."""
 
     def __init__(self, name: str, modality: str, role: Role) -> None:
-        folder = find_model(name)
-        config, _, _ = read_config(folder)
+        model, saved, weights = _open(find_model(name))
+        config = saved.config
         if modality not in config.views:
             raise UserError(f"{role} {name}: has no modality {modality}; it has {', '.join(config.views)}")
         if any(hasattr(options, "tower") for options in config.modalities.values()):
             raise UserError(f"{role} {name}: has a tower itself")
-        model, saved, weights = _open(folder)
         self.reader = saved.modalities[modality]
-        self.view = saved.config.views[modality]
+        self.view = config.views[modality]
         embeds = role == "teacher"
         if embeds and not model.share_a_space(modality, modality):
             raise UserError(

@@ -70,7 +70,7 @@ class Page:
             "counts": index.counts,
             "folders": index.folders,
             "colors": {name: f"c{i % 6}" for i, name in enumerate(modalities)},
-            "reader": len(files) < len(modalities),
+            "reads_text": len(files) < len(modalities),
             "has_words": index.has_words,
             "has_dates": index.has_dates,
             "readable": list(files),
