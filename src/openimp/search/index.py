@@ -123,30 +123,18 @@ class Index:
             UserError: a query cannot be read, no item can be compared with it, neither the model nor an item has a word
                 of it, `since` or `until` is not a day, `since` is after `until`, or no item has a date.
         """
-        first_day = _day("since", since)
-        last_day = _day("until", until)
-        if first_day and last_day and first_day > last_day:
-            raise UserError(f"since {first_day} is after until {last_day}")
         parts = [queries] if isinstance(queries, str | QueryPart) else queries
         if not parts:
             raise UserError("the query is empty: give a text or a file")
         for name in modalities or ():
             if name not in self.counts:
                 raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
+        filters = self._filters(parts, under, since, until)
         encoded = self._encode_all(parts)
         words = self._words(encoded, by)
         unknown_texts = [part.text for part in encoded if not part.vectors]
         if words is None and unknown_texts:
             raise UserError(f"{unknown_texts[0]!r} has no word that the model knows")
-        filters = []
-        if likes := [part.id for part in parts if isinstance(part, Like)]:
-            filters.append(f"NOT {any_of('id', likes)}")
-        if under is not None:
-            filters.append(self._below(under))
-        if first_day or last_day:
-            if not self.has_dates:
-                raise UserError(f"{self.folder}: no item has a date; older versions of openimp stored no dates")
-            filters.append(between(first_day, last_day))
         ranks_by_meaning = by != "words" or words is None  # There are no words if the query has anything but texts.
         ranked_by_group: list[list[Ranked]] = []
         is_found = False
@@ -329,10 +317,29 @@ class Index:
                 self._sources[name] = source_table(self.model.recipe, name)
             return self._sources[name]
 
-    def _below(self, under: str | Path) -> str:
-        """An SQL filter for `under`: the name of a source, or a path."""
-        name = quoted(str(under))
-        return f"(source = {name} OR path = {name} OR {below(os.path.abspath(under))})"
+    def _filters(
+        self,
+        parts: Sequence[str | QueryPart],
+        under: str | Path | None,
+        since: str | date | None,
+        until: str | date | None,
+    ) -> list[str]:
+        """The SQL filters of a search; see `search` for the arguments."""
+        first_day = _day("since", since)
+        last_day = _day("until", until)
+        if first_day and last_day and first_day > last_day:
+            raise UserError(f"since {first_day} is after until {last_day}")
+        filters = []
+        if likes := [part.id for part in parts if isinstance(part, Like)]:
+            filters.append(f"NOT {any_of('id', likes)}")
+        if under is not None:
+            name = quoted(str(under))  # of a source, or a path
+            filters.append(f"(source = {name} OR path = {name} OR {below(os.path.abspath(under))})")
+        if first_day or last_day:
+            if not self.has_dates:
+                raise UserError(f"{self.folder}: no item has a date; older versions of openimp stored no dates")
+            filters.append(between(first_day, last_day))
+        return filters
 
     def _nearest(self, vector: np.ndarray, where: str | None, count: int) -> list[Hit]:
         """The `count` items that are closest to a vector (Z,)."""
