@@ -134,8 +134,7 @@ def public_names() -> list[str]:
 def _preprocessing(options: Mapping[str, Any]) -> dict[str, Any]:
     """The library's options of preprocessing with its defaults."""
     transform = import_open_clip().transform
-    merged: dict[str, Any] = transform.merge_preprocess_dict(asdict(transform.PreprocessCfg()), options)
-    return merged
+    return transform.merge_preprocess_dict(asdict(transform.PreprocessCfg()), options)
 
 
 def _read_config(file: Path) -> dict[str, Any]:

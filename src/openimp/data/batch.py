@@ -22,16 +22,13 @@ class Batch(NamedTuple):
         """Parts of a batch, one after the other. All parts have a mask of a modality, or none has."""
         if len(parts) == 1:
             return parts[0]
-        batch: Batch = tree_map(lambda *tensors: None if tensors[0] is None else torch.cat(tensors), *parts)
-        return batch
+        return tree_map(lambda *tensors: None if tensors[0] is None else torch.cat(tensors), *parts)
 
     def to(self, device: torch.device | str) -> "Batch":
-        batch: Batch = tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), self)
-        return batch
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), self)
 
     def pin_memory(self) -> "Batch":
-        batch: Batch = tree_map_only(Tensor, Tensor.pin_memory, self)
-        return batch
+        return tree_map_only(Tensor, Tensor.pin_memory, self)
 
 
 def head_key(source: str, label: str) -> str:

@@ -139,8 +139,7 @@ class LibraryEncoder(FrozenEncoder):
         if self._modality == "audio":
             rate = self.reader.config.sample_rate
             inputs = [{"array": samples, "sampling_rate": rate} for samples in clips]
-        vectors: Tensor = self._library.encode(inputs, convert_to_tensor=True, show_progress_bar=False)
-        return vectors
+        return self._library.encode(inputs, convert_to_tensor=True, show_progress_bar=False)
 
 
 class TimmEncoder(FrozenEncoder):
@@ -156,8 +155,7 @@ class TimmEncoder(FrozenEncoder):
         self.view = plain.View()
 
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
-        pixels: np.ndarray = self._transform(_picture(value, rng)).numpy()
-        return pixels[None]
+        return self._transform(_picture(value, rng)).numpy()[None]
 
     def embed(self, clips: np.ndarray) -> Tensor:
         device = next(self._trunk.parameters()).device

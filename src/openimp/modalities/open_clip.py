@@ -176,14 +176,12 @@ class OpenClip(Modality):
     @cached_property
     def library(self) -> dict[str, Any]:
         """The library's configuration."""
-        config: dict[str, Any] = json.loads(self.files[CONFIG])
-        return config
+        return json.loads(self.files[CONFIG])
 
     @property
     def embed_dim(self) -> int:
         """Features of the embedding space."""
-        size: int = self.library["model_cfg"]["embed_dim"]
-        return size
+        return self.library["model_cfg"]["embed_dim"]
 
     def check(self, view: Any) -> None:
         """Every view fits."""
@@ -332,8 +330,7 @@ class OpenClipVideo(Pictures, Video):
         one."""
 
     def length(self, view: Any) -> int:
-        frames: int = view.frames
-        return frames
+        return view.frames
 
     def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
         if isinstance(raw, np.ndarray):  # Frames in memory are not shrunk before the library resizes them.
@@ -368,8 +365,7 @@ class OpenClipText(OpenClip, Text):
     @property
     def context_length(self) -> int:
         """Token ids of a text."""
-        length: int = self.library["model_cfg"]["text_cfg"].get("context_length", 77)
-        return length
+        return self.library["model_cfg"]["text_cfg"].get("context_length", 77)
 
     @cached_property
     def library_tokenizer(self) -> Any:
@@ -400,8 +396,7 @@ class OpenClipText(OpenClip, Text):
 
     def _ids(self, text: str, views: list[Any]) -> np.ndarray:
         with _TOKENIZING:
-            ids: np.ndarray = self.library_tokenizer(valid_text(text[:LONGEST_TEXT]))[0].numpy()
-        return ids
+            return self.library_tokenizer(valid_text(text[:LONGEST_TEXT]))[0].numpy()
 
 
 READERS: dict[str, type[OpenClip]] = {reader.name: reader for reader in (OpenClipImage, OpenClipVideo, OpenClipText)}

@@ -111,8 +111,7 @@ class OpenCLIP(Embedder):
     def _encode(self, name: str, tokens: Tokens) -> Tensor:
         library = cast(Any, self.encoder)
         if self.readers[name]:
-            features_BZ: Tensor = library.encode_text(self.ids(tokens), normalize=False)
-            return features_BZ
+            return library.encode_text(self.ids(tokens), normalize=False)
         images_BTCHW = self.images(tokens)
         batch, frames = images_BTCHW.shape[:2]
         # FSDP2 may have gathered the weights in bf16.

@@ -79,5 +79,4 @@ def _tensors(arguments: Any) -> list[Tensor]:
 
 def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The tensor that an in-place function changes. `torch.nn.init` passes it by name."""
-    target: Tensor = args[0] if args else kwargs["tensor"]
-    return target
+    return args[0] if args else kwargs["tensor"]

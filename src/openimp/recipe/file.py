@@ -151,8 +151,7 @@ for resolver in (RecipeLoader, RecipeDumper):
 
 def to_yaml(data: Any) -> str:
     """Plain data as the YAML text of a recipe."""
-    text: str = yaml.dump(data, Dumper=RecipeDumper, sort_keys=False, width=120, allow_unicode=True)
-    return text
+    return yaml.dump(data, Dumper=RecipeDumper, sort_keys=False, width=120, allow_unicode=True)
 
 
 def override(data: dict[str, Any], text: str, folder: Path | None = None) -> None:

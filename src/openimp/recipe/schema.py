@@ -78,8 +78,7 @@ class Recipe(Strict):
     @classmethod
     def build(cls, data: Mapping[str, Any], folder: str | Path = ".", error_prefix: str = "recipe") -> "Recipe":
         """Validates plain data, whose paths are relative to `folder`."""
-        recipe: Recipe = checked(cls, data, error_prefix, folder)
-        return recipe
+        return checked(cls, data, error_prefix, folder)
 
     @model_validator(mode="after")
     def _fits(self, info: ValidationInfo) -> "Recipe":
