@@ -173,7 +173,7 @@ def _open_clip(model: str, weights: bool) -> PublicViT:
             pretrained_text=False,
             device=device,
         )
-    tower: Any = clip.visual
+    tower = clip.visual
     trunk = getattr(tower, "trunk", tower)
     return PublicViT(trunk, tuple(tower.preprocess_cfg["mean"]), tuple(tower.preprocess_cfg["std"]))
 

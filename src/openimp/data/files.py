@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import fsspec
 
@@ -89,7 +89,7 @@ def open_forward(file: str) -> IO[bytes]:
     if not is_url(file):
         return open(file, "rb", buffering=BLOCK)
     system, path = fsspec.core.url_to_fs(file)
-    opened: Any = system.open(path, "rb", block_size=READ_AHEAD)
+    opened = system.open(path, "rb", block_size=READ_AHEAD)
     return io.BufferedReader(opened, BLOCK)
 
 

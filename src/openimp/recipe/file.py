@@ -160,7 +160,7 @@ def override(data: dict[str, Any], text: str, folder: Path | None = None) -> Non
     if not equals:
         raise UserError(f"--set {text}: expected KEY=VALUE, such as tasks.captions.weight=2")
     *path, last = key.strip().split(".")
-    node: Any = data
+    node = data
     try:
         for part in path:
             if isinstance(node, list):

@@ -46,7 +46,7 @@ class Tracker:
     """
 
     def __init__(self, library: str, run: Path, recipe: Recipe) -> None:
-        module: Any = import_module(library)
+        module = import_module(library)
         id_file = run / "logger.id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(8))
