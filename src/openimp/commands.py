@@ -308,7 +308,7 @@ def _modalities(recipe: Recipe) -> dict[str, Modality]:
 
 def _classes(recipe: Recipe) -> dict[str, list[Any]]:
     """The classes of each head. A head whose classes are neither listed nor in readable data counts as one class."""
-    classes: dict[str, list[Any]] = {}
+    classes = {}
     for name, task in recipe.tasks.items():
         for objective in task.objectives:
             column = objective.class_column()

@@ -39,7 +39,7 @@ def open_folder(name: str, path: str) -> Table:
     root = Path(os.path.abspath(path))  # Absolute, because paths below Path(".") would not begin with it.
     classes = subfolders(root)
     start = len(os.path.join(root, ""))
-    sizes: dict[str, int] = {}  # in bytes, by path relative to `root`
+    sizes = {}  # in bytes, by path relative to `root`
     for entry in chain.from_iterable(files_below(root / folder) for folder in classes or [""]):
         relative_path = entry.path[start:].replace(os.sep, "/")
         sizes[relative_path] = entry.stat(follow_symlinks=False).st_size
@@ -53,7 +53,7 @@ def open_folder(name: str, path: str) -> Table:
             raise UserError(f"source {name}: {path}: the name of {file!r} is not UTF-8; rename it")
     split_names = {file: os.path.splitext(file) for file in sizes}
     media_stems = {stem for stem, extension in split_names.values() if extension.lower() != CAPTION}
-    captions: dict[str, str] = {}  # the caption's file by stem
+    captions = {}  # the caption's file by stem
     for file, (stem, extension) in split_names.items():
         if extension.lower() == CAPTION and stem in media_stems:
             captions[stem] = file

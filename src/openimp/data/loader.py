@@ -50,7 +50,7 @@ def load_batches(batches: StepBatches, start: int, stop: int | None = None) -> I
         pin_memory=torch.cuda.is_available(),
     )
     can_watch = workers and hasattr(signal, "SIGCHLD")
-    parts_of_batch: list[LoadedBatch] = []
+    parts_of_batch = []
     for part in _watch_workers(loader) if can_watch else loader:
         if isinstance(part, UserError):
             raise part

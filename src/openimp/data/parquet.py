@@ -85,7 +85,7 @@ class BoundedParquet(Parquet):
 def _tables(file: str, handle: Any, row_groups: Iterable[int] | None) -> Iterator[pa.Table]:
     limit = max(MIN_LIMIT, MAX_EXPANSION * handle.seek(0, os.SEEK_END))
     unpacked_bytes = 0
-    merged: list[pa.RecordBatch] = []
+    merged = []
     merged_bytes = 0
     for batch in _batches(handle, row_groups):
         unpacked_bytes += batch.nbytes

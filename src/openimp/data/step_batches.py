@@ -246,7 +246,7 @@ class StepBatches(Dataset[LoadedBatch]):
 
         Modalities whose stem is in `fitted_stems` are left as they are.
         """
-        learners: dict[str, Learned] = {}
+        learners = {}
         for name, modality in self.modalities.items():
             if modality.reads_text and modality.stem not in fitted_stems and isinstance(modality, Learned):
                 learners[name] = modality

@@ -195,7 +195,7 @@ class Table(Rows):
         mask = _arrow_mask(self._data.column(column), wanted, self._text_functions.get(column))
         if mask is not None:
             return np.flatnonzero(mask) if self._kept is None else self._kept[mask[self._kept]]
-        matching: list[int] = []
+        matching = []
         for stored in self._stored_chunks():
             matching += [row for row, cell in zip(stored, self._values(column, stored)) if matches(cell, wanted)]
         return np.asarray(matching, dtype=np.int64)
@@ -215,7 +215,7 @@ class Table(Rows):
 
     def parts(self, of: int, by: str | None) -> list[int]:
         """The part of each selected row, see `part_of`."""
-        part_numbers: list[int] = []
+        part_numbers = []
         for stored in self._stored_chunks():
             values = self._values(by, stored) if by else [None] * len(stored)
             part_numbers += [part_of(value, row, of) for value, row in zip(values, stored)]

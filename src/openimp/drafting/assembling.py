@@ -61,7 +61,7 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mappin
     `towers` has the frozen encoders that read some of the modalities.
     """
     samples: dict[str, list[MediaInfo]] = {}
-    texts: list[str] = []
+    texts = []
     bad_share = 0.0
     for _, task, _ in tasks:
         samples.setdefault(task.media.kind, []).extend(task.media.sample)
@@ -124,7 +124,7 @@ def _add(recipe: dict[str, Any], named: NamedTask, views: dict[str, Any], machin
     recipe["sources"][name] = {**split.train, "cache": "memory" if fits else "none"}
     if split.test:
         recipe["sources"][f"{name}_test"] = split.test
-    objectives: list[dict[str, Any]] = []
+    objectives = []
     if task.text:
         objectives.append({"type": "contrastive", "positives_by": split.item if task.text.items else task.text.name})
     if task.label:

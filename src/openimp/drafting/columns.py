@@ -199,7 +199,7 @@ def _media_columns(table: Table, first_rows: dict[str, list[Any]], notes: list[s
     for name, values in first_rows.items():
         if not _are_media(values):
             continue
-        probed: list[MediaInfo] = []
+        probed = []
         why = "it mixes kinds of media"
         for value in values:
             try:
@@ -220,7 +220,7 @@ def _media_columns(table: Table, first_rows: dict[str, list[Any]], notes: list[s
 def _by_use(names: Sequence[str]) -> dict[str, list[str]]:
     """The columns of each use, the best name first. A template cannot name columns with braces, * or outer spaces."""
     words = {name: re.split(r"[^a-z0-9]+", name.lower()) for name in names if not re.search(r"[{}*]|^\s|\s$", name)}
-    by_use: dict[str, list[str]] = {}
+    by_use = {}
     for use, known in NAMES.items():
         by_use[use] = list(dict.fromkeys(name for word in known for name in words if word in words[name]))
         for name in by_use[use]:

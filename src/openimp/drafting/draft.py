@@ -15,7 +15,7 @@ from openimp.data.sources import FORMATS
 from openimp.data.targets import sort_classes
 from openimp.drafting import sizing
 from openimp.drafting.assembling import ChosenTower, Draft, NamedTask, assemble, source_name, task_names
-from openimp.drafting.columns import TaskDraft, inspect
+from openimp.drafting.columns import inspect
 from openimp.drafting.finding import find, shown
 from openimp.drafting.machine import Machine, this_machine
 from openimp.drafting.splitting import split
@@ -112,8 +112,8 @@ def find_tasks(
     paths: list[str], text: str | None = None, label: str | None = None
 ) -> tuple[list[NamedTask], list[str]]:
     """The tasks for all data below the paths, and lines that say what was found and what is not used."""
-    tasks: list[TaskDraft] = []
-    unused: list[str] = []
+    tasks = []
+    unused = []
     for candidate in find(paths):
         place = shown(candidate.place)
         if candidate.left_out:

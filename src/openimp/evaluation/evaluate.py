@@ -58,8 +58,8 @@ def evaluate(
     evaluator = Evaluator(model, recipe, modalities, classes or {}, progress=progress, watch=watch)
     names = list(recipe.evaluation.sets if sets is None else sets)
     check_names(names, recipe.evaluation.sets)
-    reasons: list[str] = []
-    results: list[dict[str, Any]] = []
+    reasons = []
+    results = []
     for name in names:
         try:
             results += measure(evaluator, name, _open_together(evaluator, name), step)[0]
@@ -111,7 +111,7 @@ def open_set(evaluator: Evaluator, name: str) -> dict[str, Table]:
 
 def _open_together(evaluator: Evaluator, name: str) -> dict[str, Table]:
     """`open_set`, which fails on all ranks if it fails on one."""
-    tables: dict[str, Table] = {}
+    tables = {}
     run_on_all_ranks(lambda: tables.update(open_set(evaluator, name)))
     return tables
 

@@ -115,7 +115,7 @@ class Evaluator:
                     seen.add(item)
                     yield item, partial(_read, encoder, value)
 
-        vectors: list[Tensor] = []
+        vectors = []
         for item, vector in encoder.encode(distinct()):
             if isinstance(vector, BadMedia):
                 part.unreadable[item] = str(vector)

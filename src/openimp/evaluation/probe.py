@@ -123,7 +123,7 @@ def linear(train_ND: np.ndarray, class_N: np.ndarray, test_ND: np.ndarray) -> tu
     from sklearn.preprocessing import StandardScaler
 
     folds = StratifiedKFold(min(FOLDS, int(np.bincount(class_N).min())), shuffle=True, random_state=0)
-    accuracies: list[float] = []
+    accuracies = []
     with warnings.catch_warnings():
         # A weak penalty may need more than MAX_ITER iterations. Its result is compared as it is.
         warnings.simplefilter("ignore", ConvergenceWarning)

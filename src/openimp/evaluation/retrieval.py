@@ -86,9 +86,9 @@ def retrieve(
     encoded_by_side = {side: evaluator.encode(options, side, table, towards=other) for side, other in ((a, b), (b, a))}
     readable = readable_rows(table, list(encoded_by_side.values()), error_prefix)
     rows = readable.row
-    vectors: dict[str, Tensor] = {}
-    first_row_of_item: dict[str, np.ndarray] = {}  # for each item, the first row of the source that has it
-    item_of_row: dict[str, np.ndarray] = {}  # for each readable row, the index of its item in `vectors`
+    vectors = {}
+    first_row_of_item = {}  # for each item, the first row of the source that has it
+    item_of_row = {}  # for each readable row, the index of its item in `vectors`
     for side, encoded in encoded_by_side.items():
         # Items that occur in unreadable rows only are neither queries nor candidates.
         items, first_index, inverse = np.unique(encoded.embedding_of_row[rows], return_index=True, return_inverse=True)

@@ -75,7 +75,7 @@ def embed(
     columns["embedding"] = pa.list_(pa.float32(), model.imp.config.embed_dim)
     schema = pa.schema(columns, {"openimp": json.dumps({"model": str(run), "recipe": model.config.name})})
     rows = dict.fromkeys(files_by_modality, 0)
-    skipped: list[str] = []
+    skipped = []
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as draft, pq.ParquetWriter(draft, schema) as writer:
         for name, modality_files in files_by_modality.items():

@@ -92,7 +92,7 @@ def embed_rows(
     schema = table.arrow(range(0)).schema.append(embedding).with_metadata(metadata)
     rows = track(range(len(table)), f"embed {name}")
     results = encoder.encode((row, partial(read, row)) for row in rows)
-    bad: list[str] = []
+    bad = []
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as draft, pq.ParquetWriter(draft, schema) as writer:
         for chunk in to_cpu(results):

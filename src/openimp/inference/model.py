@@ -130,7 +130,7 @@ class Model(nn.Module):
         inputs = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
         # Two threads cannot load the same Pillow picture at once, so an object that is given twice is read once.
         distinct = {id(value): value for value in inputs}
-        vectors: dict[int, Tensor] = {}
+        vectors = {}
         for key, vector in encoder.encode((key, partial(encoder.read, value)) for key, value in distinct.items()):
             value = distinct[key]
             if isinstance(vector, BadMedia):

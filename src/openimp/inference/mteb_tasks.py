@@ -75,7 +75,7 @@ def find_tasks(names: Sequence[str], modalities: Collection[str]) -> tuple[list[
 
 def _without_aggregates(tasks: Sequence[AbsTask]) -> list[AbsTask]:
     """The tasks, with the parts of an aggregate task in its place: the aggregate has only their mean."""
-    parts: list[AbsTask] = []
+    parts = []
     for task in tasks:
         parts += task.tasks if isinstance(task, AbsTaskAggregate) else [task]
     return parts

@@ -158,7 +158,7 @@ def meta_model(
 
 def mixture(recipe: Recipe, cost_by_task_view: Costs) -> dict[str, dict[str, float]]:
     """What each task contributes to the mean step: its share of the steps, and examples, tokens and FLOPs."""
-    rows: dict[str, dict[str, float]] = {}
+    rows = {}
     for task, share in expected_shares(recipe).items():
         views = recipe.tasks[task].views
         view_shares = [view.weight / sum(other.weight for other in views) for view in views]

@@ -91,7 +91,7 @@ def _measure(
     step = saved_step(folder)
     facts = {"recipe": recipe, "parameters": parameter_count(model), "step": step}
     evaluator = Evaluator(model.to(pick_device()), recipe, modalities, config.classes, progress)
-    shown: list[dict[str, Any]] = []
+    shown = []
     notes = []
     confusions = []
     retrievals = []

@@ -146,7 +146,7 @@ class Index:
             if len(names) < len(self.counts):  # Without a filter, LanceDB does not have to scan a column.
                 group_filters.append(any_of("modality", names))
             where = " AND ".join(group_filters) or None
-            rankings: list[list[Hit]] = []
+            rankings = []
             if vector is not None and ranks_by_meaning:
                 read = partial(self._nearest, vector, where)
                 rankings.append(distinct(read, k, k if words is None else RANKED, under))

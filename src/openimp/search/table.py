@@ -153,7 +153,7 @@ class Items:
 
     def rows(self, column: str, values: Iterable[str], columns: list[str]) -> list[dict[str, Any]]:
         """The rows with one of these values in a column; vectors are lists of floats."""
-        rows: list[dict[str, Any]] = []
+        rows = []
         with _read_errors():
             for chunk in _chunks(values):
                 rows += self.table.search().where(any_of(column, chunk)).select(columns).to_list()
