@@ -124,7 +124,7 @@ def run_eval(
         if sets or other or overrides or allow_sources:
             raise UserError("--mteb takes no evaluation sets, --recipe, --set or --allow-sources")
         return _run_benchmarks(path, mteb, out)
-    failure: NotMeasured | None = None
+    failure = None
     try:
         results = evaluate(path, sets or None, other, overrides or (), allow_sources, progress=track)
     except NotMeasured as error:
@@ -266,7 +266,7 @@ def run_info(what: str, overrides: list[str]) -> None:
         console.print(f"{what if is_name else folder}: a model of recipe {config.name}", soft_wrap=True)
         print_model(config, modalities)
         classes = config.classes
-        recipe: Recipe | None = None
+        recipe = None
         try:
             recipe = saved_recipe.validated()
         except UserError as error:

@@ -115,7 +115,7 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mappin
 def _add(recipe: dict[str, Any], named: NamedTask, views: dict[str, Any], machine: Machine) -> None:
     """Adds a task, its sources, and its evaluation sets: zero-shot or else retrieval, and the trained classes."""
     name, task, split = named
-    kind: str = task.media.kind
+    kind = task.media.kind
     inputs = {kind: task.media.name}
     text_input = {"text": task.text.name} if task.text else {}
     text_view = {"text": views["text"]} if task.text else {}

@@ -39,7 +39,7 @@ def split(task: TaskDraft) -> Split:
         except UserError as error:
             unused = f"; {place} is not used: {str(error).removeprefix('source data: ')}"
     for column in task.by_use["split"]:
-        values_by_role: dict[str, list[str]] = defaultdict(list)
+        values_by_role = defaultdict(list)
         for value in sorted({str(value) for value in task.table.column(column)}):
             values_by_role[ROLES.get(value.lower(), "")].append(value)
         held_out = values_by_role["val"] or values_by_role["test"]
@@ -103,7 +103,7 @@ def _by_hash(task: TaskDraft) -> Split:
     part_of_row = task.table.parts(parts, by)
     sizes = Counter(part_of_row)
     labels = task.table.column(task.label.name) if task.label else []
-    classes_of_part: dict[int, set[Any]] = defaultdict(set)
+    classes_of_part = defaultdict(set)
     for label, part in zip(labels, part_of_row):
         classes_of_part[part].add(label)
 

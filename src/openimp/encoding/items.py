@@ -1,7 +1,7 @@
 """Reads items of one modality from the rows of a source, and checks that modalities can be compared."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def raw_values(
 ) -> Iterator[tuple[str, Raw | BadMedia]]:
     """Yields (key, value) of each row. Equal values have the same key. One that cannot be read is a BadMedia."""
     all_values = chain.from_iterable(table.chunks(rows, _columns(modality, spec)))
-    tracked_rows: Iterable[int] = progress(rows, modality.name) if progress else rows
+    tracked_rows = progress(rows, modality.name) if progress else rows
     for row, values in zip(tracked_rows, all_values):
         try:
             value = _value(table, modality, spec, values)

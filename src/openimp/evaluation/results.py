@@ -57,7 +57,7 @@ def latest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def best_step(file: Path, name: str, steps: Collection[int]) -> int:
     """The first of these steps with the highest main metric of an evaluation set, averaged over the set's tasks."""
-    metrics: dict[int, list[float]] = defaultdict(list)
+    metrics = defaultdict(list)
     for line in read_lines(file):
         if line["set"] == name and line["step"] in steps:
             metrics[line["step"]].append(main_metric(line))

@@ -34,7 +34,7 @@ def find_files(
     modality_of = {extension: name for name in reversed(names) for extension in modalities[name].extensions}
     # The keys of each inner dictionary are the files, each once.
     files_by_modality: dict[str, dict[File, None]] = {}
-    given: list[File] = [str(file) if is_url(str(file)) else Path(file) for file in files]
+    given = [str(file) if is_url(str(file)) else Path(file) for file in files]
     unknown = Counter[str]()
     for file in given:
         files_in_folder = _files_in(file)
@@ -91,7 +91,7 @@ def file_value(file: File, reads_text: bool) -> str | bytes | Path:
     try:
         system, path = fsspec.core.url_to_fs(file)
         with system.open(path, "rb") as stream:
-            data: bytes = stream.read(limit + 1)
+            data = stream.read(limit + 1)
         if len(data) > limit:
             raise BadMedia(f"is larger than {limit:,} bytes")
         return data.decode().strip() if reads_text else data

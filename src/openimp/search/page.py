@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -187,7 +186,7 @@ class Page:
     async def refuse(self, request: Request, error: Exception) -> Response:
         """Answers an error with one sentence: a page for browsers, plain text otherwise."""
         code = 404
-        headers: Mapping[str, str] | None = None
+        headers = None
         text = str(error)
         if isinstance(error, HTTPException):
             code = error.status_code

@@ -78,7 +78,7 @@ def _parts(encoder: ItemEncoder, raw: bytes | Path | np.ndarray, text: str | Non
         assert isinstance(raw, Path)
         return [{"part": i, "text": line[:MAX_TEXT]} for i, line in enumerate(_lines(raw)) if line]
     displayed_type = None if isinstance(raw, np.ndarray) else media_type(raw, kind_of(modality))
-    segments: list[Any] = modality.segments(raw, encoder.view) if isinstance(modality, Segmented) else []
+    segments = modality.segments(raw, encoder.view) if isinstance(modality, Segmented) else []
     return [
         {"part": i, "start": start, "end": end, "text": text, "media_type": displayed_type}
         for i, (start, end) in enumerate(segments or [(None, None)])

@@ -3,7 +3,6 @@
 import os
 import socket
 from contextlib import suppress
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -31,7 +30,7 @@ def create_app(index: Index, host: str = "127.0.0.1") -> Guard:
         Route("/uploads", page.upload, methods=["POST"]),
         Mount("/static", StaticFiles(packages=[("openimp.search", "static")])),
     ]
-    handlers: Any = {UserError: page.refuse, HTTPException: page.refuse}
+    handlers = {UserError: page.refuse, HTTPException: page.refuse}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     return Guard(app, host)

@@ -106,7 +106,7 @@ def read_study(name: str, smoke: bool) -> tuple[Study, str]:
     """Reads a study file, or a bundled study, and returns it with the name of its results. `smoke` reduces it to one
     seed and a small part of the FLOPs."""
     file = find_file(name, "studies", "study")
-    study: Study = checked(Study, read_mapping(file, "study"), str(file), file.parent)
+    study = checked(Study, read_mapping(file, "study"), str(file), file.parent)
     beside = file.parent / study.recipe
     if beside.is_file():
         study = study.model_copy(update={"recipe": str(beside)})
