@@ -246,10 +246,11 @@ class StepBatches(Dataset[LoadedBatch]):
 
         Modalities whose stem is in `fitted_stems` are left as they are.
         """
-        learners = {}
-        for name, modality in self.modalities.items():
-            if modality.reads_text and modality.stem not in fitted_stems and isinstance(modality, Learned):
-                learners[name] = modality
+        learners = {
+            name: modality
+            for name, modality in self.modalities.items()
+            if modality.reads_text and modality.stem not in fitted_stems and isinstance(modality, Learned)
+        }
 
         def fit_learners() -> dict[str, dict[str, str]]:
             for name, learner in learners.items():

@@ -93,10 +93,11 @@ def build_index(
     given = None if paths is None else [Path(path) for path in paths]
     folder = Path(out) if out else _default_folder(name, has_paths=paths is not None)
     opened = load(name)
-    modalities = {}
-    for modality_name, modality in opened.modalities.items():
-        if any(opened.imp.share_a_space(modality_name, other) for other in opened.modalities):
-            modalities[modality_name] = modality
+    modalities = {
+        modality_name: modality
+        for modality_name, modality in opened.modalities.items()
+        if any(opened.imp.share_a_space(modality_name, other) for other in opened.modalities)
+    }
     if given is None:
         media = _recipe_media(name, opened, modalities, allow_sources)
         unknown: dict[str, int] = {}

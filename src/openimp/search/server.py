@@ -30,8 +30,7 @@ def create_app(index: Index, host: str = "127.0.0.1") -> Guard:
         Route("/uploads", page.upload, methods=["POST"]),
         Mount("/static", StaticFiles(packages=[("openimp.search", "static")])),
     ]
-    handlers = {UserError: page.refuse, HTTPException: page.refuse}
-    app = Starlette(routes=routes, exception_handlers=handlers)
+    app = Starlette(routes=routes, exception_handlers={UserError: page.refuse, HTTPException: page.refuse})
     app.router.redirect_slashes = False
     return Guard(app, host)
 
