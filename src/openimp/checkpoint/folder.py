@@ -288,7 +288,7 @@ def load_training_state(
         optimizer.state.clear()
         for group in optimizer.param_groups:
             optimizer_of |= dict.fromkeys(group["params"], optimizer)
-    optimizer_tensors: dict[str, Tensor] = {}
+    optimizer_tensors = {}
     for key in dcp.metadata(folder / "optimizer"):
         name, _, field = key.partition("|")
         if name not in parameters:

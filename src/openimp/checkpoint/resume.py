@@ -69,7 +69,7 @@ def common_checkpoints(run: Path) -> list[Path]:
 def newest_intact(run: Path) -> Path:
     """The newest intact checkpoint of a run; without one, a UserError."""
     saved = common_checkpoints(run)
-    damage: list[str] = []
+    damage = []
     for folder in reversed(saved):
         try:
             verify(folder)

@@ -167,7 +167,7 @@ def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
     if recipe.model.moe:
         raise UserError(f"{init}: a public vision Transformer is dense; set model.moe: null")
     weights = ViTWeights(init, modalities)
-    needed: dict[str, Any] = {"model": weights.vit.model_options()}
+    needed = {"model": weights.vit.model_options()}
     for modality in modalities.values():
         spec = modality.stem_spec()
         if spec.patch and spec.patch[-1] == RGB:

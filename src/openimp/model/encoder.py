@@ -188,7 +188,7 @@ class Encoder(nn.Module):
         shapes = [x_BLD.shape[:2] for x_BLD in inputs]
         x_TD = torch.cat([x_BLD.flatten(0, 1) for x_BLD in inputs])
         routing: list[list[RouterStats]] = [[] for _ in inputs]
-        mean_token_counts: list[Tensor] = []
+        mean_token_counts = []
         if sparse := any(block.sparse for block in blocks.children()):
             # Computed once for all blocks, because it takes an all-reduce.
             mean_token_counts = [valid_tokens_per_rank(*one_input) for one_input in zip(inputs, masks)]

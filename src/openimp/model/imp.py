@@ -109,7 +109,7 @@ class IMP(Embedder):
         return cast(Stem, self.stems[self.stem_of[modality]])
 
     def project(self, features_BD: Tensor, modality: str, other: str, normalize: bool = True) -> Tensor:
-        z_BZ: Tensor = self.projections[self.head_name(modality, other)](features_BD).float()
+        z_BZ = self.projections[self.head_name(modality, other)](features_BD).float()
         # The features of an example without a valid token are 0, but a head's norm has a bias.
         z_BZ = z_BZ * (features_BD != 0).any(-1, keepdim=True)
         return F.normalize(z_BZ, dim=-1) if normalize else z_BZ

@@ -116,7 +116,7 @@ class OpenCLIP(Embedder):
         batch, frames = images_BTCHW.shape[:2]
         # FSDP2 may have gathered the weights in bf16.
         dtype = next(library.visual.parameters()).dtype
-        z_BZ: Tensor = library.encode_image(images_BTCHW.flatten(0, 1).to(dtype), normalize=False)
+        z_BZ = library.encode_image(images_BTCHW.flatten(0, 1).to(dtype), normalize=False)
         return z_BZ if frames == 1 else F.normalize(z_BZ, dim=-1).unflatten(0, (batch, frames)).mean(1)
 
     def images(self, tokens: Tokens) -> Tensor:
@@ -198,7 +198,7 @@ class OpenCLIP(Embedder):
 
     def blocks(self) -> list[nn.Module]:
         """The outermost blocks, in order."""
-        blocks: list[nn.Module] = []
+        blocks = []
         for name, module in self.encoder.named_modules():
             if name.rpartition(".")[2] in BLOCKS and isinstance(module, nn.ModuleList | nn.Sequential):
                 blocks += [*module]
@@ -237,5 +237,5 @@ def build(files: Mapping[str, str]) -> nn.Module:
     """The library's model, without the values of its weights. `files` are those of `modalities.open_clip`."""
     library = import_open_clip()
     with unpacked(files) as name, SkipInit(), no_log_output(), library_errors("open_clip cannot build the model"):
-        model: nn.Module = library.create_model(name, load_weights=False, pretrained_text=False)
+        model = library.create_model(name, load_weights=False, pretrained_text=False)
     return model

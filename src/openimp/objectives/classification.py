@@ -3,7 +3,6 @@
 Shape suffixes: B examples, D features, K classes.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -80,7 +79,7 @@ class Classification(Objective):
     def losses(self, model: Embedder, task: Task, encoded: EncodedAll, targets: Tensors) -> Tensors:
         """The loss of each classified modality, by the name "modality:column"."""
         target = targets["label"]
-        loss_of: Callable[..., Tensor] = softmax_classification if self.loss == "softmax" else sigmoid_classification
+        loss_of = softmax_classification if self.loss == "softmax" else sigmoid_classification
         losses = {}
         for name in self.modalities(task):
             features_BD = encoded[name].features

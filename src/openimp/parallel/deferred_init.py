@@ -62,7 +62,7 @@ class DeferredInit(TorchFunctionMode):
         last_use = {weight: i for i, (_, args, kwargs) in enumerate(self._calls) for weight in _tensors((args, kwargs))}
         if missing := [name for weight, name in self._names.items() if weight not in targets]:
             raise TypeError(f"these weights are not initialized by in-place functions: {', '.join(missing)}")
-        full_weights: dict[Tensor, Tensor] = {}
+        full_weights = {}
         for i, (func, args, kwargs) in enumerate(self._calls):
             target = _target(args, kwargs)
             if target not in full_weights:

@@ -25,7 +25,7 @@ Signature = tuple[tuple[str, int, int, bool], ...]
 
 def signatures(recipe: Recipe, modalities: Modalities, ranks: int) -> set[Signature]:
     """The signatures of all passes through a block on one of `ranks` ranks, in a training run."""
-    passes: set[Signature] = set()
+    passes = set()
     depends_on_stem = bool(recipe.model.moe and recipe.model.moe.experts_by_stem)
     for task in recipe.tasks.values():
         if not task.weight:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from openimp.common.errors import UserError
 from openimp.recipe.schema import Recipe
@@ -51,7 +51,7 @@ class Tracker:
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(8))
         id = id_file.read_text()
-        options: dict[str, Any] = {"project": "openimp", "config": recipe.to_dict(), "resume": "allow"}
+        options = {"project": "openimp", "config": recipe.to_dict(), "resume": "allow"}
         if library == "wandb":
             options |= {"id": id, "name": run.name, "dir": str(run)}
         else:

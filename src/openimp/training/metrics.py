@@ -73,7 +73,7 @@ class Metrics:
 
     def write(self, step: int, lr: float, grad_norm: float, speed: dict[str, Any]) -> dict[str, Any]:
         """Writes and returns the line for the steps up to `step`; `speed` is `StepTimer.record()`."""
-        tasks: dict[str, dict[str, float]] = {}
+        tasks = {}
         for task, loss_sums in self.loss_sums.items():
             means = {name: float(all_reduce_mean(total)) / self.steps[task] for name, total in loss_sums.items()}
             tasks[task] = {"steps": self.steps[task], **means}

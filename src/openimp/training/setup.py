@@ -125,7 +125,7 @@ def set_up(
     world_size = distributed.world_size()
     data = distributed.run_first_on_node(lambda: StepBatches(recipe, modalities, track, rank, world_size))
     fingerprints = distributed.run_on_rank_zero(data.fingerprints)  # Not on all ranks: it reads a part of every file.
-    changed: list[str] = []
+    changed = []
     if checkpoint is None:
         data.fit(warm_start.stems if warm_start else ())
     else:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from openimp.checkpoint.folder import checkpoint_folder
 from openimp.checkpoint.saver import CheckpointError
@@ -364,7 +363,7 @@ class Trainer(Parts):
         """
         failed_step = next((step for step in steps if not step.losses.total.isfinite()), steps[-1])
         visit = failed_step.loaded.visit
-        loss: Tensor = failed_step.losses.total
+        loss = failed_step.losses.total
         mean_loss = float(distributed.all_reduce_mean(loss))
         example_names = failed_step.loaded.names[:8]
         suspects_by_rank = distributed.all_gather_object([] if loss.isfinite() else example_names)

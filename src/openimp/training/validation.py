@@ -34,7 +34,7 @@ class Validation:
 
         Then it raises NotMeasured if a set could not be measured. `watch` wraps the passes; see `Evaluator`.
         """
-        failure: NotMeasured | None = None
+        failure = None
         recipe = self.data.recipe
         with ema.swapped() if ema else nullcontext():
             try:
