@@ -112,13 +112,11 @@ def eval(
     sets: Annotated[list[str] | None, typer.Argument(help="Evaluation sets of the recipe.", show_default="all")] = None,
     recipe: Annotated[str | None, typer.Option(help="Take sources and evaluation sets from this recipe.")] = None,
     set_: SetOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Append the results to this file, as JSON lines.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Append the results to this file, as JSON lines.")] = None,
     allow_sources: AllowSourcesOption = False,
     mteb: Annotated[
         list[str] | None,
-        typer.Option(
-            "--mteb", help="Evaluate on a task or benchmark of mteb instead of the recipe's sets. Can be repeated."
-        ),
+        typer.Option(help="Evaluate on a task or benchmark of mteb instead of the recipe's sets. Can be repeated."),
     ] = None,
 ) -> None:
     """Evaluate a model: retrieval, zero-shot classification, trained heads and probes, each compared with chance."""
@@ -136,7 +134,7 @@ def embed(
     ] = None,
     out: Annotated[
         str,
-        typer.Option("--out", help="The Parquet file to write."),
+        typer.Option(help="The Parquet file to write."),
     ] = "embeddings.parquet",
     modality: Annotated[
         str | None, typer.Option(help="Modality of the files.", show_default="by their extensions")
@@ -184,7 +182,6 @@ def index(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out",
             help="Folder of the index.",
             show_default="RUN/search.index",
         ),
@@ -231,26 +228,20 @@ def search(
     ],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to search for. Their vectors are added up.")] = None,
     minus: Annotated[
-        list[str] | None, typer.Option("--minus", help="Subtract the vector of a text from the query. Can be repeated.")
+        list[str] | None, typer.Option(help="Subtract the vector of a text from the query. Can be repeated.")
     ] = None,
-    modality: Annotated[
-        list[str] | None, typer.Option("--modality", help="Only results of this modality. Can be repeated.")
-    ] = None,
+    modality: Annotated[list[str] | None, typer.Option(help="Only results of this modality. Can be repeated.")] = None,
     under: Annotated[
-        Path | None, typer.Option("--under", help="Only results in this folder, or of this source of the recipe.")
+        Path | None, typer.Option(help="Only results in this folder, or of this source of the recipe.")
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 10,
-    min_score: Annotated[
-        float | None, typer.Option("--min-score", help="Minimum cosine of a result and the query.")
-    ] = None,
+    min_score: Annotated[float | None, typer.Option(help="Minimum cosine of a result and the query.")] = None,
     by: Annotated[
         Literal["both", "meaning", "words"],
-        typer.Option("--by", help="Find items by the meaning of texts, by the words of their own texts, or by both."),
+        typer.Option(help="Find items by the meaning of texts, by the words of their own texts, or by both."),
     ] = "both",
-    since: Annotated[
-        str | None, typer.Option("--since", help="Only results of this day and later, such as 2026-05-31.")
-    ] = None,
-    until: Annotated[str | None, typer.Option("--until", help="Only results of this day and earlier.")] = None,
+    since: Annotated[str | None, typer.Option(help="Only results of this day and later, such as 2026-05-31.")] = None,
+    until: Annotated[str | None, typer.Option(help="Only results of this day and earlier.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")] = False,
     **queries: list[str] | None,
 ) -> None:
@@ -293,11 +284,11 @@ def push(
     run: RunArgument,
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hugging Face Hub.")],
     to: Annotated[
-        Path | None, typer.Option("--to", help="Write everything to this new folder instead of uploading it.")
+        Path | None, typer.Option(help="Write everything to this new folder instead of uploading it.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     license: Annotated[
-        str | None, typer.Option("--license", help="The model's license, by the Hub's identifier, such as apache-2.0.")
+        str | None, typer.Option(help="The model's license, by the Hub's identifier, such as apache-2.0.")
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -315,7 +306,7 @@ def push(
 @app.command()
 def export(
     run: RunArgument,
-    onnx: Annotated[Path, typer.Option("--onnx", metavar="FOLDER", help="The folder to write to.")],
+    onnx: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write to.")],
 ) -> None:
     """Write one ONNX graph per modality, and graphs.json, which describes their inputs and outputs."""
     from openimp.inference.onnx import export as export_graphs
@@ -352,10 +343,10 @@ def plan(
     recipe: RecipeArgument,
     set_: SetOption = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", help="Number of GPUs; by default, 1 or as many as share a replica.")
+        int | None, typer.Option(help="Number of GPUs; by default, 1 or as many as share a replica.")
     ] = None,
-    gpu: Annotated[str, typer.Option("--gpu", help="Type of GPU, for example a100, h100 or h200.")] = "h100",
-    mfu: Annotated[float, typer.Option("--mfu", help="MFU: the share of the bf16 peak that training reaches.")] = 0.4,
+    gpu: Annotated[str, typer.Option(help="Type of GPU, for example a100, h100 or h200.")] = "h100",
+    mfu: Annotated[float, typer.Option(help="MFU: the share of the bf16 peak that training reaches.")] = 0.4,
 ) -> None:
     """Compute what a run needs, without a GPU: parameters, memory, FLOPs, communication, days."""
     from openimp.commands import run_plan
@@ -369,8 +360,8 @@ def study(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="One seed and a few steps, to check that everything works.")
     ] = False,
-    runs: Annotated[Path, typer.Option("--runs", help="Folder for the runs.")] = Path("runs/studies"),
-    out: Annotated[Path, typer.Option("--out", help="Folder for the page with its plots.")] = Path("docs/results"),
+    runs: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/studies"),
+    out: Annotated[Path, typer.Option(help="Folder for the page with its plots.")] = Path("docs/results"),
 ) -> None:
     """Compare variants of a recipe at equal FLOPs, over several seeds. A study that was stopped resumes."""
     from openimp.study.run import run_study
