@@ -132,10 +132,7 @@ def embed(
         list[str] | None,
         typer.Argument(help="Files, or folders with files, on disk or at URLs (s3://...).", show_default="see --join"),
     ] = None,
-    out: Annotated[
-        str,
-        typer.Option(help="The Parquet file to write."),
-    ] = "embeddings.parquet",
+    out: Annotated[str, typer.Option(help="The Parquet file to write.")] = "embeddings.parquet",
     modality: Annotated[
         str | None, typer.Option(help="Modality of the files.", show_default="by their extensions")
     ] = None,
@@ -179,13 +176,7 @@ def index(
         list[Path] | None,
         typer.Argument(help="Files and folders.", show_default="the media in the sources of the run's recipe"),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the index.",
-            show_default="RUN/search.index",
-        ),
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the index.", show_default="RUN/search.index")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Files per batch.")] = 64,
     allow_sources: AllowSourcesOption = False,
 ) -> None:

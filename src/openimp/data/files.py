@@ -29,7 +29,6 @@ BUNDLED_LICENSES = {
 }
 """Licenses of the bundled data, by file. The NOTICE files name the makers."""
 
-
 BLOCK = 2**18
 """Bytes that are read at once from a file that is read forward. Each lane of a stream has a file open."""
 READ_AHEAD = 2**22

@@ -43,7 +43,7 @@ class UnreadableRest(Unreadable):
 class Rows:
     """Base of tables and streams."""
 
-    lanes = 0  # of a stream
+    lanes = 0  # number of lanes of a stream; a table has none
 
     def __init__(self, name: str, path: str, columns: list[str], root: Path | None, content: Callable[[], str]) -> None:
         self.name = name  # in the recipe

@@ -44,7 +44,6 @@ CLIPS = 64
 LONGEST_SIDE = 2048
 """Largest side, in pixels, of a picture that is given to a library, which shrinks it further."""
 
-
 _OPENING = Lock()
 """Held while a model is opened, so that several threads do not load it at once."""
 

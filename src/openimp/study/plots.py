@@ -95,7 +95,7 @@ def draw_cosines(cosines_by_arm: Mapping[str, Mapping[str, Sequence[float]]]) ->
         tasks = list(dict.fromkeys(name for pair in means for name in pair.split("|")))
         grid = np.full((len(tasks), len(tasks)), np.nan)
         for pair, mean in means.items():
-            a, b = (tasks.index(name) for name in pair.split("|"))
+            a, b = map(tasks.index, pair.split("|"))
             for x, y in {(a, b), (b, a)}:
                 grid[y, x] = mean
                 ink = "white" if abs(mean) > 0.6 * largest else INK
