@@ -35,6 +35,7 @@ from openimp.inference.onnx import export
 from openimp.inference.public_recipe import shorten_paths
 from openimp.inference.publish import push
 from openimp.recipe.schema import Recipe
+from openimp.search.build import build_index
 from openimp.training.trainer import train
 
 
@@ -202,6 +203,13 @@ def test_a_model_of_openimp_is_a_tower_for_sounds(data, tmp_path):
     assert vector.norm() == pytest.approx(32**0.5, rel=1e-4)
     train(recipe, tmp_path / "run")
     assert openimp.load(tmp_path / "run", "cpu").encode_audio(file).shape == (1, 32)
+
+    # A tower that cannot be opened is no fault of the files, so the index does not remember them as unreadable.
+    shutil.move(tmp_path / "tower", tmp_path / "elsewhere")
+    with refuses():
+        build_index(tmp_path / "run", [file])
+    shutil.move(tmp_path / "elsewhere", tmp_path / "tower")
+    assert build_index(tmp_path / "run", [file]).new == 1
 
 
 def taught_by(data: Path, teacher: str, **train_options: Any) -> Recipe:

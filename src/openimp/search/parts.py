@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.protocols import Dated, Recorded, Segmented, TextReader
 from openimp.common.safe_files import sha256
@@ -67,7 +66,7 @@ def open_file(encoder: ItemEncoder, path_of: Mapping[tuple[str, str], str], medi
             file.parts = _parts(encoder, raw, file.text)
     except OSError as error:
         file.problem = error.strerror or str(error)
-    except (BadMedia, UserError) as error:
+    except BadMedia as error:
         file.problem = str(error)
     return file
 
