@@ -221,6 +221,8 @@ def test_other_models_and_folders_are_refused_in_a_sentence(tmp_path):
     assert f"{approximation} timm.models.resnet.ResNet" in refusal("timm:resnet18")
     assert "timm:vit_bas: timm cannot open it: Unknown model (vit_bas)" in refusal("timm:vit_bas")
     assert "the tags of 'ViT-B-16-SigLIP2' are: webli" in refusal("open_clip:ViT-B-16-SigLIP2/lion")
+    assert "the tags of 'ViT-B-16-SigLIP2' are: webli" in refusal("open_clip:ViT-B-16-SigLIP2")
+    assert "nothing: no such folder" in refusal(f"timm:local-dir:{tmp_path / 'nothing'}")
     assert "is of transformers, which may run code" in refusal(public.write("bert", tmp_path / "bert"))
     model = timm.create_model(SIGLIP, **SMALL, img_size=32)
     save_for_hf(model, tmp_path / "pickled", safe_serialization=False)

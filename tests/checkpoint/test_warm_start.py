@@ -143,6 +143,8 @@ def test_resuming_does_not_start_again(little_run, pictures_only, tmp_path):
     [
         ("model.width=64", "model.width is 32 there, 64 here"),
         ("model.heads=4", "model.heads is 2 there, 4 here"),
+        ("model={width: 64, heads: 4}", "model.heads is 2 there, 4 here, "),
+        ("model.heads=4", "/recipe.yaml"),
         ("model.moe=null", "model.moe.experts is 2 there, None here"),
         ("model.moe.experts={vision: 2, text: 2}", "model.moe.experts is 2 there, 'text: 2, vision: 2' here"),
         ("modalities.vision.patch=[2, 4, 4]", "modalities.vision.patch.1 is 8 there, 4 here"),

@@ -398,6 +398,13 @@ def test_what_a_tower_cannot_do_is_said_in_a_sentence(data, clip, tmp_path):
         recipe_of(data, name, modalities={**stems, "vision": {"tower": name, "patch": [1, 8, 8]}})
     with refuses():
         recipe_of(data, str(tmp_path / "nothing")).make_modalities()["image"].stem_spec()
+    for library in ("sentence_transformers", "open_clip"):  # without local-dir:
+        with refuses():
+            recipe_of(data, f"{library}:{tmp_path}").make_modalities()["image"].stem_spec()
+    of_pixels = recipe_of(data, name).to_dict()
+    of_pixels["tasks"]["pictures"]["views"] = [{"image": {"size": 64}}]
+    with refuses():
+        Recipe.build(of_pixels)
     sounds = recipe_of(data, name).to_dict()
     sounds["modalities"] = {"audio": {"tower": name}, "text": {"tower": name}}
     sounds["sources"] = {"pictures": {"path": str(data / "sounds.jsonl")}}

@@ -133,6 +133,8 @@ def library_opens(name: str) -> Iterator[None]:
 
 def _check_folder(library: str, folder: Path) -> None:
     """Refuses a folder from which the library would read weights of another format than safetensors."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
     refuse_links(folder)
     safe_files = sorted(file.name for file in folder.glob("*.safetensors"))
     if not safe_files:
@@ -157,7 +159,7 @@ def _open_timm(model: str, weights: bool) -> PublicViT:
 def _open_clip(model: str, weights: bool) -> PublicViT:
     import open_clip
 
-    name, _, tag = (model, "", None) if ":" in model else model.rpartition("/")
+    name, _, tag = (model, "", None) if ":" in model else model.partition("/")
     if tag is None and (text := open_clip.get_model_config(model)["text_cfg"].get("hf_model_name")):
         raise ValueError(f"its text tower {text!r} is of transformers, which may run code that a configuration names")
     if tag is not None and not open_clip.get_pretrained_cfg(name, tag):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.find import find_model
-from openimp.checkpoint.folder import read_config, weights_folder
+from openimp.checkpoint.folder import RECIPE, read_config, weights_folder
 from openimp.checkpoint.public_vit import LIBRARIES, RGB, ViTWeights
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
@@ -156,8 +156,10 @@ def _open_saved(init: str, key: str, recipe: Recipe, modalities: Modalities) -> 
     else:
         loaded_stems = frozenset(recipe.modalities) & frozenset(saved_config.modalities)
         equal_stems = loaded_stems
-    for option, saved_value, value in differences(_identity(saved_config, equal_stems), _identity(recipe, equal_stems)):
-        raise UserError(f"{folder}: {option} is {saved_value!r} there, {value!r} here")
+    differing = differences(_identity(saved_config, equal_stems), _identity(recipe, equal_stems))
+    if differing:
+        advice = f"copy model and modalities from {folder / RECIPE}"
+        raise UserError(f"{folder}: {_listed(differing)}; {advice}")
     load_learned((modality for modality in modalities.values() if modality.stem in loaded_stems), learned)
     weights = SavedWeights(folder, str(folder) if Name.parse(init).scheme is None else init)
     return WarmStart(weights, key, saved_config.classes, loaded_stems)
@@ -177,13 +179,17 @@ def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
     recipe_values = flat(recipe.to_dict())
     differing = differences(needed_values, {key: recipe_values[key] for key in needed_values})
     if differing:
-        text = ", ".join(f"{key} is {theirs!r} there, {ours!r} here" for key, theirs, ours in differing)
-        lines = [f"{init}: {text}; write into the recipe:"]
+        lines = [f"{init}: {_listed(differing)}; write into the recipe:"]
         for key, value in needed.items():
             flow = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
             lines.append(f"{key}: {flow.strip()}")
         raise UserError("\n".join(lines))
     return WarmStart(weights, "train.init", {}, frozenset())
+
+
+def _listed(differing: Iterable[tuple[str, Any, Any]]) -> str:
+    """Options that the weights and the recipe do not share, with both values."""
+    return ", ".join(f"{key} is {theirs!r} there, {ours!r} here" for key, theirs, ours in differing)
 
 
 def _wrapped_name(config: Recipe | ModelConfig) -> str | None:

@@ -22,7 +22,7 @@ from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import FORMAT, load_model, text_files
 from openimp.common.cache import cached, stable_hash
 from openimp.common.errors import UserError, nearest
-from openimp.common.names import OPEN_CLIP, Name
+from openimp.common.names import LOCAL, OPEN_CLIP, Name
 from openimp.common.protocols import load_learned
 from openimp.common.safe_files import file_state, read_text, refuse_links
 from openimp.common.versions import library_version
@@ -100,6 +100,8 @@ def _find(name: str) -> Public:
 
 def _find_by_tag(library: Any, name: str) -> Public:
     identifier = Name.parse(name).rest
+    if Path(identifier).is_dir():
+        raise UserError(f"{name}: a model in a folder is named {OPEN_CLIP}:{LOCAL}{identifier}")
     model, _, tag = identifier.rpartition("/") if "/" in identifier else (identifier, "", "")
     architecture = library.get_model_config(model)
     weights_config = library.get_pretrained_cfg(model, tag)

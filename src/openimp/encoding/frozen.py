@@ -22,7 +22,7 @@ from openimp.common.cache import stable_hash
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError, one_line
 from openimp.common.modality import Modality, Rng
-from openimp.common.names import SENTENCE_TRANSFORMERS, TIMM, Name
+from openimp.common.names import LOCAL, SENTENCE_TRANSFORMERS, TIMM, Name
 from openimp.common.protocols import learned_files
 from openimp.common.safe_files import read_text, refuse_links, sha256
 from openimp.encoding.engine import ItemEncoder
@@ -261,8 +261,11 @@ def _refuse_kernels(name: str, file: Path) -> None:
 
 def _library_folder(name: str) -> Path:
     """The folder of a model of sentence-transformers, which is downloaded if it is on the Hub."""
-    path = Name.parse(name).folder
+    parsed = Name.parse(name)
+    path = parsed.folder
     if path is None:
+        if Path(parsed.rest).is_dir():  # The Hub would be asked several times before an error that blames the network.
+            raise UserError(f"{name}: a model in a folder is named {SENTENCE_TRANSFORMERS}:{LOCAL}{parsed.rest}")
         return download(name, ("*.json", "*.txt", "*.model", "*.safetensors"))
     folder = Path(path)
     if not folder.is_dir():
