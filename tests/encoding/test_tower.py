@@ -31,6 +31,7 @@ from openimp.data.step_batches import StepBatches
 from openimp.drafting.draft import draft_recipe
 from openimp.encoding.frozen import open_encoder
 from openimp.encoding.tower import make_teachers
+from openimp.inference.model_card import model_card
 from openimp.inference.onnx import export
 from openimp.inference.public_recipe import shorten_paths
 from openimp.inference.publish import push
@@ -175,6 +176,9 @@ def test_an_encoder_above_a_tower_trains_resumes_and_searches(data, clip, tmp_pa
     found = CliRunner().invoke(app, ["search", str(run / "search.index"), "red", "-k", "2"])
     assert found.exit_code == 0, found.output
     assert "image" in found.output
+    card = model_card(openimp.load(run, "cpu"), last, "me/model", None)
+    assert f"reads vision with the frozen encoder open_clip:local-dir:{Path(name).name}, which is not part" in card
+    assert "reads text with" not in card
 
 
 def test_a_model_of_openimp_is_a_tower_for_sounds(data, tmp_path):

@@ -27,6 +27,7 @@ from openimp.common.json_lines import read_lines
 from openimp.common.safe_files import write_text
 from openimp.data.loader import load_batches
 from openimp.inference.join import embed_rows
+from openimp.inference.publish import push
 from openimp.parallel import distributed
 from openimp.parallel.layout import full_tensor
 from openimp.planning.plan import plans
@@ -221,6 +222,20 @@ def test_the_counted_flops_and_parameters_are_those_of_the_model(data, name, tmp
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             trainer.make_step(loaded)
         assert counter.get_total_flops() == trainer.log.costs[loaded.visit.task, loaded.visit.view].flops
+
+
+def test_the_card_says_whose_model_it_is_and_whether_openimp_trained_it(whole, name, tmp_path):
+    cards = []
+    for number, model in enumerate((name, whole)):
+        push(model, "me/model", to=tmp_path / str(number))
+        cards.append((tmp_path / str(number) / "README.md").read_text())
+    as_published, tuned = cards
+    assert "with its public weights, in the format of openimp, which did not train it" in as_published
+    assert "fine-tuned with openimp from its public weights" in tuned
+    for card in cards:
+        assert "The model is open_clip:local-dir:clip" in card
+        assert "trained with openimp, which implements IMP" not in card
+        assert "arxiv:2305.06324" not in card
 
 
 def test_a_plan_counts_the_wrapped_model(whole, data, name):

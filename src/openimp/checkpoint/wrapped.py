@@ -40,6 +40,8 @@ from openimp.recipe.schema import Recipe
 
 LAYOUT = 1
 """Version of what is made of a model. Folders of other versions are not used."""
+TRAINING_DATA = f"{OPEN_CLIP}:training-data"
+"""The source of a model as its authors published it. It cannot be read."""
 HUB = "hf-hub:"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 """File names of a local model's weights, in order of preference. Any other safetensors file comes last."""
@@ -187,7 +189,7 @@ def _recipe_of(name: str, loss: str) -> Recipe:
         {
             "name": re.sub(r"[^\w.-]+", "-", title).strip("-.") or "open_clip",
             "model": {"wrap": name},
-            "sources": {"unknown": {"path": "open_clip:training-data"}},
+            "sources": {"unknown": {"path": TRAINING_DATA}},
             "tasks": {
                 "pictures": {**task, "inputs": {"image": "image", "text": "text"}},
                 "clips": {**task, "inputs": {"video": "video", "text": "text"}},

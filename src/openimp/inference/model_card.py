@@ -9,6 +9,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from openimp.checkpoint.folder import CHECKPOINTS, read_state, saved_step
+from openimp.checkpoint.wrapped import TRAINING_DATA
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality
 from openimp.common.names import HUB, Name, is_bundled, is_url
@@ -53,7 +54,9 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
     tags = ["openimp", "multimodal", *names]
     if recipe.model.moe:
         tags.append("mixture-of-experts")
-    tags.append("arxiv:2305.06324")
+    wrapped = recipe.model.wrap
+    if not wrapped:
+        tags.append("arxiv:2305.06324")
     hub_names = (source.hub for source in training_sources(recipe).values())  # `hub` may also name a local folder.
     metadata = ModelCardData(
         library_name="openimp",
@@ -70,6 +73,11 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         embed_dim=model.imp.config.embed_dim,
         joint=model.imp.config.space == "joint",
+        wrapped=wrapped and public_path(wrapped),
+        as_published=any(source.path == TRAINING_DATA for source in recipe.sources.values()),
+        towers={
+            stem: public_path(options.tower) for stem, options in recipe.modalities.items() if hasattr(options, "tower")
+        },
         pairs=pairs,
         examples={name: _example(model.modalities[name]) for name in names if any(name in pair for pair in pairs)},
         sources=_sources(recipe, folder),
