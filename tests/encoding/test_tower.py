@@ -423,6 +423,8 @@ def test_a_draft_with_towers_trains(data, clip, tmp_path, monkeypatch):
     name, _ = clip
     monkeypatch.chdir(tmp_path)
     drafted = draft_recipe([str(data / "pictures")], towers=[name])
+    assert "decoded" not in drafted.text
+    assert "quarter of the tokens" not in drafted.text
     (tmp_path / "mine.yaml").write_text(drafted.text)
     recipe = Recipe.load("mine.yaml", ["train.steps=2", "train.num_workers=0"])
     assert (recipe.model.layers, recipe.model.width) == (0, 24)

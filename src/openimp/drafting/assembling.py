@@ -95,11 +95,14 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mappin
         "evaluation": {"sets": {}},
     }
     comments = dict(COMMENTS)
+    if not any(views[kind] for kind in samples):  # Towers read all media, in one view and from openimp's cache.
+        comments |= {"sources": "", "alternation": ""}
     for named in tasks:
         split = named.split
         _add(recipe, named, views, machine)
         count = f"{counted(split.rows, 'row')}, and {split.test_rows:,} for evaluation"
         comments["sources"] += f"\n{named.name}: {count} ({split.why})."
+    comments["sources"] = comments["sources"].strip()
     steps_of_tasks = [sizing.steps(split.rows, recipe["tasks"][name]["batch_size"]) for name, _, split in tasks]
     for section, steps in zip(recipe["tasks"].values(), steps_of_tasks):
         section["weight"] = float(f"{steps / min(steps_of_tasks):.2g}")
