@@ -1,6 +1,7 @@
 """The cache: an entry is made once, again if it is damaged, and removed if nobody uses it."""
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from filelock import FileLock
 
 from openimp.common.cache import UNUSED_DAYS, cached
+from openimp.common.errors import UserError
+from openimp.data.hub import quiet
 
 DAY = 24 * 3600
 
@@ -45,6 +48,31 @@ def test_what_cannot_be_made_leaves_nothing(cache):
     with pytest.raises(RuntimeError, match="a bug"):
         cached("numbers", "a", lambda folder: 1, write)
     assert [path.name for path in cache.iterdir()] == ["a.lock"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+@pytest.mark.parametrize("is_wrapped", [False, True], ids=["plain", "by datasets"])
+def test_a_full_disk_is_the_caches_and_not_the_sources(cache, is_wrapped):
+    def write(folder: Path) -> None:
+        try:
+            Path("/dev/full").write_text("1")
+        except OSError as error:
+            if is_wrapped:
+                raise RuntimeError("An error occurred while generating the dataset") from error
+            raise
+
+    reason = "openimp's cache cannot be written: No space left on device"
+    told = f"{cache.parent}: {reason}; make room, or set OPENIMP_CACHE to another folder"
+    with pytest.raises(UserError, match=f"^{re.escape(told)}$"), quiet("birds", "birds.parquet"):
+        cached("numbers", "a", lambda folder: 1, write)
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    """For example, that of a user without a home folder."""
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "home" / "cache"))
+    with pytest.raises(UserError, match=r"home.cache: openimp's cache cannot be written: "):
+        number("a", [])
 
 
 def test_entries_that_nothing_has_read_for_long_are_removed(cache):

@@ -4,13 +4,14 @@ An entry is made by one process while others wait for its lock. It is made again
 nothing has read for `UNUSED_DAYS` are removed when another of their kind is made.
 """
 
+import errno
 import hashlib
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,19 @@ log = logging.getLogger(__name__)
 UNUSED_DAYS = 60
 READ_ERRORS = (OSError, ValueError, TypeError, LookupError, NotImplementedError, UserError)
 """Errors of libraries when they read a file that is damaged or that another version has written."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors that only writing can raise: the disk or the user's share of it is full, or it is read-only."""
 T = TypeVar("T")
+
+
+class CacheError(UserError):
+    """The cache cannot be written."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"{_cache()}: openimp's cache cannot be written: {reason}; make room, or set OPENIMP_CACHE to "
+            "another folder"
+        )
 
 
 def stable_hash(parts: Iterable[Any]) -> str:
@@ -39,17 +52,28 @@ def cache_folder(kind: str) -> Path:
 
     The cache is `$OPENIMP_CACHE` if that is set, else `openimp` in the user's cache folder.
     """
+    try:
+        return private_folder(private_folder(_cache()) / kind)
+    except OSError as error:
+        raise CacheError(os.strerror(error.errno or 0)) from None
+
+
+def _cache() -> Path:
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openimp"
-    cache = private_folder(Path(os.environ.get("OPENIMP_CACHE") or default))
-    return private_folder(cache / kind)
+    return Path(os.environ.get("OPENIMP_CACHE") or default)
 
 
 def cached(kind: str, key: str, read: Callable[[Path], T], write: Callable[[Path], None]) -> T:
     """What `read` returns for the folder of an entry. If there is none, `write` fills an empty folder first.
 
-    If `read` raises one of `READ_ERRORS`, the entry is damaged or out of date, and is made again.
+    If `read` raises one of `READ_ERRORS`, the entry is damaged or out of date, and is made again. If the disk of
+    the cache is full or read-only, that is a CacheError.
     """
-    entry = cache_folder(kind) / key
+    with _cache_is_named():
+        return _cached(cache_folder(kind) / key, read, write)
+
+
+def _cached(entry: Path, read: Callable[[Path], T], write: Callable[[Path], None]) -> T:
     with _locked(entry):
         if entry.exists():
             os.utime(entry)  # Before it is read, so that no other process removes it meanwhile.
@@ -61,6 +85,18 @@ def cached(kind: str, key: str, read: Callable[[Path], T], write: Callable[[Path
         with replacing_folder(entry) as draft:
             write(draft)
         return read(entry)
+
+
+@contextmanager
+def _cache_is_named() -> Iterator[None]:
+    """Converts `FULL` to a CacheError. Otherwise a caller would report that the data cannot be read."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error  # `datasets` wraps what a user can fix.
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            raise CacheError(os.strerror(cause.errno)) from None
+        raise
 
 
 def _locked(entry: Path, timeout: float = -1) -> FileLock:

@@ -47,6 +47,8 @@ def quiet(name: str, path: str, bars: bool = False) -> Iterator[None]:
         datasets.disable_progress_bars()
     try:
         yield
+    except UserError:  # of openimp's cache
+        raise
     except Exception as error:  # datasets and its hub client raise about twenty unrelated types.
         cause = error.__cause__ or error  # datasets wraps what a user can fix.
         raise UserError(f"source {name}: {path} cannot be read: {one_line(cause)}") from None

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
 
-from openimp.common.cache import cache_folder, cached, stable_hash
+from openimp.common.cache import CacheError, cache_folder, cached, stable_hash
 from openimp.common.errors import UserError, counted
 from openimp.common.safe_files import file_state
 
@@ -54,7 +54,7 @@ def read_manifests(name: str, path: str, files: list[str]) -> tuple[Any, list[in
             lambda folder: _open_cached(folder / "rows.arrow", state),
             lambda folder: _write_cached(folder / "rows.arrow", *_read_all(name, path, files), state),
         )
-    except (OSError, ValueError, NotImplementedError):  # The disk is full, or the file system has no locks.
+    except (CacheError, OSError, ValueError, NotImplementedError):  # The disk is full, or the file system has no locks.
         return _read_all(name, path, files)
 
 
