@@ -21,6 +21,8 @@ T = TypeVar("T")
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 """Wraps an iterable, `progress(iterable, description)`, to show its progress or to stop it by an error; see `track`."""
 PLAIN_WIDTH = 110
+PLAIN_SECONDS = 60
+"""Time between two lines of progress without a terminal."""
 
 
 class _Console(Console):
@@ -48,13 +50,19 @@ def notice(message: str) -> None:
 
 
 def track(items: Iterable[T], description: str) -> Iterator[T]:
-    """Yields the items while a bar shows the time left. Without a terminal, prints one line at the end."""
+    """Yields items while a bar shows the time left. Without a terminal, prints a line every minute and at the end."""
     total = len(items) if isinstance(items, Sized) else None
     if not console.is_terminal:
         start = time.perf_counter()
+        last_line = start
         count = 0
-        for count, item in enumerate(items, 1):  # noqa: B007 (the count is for the line below)
+        for count, item in enumerate(items, 1):
             yield item
+            now = time.perf_counter()
+            if now - last_line >= PLAIN_SECONDS and count != total:
+                last_line = now
+                of_total = f"/{total}" if total else ""
+                console.print(f"{description}: {count}{of_total} in {clock(now - start)}")
         console.print(f"{description}: {count} in {time.perf_counter() - start:.1f} s")
         return
     with ProgressBar(
