@@ -456,6 +456,17 @@ def test_links_out_of_the_folder_are_not_followed(build, folder, tmp_path):
     assert str(folder / "inside.txt") in {row["path"] for row in found}
 
 
+def test_an_index_that_cannot_be_written_is_one_sentence_and_continues(build, folder, tmp_path):
+    build(folder / "0.png")
+    transactions = tmp_path / "x.index" / "items.lance" / "_transactions"
+    shutil.rmtree(transactions)
+    transactions.write_text("no folder")
+    with pytest.raises(UserError, match="the index cannot be written"):
+        build(folder)
+    transactions.unlink()
+    assert build(folder).items == len(rows(tmp_path / "x.index")) > 1
+
+
 @pytest.mark.parametrize(
     ("paths", "out", "message"),
     [

@@ -55,6 +55,15 @@ def schema(size: int) -> pa.Schema:
     return pa.schema(columns | {"vector": pa.list_(pa.float16(), size)})
 
 
+@contextmanager
+def _write_errors() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, OSError) as error:  # For example, the disk is full.
+        advice = "the index cannot be written; make room, and run openimp index again, which does the rest"
+        raise UserError(f"{advice}: {one_line(error)}") from None
+
+
 class Items:
     """The table of an index. A caller of `replace`, `remove` or `compact` must hold `folder.locked`."""
 
@@ -159,6 +168,7 @@ class Items:
                 rows += self.table.search().where(any_of(column, chunk)).select(columns).to_list()
         return rows
 
+    @_write_errors()
     def replace(self, paths: Iterable[str], rows: list[dict[str, Any]]) -> None:
         """Replaces all rows of some paths. If it is interrupted, these paths have no rows."""
         self.remove(paths)
@@ -166,11 +176,13 @@ class Items:
             rows = [row | {"vector": np.asarray(row["vector"], np.float16)} for row in rows]
             self.table.add(pa.Table.from_pylist(rows, self.table.schema))
 
+    @_write_errors()
     def remove(self, paths: Iterable[str]) -> None:
         """Removes all rows of some paths."""
         for chunk in _chunks(paths):
             self.table.delete(any_of("path", chunk))
 
+    @_write_errors()
     def compact(self) -> None:
         """Merges the small files that many writes leave, builds the indexes or adds new rows to them, and removes
         old versions.
