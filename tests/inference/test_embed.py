@@ -29,6 +29,8 @@ def test_a_folder_becomes_a_table_of_unit_vectors(tiny_model_folder, folder, tmp
     table = pq.read_table(done.out)
     assert table.column_names == ["path", "modality", "towards", "embedding"]
     assert str(table.schema.field("embedding").type) == "fixed_size_list<element: float>[32]"
+    embeddings = pq.read_metadata(done.out).row_group(0).column(3)
+    assert not embeddings.has_dictionary_page, "it would be larger and slower to write"
     rows = table.to_pylist()
     assert sorted(row["path"] for row in rows) == sorted(map(str, (folder / "deep").iterdir()))
     towards = {"image": "text", "video": "text", "audio": "text", "text": "image"}
@@ -89,7 +91,7 @@ def test_a_file_whose_name_is_not_utf8_is_skipped_and_named(tiny_model_folder, m
 def test_the_modality_can_be_given_if_the_extension_is_unknown(tiny_model_folder, media_folder, tmp_path):
     nameless = tmp_path / "picture"
     shutil.copy(media_folder / "0.png", nameless)
-    told = r"picture: no extension says whether it is image or text or video or audio; if it is one of these, use"
+    told = r"picture: no extension says whether it is .*, use --modality; to embed the rows of a table, use --join$"
     with pytest.raises(UserError, match=told):
         embed(tiny_model_folder, [nameless], tmp_path / "out.parquet")
     done = embed(tiny_model_folder, [nameless], tmp_path / "out.parquet", modality="image")
