@@ -1,6 +1,7 @@
 """Retrieval: ranks against a full sort, and which items are the same."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from messages import refuses
 from openimp.common.errors import UserError
 from openimp.data.sources import open_source
 from openimp.data.tables import item_id
-from openimp.evaluation.evaluate import evaluate
+from openimp.evaluation.evaluate import check_sets, evaluate
 from openimp.evaluation.retrieval import RetrievalResult, ranks
 
 NAMES = ["red", "green", "blue", "red", "red", "green", "grey", "white"]
@@ -188,6 +189,14 @@ def test_results_are_json_and_say_what_was_measured_and_progress_counts_rows(nam
     assert (result["skipped"], result["skipped_rows"], result["prompts"]) == (0, [], None)
     (changed, _) = evaluate(*named([*PICTURES[1:], png(8)]))
     assert result["fingerprint"] != changed["fingerprint"]
+
+
+def test_sources_that_were_checked_before_training_are_not_opened_again(named):
+    made = named()
+    tables = check_sets(*made, {})
+    results = evaluate(*made, tables=tables)
+    Path(made.recipe.sources["pictures"].path).unlink()
+    assert evaluate(*made, tables=tables) == results
 
 
 def test_unreadable_rows_are_left_out_counted_and_named(named):

@@ -37,13 +37,14 @@ def evaluate(
     progress: Progress | None = None,
     classes: Classes | None = None,
     watch: Progress | None = None,
+    tables: dict[str, Table] | None = None,
 ) -> list[dict[str, Any]]:
     """Measures a model on evaluation sets of a recipe. The same model and data give the same results.
 
     All ranks call this together and get the same results.
 
     Args:
-        model, recipe, modalities, classes, progress, watch: see `Evaluator`.
+        model, recipe, modalities, classes, progress, watch, tables: see `Evaluator`.
         sets: names of evaluation sets. None: all of them.
         step: the training step, for the results.
 
@@ -55,7 +56,15 @@ def evaluate(
         UserError: there is no evaluation set of such a name.
         NotMeasured: a set cannot be measured. The others are measured before.
     """
-    evaluator = Evaluator(model, recipe, modalities, classes or {}, progress=progress, watch=watch)
+    evaluator = Evaluator(
+        model,
+        recipe,
+        modalities,
+        classes or {},
+        progress=progress,
+        watch=watch,
+        tables={} if tables is None else tables,
+    )
     names = list(recipe.evaluation.sets if sets is None else sets)
     check_names(names, recipe.evaluation.sets)
     reasons = []
@@ -81,10 +90,15 @@ def check_names(names: Iterable[str], known: Iterable[str]) -> None:
             raise UserError(f"no evaluation set is called {name!r}{nearest(name, known)}")
 
 
-def check_sets(model: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes) -> None:
-    """Raises the UserError that would stop an evaluation set, before training instead of after it."""
+def check_sets(model: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes) -> dict[str, Table]:
+    """Raises the UserError that would stop an evaluation set, before training instead of after it.
+
+    Returns the opened sources. Opening a table of a million rows again for each evaluation would take seconds.
+    """
+    evaluator = Evaluator(model, recipe, modalities, classes)
     for name in recipe.evaluation.sets:
-        open_set(Evaluator(model, recipe, modalities, classes), name)
+        open_set(evaluator, name)
+    return evaluator.tables
 
 
 def open_set(evaluator: Evaluator, name: str) -> dict[str, Table]:
@@ -93,9 +107,7 @@ def open_set(evaluator: Evaluator, name: str) -> dict[str, Table]:
     options = evaluator.recipe.evaluation.sets[name]
     tables = {}
     for source in [options.source, *([options.train] if isinstance(options, Probe) else [])]:
-        table = open_source(source, evaluator.recipe.sources[source])
-        if not isinstance(table, Table):
-            raise UserError(f"{error_prefix}: source {source} is streamed, but evaluation needs a table; name one")
+        table = _open_source(evaluator, source, error_prefix)
         for modality, spec in options.inputs.items():
             require_columns(table, evaluator.modalities[modality], spec, error_prefix)
         tables[source] = table
@@ -107,6 +119,15 @@ def open_set(evaluator: Evaluator, name: str) -> dict[str, Table]:
     else:
         classification.read_labels(evaluator, options, error_prefix, tables[options.source])
     return tables
+
+
+def _open_source(evaluator: Evaluator, source: str, error_prefix: str) -> Table:
+    if source not in evaluator.tables:
+        table = open_source(source, evaluator.recipe.sources[source])
+        if not isinstance(table, Table):
+            raise UserError(f"{error_prefix}: source {source} is streamed, but evaluation needs a table; name one")
+        evaluator.tables[source] = table
+    return evaluator.tables[source]
 
 
 def _open_together(evaluator: Evaluator, name: str) -> dict[str, Table]:

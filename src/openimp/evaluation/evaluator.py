@@ -91,6 +91,7 @@ class Evaluator:
     classes: Classes = field(default_factory=dict)  # of each classification head of the model
     progress: Progress | None = None  # wraps the rows that this rank reads, to show the progress
     watch: Progress | None = None  # wraps the forward passes, which all ranks make together, and may stop them
+    tables: dict[str, Table] = field(default_factory=dict)  # by source; filled as sets are opened
 
     def encode(self, options: EvaluationSet, name: str, table: Table, towards: str | None) -> Encoded:
         """Encodes one input of an evaluation set, of the modality `name`, for all rows of a source, in order.

@@ -22,6 +22,7 @@ from openimp.common.protocols import load_learned
 from openimp.data.batch import Batch
 from openimp.data.step_batches import StepBatches
 from openimp.data.streams import Cursor
+from openimp.data.tables import Table
 from openimp.encoding.frozen import release_encoders
 from openimp.encoding.tower import Tower, make_teachers
 from openimp.evaluation.evaluate import check_sets
@@ -136,7 +137,9 @@ def set_up(
 
     step_costs = variant.costs(recipe, modalities, data.classes)
     signature_count = len(signatures(recipe, modalities, world_size)) if recipe.train.compile else 0
-    model, model_files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
+    model, model_files, evaluated_tables = _make_model(
+        recipe, variant, data, device, signature_count, initialize=checkpoint is None
+    )
     if warm_start is not None:
         console.print(warm_start.load(model, data.classes), soft_wrap=True)
     updater = Updater(recipe, model, _flops_before(recipe, data, step_costs))
@@ -158,7 +161,7 @@ def set_up(
         model=model,
         updater=updater,
         checkpointing=checkpointing,
-        validation=Validation(run, data, model),
+        validation=Validation(run, data, model, evaluated_tables),
         log=log,
         cursors=cursors,
     )
@@ -217,8 +220,9 @@ def _make_model(
     device: torch.device,
     signature_count: int,
     initialize: bool,
-) -> tuple[Embedder, dict[str, str]]:
-    """Creates the model, distributes it over the ranks, and returns it with the text files of its checkpoints.
+) -> tuple[Embedder, dict[str, str], dict[str, Table]]:
+    """Creates the model, distributes it over the ranks, and returns it with the text files of its checkpoints, and the
+    sources of the evaluation sets.
 
     Without `initialize`, its weights are still to be loaded. With `train.compile`, its blocks are compiled, for
     `signature_count` signatures. UserError if the evaluation sets need what the model does not have.
@@ -229,7 +233,7 @@ def _make_model(
     model = deferred.build(build, at_once=not architecture_of(recipe.model).initializes).train()
     freeze(model, recipe.optimizer)
     # Needs the whole model, before it is sharded.
-    distributed.run_first_on_node(lambda: check_sets(model, recipe, data.modalities, data.classes))
+    tables = distributed.run_first_on_node(lambda: check_sets(model, recipe, data.modalities, data.classes))
     # Before FSDP2 replaces the model's class, whose name is in config.json.
     files = text_files(model, recipe.to_config(data.classes), data.modalities, recipe.to_yaml())
     layout = choose_layout(recipe, model, device)
@@ -254,4 +258,4 @@ def _make_model(
         console.print(f"parallel: {layout}")
     if initialize:
         deferred.initialize(model)
-    return model, files
+    return model, files, tables

@@ -8,6 +8,7 @@ from typing import Any
 from openimp.checkpoint.folder import checkpoints, mark_best, step_of
 from openimp.common.progress import Progress, console
 from openimp.data.step_batches import StepBatches
+from openimp.data.tables import Table
 from openimp.evaluation.evaluate import NotMeasured, evaluate
 from openimp.evaluation.results import best_step, table
 from openimp.model.embedder import Embedder
@@ -25,6 +26,7 @@ class Validation:
     run: Path
     data: StepBatches
     model: Embedder
+    tables: dict[str, Table]  # the sources of the evaluation sets, by name
 
     def evaluate(
         self, step: int, ema: EMA | None, metrics: Metrics, watch: Progress | None = None
@@ -39,7 +41,13 @@ class Validation:
         with ema.swapped() if ema else nullcontext():
             try:
                 results = evaluate(
-                    self.model, recipe, self.data.modalities, step=step, classes=self.data.classes, watch=watch
+                    self.model,
+                    recipe,
+                    self.data.modalities,
+                    step=step,
+                    classes=self.data.classes,
+                    watch=watch,
+                    tables=self.tables,
                 )
             except NotMeasured as error:
                 failure = error
