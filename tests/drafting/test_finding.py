@@ -83,3 +83,6 @@ def test_links_are_not_followed_and_a_folder_without_media_says_what_was_looked_
     Image.new("RGB", (4, 4)).save(folder / "data/x.pcx")
     with refuses():
         find(["data"])
+    touch("saved/data-00000-of-00001.arrow", "saved/state.json")
+    with refuses():
+        find(["saved"])

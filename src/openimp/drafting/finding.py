@@ -103,9 +103,10 @@ def _media(folder: Path, classes: list[Path]) -> list[Candidate]:
             candidates.append(Candidate({"path": str(folder), **where}, kind=kind))
     if not candidates:
         has = by_extension(left_out)
+        advice = "; write a data set of `datasets` as Parquet, with to_parquet" if left_out[".arrow"] else ""
         raise UserError(
             f"{folder}: no media in this folder{has and f', only {has}'}; looked for pictures, clips and sounds "
-            f"({', '.join(sorted(KIND_OF))}) and for data files ({', '.join(sorted(TABLES))})"
+            f"({', '.join(sorted(KIND_OF))}) and for data files ({', '.join(sorted(TABLES))}){advice}"
         )
     return [candidates[0]._replace(left_out=by_extension(left_out)), *candidates[1:]]
 
