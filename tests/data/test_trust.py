@@ -57,8 +57,9 @@ def test_a_foreign_recipe_reads_no_private_file(foreign, private, tmp_path):
     assert "tones is not measured again" in page
     assert "colours is not measured again" in page, "the data that it was trained with is no business of its either"
     told = (
-        f"{foreign}: you did not train this model on this machine, and evaluation set tones of its recipe reads source "
-        f"sounds ({private}), which is outside of this folder; add --allow-sources if you trust the recipe"
+        f"{foreign}: you did not train this model on this machine, or openimp's cache was deleted, and evaluation set "
+        f"tones of its recipe reads source sounds ({private}), which is outside of this folder; add --allow-sources "
+        "if you trust the recipe"
     )
     with pytest.raises(UserError) as error:
         run_eval(foreign, ["tones"], None, None)

@@ -76,8 +76,9 @@ def check_uses(path: Path, folder: Path, recipe: Recipe, used: Iterable[tuple[st
         if not _is_inside(path, name, recipe.sources[name]):
             origin = recipe.sources[name].path or recipe.sources[name].hub
             raise UserError(
-                f"{path}: you did not train this model on this machine, and {user} of its recipe reads source {name} "
-                f"({origin}), which is outside of this folder; add --allow-sources if you trust the recipe"
+                f"{path}: you did not train this model on this machine, or openimp's cache was deleted, and {user} of "
+                f"its recipe reads source {name} ({origin}), which is outside of this folder; add --allow-sources if "
+                "you trust the recipe"
             )
 
 
