@@ -491,7 +491,12 @@ def initialization(folder: Path, out: Path) -> list[Any]:
     """For each rank: the most bytes that making the model takes, those of all its weights, and of the largest."""
     trainer = Trainer(set_up(recipe(folder, "model.layers=32", "model.moe=null"), out / "initialized"))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        setup._make_model(trainer.recipe, Variant(), trainer.data, trainer.device, 0, initialize=True)
+        deferred = setup.DeferredInit(0)
+        model = deferred.build(
+            lambda: Variant().build_model(trainer.recipe, trainer.data.modalities, trainer.data.classes)
+        )
+        setup._distribute(trainer.recipe, model, trainer.device, 0)
+        deferred.initialize(model)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     peak = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
     sizes = [4 * weight.numel() for weight in trainer.model.parameters()]

@@ -152,6 +152,15 @@ def test_a_column_of_vectors_of_another_size_is_refused_before_the_training(data
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_set_that_cannot_be_measured_is_refused_before_a_teacher_embeds(student, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
+    only_texts = f"""tasks={{both: {{source: pictures, inputs: {{image: file, text: label}}, batch_size: 8,
+        objectives: [{{type: distill, of: text, teacher: {student}}}]}}}}"""
+    with refuses():
+        train(Recipe.load(data / "recipe.yaml", [only_texts]), tmp_path / "run")
+    assert not (tmp_path / "cache" / "embedded").exists()
+
+
 def test_in_a_disjoint_space_the_recipe_names_what_to_compare_with(data):
     disjoint = "model.space=disjoint"
     with refuses():

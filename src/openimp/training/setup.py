@@ -22,7 +22,6 @@ from openimp.common.protocols import load_learned
 from openimp.data.batch import Batch
 from openimp.data.step_batches import StepBatches
 from openimp.data.streams import Cursor
-from openimp.data.tables import Table
 from openimp.encoding.frozen import release_encoders
 from openimp.encoding.tower import Tower, make_teachers
 from openimp.evaluation.evaluate import check_sets
@@ -133,13 +132,22 @@ def set_up(
         changed = changed_sources(checkpoint, fingerprints, allow_changed_data)
         if saved_classes != data.classes:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
+    deferred = DeferredInit(recipe.seed)
+    build = partial(variant.build_model, recipe, modalities, data.classes)
+    # The weights of a wrapped model are loaded later, and making it computes buffers, which the meta device cannot.
+    model = deferred.build(build, at_once=not architecture_of(recipe.model).initializes).train()
+    freeze(model, recipe.optimizer)
+    # With a model that is not sharded yet, and before towers and teachers embed, which may take hours.
+    evaluated_tables = distributed.run_first_on_node(lambda: check_sets(model, recipe, modalities, data.classes))
     teacher_states = _embed(recipe, data, checkpoint)
 
+    # Before FSDP2 replaces the model's class, whose name is in config.json.
+    model_files = text_files(model, recipe.to_config(data.classes), modalities, recipe.to_yaml())
     step_costs = variant.costs(recipe, modalities, data.classes)
     signature_count = len(signatures(recipe, modalities, world_size)) if recipe.train.compile else 0
-    model, model_files, evaluated_tables = _make_model(
-        recipe, variant, data, device, signature_count, initialize=checkpoint is None
-    )
+    _distribute(recipe, model, device, signature_count)
+    if checkpoint is None:
+        deferred.initialize(model)
     if warm_start is not None:
         console.print(warm_start.load(model, data.classes), soft_wrap=True)
     updater = Updater(recipe, model, _flops_before(recipe, data, step_costs))
@@ -213,29 +221,9 @@ def _check_ranks(recipe: Recipe, variant: Variant) -> None:
     layout_of(recipe, ranks, recipe.parallel.shard_degree)
 
 
-def _make_model(
-    recipe: Recipe,
-    variant: Variant,
-    data: StepBatches,
-    device: torch.device,
-    signature_count: int,
-    initialize: bool,
-) -> tuple[Embedder, dict[str, str], dict[str, Table]]:
-    """Creates the model, distributes it over the ranks, and returns it with the text files of its checkpoints, and the
-    sources of the evaluation sets.
-
-    Without `initialize`, its weights are still to be loaded. With `train.compile`, its blocks are compiled, for
-    `signature_count` signatures. UserError if the evaluation sets need what the model does not have.
-    """
-    deferred = DeferredInit(recipe.seed)
-    build = partial(variant.build_model, recipe, data.modalities, data.classes)
-    # The weights of a wrapped model are loaded later, and making it computes buffers, which the meta device cannot.
-    model = deferred.build(build, at_once=not architecture_of(recipe.model).initializes).train()
-    freeze(model, recipe.optimizer)
-    # Needs the whole model, before it is sharded.
-    tables = distributed.run_first_on_node(lambda: check_sets(model, recipe, data.modalities, data.classes))
-    # Before FSDP2 replaces the model's class, whose name is in config.json.
-    files = text_files(model, recipe.to_config(data.classes), data.modalities, recipe.to_yaml())
+def _distribute(recipe: Recipe, model: Embedder, device: torch.device, signature_count: int) -> None:
+    """Distributes the model over the ranks. With `train.compile`, its blocks are compiled, for `signature_count`
+    signatures."""
     layout = choose_layout(recipe, model, device)
     if signature_count:
         # Expert parallelism shards the experts of a block as a group of its own, whose hooks divide a graph anyway.
@@ -256,6 +244,3 @@ def _make_model(
     )
     if layout.ranks > 1:
         console.print(f"parallel: {layout}")
-    if initialize:
-        deferred.initialize(model)
-    return model, files, tables
