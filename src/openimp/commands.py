@@ -182,6 +182,9 @@ def run_search(
 ) -> None:
     """Searches an index and prints the results."""
     index = open_index(path)
+    for text in texts:
+        if "." in text and os.path.isfile(text):
+            raise UserError(f"{text}: is a file; --image, --video or --audio searches with it")
     parts: list[str | Query | Like] = list(texts)
     parts += [Query(name, value) for name, values in queries.items() for value in values or ()]
     parts += [index.text_query(text, -1.0) for text in minus]

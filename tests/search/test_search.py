@@ -421,6 +421,10 @@ def test_the_command_line_indexes_and_searches(openimp, joint_model, media, tmp_
     advice = f"index some first: openimp index {joint_model} FOLDER --out my.index"
     assert (code, err) == (2, f"openimp: {joint_model}: comes without media; {advice}\n")
     assert openimp("search", index)[::2] == (2, "openimp: the query is empty: give a text or a file\n")
+    assert openimp("search", index, picture)[::2] == (
+        2,
+        f"openimp: {picture}: is a file; --image, --video or --audio searches with it\n",
+    )
     monkeypatch.setitem(sys.modules, "lancedb", None)
     for command in (("search", index, "noise"), ("index", joint_model, media, "--out", index)):
         assert openimp(*command)[::2] == (2, "openimp: search needs LanceDB: pip install 'openimp[search]'\n")
