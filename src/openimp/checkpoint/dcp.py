@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -62,7 +62,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], group: Group | None = None
 def _save_file(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
     """Writes whole tensors. DCP would need two more copies of them in memory, and would order headers at random."""
     folder.mkdir()
-    file = folder / f"{folder.name}.safetensors"
+    file = _whole_file(folder)
     file.touch()  # Only for its mode: `save_file` replaces it by a file that only its owner can read.
     mode = file.stat().st_mode
     try:
@@ -79,10 +79,10 @@ def load(folder: Path, tensors: Mapping[str, Tensor], strict: bool = True) -> No
 
     UserError if a tensor is missing in the folder or has another shape there or, if `strict`, the folder has others.
     """
-    saved = metadata(folder)
+    saved = shapes(folder)
     names = saved.keys() | tensors.keys() if strict else tensors.keys()
     for name in sorted(names):
-        saved_shape = list(saved[name].size) if name in saved else "missing"
+        saved_shape = saved.get(name, "missing")
         shape = list(tensors[name].shape) if name in tensors else "unknown"
         if saved_shape != shape:
             raise UserError(f"{folder}: does not fit the model: {name} is {saved_shape} there, {shape} here")
@@ -91,16 +91,31 @@ def load(folder: Path, tensors: Mapping[str, Tensor], strict: bool = True) -> No
 
 def read(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder by name, unsharded, in CPU memory."""
-    saved = metadata(folder)
-    files = list(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return load_file(files[0])  # It maps the file into memory and copies nothing.
+    file = _whole_file(folder)
+    if file.exists():
+        with _damage_as_user_error(folder):
+            return load_file(file)  # It maps the file into memory and copies nothing.
+    saved = _metadata(folder)
     tensors = {name: torch.empty(info.size, dtype=info.properties.dtype) for name, info in saved.items()}
     fill(folder, tensors)
     return tensors
 
 
-def metadata(folder: Path) -> dict[str, Any]:
+def shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of each tensor of a folder, by name."""
+    file = _whole_file(folder)
+    if file.exists():
+        with _damage_as_user_error(folder), safe_open(file, "pt") as content:
+            return {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118 (no mapping)
+    return {name: list(info.size) for name, info in _metadata(folder).items()}
+
+
+def _whole_file(folder: Path) -> Path:
+    """The file that a single process writes."""
+    return folder / f"{folder.name}.safetensors"
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
     """The `TensorStorageMetadata` of each tensor of a folder: its size, data type and shards."""
     import torch.distributed.checkpoint as torch_dcp
 

@@ -17,12 +17,13 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.lift import lift_6, lift_7, lift_recipe
@@ -47,6 +48,19 @@ MANIFEST = "manifest.json"
 BEST = "best"
 MODELS = ("IMP", "OpenCLIP")
 """The classes of models that `build_model` builds."""
+
+
+class _NoInit(TorchFunctionMode):
+    """Skips the in-place functions that initialize weights. On the meta device, torch would import its compiler for
+    them, which takes as long as all of openimp."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__.endswith("_") and not func.__name__.endswith("__"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 class SavedRecipe(NamedTuple):
@@ -114,7 +128,10 @@ def load_model(folder: Path) -> tuple[Embedder, SavedModel]:
     saved = describe_model(folder)
     # A model of open_clip computes the values of buffers, which the meta device cannot.
     on_meta_device = architecture_of(saved.config.model).initializes
-    with torch.device("meta") if on_meta_device else nullcontext():
+    with ExitStack() as stack:
+        if on_meta_device:
+            stack.enter_context(torch.device("meta"))
+            stack.enter_context(_NoInit())
         model = build_model(saved.config, saved.modalities)
     load_weights(model, folder, assign=True)
     return model.eval(), saved
@@ -130,7 +147,7 @@ def describe_model(folder: Path) -> SavedModel:
     modalities = config.make_modalities()
     load_learned(modalities.values(), learned)
     layers = architecture_of(config.model).count_layers(config.model, modalities)
-    tensor_count = len(dcp.metadata(weights_folder(folder)))
+    tensor_count = len(dcp.shapes(weights_folder(folder)))
     if layers > tensor_count:
         raise UserError(
             f"{folder}: config.json asks for {layers} layers, but the weights are only {tensor_count} tensors"
@@ -289,7 +306,7 @@ def load_training_state(
         for group in optimizer.param_groups:
             optimizer_of |= dict.fromkeys(group["params"], optimizer)
     optimizer_tensors = {}
-    for key in dcp.metadata(folder / "optimizer"):
+    for key in dcp.shapes(folder / "optimizer"):
         name, _, field = key.partition("|")
         if name not in parameters:
             raise UserError(f"{folder / 'optimizer'}: does not fit the model, which has no parameter {name}")

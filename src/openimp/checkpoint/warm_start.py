@@ -57,7 +57,7 @@ class SavedWeights:
         """`shown_name` is for messages."""
         self.folder = folder
         self.shown_name = shown_name
-        self.shapes = {name: info.size for name, info in dcp.metadata(weights_folder(folder)).items()}
+        self.shapes = dcp.shapes(weights_folder(folder))
 
     def __str__(self) -> str:
         return self.shown_name
