@@ -87,6 +87,16 @@ def test_names_texts_and_queries_are_text_and_not_markup(server: Server):
     assert "<svg onload" not in page
 
 
+def test_filters_also_apply_without_a_query(server: Server, index: Path, folder: Path, ids):
+    sounds = {hit.id for hit in open_index(index).sample(1000) if hit.modality == "audio"}
+    assert ids["0.wav"] in sounds
+    assert set(server.items("modality=audio&k=100")) == sounds
+    assert set(server.items(urlencode({"under": folder / "media" / "1.wav"}))) == {ids["1.wav"]}
+    assert set(server.items("modality=audio&since=2001-01-01")) <= sounds
+    assert "Nothing is indexed that matches these filters" in server.ask("/?under=/nowhere").text
+    assert server.ask("/?modality=smell").status == 400
+
+
 def test_other_names_of_the_server_are_refused(server: Server):
     for host in ("evil.example", "127.0.0.1.evil.example", "10.0.0.1:8000", "[::1", "", "localhost@evil"):
         assert server.ask("/", Host=host).status == 421, host

@@ -19,6 +19,7 @@ LESS_WEIGHT = -0.5
 """Weight of an item that results should be less like. With -1, most results would resemble neither."""
 EXAMPLES = 12
 """Items that are shown while the query is empty, unless the URL has `k`."""
+NO_MATCH = "Nothing is indexed that matches these filters"
 MAX_NAME = 200
 """Maximum number of characters of an item's name."""
 
@@ -78,7 +79,7 @@ def answer(index: Index, uploads: Uploads, parameters: QueryParams) -> Answer:
     """Searches for the query in the parameters of a URL. The answer to an impossible query gives the reason."""
     page = Answer()
     try:
-        page.state = State.parse(parameters)
+        state = page.state = State.parse(parameters)
         parts = _parts(index, uploads, page)
         if parts:
             _search(index, parts, page)
@@ -86,8 +87,11 @@ def answer(index: Index, uploads: Uploads, parameters: QueryParams) -> Answer:
             total = counted(sum(index.counts.values()), "item")
             start = "Nothing is left of this query. Start" if page.notes else f"{total}. Search them, or start"
             page.status = f"{start} from one of these"
-            count = page.state.k if parameters.get("k") else EXAMPLES
-            page.items = [_item(index, hit) for hit in index.sample(count)]
+            count = state.k if parameters.get("k") else EXAMPLES
+            hits = index.sample(count, state.modality, state.under or None, state.since, state.until)
+            page.items = [_item(index, hit) for hit in hits]
+            if not hits:
+                page.status = NO_MATCH
     except UserError as error:
         page.status = f"This cannot be searched: {error}"
         page.code = 400
@@ -144,7 +148,7 @@ def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
     elif state.by == "words" and not page.chips:
         page.status = "No item has these words"
     else:
-        page.status = "Nothing is indexed that matches these filters"
+        page.status = NO_MATCH
     by_meaning = all(hit.found_by == "meaning" for hit in hits)
     if by_meaning and len(index.groups(hit.modality for hit in hits)) > 1:
         page.notes.append("Different kinds of items take turns, because their scores cannot be compared.")

@@ -126,9 +126,7 @@ class Index:
         parts = [queries] if isinstance(queries, str | QueryPart) else queries
         if not parts:
             raise UserError("the query is empty: give a text or a file")
-        for name in modalities or ():
-            if name not in self.counts:
-                raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
+        self._check_modalities(modalities)
         filters = self._filters(parts, under, since, until)
         encoded = self._encode_all(parts)
         words = self._words(encoded, by)
@@ -232,11 +230,20 @@ class Index:
         """`id`, `modality` and fp16 `vector` of all items."""
         return self._items.table.search().select(["id", "modality", "vector"]).to_arrow()
 
-    def sample(self, count: int) -> list[Hit]:
-        """At most `count` items, which are evenly spaced over the index."""
-        total = self._items.table.count_rows()
-        rows = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
-        return [Hit(**row) for row in self._items.table.take_offsets(rows).select(self._items.hit_columns).to_list()]
+    def sample(
+        self,
+        count: int,
+        modalities: Sequence[str] | None = None,
+        under: str | Path | None = None,
+        since: str | date | None = None,
+        until: str | date | None = None,
+    ) -> list[Hit]:
+        """At most `count` items, evenly spaced among those that match the filters; see `search`."""
+        self._check_modalities(modalities)
+        filters = self._filters((), under, since, until)
+        if modalities:
+            filters.append(any_of("modality", modalities))
+        return [Hit(**row) for row in self._items.sample(count, " AND ".join(filters) or None)]
 
     def encode(self, query: Query) -> EncodedQuery:
         """Encodes a part of a query, for all spaces that its modality is in. UserError if it cannot be read.
@@ -316,6 +323,11 @@ class Index:
                     check_uses(Path(self._metadata.model), folder, self.model.recipe, [("the index", name)])
                 self._sources[name] = source_table(self.model.recipe, name)
             return self._sources[name]
+
+    def _check_modalities(self, modalities: Sequence[str] | None) -> None:
+        for name in modalities or ():
+            if name not in self.counts:
+                raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
 
     def _filters(
         self,

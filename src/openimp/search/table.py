@@ -110,6 +110,18 @@ class Items:
         """All files and rows of sources, by path."""
         return {path: Stored(*values) for path, *values in self.columns("path", *Stored._fields)}
 
+    def sample(self, count: int, where: str | None = None) -> list[dict[str, Any]]:
+        """At most `count` rows, evenly spaced among those that match an SQL filter, without their vectors."""
+        with _read_errors():
+            if where is None:  # Faster than reading all ids.
+                total = self.table.count_rows()
+                taken = self.table.take_offsets(_spread(count, total).tolist())
+            else:
+                query = self.table.search().where(where).select(["_rowid"]).with_row_id(True)
+                row_ids = query.to_arrow()["_rowid"].to_numpy()
+                taken = self.table.take_row_ids(row_ids[_spread(count, len(row_ids))].tolist())
+            return taken.select(self.hit_columns).to_list()
+
     def nearest(self, vector: np.ndarray, k: int, where: str | None = None) -> list[dict[str, Any]]:
         """The `k` rows with the highest cosine, without their vectors; `_distance` is 1 - cosine.
 
@@ -257,3 +269,8 @@ def import_lancedb() -> Any:
     except ImportError:
         raise UserError("search needs LanceDB: pip install 'openimp[search]'") from None
     return lancedb
+
+
+def _spread(count: int, total: int) -> np.ndarray:
+    """At most `count` evenly spaced numbers below `total`."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
