@@ -76,7 +76,7 @@ TIMM_STRONG_LR = 1e-3
 LIGHTLY_LR = 3.5e-4
 OPEN_CLIP_LR = 1e-3
 CNN_LR = 2e-3  # of `speech --tune --minutes 1 --seeds 1`, in which the three highest candidates were equal
-PILOT_STEPS = 40
+PILOT_STEPS = 100
 """Steps that tell the CPU time per step."""
 
 
