@@ -1,4 +1,4 @@
-"""One sparse Transformer encoder for image, video, audio and text, trained by alternating gradient descent."""
+"""One Transformer encoder for image, video, audio and text, trained by alternating gradient descent."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

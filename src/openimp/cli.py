@@ -17,14 +17,11 @@ from openimp.common.errors import UserError, printable
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's YAML file, or the name of a bundled recipe.")]
-RunArgument = Annotated[
-    Path,
-    typer.Argument(
-        help="A run, a checkpoint, a folder with a model, openimp:base, hub:OWNER/NAME, or open_clip:NAME/TAG."
-    ),
-]
+MODEL = "a run, a checkpoint, a folder with a model, openimp:base, hub:OWNER/NAME, or open_clip:NAME/TAG."
+RunArgument = Annotated[Path, typer.Argument(help=f"A model: {MODEL}")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a key of the recipe: KEY=VALUE, such as train.steps=100.")
+    list[str] | None,
+    typer.Option("--set", help="Change a key of the recipe: KEY=VALUE, such as train.steps=100. Can be repeated."),
 ]
 RunOption = Annotated[
     Path | None,
@@ -49,7 +46,7 @@ def openimp(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and commit.")
     ] = False,
 ) -> None:
-    """One sparse Transformer encoder for image, video, audio and text, trained by alternating gradient descent."""
+    """One Transformer encoder for image, video, audio and text, trained by alternating gradient descent."""
 
 
 @app.command()
@@ -76,7 +73,7 @@ def init(
         ),
     ] = None,
 ) -> None:
-    """Write a recipe that trains on your data to standard output: openimp init photos > mine.yaml."""
+    """Inspect your data and print a recipe that trains on it: openimp init photos > mine.yaml."""
     from openimp.commands import run_init
 
     run_init(paths, text, label, tower or [])
@@ -87,7 +84,7 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="A recipe's YAML file, the name of a bundled recipe, or data, which `init` writes a recipe for."
+            help="A recipe's YAML file, the name of a bundled recipe, or data, for which `init` drafts one."
         ),
     ],
     set_: SetOption = None,
@@ -111,7 +108,13 @@ def eval(
     run: RunArgument,
     sets: Annotated[list[str] | None, typer.Argument(help="Evaluation sets of the recipe.", show_default="all")] = None,
     recipe: Annotated[str | None, typer.Option(help="Take sources and evaluation sets from this recipe.")] = None,
-    set_: SetOption = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Change a source or an evaluation set: KEY=VALUE, such as sources.photos.limit=100. Can be repeated.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Append the results to this file, as JSON lines.")] = None,
     allow_sources: AllowSourcesOption = False,
     mteb: Annotated[
@@ -154,7 +157,7 @@ def embed(
         str | None, typer.Option(help="With --join: the name of the new column.", show_default="embedding")
     ] = None,
 ) -> None:
-    """Embed files, and write paths and embeddings to a Parquet file; or embed rows, and write them with embeddings."""
+    """Embed files or, with --join, the rows of a source, and write the embeddings to a Parquet file."""
     from openimp.commands import run_embed
     from openimp.inference.join import embed_rows
 
@@ -171,7 +174,7 @@ def embed(
 
 @app.command()
 def index(
-    model: Annotated[str, typer.Argument(help="A run, a folder with a model, or a model on the Hugging Face Hub.")],
+    model: Annotated[str, typer.Argument(help=f"A model: {MODEL}")],
     paths: Annotated[
         list[Path] | None,
         typer.Argument(help="Files and folders.", show_default="the media in the sources of the run's recipe"),
@@ -196,7 +199,7 @@ def _with_query_options(command: Callable[..., None]) -> Callable[..., None]:
     ]
     for name in sorted(point.name for point in entry_points(group="openimp.modalities")):
         option = typer.Option(
-            f"--{name}", help=f"A file of modality {name} to search with; if that is a modality of texts, a text."
+            f"--{name}", help="A file to search with or, if the modality reads texts, a text. Can be repeated."
         )
         kind = Annotated[list[str] | None, option]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
@@ -215,7 +218,7 @@ def _with_query_options(command: Callable[..., None]) -> Callable[..., None]:
 @_with_query_options
 def search(
     index: Annotated[
-        Path, typer.Argument(help="An index that openimp index wrote; or a run or openimp:base whose data it indexed.")
+        Path, typer.Argument(help="An index; or a run or openimp:base whose own data `openimp index` has indexed.")
     ],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to search for. Their vectors are added up.")] = None,
     minus: Annotated[
@@ -223,20 +226,20 @@ def search(
     ] = None,
     modality: Annotated[list[str] | None, typer.Option(help="Only results of this modality. Can be repeated.")] = None,
     under: Annotated[
-        Path | None, typer.Option(help="Only results in this folder, or of this source of the recipe.")
+        Path | None, typer.Option(help="Only results in this folder or file, or of this source of the recipe.")
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 10,
     min_score: Annotated[float | None, typer.Option(help="Minimum cosine of a result and the query.")] = None,
     by: Annotated[
         Literal["both", "meaning", "words"],
-        typer.Option(help="Find items by the meaning of texts, by the words of their own texts, or by both."),
+        typer.Option(help="Find items by the meaning of the query, by its words in their texts, or by both."),
     ] = "both",
     since: Annotated[str | None, typer.Option(help="Only results of this day and later, such as 2026-05-31.")] = None,
     until: Annotated[str | None, typer.Option(help="Only results of this day and earlier.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")] = False,
     **queries: list[str] | None,
 ) -> None:
-    """Search an index with texts, files, or both, and print the items that are closest to the sum of their vectors."""
+    """Search an index with texts, files, or both, and print the best items."""
     from openimp.commands import run_search
 
     run_search(
@@ -257,7 +260,7 @@ def search(
 
 @app.command()
 def serve(
-    what: Annotated[Path, typer.Argument(help="An index, or a run. The media of a run's recipe are indexed first.")],
+    what: Annotated[Path, typer.Argument(help="An index; or a run or openimp:base, whose own data are indexed first.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0: any free port.")] = 8000,
     allow_sources: AllowSourcesOption = False,
@@ -296,7 +299,10 @@ def push(
 
 @app.command()
 def export(
-    run: RunArgument,
+    run: Annotated[
+        Path,
+        typer.Argument(help="A model: a run, a checkpoint, a folder with a model, openimp:base, or hub:OWNER/NAME."),
+    ],
     onnx: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write to.")],
 ) -> None:
     """Write one ONNX graph per modality, and graphs.json, which describes their inputs and outputs."""
@@ -321,9 +327,10 @@ def report(
 
 @app.command()
 def info(
-    what: Annotated[str, typer.Argument(help="A run, a folder with a model, or a recipe.")], set_: SetOption = None
+    what: Annotated[str, typer.Argument(help=f"A recipe; or a model: {MODEL}")],
+    set_: SetOption = None,
 ) -> None:
-    """Show parameters and FLOPs of a model or a recipe, and for a run also what it has spent and its results."""
+    """Show parameters and FLOPs of a model or a recipe, and of a run also the FLOPs spent so far and the results."""
     from openimp.commands import run_info
 
     run_info(what, set_ or [])

@@ -1,4 +1,4 @@
-"""Decides which sources `eval` and `report` may read because the recipe in a model's folder names them.
+"""Decides which sources commands such as `eval` may read because the recipe in a model's folder names them.
 
 A recipe names files, and rows of those files end up in results and reports. A model made by somebody else could use
 this to copy private files into a report, so its recipe may only name files in its own folder. A model that this user

@@ -116,8 +116,8 @@ class Index:
             min_score: only items with at least this cosine; none that was found by its words and has no cosine.
             by: "both", "meaning" or "words". A query that has anything but texts is always ranked by meaning. Items
                 with words of a text that is subtracted are not found by words.
-            since, until: only items of this day and later, or this day and earlier, such as "2026-05-31". Rows of
-                tables have dates only if the header of their media has one.
+            since, until: only items of this day and later, or this day and earlier, such as "2026-05-31". Media
+                inside of tables have a date only if their header has one.
 
         Raises:
             UserError: a query cannot be read, no item can be compared with it, neither the model nor an item has a word
