@@ -263,6 +263,15 @@ def test_media_without_a_caption_are_found_by_the_words_of_their_path(word_model
     assert {hit.text for hit in index.search("drum", by="words")} == {"old guitar/red_drum", "red_drum"}
 
 
+def test_the_text_of_media_is_their_path_in_the_outermost_given_folder(word_model, media_folder, tmp_path):
+    dogs = tmp_path / "photos" / "dog"
+    dogs.mkdir(parents=True)
+    shutil.copy(media_folder / "0.png", dogs / "a.png")
+    shutil.copy(media_folder / "1.png", tmp_path / "b.png")
+    index = open_index(build_index(word_model, [dogs, dogs.parent, tmp_path / "b.png"], tmp_path / "x.index").folder)
+    assert {hit.text for hit in index.sample(2)} == {"dog/a", "b"}
+
+
 def test_items_are_found_by_the_words_of_their_texts(captioned):
     guitars = {"A red guitar.", "Two green Guitars and a drum", "the noise of a guitar"}
     hits = captioned.search("a guitar", by="words")

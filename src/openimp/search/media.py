@@ -1,7 +1,7 @@
 """The media that are indexed: files, and the rows of the sources that a recipe names."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -50,7 +50,7 @@ def media_of_files(
     A text file beside a medium, such as `a.txt` beside `a.jpg`, is its caption, and not an item. The text of a medium
     without a caption is its path in the given folder, without the extension: `dog/on the beach`.
     """
-    folders = [os.path.abspath(path) for path in given]
+    folders = {os.path.abspath(path) for path in given}
     roots = cache(lambda: [Path(os.path.realpath(path)) for path in given])  # Slow; needed only if there are links.
     files = [(os.path.abspath(path), name) for name, paths in files_by_modality.items() for path in paths]
     texts = [(path, name) for path, name in files if modalities[name].reads_text]
@@ -131,9 +131,10 @@ def _checked(path: str, roots: Roots | None) -> Path:
     return Path(path)
 
 
-def _name(path: str, folders: list[str]) -> str:
-    """The path of a file in one of the folders, without the extension."""
-    folder = next((folder for folder in folders if path.startswith(folder + os.sep)), os.path.dirname(path))
+def _name(path: str, folders: Set[str]) -> str:
+    """The path of a file in the outermost of the folders that it is in, or else its name, without the extension."""
+    parents = [str(parent) for parent in Path(path).parents]
+    folder = next((parent for parent in reversed(parents) if parent in folders), parents[0])
     return os.path.splitext(os.path.relpath(path, folder))[0]
 
 
