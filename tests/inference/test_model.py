@@ -329,6 +329,19 @@ def test_import_is_quick_and_imports_no_torch():
     assert min(spent) < 0.1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"moe": None, "attention_init": "mimetic"}], ids=["sparse", "mimetic"])
+def test_loading_imports_neither_the_compiler_nor_distributed_checkpoints(tiny_recipe, model_of, tmp_path, options):
+    recipe = tiny_recipe(options)
+    model_of(recipe).save(tmp_path / "model")
+    code = (
+        "import sys, openimp; openimp.load(sys.argv[1], 'cpu')\n"
+        "print(sys.modules.keys() & {'torch._dynamo', 'torch._inductor', 'torch.distributed.checkpoint'})"
+    )
+    run = [sys.executable, "-c", code, str(tmp_path / "model")]
+    assert subprocess.run(run, check=True, capture_output=True, text=True).stdout == "set()\n"
+
+
 def test_unknown_public_names_are_refused(model):
     assert openimp.IMP.__module__ == "openimp.model.imp"
     assert openimp.Recipe.__module__ == "openimp.recipe.schema"

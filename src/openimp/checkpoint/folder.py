@@ -17,13 +17,12 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.lift import lift_6, lift_7, lift_recipe
@@ -34,6 +33,7 @@ from openimp.common.safe_files import read_text, sha256
 from openimp.common.schema import checked
 from openimp.model.build import architecture_of, build_model
 from openimp.model.embedder import Embedder
+from openimp.model.open_clip import SkipInit
 from openimp.parallel.distributed import rank, run_on_all_ranks, world_size
 from openimp.recipe.file import override, parse_mapping, to_yaml
 from openimp.recipe.model_config import ModelConfig
@@ -48,19 +48,6 @@ MANIFEST = "manifest.json"
 BEST = "best"
 MODELS = ("IMP", "OpenCLIP")
 """The classes of models that `build_model` builds."""
-
-
-class _NoInit(TorchFunctionMode):
-    """Skips the in-place functions that initialize weights. On the meta device, torch would import its compiler for
-    them, which takes as long as all of openimp."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func.__name__.endswith("_") and not func.__name__.endswith("__"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 class SavedRecipe(NamedTuple):
@@ -128,10 +115,8 @@ def load_model(folder: Path) -> tuple[Embedder, SavedModel]:
     saved = describe_model(folder)
     # A model of open_clip computes the values of buffers, which the meta device cannot.
     on_meta_device = architecture_of(saved.config.model).initializes
-    with ExitStack() as stack:
-        if on_meta_device:
-            stack.enter_context(torch.device("meta"))
-            stack.enter_context(_NoInit())
+    # On the meta device, torch would import its compiler to initialize weights, which takes as long as all of openimp.
+    with torch.device("meta") if on_meta_device else nullcontext(), SkipInit():
         model = build_model(saved.config, saved.modalities)
     load_weights(model, folder, assign=True)
     return model.eval(), saved
