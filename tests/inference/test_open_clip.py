@@ -236,7 +236,9 @@ def test_sentence_transformers_takes_a_name(clip):
         ("open_clip:local-dir:nowhere", "no such folder"),
     ],
 )
-def test_wrong_names_are_explained(name, message):
+def test_wrong_names_are_explained(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ViT-B-32" / "openai").mkdir(parents=True)  # A folder does not hide a model that the library knows.
     with pytest.raises(UserError, match=message):
         openimp.load(name)
 

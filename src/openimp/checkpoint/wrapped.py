@@ -102,11 +102,11 @@ def _find(name: str) -> Public:
 
 def _find_by_tag(library: Any, name: str) -> Public:
     identifier = Name.parse(name).rest
-    if Path(identifier).is_dir():
-        raise UserError(f"{name}: a model in a folder is named {OPEN_CLIP}:{LOCAL}{identifier}")
     model, _, tag = identifier.rpartition("/") if "/" in identifier else (identifier, "", "")
     architecture = library.get_model_config(model)
     weights_config = library.get_pretrained_cfg(model, tag)
+    if architecture is None and Path(identifier).is_dir():
+        raise UserError(f"{name}: a model in a folder is named {OPEN_CLIP}:{LOCAL}{identifier}")
     if architecture is None:
         raise UserError(f"{name}: open_clip has no model {model!r}{nearest(model, library.list_models())}")
     if not weights_config:
