@@ -63,17 +63,26 @@ def _cache() -> Path:
     return Path(os.environ.get("OPENIMP_CACHE") or default)
 
 
+@contextmanager
+def _full_as_cache_error() -> Iterator[None]:
+    """Raises one of `FULL` as a CacheError. Otherwise a caller would report that the data cannot be read."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error  # `datasets` wraps what a user can fix.
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            raise CacheError(os.strerror(cause.errno)) from None
+        raise
+
+
+@_full_as_cache_error()
 def cached(kind: str, key: str, read: Callable[[Path], T], write: Callable[[Path], None]) -> T:
     """What `read` returns for the folder of an entry. If there is none, `write` fills an empty folder first.
 
     If `read` raises one of `READ_ERRORS`, the entry is damaged or out of date, and is made again. If the disk of
     the cache is full or read-only, that is a CacheError.
     """
-    with _cache_is_named():
-        return _cached(cache_folder(kind) / key, read, write)
-
-
-def _cached(entry: Path, read: Callable[[Path], T], write: Callable[[Path], None]) -> T:
+    entry = cache_folder(kind) / key
     with _locked(entry):
         if entry.exists():
             os.utime(entry)  # Before it is read, so that no other process removes it meanwhile.
@@ -85,18 +94,6 @@ def _cached(entry: Path, read: Callable[[Path], T], write: Callable[[Path], None
         with replacing_folder(entry) as draft:
             write(draft)
         return read(entry)
-
-
-@contextmanager
-def _cache_is_named() -> Iterator[None]:
-    """Converts `FULL` to a CacheError. Otherwise a caller would report that the data cannot be read."""
-    try:
-        yield
-    except Exception as error:
-        cause = error.__cause__ or error  # `datasets` wraps what a user can fix.
-        if isinstance(cause, OSError) and cause.errno in FULL:
-            raise CacheError(os.strerror(cause.errno)) from None
-        raise
 
 
 def _locked(entry: Path, timeout: float = -1) -> FileLock:

@@ -44,7 +44,7 @@ def read_manifests(name: str, path: str, files: list[str]) -> tuple[Any, list[in
         return _read_all(name, path, files)
     try:
         cache_folder("manifests")
-    except (OSError, UserError):  # It belongs to another user, or cannot be made.
+    except UserError:  # It belongs to another user, or cannot be made.
         return _read_all(name, path, files)
     state = stable_hash([CACHE_VERSION, *map(file_state, files)])
     try:
