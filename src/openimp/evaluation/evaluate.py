@@ -56,15 +56,7 @@ def evaluate(
         UserError: there is no evaluation set of such a name.
         NotMeasured: a set cannot be measured. The others are measured before.
     """
-    evaluator = Evaluator(
-        model,
-        recipe,
-        modalities,
-        classes or {},
-        progress=progress,
-        watch=watch,
-        tables={} if tables is None else tables,
-    )
+    evaluator = Evaluator(model, recipe, modalities, classes or {}, progress=progress, watch=watch, tables=tables or {})
     names = list(recipe.evaluation.sets if sets is None else sets)
     check_names(names, recipe.evaluation.sets)
     reasons = []
