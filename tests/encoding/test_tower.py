@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from messages import refuses
+from processes import run, torchrun
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
@@ -27,6 +28,7 @@ from typer.testing import CliRunner
 import openimp
 from openimp.checkpoint.folder import checkpoints, read_weights
 from openimp.cli import app
+from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
 from openimp.drafting.draft import draft_recipe
 from openimp.encoding.frozen import open_encoder
@@ -179,6 +181,20 @@ def test_an_encoder_above_a_tower_trains_resumes_and_searches(data, clip, tmp_pa
     card = model_card(openimp.load(run, "cpu"), last, "me/model", None)
     assert f"reads vision with the frozen encoder open_clip:local-dir:{Path(name).name}, which is not part" in card
     assert "reads text with" not in card
+
+
+@pytest.mark.slow
+def test_two_ranks_train_with_a_tower_as_one_does(data, clip, tmp_path):
+    name, _ = clip
+    recipe = recipe_of(data, name, parallel={"shard_degree": 1})
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    run(*torchrun(2, "train", tmp_path / "recipe.yaml"), folder=tmp_path, check=True)
+    train(recipe, tmp_path / "one")
+    one, two = (
+        [line["tasks"]["pictures"] for line in read_lines(folder / "metrics.jsonl")][-1]
+        for folder in (tmp_path / "one", tmp_path / "runs" / "bound")
+    )
+    assert two == pytest.approx(one, rel=1e-2)
 
 
 def test_a_model_of_openimp_is_a_tower_for_sounds(data, tmp_path):

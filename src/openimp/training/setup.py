@@ -132,6 +132,8 @@ def set_up(
         changed = changed_sources(checkpoint, fingerprints, allow_changed_data)
         if saved_classes != data.classes:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
+    # Opens the towers, whose sizes the model needs, outside of `DeferredInit`, which would record their initialization.
+    distributed.run_first_on_node(lambda: [modality.stem_spec() for modality in modalities.values()])
     deferred = DeferredInit(recipe.seed)
     build = partial(variant.build_model, recipe, modalities, data.classes)
     # The weights of a wrapped model are loaded later, and making it computes buffers, which the meta device cannot.
