@@ -1,5 +1,6 @@
 """Folders of tensors in safetensors files: shards that several ranks wrote, and files that were damaged or made up."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,19 @@ def test_a_single_process_writes_a_plain_safetensors_file(tmp_path):
     for found in (load_file(file), read(tmp_path / "some")):
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_file_that_cannot_be_written_has_the_number_of_the_systems_error(tmp_path):
+    """By which callers know that a disk is full. Here the system limits the size of files."""
+    resource = pytest.importorskip("resource", reason="Windows does not limit files")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*some\.safetensors") as error:
+            save(tmp_path / "some", stage(WHOLE, {}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.errno == errno.EFBIG
 
 
 def test_equal_tensors_are_saved_as_equal_files(tmp_path):

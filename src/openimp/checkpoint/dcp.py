@@ -7,7 +7,9 @@ either kind through DCP.
 DCP takes half a second to import, so the functions that need it import it.
 """
 
+import errno
 import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,7 +70,8 @@ def _save_file(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
     try:
         save_file(dict(tensors), file, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(str(error)) from None
+        number = re.search(r"os error (\d+)", str(error))  # Callers must know whether the disk is full.
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(file)) from None
     file.chmod(mode)
     return file
 

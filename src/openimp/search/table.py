@@ -76,7 +76,8 @@ class Items:
             if exists:
                 self.table = database.open_table(ITEMS)
             elif size is not None:
-                self.table = database.create_table(ITEMS, schema=schema(size))
+                with _write_errors():
+                    self.table = database.create_table(ITEMS, schema=schema(size))
             if size is None and not (exists and self.table.count_rows()):
                 raise UserError(f"{folder}: holds no items yet; run openimp index again")
         except (ValueError, RuntimeError, OSError) as error:
