@@ -324,6 +324,12 @@ def draft_arms(photos: str, photos_test: str, digits: str, folder: Path) -> list
     return arms
 
 
+def _percent(top1: list[float]) -> str:
+    """The mean over the seeds, and its standard deviation if there are several."""
+    spread = f" ± {100 * statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
+    return f"{100 * statistics.mean(top1):.1f}{spread}"
+
+
 def report(measured: dict[str, Measured], args: argparse.Namespace) -> str:
     """The results as a page."""
     lines = [
@@ -335,16 +341,16 @@ def report(measured: dict[str, Measured], args: argparse.Namespace) -> str:
         "| --- | ---: | ---: | ---: |",
     ]
     for name, arm in measured.items():
-        spread = f" ± {100 * statistics.stdev(arm.top1):.1f}" if len(arm.top1) > 1 else ""
         minutes = statistics.mean(arm.seconds) / 60
-        lines.append(f"| {name} | {100 * statistics.mean(arm.top1):.1f}{spread} | {arm.steps:,} | {minutes:.1f} |")
-    held_out: dict[str, list[float]] = {}
+        lines.append(f"| {name} | {_percent(arm.top1)} | {arm.steps:,} | {minutes:.1f} |")
+    held_out: dict[str, list[list[float]]] = {}
     for name, arm in measured.items():
         method, _, test = name.partition("; ")
         if test.startswith("without "):
-            held_out.setdefault(method, []).append(100 * statistics.mean(arm.top1))
-    for method, accuracies in held_out.items():
-        lines.append(f"| {method}; mean over the held-out speakers | {statistics.mean(accuracies):.1f} | | |")
+            held_out.setdefault(method, []).append(arm.top1)
+    for method, top1_of_speakers in held_out.items():
+        means = [statistics.mean(top1) for top1 in zip(*top1_of_speakers)]  # over the speakers, per seed
+        lines.append(f"| {method}; mean over the held-out speakers | {_percent(means)} | | |")
     seeds = "one seed" if args.seeds == 1 else f"mean and standard deviation over {args.seeds} seeds"
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "timm", "open_clip_torch"))
     lines += [
