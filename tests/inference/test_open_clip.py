@@ -314,7 +314,7 @@ def test_a_wrapped_model_cannot_be_exported(clip, tmp_path):
         ({}, {"model": {"wrap": "open_clip:x/y", "width": 128}},
          "width is for openimp's own encoder; remove it, or remove wrap"),
         ({"views": [{"image": {"size": 64}}]}, {},
-         "key 'size' was removed: a wrapped model prepares pictures as its library does"),
+         "there is no key 'size' here: a wrapped model prepares pictures as its library does"),
         ({}, {"train": {"init": "timm:vit_base_patch16_siglip_224"}},
          r"train\.init: a model of timm is for openimp's own encoder"),
         ({}, {"model": {"wrap": "timm:x"}}, "expected open_clip:NAME/TAG or"),

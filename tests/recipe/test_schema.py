@@ -58,8 +58,8 @@ REFUSED = {
     "model.moe={experts:8, layers:2}": "model.moe: unknown key 'experts:8': YAML needs a space after the colon, as in "
     "experts: 8",
     "tasks.named.views.0={weight:2}": "tasks.named.views[0]: unknown key 'weight:2': YAML needs a space",
-    "modalities.vision.extent=[64, 512, 512]": "modalities.vision: key 'extent' was removed: positions are relative; "
-    "for other positions see 'absolute'",
+    "modalities.vision.extent=[64, 512, 512]": "modalities.vision: there is no key 'extent' here: positions are "
+    "relative; for other positions see 'absolute'",
     "evaluation.sets.colours.texts={red: scarlet}": "evaluation.sets.colours: key 'texts' is now called 'classes'",
     "zzz=1": "unknown key 'zzz'; known: alternation, evaluation, memory, modalities, model, name, optimizer, parallel, "
     "seed, sources, tasks, train",

@@ -309,7 +309,7 @@ def test_a_stopped_study_resumes(done, little_data, tmp_path):
         ({"arms": {"a": {}, "../b": {}}}, "arms.*: '../b' cannot name a folder"),
         ({"arms": {"x y": {}, "x_y": {}}}, "arms 'x y' and 'x_y' would share files: only spaces, _ - or commas differ"),
         ({"arms": {"a": {}, "b": {"tasks": ["named", "named"]}}}, "arms.b.tasks: 'named' is given twice"),
-        ({"arms": {"a": {}, "b": {"init": "a"}}}, "arms.b: key 'init' was removed: .*; set train.init in `set`"),
+        ({"arms": {"a": {}, "b": {"init": "a"}}}, "arms.b: there is no key 'init' here: .*; set train.init in `set`"),
         (
             {"flops": 1e300},
             "arm 'together': its FLOPs allow .*e.2.. steps, but a run has at most 100,000,000",

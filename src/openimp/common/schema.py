@@ -45,7 +45,7 @@ def unknown_key(key: str, known: Iterable[str], renamed: Mapping[str, str] = {})
     known = list(known)
     if key in renamed:
         new = renamed[key]
-        return f"key {key!r} is now called {new!r}" if new in known else f"key {key!r} was removed: {new}"
+        return f"key {key!r} is now called {new!r}" if new in known else f"there is no key {key!r} here: {new}"
     name, colon, value = key.partition(":")
     if colon and name in known:
         return f"unknown key {key!r}: YAML needs a space after the colon, as in {name}: {value or 'VALUE'}"
