@@ -217,9 +217,7 @@ def _with_query_options(command: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @_with_query_options
 def search(
-    index: Annotated[
-        Path, typer.Argument(help="An index; or a run or openimp:base whose own data `openimp index` has indexed.")
-    ],
+    index: Annotated[Path, typer.Argument(help="An index, or a run (or openimp:base) after `openimp index RUN`.")],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to search for. Their vectors are added up.")] = None,
     minus: Annotated[
         list[str] | None, typer.Option(help="Subtract the vector of a text from the query. Can be repeated.")
@@ -260,7 +258,7 @@ def search(
 
 @app.command()
 def serve(
-    what: Annotated[Path, typer.Argument(help="An index; or a run or openimp:base, whose own data are indexed first.")],
+    what: Annotated[Path, typer.Argument(help="An index, or a run (or openimp:base), whose data are indexed first.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0: any free port.")] = 8000,
     allow_sources: AllowSourcesOption = False,

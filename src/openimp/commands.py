@@ -199,9 +199,9 @@ def run_search(
     width = max((len(hit.modality) for hit in hits), default=0)
     for hit in hits:
         time = "" if hit.start is None or hit.end is None else f"  {clock(hit.start)} to {clock(hit.end)}"
-        # The path shows it already.
-        is_name = hit.text is not None and os.path.splitext(hit.path)[0].endswith(hit.text)
-        text = f"  {' '.join(hit.text.split())[:MAX_TEXT]}" if hit.text and not is_name else ""
+        # The text of a file without a caption is a part of its path.
+        is_in_path = hit.text is not None and os.path.splitext(hit.path)[0].endswith(hit.text)
+        text = f"  {' '.join(hit.text.split())[:MAX_TEXT]}" if hit.text and not is_in_path else ""
         score = " " * 6 if hit.score is None else f"{hit.score:6.3f}"
         console.print(f"{score}  {hit.modality:{width}}  {escaped(hit.path)}{time}{text}", soft_wrap=True)
     if hits:

@@ -33,7 +33,7 @@ from openimp.common.safe_files import read_text, sha256
 from openimp.common.schema import checked
 from openimp.model.build import architecture_of, build_model
 from openimp.model.embedder import Embedder
-from openimp.model.open_clip import SkipInit
+from openimp.model.init import SkipInit
 from openimp.parallel.distributed import rank, run_on_all_ranks, world_size
 from openimp.recipe.file import override, parse_mapping, to_yaml
 from openimp.recipe.model_config import ModelConfig
@@ -115,7 +115,7 @@ def load_model(folder: Path) -> tuple[Embedder, SavedModel]:
     saved = describe_model(folder)
     # A model of open_clip computes the values of buffers, which the meta device cannot.
     on_meta_device = architecture_of(saved.config.model).initializes
-    # On the meta device, torch would import its compiler to initialize weights, which takes as long as all of openimp.
+    # Without SkipInit, torch would import its compiler to initialize weights on the meta device, half a second of work.
     with torch.device("meta") if on_meta_device else nullcontext(), SkipInit():
         model = build_model(saved.config, saved.modalities)
     load_weights(model, folder, assign=True)

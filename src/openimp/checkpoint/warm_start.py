@@ -25,8 +25,8 @@ from openimp.recipe.schema import Recipe
 SAME = ("width", "layers", "heads", "mlp_dim", "qk_norm", "bias", "gelu", "embed_dim", "moe.experts", "moe.layers")
 """Keys of `model` that must be the same in both models: they determine the shape or the meaning of a tensor."""
 
-SHOWN = 10
-"""Most options that an error lists, because a model with other modalities differs in dozens."""
+MAX_LISTED = 10
+"""Maximum number of options that an error lists. Models with different modalities differ in dozens."""
 
 
 class Weights(Protocol):
@@ -161,9 +161,9 @@ def _open_saved(init: str, key: str, recipe: Recipe, modalities: Modalities) -> 
         equal_stems = loaded_stems
     differing = differences(_identity(saved_config, equal_stems), _identity(recipe, equal_stems))
     if differing:
-        more = f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+        more = f", and {len(differing) - MAX_LISTED} more" if len(differing) > MAX_LISTED else ""
         advice = f"copy model and modalities from {folder / RECIPE}"
-        raise UserError(f"{folder}: {_listed(differing[:SHOWN])}{more}; {advice}")
+        raise UserError(f"{folder}: {_listed(differing[:MAX_LISTED])}{more}; {advice}")
     load_learned((modality for modality in modalities.values() if modality.stem in loaded_stems), learned)
     weights = SavedWeights(folder, str(folder) if Name.parse(init).scheme is None else init)
     return WarmStart(weights, key, saved_config.classes, loaded_stems)

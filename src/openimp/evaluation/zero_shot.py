@@ -21,8 +21,8 @@ from openimp.recipe.evaluation import ZeroShot
 def class_names(labels: list[Any], options: ZeroShot, error_prefix: str) -> list[str]:
     """The names of classes, which fill the prompts.
 
-    A class without a name, two classes with the same name, or a prompt without a place for it is a UserError, which
-    begins with `error_prefix`.
+    A class without a name, two classes with the same name, or a prompt without a place for the name is a UserError,
+    which begins with `error_prefix`.
     """
     label_of: dict[str, Any] = {}
     for label in labels:

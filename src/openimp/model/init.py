@@ -1,10 +1,23 @@
 """Initial weights: as in the authors' release of arXiv 2305.06324, or mimetic ones for attention."""
 
+from typing import Any
+
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
 TRUNCATED_STD = 0.87962566103423978
 """Standard deviation of a standard normal distribution truncated at -2 and 2."""
+
+
+class SkipInit(TorchFunctionMode):
+    """Leaves weights uninitialized, because they are loaded. The system commits no memory until it is written to."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__
+        target = args[0] if args else kwargs.get("tensor")
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        return target if in_place and isinstance(target, nn.Parameter) else func(*args, **kwargs)
 
 
 def lecun_normal_(weight: Tensor, fan_in: int) -> None:

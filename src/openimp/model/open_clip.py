@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Tokens
@@ -27,7 +26,7 @@ from openimp.modalities.open_clip import (
 )
 from openimp.model.embedder import Embedder, Encoded
 from openimp.model.heads import MAX_LOG_LOGIT_SCALE, LogitScale
-from openimp.model.init import linear
+from openimp.model.init import SkipInit, linear
 from openimp.recipe.model_config import ModelConfig
 
 BLOCKS = ("resblocks", "blocks", "layer", "layers", "block")
@@ -220,17 +219,6 @@ class OpenCLIP(Embedder):
             if isinstance(module, _BatchNorm):
                 module.eval()
         return self
-
-
-class SkipInit(TorchFunctionMode):
-    """Leaves weights uninitialized, because they are loaded. The system commits no memory until it is written to."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.__name__
-        target = args[0] if args else kwargs.get("tensor")
-        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        return target if in_place and isinstance(target, nn.Parameter) else func(*args, **kwargs)
 
 
 def build(files: Mapping[str, str]) -> nn.Module:

@@ -459,7 +459,7 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
     """Opens an index for search, and loads the model that built it.
 
     Args:
-        path: the folder of the index; or a run or `openimp:base`, whose own data `openimp index` has indexed.
+        path: the folder of the index, or a run (or `openimp:base`) after `openimp index RUN`.
         device: where queries are encoded; see `openimp.load`.
         allow_sources: whether `Index.read` may read any source that the recipe names if the model was not trained here.
 

@@ -61,7 +61,7 @@ def media_of_files(
             continue
         caption = caption_of.get(os.path.splitext(path)[0])
         if caption is None:
-            yield _file(path, name, roots, partial(_name, path, folders))
+            yield _file(path, name, roots, partial(_path_as_text, path, folders))
         else:
             used_captions.add(caption)
             yield _file(path, name, roots, partial(_caption, caption, roots), file_state(caption))
@@ -131,7 +131,7 @@ def _checked(path: str, roots: Roots | None) -> Path:
     return Path(path)
 
 
-def _name(path: str, folders: Set[str]) -> str:
+def _path_as_text(path: str, folders: Set[str]) -> str:
     """The path of a file in the outermost of the folders that it is in, or else its name, without the extension."""
     parents = [str(parent) for parent in Path(path).parents]
     folder = next((parent for parent in reversed(parents) if parent in folders), parents[0])

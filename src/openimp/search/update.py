@@ -46,8 +46,8 @@ class Update:
         self.gone = {path for path in self.stored if self._is_gone(path)}
         self.moved: set[str] = set()  # the paths in `gone` whose content now has another path
         self.skipped = read_skipped(folder)
-        # By `IndexedFile.content`, the path of a file whose vectors are in the table. A file with unreadable parts is
-        # left out and read again, so that its problem is reported under each of its names.
+        # The path of an indexed file with the same content, by `IndexedFile.content`. A file with unreadable parts is
+        # left out and read again, so that its problem is reported under each of the file's names.
         self.path_of = {
             (stored.sha256, stored.modality): path for path, stored in self.stored.items() if path not in self.skipped
         }
