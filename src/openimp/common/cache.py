@@ -65,7 +65,7 @@ def _cache() -> Path:
 
 @contextmanager
 def _full_as_cache_error() -> Iterator[None]:
-    """Raises one of `FULL` as a CacheError. Otherwise a caller would report that the data cannot be read."""
+    """Converts errors of `FULL` to a CacheError, so that no caller reports data that cannot be read."""
     try:
         yield
     except Exception as error:

@@ -132,14 +132,14 @@ def set_up(
         changed = changed_sources(checkpoint, fingerprints, allow_changed_data)
         if saved_classes != data.classes:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
-    # Opens the towers, whose sizes the model needs, outside of `DeferredInit`, which would record their initialization.
+    # The model needs the sizes of the towers. Inside `DeferredInit`, the towers' initialization would be recorded.
     distributed.run_first_on_node(lambda: [modality.stem_spec() for modality in modalities.values()])
     deferred = DeferredInit(recipe.seed)
     build = partial(variant.build_model, recipe, modalities, data.classes)
     # The weights of a wrapped model are loaded later, and making it computes buffers, which the meta device cannot.
     model = deferred.build(build, at_once=not architecture_of(recipe.model).initializes).train()
     freeze(model, recipe.optimizer)
-    # With a model that is not sharded yet, and before towers and teachers embed, which may take hours.
+    # Before the model is sharded, and before towers and teachers embed the data, which may take hours.
     evaluated_tables = distributed.run_first_on_node(lambda: check_sets(model, recipe, modalities, data.classes))
     teacher_states = _embed(recipe, data, checkpoint)
 
