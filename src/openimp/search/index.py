@@ -36,6 +36,24 @@ RANK_CONSTANT = 60
 """Of reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): the larger, the less the first ranks count."""
 
 
+class Wanted(NamedTuple):
+    """What a search looks for."""
+
+    encoded: Sequence[EncodedQuery]
+    words: Words | None  # to look for in the texts of items
+    by_meaning: bool  # whether items are ranked by their cosine, too
+    filters: Sequence[str]  # in SQL, all of which an item must pass
+    k: int  # maximum number of results
+    under: str | Path | None  # see `Index.search`
+
+
+class Ranked(NamedTuple):
+    """A result, and the sum of its reciprocal ranks."""
+
+    hit: Hit
+    sum: float
+
+
 class Index:
     """An open index. Its methods may be called from any thread; calls that encode a query take turns.
 
@@ -130,44 +148,27 @@ class Index:
         filters = self._filters(parts, under, since, until)
         encoded = self._encode_all(parts)
         words = self._words(encoded, by)
+        model_knows_a_word = any(part.vectors for part in encoded)
         unknown_texts = [part.text for part in encoded if not part.vectors]
         if words is None and unknown_texts:
             raise UserError(f"{unknown_texts[0]!r} has no word that the model knows")
-        ranks_by_meaning = by != "words" or words is None  # There are no words if the query has anything but texts.
-        ranked_by_group: list[list[Ranked]] = []
-        is_found = False
-        for names in self.groups(modalities or self.counts):
-            vector = unit_vector(encoded, self._space(names[0], self._metadata.towards[names[0]]))
-            if vector is None and words is None:
-                continue
-            group_filters = list(filters)
-            if len(names) < len(self.counts):  # Without a filter, LanceDB does not have to scan a column.
-                group_filters.append(any_of("modality", names))
-            where = " AND ".join(group_filters) or None
-            rankings = []
-            if vector is not None and ranks_by_meaning:
-                read = partial(self._nearest, vector, where)
-                rankings.append(distinct(read, k, k if words is None else RANKED, under))
-            if words is not None:
-                # Two rankings, so that an item with all words comes before one that is only near.
-                for all_words in (False, True):
-                    read = partial(self._with_words, words, all_words, vector, where)
-                    rankings.append(distinct(read, k, RANKED, under))
-            ranked = merged(rankings, under)
-            is_found |= bool(ranked)
-            if min_score is not None:
-                ranked = [item for item in ranked if item.hit.score is not None and item.hit.score >= min_score]
-            ranked_by_group.append(ranked)
+        # There are no words if the query has anything but texts.
+        wanted = Wanted(encoded, words, by != "words" or words is None, filters, k, under)
+        rankings = [self._ranked(wanted, names) for names in self.groups(modalities or self.counts)]
+        ranked_by_group = [ranking for ranking in rankings if ranking is not None]
         if not ranked_by_group:
             kinds = ", ".join(dict.fromkeys(part.modality for part in encoded))
             items = ", ".join(modalities or self.counts)
             raise UserError(f"{kinds} and the items ({items}) share no space, so they cannot be compared")
-        if words is not None and by == "both" and not is_found and not any(part.vectors for part in encoded):
+        if words is not None and by == "both" and not any(ranked_by_group) and not model_knows_a_word:
             raise UserError(f"{words.wanted!r} has no word that the model knows, and no item has its words")
         # By meaning alone, items of equal rank have equal sums. Then the group with the highest cosine is first.
         ranked_by_group.sort(key=lambda ranked: -max((item.hit.score or 0 for item in ranked), default=0))
         best_first = sorted(chain.from_iterable(ranked_by_group), key=lambda item: -item.sum)
-        return [item.hit for item in best_first[:k]]
+        hits = [item.hit for item in best_first]
+        if min_score is not None:
+            hits = [hit for hit in hits if hit.score is not None and hit.score >= min_score]
+        return hits[:k]
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
         """The modalities in groups that are ranked together: their cosines with a query can be compared.
@@ -353,6 +354,27 @@ class Index:
             filters.append(between(first_day, last_day))
         return filters
 
+    def _ranked(self, wanted: Wanted, names: Sequence[str]) -> list[Ranked] | None:
+        """The items of one group of modalities (see `groups`), the best first. None: nothing in it can be compared."""
+        words = wanted.words
+        vector = unit_vector(wanted.encoded, self._space(names[0], self._metadata.towards[names[0]]))
+        if vector is None and words is None:
+            return None
+        filters = list(wanted.filters)
+        if len(names) < len(self.counts):  # Without a filter, LanceDB does not have to scan a column.
+            filters.append(any_of("modality", names))
+        where = " AND ".join(filters) or None
+        rankings = []
+        if vector is not None and wanted.by_meaning:
+            read = partial(self._nearest, vector, where)
+            rankings.append(distinct(read, wanted.k, wanted.k if words is None else RANKED, wanted.under))
+        if words is not None:
+            # Two rankings, so that an item with all words comes before one that is only near.
+            for all_words in (False, True):
+                read = partial(self._with_words, words, all_words, vector, where)
+                rankings.append(distinct(read, wanted.k, RANKED, wanted.under))
+        return merged(rankings, wanted.under)
+
     def _nearest(self, vector: np.ndarray, where: str | None, count: int) -> list[Hit]:
         """The `count` items that are closest to a vector (Z,)."""
         hits = []
@@ -401,13 +423,6 @@ def unit_vector(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray | Non
     if length < 1e-3:
         raise UserError("the queries cancel each other out")
     return total / length
-
-
-class Ranked(NamedTuple):
-    """A result, and the sum of its reciprocal ranks."""
-
-    hit: Hit
-    sum: float
 
 
 def distinct(read: Callable[[int], list[Hit]], k: int, count: int, under: str | Path | None) -> list[Hit]:
