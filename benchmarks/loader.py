@@ -28,10 +28,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from openimp.data import step_batches
+from openimp.data import examples
 from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
 from openimp.data.streams import Stream
+from openimp.data.task_data import TaskData
 from openimp.encoding.tower import make_teachers
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
@@ -56,24 +57,24 @@ def timed(function: Callable[..., Any], part: str, spent: Counter[str]) -> Calla
 
 def measure(recipe: Recipe, batches: int) -> dict[tuple[str, int], Counter[str]]:
     """The mean nanoseconds per batch of each (task, view), in total ("all") and by part, after one warm-up batch."""
-    data = StepBatches(recipe, recipe.make_modalities())
-    data.fit()
-    data.embed(None, make_teachers(recipe))
+    batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
+    batches.data.fit()
+    batches.data.embed(None, make_teachers(recipe))
     spent: Counter[str] = Counter()
-    for modality in data.modalities.values():
+    for modality in batches.data.modalities.values():
         for method, part in PARTS.items():
             part = "text" if modality.reads_text else part
             setattr(modality, method, timed(getattr(modality, method), part, spent))
-    step_batches.fill = timed(step_batches.fill, "text", spent)
+    examples.fill = timed(examples.fill, "text", spent)
     steps: dict[tuple[str, int], list[int]] = {}
-    for step in range(len(data)):
-        steps.setdefault((data.schedule[step].task, data.schedule[step].view), []).append(step)
+    for step in range(len(batches)):
+        steps.setdefault((batches.schedule[step].task, batches.schedule[step].view), []).append(step)
     found = {}
     for key, (first, *others) in sorted(steps.items()):
-        data[first]
+        batches[first]
         spent.clear()
         for step in others[:batches]:
-            timed(data.__getitem__, "all", spent)(step)
+            timed(batches.__getitem__, "all", spent)(step)
         found[key] = Counter({part: ns // max(1, len(others[:batches])) for part, ns in spent.items()})
     return found
 

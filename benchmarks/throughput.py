@@ -44,7 +44,7 @@ from openimp.common.device import autocast, keep_freed_memory, product_speed
 from openimp.common.progress import console
 from openimp.common.versions import openimp_version, processor
 from openimp.data.batch import Batch, head_key
-from openimp.data.step_batches import LoadedBatch
+from openimp.data.loaded_batch import LoadedBatch
 from openimp.model.imp import IMP
 from openimp.objectives.losses import task_losses
 from openimp.recipe.schema import Recipe
@@ -146,8 +146,8 @@ def demo_steps(smoke: bool, folder: Path) -> tuple[DemoStep, DemoStep]:
     changes = [*others, "train.num_workers=0", "train.precision=bf16"]
     with console.capture():
         trainer = Trainer(set_up(Recipe.load("demo", [*changes, *(small if smoke else [])]), folder))
-    step = next(i for i, visit in enumerate(trainer.data.schedule) if visit.view == 1)
-    loaded = trainer.data[step]
+    step = next(i for i, visit in enumerate(trainer.batches.schedule) if visit.view == 1)
+    loaded = trainer.batches[step]
     return DemoStep(trainer, loaded, 1), DemoStep(trainer, loaded, 2)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from openimp.data.step_batches import LoadedBatch
+from openimp.data.loaded_batch import LoadedBatch
 
 
 def assert_same(ours: list[LoadedBatch], theirs: list[LoadedBatch]) -> None:

@@ -20,6 +20,7 @@ from openimp import cli
 from openimp.common.json_lines import read_lines
 from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
+from openimp.data.task_data import TaskData
 from openimp.inference.onnx import export
 from openimp.recipe.file import RecipeLoader
 from openimp.recipe.registry import modality_class, objective_class
@@ -118,10 +119,10 @@ def test_the_examples_of_the_data_page_are_read(tmp_path, monkeypatch):
         )
         given = yaml.load(text, RecipeLoader).keys()
         if "tasks" in given and not any(recipe.sources[task.source].hub for task in recipe.tasks.values()):
-            data = StepBatches(recipe, recipe.make_modalities())
-            data.fit()
-            for step in range(len(data)):
-                loaded = data[step]
+            batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
+            batches.data.fit()
+            for step in range(len(batches)):
+                loaded = batches[step]
                 assert not loaded.bad
                 read.add(recipe.tasks[loaded.visit.task].source)
         elif "sources" in given and "tasks" not in given:
@@ -204,14 +205,14 @@ def test_a_modality_from_another_package_is_as_the_page_says(outside, tmp_path, 
     recipe = Recipe.build(yaml.load(text, RecipeLoader), tmp_path)
     recipe.train.num_workers, recipe.train.steps = 0, 2
     modalities = recipe.make_modalities()
-    data = StepBatches(recipe, modalities)
-    data.fit()
+    batches = StepBatches(TaskData(recipe, modalities))
+    batches.data.fit()
     task = next(iter(recipe.tasks.values()))
     name = next(name for name in task.inputs if name != "text")
     modality, view = modalities[name], task.views[0][name]
     spec = modality.stem_spec()
 
-    batch = data[0].batch.tokens[name]
+    batch = batches[0].batch.tokens[name]
     assert batch.values.shape == (task.batch_size, modality.length(view), spec.values)
     clips = modality.encode_input(np.random.default_rng(0).normal(size=(900, 3)), view)
     whole = modality.tokens(clips, view, None)

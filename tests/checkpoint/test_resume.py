@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_a_new_one(run, little_
     """It has the higher number, and would pass for the newest when older ones are removed."""
     flip(weights_of(checkpoints(run)[-1]))
     training = Trainer(set_up(recipe_of(little_data, "train.keep_last=1"), run, resume=True))
-    training.make_step(next(iter(load_batches(training.data, training.step))))
+    training.make_step(next(iter(load_batches(training.batches, training.step))))
     training.save()
     training.checkpointing.wait()
     assert names(run) == ["step-00000009"]

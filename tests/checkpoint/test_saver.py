@@ -42,7 +42,7 @@ def training_of(folder: Path, run: Path, *changes: str, resume: bool = False) ->
 def save_after(training: Trainer, steps: int, wait: bool = True) -> None:
     """Makes some more steps, and saves a checkpoint."""
     for step in range(training.step, training.step + steps):
-        training.make_step(training.data[step])
+        training.make_step(training.batches[step])
     training.save()
     if wait:
         training.checkpointing.wait()
@@ -103,12 +103,12 @@ def test_training_continues_while_a_checkpoint_is_written(little_data, tmp_path,
     run = tmp_path / "run"
     training = training_of(little_data, run)
     for step in range(3):
-        training.make_step(training.data[step])
+        training.make_step(training.batches[step])
     before = tensors_of(training)
     training.save()
     buffers = {kind: {**tensors} for kind, tensors in training.checkpointing.saver._buffers.items()}
     for step in range(3, 6):
-        training.make_step(training.data[step])
+        training.make_step(training.batches[step])
     training.settle()
     assert training.step == 6
     assert not checkpoints(run)
@@ -133,7 +133,7 @@ def test_a_failure_is_raised_by_the_next_save(little_data, tmp_path, disk):
     run = tmp_path / "run"
     training = training_of(little_data, run)
     save_after(training, 1, wait=False)
-    training.make_step(training.data[1])
+    training.make_step(training.batches[1])
     disk.full = True
     disk.set()
     told = r"step-00000001: could not be saved: .*No space left on device.*; older checkpoints are un"
@@ -339,7 +339,7 @@ def harmed(harm: str, folder: Path, run: Path) -> None:
     training = training_of(folder, run)
     save_after(training, 2)
     for step in (2, 3):
-        training.make_step(training.data[step])
+        training.make_step(training.batches[step])
     if distributed.rank() == 1:
         if harm == "fill":
             resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))

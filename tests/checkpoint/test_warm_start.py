@@ -63,7 +63,7 @@ def test_the_encoder_starts_from_the_checkpoint_and_the_new_head_learns(little_r
         "classifiers.pictures:label",
     }  # fmt: skip
     losses = []
-    for loaded_batch in load_batches(training.data, 0):
+    for loaded_batch in load_batches(training.batches, 0):
         losses.append(float(training.make_step(loaded_batch).parts["image:label"]))
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
     assert not torch.equal(training.model.state_dict()["encoder.norm.weight"], before["encoder.norm.weight"])
@@ -115,7 +115,7 @@ def test_a_modality_that_is_new_starts_anew(own_data, tmp_path, capsys, by_stem)
     assert ("encoder.blocks.*.mlp.groups.audio.router.weight_ED" in line) == by_stem
     before = dcp.read(checkpoints(tmp_path / "seeing")[-1] / "ema")
     assert torch.equal(training.model.state_dict()["stems.vision.embed.weight"], before["stems.vision.embed.weight"])
-    for loaded in load_batches(training.data, 0, 6):
+    for loaded in load_batches(training.batches, 0, 6):
         assert training.make_step(loaded).total.isfinite()
 
 

@@ -19,9 +19,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from openimp.common.errors import UserError
 from openimp.data.files import BLOCK
+from openimp.data.loaded_batch import LoadedBatch
 from openimp.data.loader import load_batches
-from openimp.data.step_batches import LoadedBatch, StepBatches
+from openimp.data.step_batches import StepBatches
 from openimp.data.streams import lane_count
+from openimp.data.task_data import TaskData
 from openimp.recipe.schema import Recipe
 
 ROWS = 4
@@ -80,7 +82,8 @@ def recipe_of(path: str, batch_size: int = 16, steps: int = 8, workers: int = 0,
 
 
 def opened(recipe: Recipe, ranks: int) -> list[StepBatches]:
-    return [StepBatches(recipe, recipe.make_modalities(), rank=rank, world_size=ranks) for rank in range(ranks)]
+    datas = [TaskData(recipe, recipe.make_modalities(), world_size=ranks) for _ in range(ranks)]
+    return [StepBatches(data, rank, ranks) for rank, data in enumerate(datas)]
 
 
 def read(data: list[StepBatches], first: int = 0, stop: int | None = None) -> list[LoadedBatch]:
@@ -192,7 +195,7 @@ def test_a_stream_resumes_with_other_ranks_and_workers(eight):
     for stop, ranks, workers in ((1, 2, 0), (4, 1, 3), (5, 4, 0), (9, 8, 0), (12, 2, 2)):
         data = opened(recipe_of(**options, workers=workers), ranks)
         for of_rank in data if cursors else []:
-            of_rank.load_cursors(json.loads(json.dumps(cursors)))
+            of_rank.data.load_cursors(json.loads(json.dumps(cursors)))
         loaded = read(data, done, stop)
         assert_same(loaded, alone[done:stop])
         cursors = {"one": loaded[-1].cursors}
@@ -203,10 +206,10 @@ def test_a_stream_resumes_with_other_ranks_and_workers(eight):
 def test_resuming_reads_nothing_that_came_before(tmp_path, reads):
     recipe = recipe_of(f"counted://{write_shards(tmp_path / 'data', 'tar', 4, big=True)}", batch_size=4, window=4)
     alone = read(opened(recipe, 1))
-    (data,) = opened(recipe, 1)
-    data.load_cursors({"one": alone[1].cursors})
+    (batches,) = opened(recipe, 1)
+    batches.data.load_cursors({"one": alone[1].cursors})
     reads.forget()
-    assert_same([*load_batches(data, 2, 3)], alone[2:3])
+    assert_same([*load_batches(batches, 2, 3)], alone[2:3])
     size = (tmp_path / "data/00.tar").stat().st_size
     assert all(start > size // 8 for _, start, _ in reads)
 

@@ -19,11 +19,13 @@ from batches import assert_same
 from messages import refuses
 
 from openimp.common.errors import UserError
+from openimp.data.loaded_batch import LoadedBatch
 from openimp.data.loader import _init_worker, load_batches
 from openimp.data.order import example_rng, rows_at, seed_key
 from openimp.data.sources import open_source
-from openimp.data.step_batches import CORPUS_ROWS, LoadedBatch, StepBatches, _sample
+from openimp.data.step_batches import StepBatches
 from openimp.data.tables import item_id
+from openimp.data.task_data import CORPUS_ROWS, TaskData, _sample
 from openimp.data.templates import fill
 from openimp.planning.ledger import costs
 from openimp.recipe.schema import Recipe
@@ -36,9 +38,9 @@ either = pytest.mark.parametrize("workers", [0, pytest.param(3, marks=pytest.mar
 
 def opened(folder: Path, *changes: str) -> StepBatches:
     recipe = Recipe.load(folder / "recipe.yaml", changes)
-    data = StepBatches(recipe, recipe.make_modalities())
-    data.fit()
-    return data
+    batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
+    batches.data.fit()
+    return batches
 
 
 def loaded(folder: Path, *changes: str, first: int = 0) -> list[LoadedBatch]:
@@ -63,21 +65,21 @@ def test_batches_are_bitwise_equal_with_any_number_of_workers(little_data):
 
 def test_an_example_is_what_it_would_be_alone(little_data):
     """Read by itself, one modality after the other with one generator, though a batch goes through them in turn."""
-    data = opened(little_data, "tasks.named.inputs.text={column: [label, 'a {label}'], draw: 3}", NO_EVALUATION)
+    batches = opened(little_data, "tasks.named.inputs.text={column: [label, 'a {label}'], draw: 3}", NO_EVALUATION)
     for step in range(4):
-        visit, batch = (item := data[step]).visit, item.batch
-        task = data.recipe.tasks[visit.task]
-        view, source = task.views[visit.view], data.sources[visit.task]
-        key = seed_key(data.recipe.seed, visit.task, "augment")
+        visit, batch = (item := batches[step]).visit, item.batch
+        task = batches.data.recipe.tasks[visit.task]
+        view, source = task.views[visit.view], batches.data.sources[visit.task]
+        key = seed_key(batches.data.recipe.seed, visit.task, "augment")
         for i, example in enumerate(source.rows(item.rows)):
             rng, arrays = example_rng(key, visit.start + i), {}
             for name, spec in task.inputs.items():
-                modality, arrays[name] = data.modalities[name], []
+                modality, arrays[name] = batches.data.modalities[name], []
                 for _ in range(spec.draw):
                     raw = fill(spec.columns, example, rng) if name == "text" else source.media(example[spec.column])
                     arrays[name].append(modality.transform(modality.decode(raw, [view[name]], rng), view[name], rng))
             for name, spec in task.inputs.items():
-                alone = data.modalities[name].tokens(np.stack(arrays[name]), view[name], [rng] * spec.draw)
+                alone = batches.data.modalities[name].tokens(np.stack(arrays[name]), view[name], [rng] * spec.draw)
                 mine = batch.tokens[name].values[i * spec.draw : (i + 1) * spec.draw]
                 torch.testing.assert_close(mine, alone.values, rtol=1e-5, atol=1e-5)
                 assert torch.equal(batch.tokens[name].coords[i * spec.draw : (i + 1) * spec.draw], alone.coords)
@@ -100,15 +102,15 @@ def test_in_a_view_with_sync_clip_and_sound_start_at_the_same_moment(tmp_path, s
             "tasks": {"one": {**task, "objectives": [{"type": "contrastive"}]}},
         }
     )
-    data = StepBatches(recipe, recipe.make_modalities())
+    batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
     view = recipe.tasks["one"].views[0]
-    first_pixels = data[0].batch.tokens["video"].values[:, 0, 0]
+    first_pixels = batches[0].batch.tokens["video"].values[:, 0, 0]
     apart = []
     for position in range(8):
         rng = example_rng(seed_key(recipe.seed, "one", "augment"), position, sync)
         parts = {}
         for name, file in (("video", tmp_path / "v.webp"), ("audio", tmp_path / "a.wav")):
-            modality = data.modalities[name]
+            modality = batches.data.modalities[name]
             parts[name] = modality.transform(modality.decode(file, [view[name]], rng), view[name], rng)
         frame = int(parts["video"][0, 0, 0, 0]) // 2
         assert first_pixels[position] == 2 * frame
@@ -132,19 +134,19 @@ def test_each_epoch_of_a_task_has_every_row_once(little_data):
 
 @pytest.mark.slow
 def test_batches_have_the_shapes_that_the_ledger_counts(little_data):
-    data = opened(little_data, "tasks.named.inputs.text={column: label, draw: 3}", "train.steps=30")
-    counted = costs(data.recipe, data.modalities, data.classes)
+    batches = opened(little_data, "tasks.named.inputs.text={column: label, draw: 3}", "train.steps=30")
+    counted = costs(batches.data.recipe, batches.data.modalities, batches.data.classes)
     seen = set()
-    for item in load_batches(data, 0):
+    for item in load_batches(batches, 0):
         cost = counted[item.visit.task, item.visit.view]
         tokens = item.batch.tokens
         assert cost.examples == len(item.rows) == item.visit.batch_size
         assert cost.tokens == sum(batch.coords.shape[0] * batch.coords.shape[1] for batch in tokens.values())
         for name, batch in tokens.items():
-            stem = data.modalities[name].stem_spec()
+            stem = batches.data.modalities[name].stem_spec()
             assert batch.coords.shape[2] == len(stem.axes)
-            assert (batch.mask is not None) == data.modalities[name].masked
-            assert batch.values.shape[2:] == (() if stem.table else (data.modalities[name].values(),))
+            assert (batch.mask is not None) == batches.data.modalities[name].masked
+            assert batch.values.shape[2:] == (() if stem.table else (batches.data.modalities[name].values(),))
         seen.add((item.visit.task, item.visit.view))
     assert seen == set(counted)
 
@@ -166,15 +168,15 @@ def test_a_bad_file_is_skipped_counted_named_and_replaced(own_data, workers):
     for name, content in bad.items():
         (own_data / "pictures" / name).write_bytes(content)
     each_row_an_item = "tasks.named.objectives.0.positives_by=null"
-    data = opened(own_data, f"train.num_workers={workers}", each_row_an_item, NO_EVALUATION)
-    table = data.sources["named"]
-    steps = list(load_batches(data, 0))
+    batches = opened(own_data, f"train.num_workers={workers}", each_row_an_item, NO_EVALUATION)
+    table = batches.data.sources["named"]
+    steps = list(load_batches(batches, 0))
     for item in steps:
         if item.visit.task == "named":
             assert len(item.batch.tokens["image"].values) == item.visit.batch_size
             # A stand-in is the same item as the neighbour whose place it shares, not a false negative.
             assert item.batch.targets[0]["item"].tolist() == item.rows
-            classes = [data.classes["pictures:label"][label] for label in item.batch.targets[1]["label"]]
+            classes = [batches.data.classes["pictures:label"][label] for label in item.batch.targets[1]["label"]]
             assert classes == [table.row_name(row).split("/")[0] for row in item.rows]
             order = rows_at(0, "named", 24, np.arange(item.visit.start, item.visit.start + 24)).tolist()
             good = [i for i in range(24) if table.row_name(order[i]) not in bad]
@@ -210,12 +212,12 @@ class Failing(StepBatches):
 def test_any_error_of_loading_stops_the_training_as_one_that_the_user_can_mend_does(little_data, workers):
     """So that all complete steps are saved. It is not taken for the end of a worker."""
     recipe = Recipe.load(little_data / "recipe.yaml", [f"train.num_workers={workers}", NO_EVALUATION])
-    data = Failing(recipe, recipe.make_modalities())
-    data.fit()
-    batches = load_batches(data, 0)
-    assert [next(batches).visit.step for _ in range(2)] == [0, 1]
+    batches = Failing(TaskData(recipe, recipe.make_modalities()))
+    batches.data.fit()
+    loading = load_batches(batches, 0)
+    assert [next(loading).visit.step for _ in range(2)] == [0, 1]
     with refuses():
-        next(batches)
+        next(loading)
 
 
 def test_a_stream_must_name_all_its_classes(streamed):
@@ -239,7 +241,7 @@ def test_a_cached_source_gives_the_same_pictures(little_data, tmp_path, monkeypa
 
 def test_a_short_stream_is_read_once_for_its_texts(streamed):
     folder, changes = streamed
-    texts = [text for (text,) in opened(folder, *changes)._corpus("text")]
+    texts = [text for (text,) in opened(folder, *changes).data._corpus("text")]
     assert len([text for text in texts if text.endswith("square")]) == 24
 
 

@@ -30,6 +30,7 @@ from openimp.checkpoint.folder import checkpoints, read_weights
 from openimp.cli import app
 from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
+from openimp.data.task_data import TaskData
 from openimp.drafting.draft import draft_recipe
 from openimp.encoding.frozen import open_encoder
 from openimp.encoding.tower import make_teachers
@@ -105,12 +106,12 @@ class Counted:
 def test_training_reads_the_vectors_of_the_library_which_are_computed_once(data, clip):
     name, folder = clip
     recipe = recipe_of(data, name)
-    batches = StepBatches(recipe, recipe.make_modalities())
+    batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
     bar = Counted()
-    batches.embed(bar, {})
+    batches.data.embed(bar, {})
     assert bar.count == 24 + 8  # pictures, and two texts of each class
     batch = batches[0].batch
-    rows = batches.sources["pictures"].rows(batches[0].rows, ["file", "label"])
+    rows = batches.data.sources["pictures"].rows(batches[0].rows, ["file", "label"])
     files = [data / "pictures" / row["file"] for row in rows]
     images, _ = library_vectors(folder, files, ["red"])
     torch.testing.assert_close(batch.tokens["image"].values[:, 0], images * 24**0.5, atol=4e-3, rtol=1e-3)  # fp16
@@ -118,9 +119,9 @@ def test_training_reads_the_vectors_of_the_library_which_are_computed_once(data,
         _, texts = library_vectors(folder, files[:1], [f"a {row['label']} square", row["label"]])
         assert (texts * 24**0.5 - vector).abs().amax(-1).min() < 4e-3
 
-    again = StepBatches(recipe, recipe.make_modalities())
+    again = StepBatches(TaskData(recipe, recipe.make_modalities()))
     embedded = {file: file.stat().st_mtime_ns for file in Path(os.environ["OPENIMP_CACHE"]).glob("embedded/*/*")}
-    again.embed(None, {})
+    again.data.embed(None, {})
     assert embedded == {
         file: file.stat().st_mtime_ns for file in Path(os.environ["OPENIMP_CACHE"]).glob("embedded/*/*")
     }
@@ -153,9 +154,9 @@ def test_a_model_without_an_encoder_starts_with_the_cosines_of_its_tower(data, c
 def test_crops_are_further_vectors_of_a_picture(data, clip):
     name, _ = clip
     recipe = recipe_of(data, name, modalities={"vision": {"tower": name, "crops": 3}, "text": {"tower": name}})
-    batches = StepBatches(recipe, recipe.make_modalities())
-    batches.embed(None, {})
-    vectors = batches.stores["pictures", "image", "file"][0]
+    batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
+    batches.data.embed(None, {})
+    vectors = batches.data.stores["pictures", "image", "file"][0]
     assert vectors.shape == (3, 24)
     assert len(np.unique(vectors, axis=0)) == 3
 
@@ -256,11 +257,11 @@ def taught_by(data: Path, teacher: str, **train_options: Any) -> Recipe:
 def test_a_public_model_is_a_teacher(data, clip):
     name, folder = clip
     recipe = taught_by(data, name)
-    batches = StepBatches(recipe, recipe.make_modalities())
-    batches.fit()
-    batches.embed(None, make_teachers(recipe))
+    batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
+    batches.data.fit()
+    batches.data.embed(None, make_teachers(recipe))
     batch = batches[0].batch
-    rows = batches.sources["pictures"].rows(batches[0].rows, ["file", "label"])
+    rows = batches.data.sources["pictures"].rows(batches[0].rows, ["file", "label"])
     files = [data / "pictures" / row["file"] for row in rows]
     images, texts = library_vectors(folder, files, [f"a {row['label']} square" for row in rows])
     for targets, vectors in zip(batch.targets, (images, texts)):

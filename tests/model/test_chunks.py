@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.common.modality import Tokens
 from openimp.data.step_batches import StepBatches
+from openimp.data.task_data import TaskData
 from openimp.model.build import build_for_training
 from openimp.model.embedder import Encoded, in_chunks, pass_sizes
 from openimp.objectives.losses import task_losses
@@ -30,14 +31,14 @@ def gradients(folder: Path, *changes: str) -> dict[str, Tensor]:
     """The loss and the gradients of one step of each task, by task and parameter."""
     recipe = Recipe.load(folder / "recipe.yaml", [*COMMON, *changes])
     modalities = recipe.make_modalities()
-    data = StepBatches(recipe, modalities)
-    data.fit()
+    batches = StepBatches(TaskData(recipe, modalities))
+    batches.data.fit()
     torch.manual_seed(0)
-    model = build_for_training(recipe, modalities, data.classes)
+    model = build_for_training(recipe, modalities, batches.data.classes)
     found: dict[str, Tensor] = {}
     for name, task in recipe.tasks.items():
-        step = next(visit.step for visit in data.schedule if visit.task == name)
-        losses = task_losses(model, task, data[step].batch, in_chunks(model.encode_all, recipe.memory.chunk_size))
+        step = next(visit.step for visit in batches.schedule if visit.task == name)
+        losses = task_losses(model, task, batches[step].batch, in_chunks(model.encode_all, recipe.memory.chunk_size))
         losses.total.backward()
         found[f"{name} loss"] = losses.total.detach()
         grads = {weight: parameter.grad for weight, parameter in model.named_parameters()}
@@ -89,7 +90,7 @@ def test_less_memory_for_the_same_batch_and_all_flops_are_counted(little_data, t
     for name, less in (("all", "{}"), ("pieces", "{chunk_size: 16}"), ("again", "{activation_checkpointing: true}")):
         recipe = Recipe.load(little_data / "recipe.yaml", [*COMMON, *large, f"memory={less}"])
         training = Trainer(set_up(recipe, tmp_path / name))
-        loaded = training.data[0]
+        loaded = training.batches[0]
         peaks[name] = peak_bytes(lambda t=training, step=loaded: t.forward(step).total.backward())
         # Of the other kinds of attention the counter does not know the CPU's.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -34,7 +34,7 @@ from openimp.checkpoint.folder import optimizer_state
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
-from openimp.data.step_batches import StepBatches
+from openimp.data.task_data import TaskData
 from openimp.modalities.image import Image
 from openimp.modalities.text import Text
 from openimp.parallel import distributed
@@ -186,7 +186,7 @@ def test_the_planned_peak_is_near_that_of_four_ranks(four_ranks):
     for name, measured in facts(four_ranks)["memory"].items():
         recipe = Recipe.load("mixture", [*MEASURED, *PLANNED[name]])
         modalities = recipe.make_modalities()
-        classes = StepBatches(recipe, modalities).classes
+        classes = TaskData(recipe, modalities).classes
         found = next(plans(recipe, modalities, classes, gpus=4, gpu="h100", utilization=0.4))
         planned = max(step.memory.temporary for (task, _), step in found.step_needs.items() if task == "stills")
         assert planned == pytest.approx(measured, rel=0.15), name
@@ -394,7 +394,7 @@ def write_vectors(pictures: Path, file: Path) -> None:
 def gradients_of(trainer: Trainer) -> dict[str, Tensor]:
     """Losses and unsharded gradients of a step of each task; with Muon also its matrices after one update per task."""
     found = {f"named {name} initial": full_tensor(x).clone() for name, x in trainer.model.state_dict().items()}
-    batches = [*load_batches(trainer.data, 0, 2)]
+    batches = [*load_batches(trainer.batches, 0, 2)]
     for loaded in batches:
         task = loaded.visit.task
         losses = trainer.forward(loaded)
@@ -445,7 +445,7 @@ def evaluations(folder: Path, out: Path) -> dict[str, Any]:
         assert trainer.updater.ema
         for average in trainer.updater.ema.weights.values():
             local_shard(average).mul_(1.5)
-        loaded = next(iter(load_batches(trainer.data, 0, 1)))
+        loaded = next(iter(load_batches(trainer.batches, 0, 1)))
         before = state_of(trainer, loaded)
         with counted_calls(Image, "decode", decoded):
             trainer.evaluate()
@@ -511,7 +511,7 @@ def prepared(folder: Path, out: Path) -> list[Any]:
     fitted: list[Any] = []
     with counted_calls(Image, "decode", decoded), counted_calls(Text, "fit", fitted):
         trainer = Trainer(set_up(recipe(folder, "sources.pictures.cache=memory"), out / "cached"))
-    next(iter(load_batches(trainer.data, 0, 1)))
+    next(iter(load_batches(trainer.batches, 0, 1)))
     saved = out / "run replicas, Muon" / "checkpoints" / "step-00000002"
     warm = Trainer(set_up(recipe(folder, f"train.init={saved}"), out / "warm"))
     weights = dcp.read(saved / "model")

@@ -106,7 +106,7 @@ def losses_by_hand(folder: Path, out: Path) -> list[float]:
     step = Step(trainer.model)
     found = []
     kept = {weight for module in trainer.model.fp32_modules() for weight in module.parameters()}
-    for loaded in load_batches(trainer.data, 0):
+    for loaded in load_batches(trainer.batches, 0):
         weights = {name: w if w in kept else w.bfloat16() for name, w in step.named_parameters()}
         losses = functional_call(step, weights, (trainer.recipe.tasks[loaded.visit.task], loaded.batch))
         losses.total.backward()
@@ -117,7 +117,7 @@ def losses_by_hand(folder: Path, out: Path) -> list[float]:
 
 def losses_of(trainer: Trainer) -> list[float]:
     """The loss of each step, averaged over the ranks."""
-    batches = load_batches(trainer.data, 0)
+    batches = load_batches(trainer.batches, 0)
     return [float(distributed.all_reduce_mean(trainer.make_step(loaded).total.detach())) for loaded in batches]
 
 
@@ -148,7 +148,7 @@ def types_of(trainer: Trainer) -> dict[str, Any]:
         if own := dict(module.named_parameters(recurse=False)):
             module.register_forward_pre_hook(lambda module, _, name=name, own=own: gathered.update(
                 {f"{name}.{key}": str(getattr(module, key).dtype) for key in own}))  # fmt: skip
-    loaded = next(iter(load_batches(trainer.data, 0)))
+    loaded = next(iter(load_batches(trainer.batches, 0)))
     with torch.no_grad():
         note("features", *(each.features for each in trainer.encode_all(loaded.batch.tokens).values()))
     reshard(model)

@@ -86,7 +86,7 @@ def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path):
     training = Trainer(set_up(recipe, tmp_path / "run"))
     computed = dict.fromkeys(recipe.tasks, 0)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        for loaded in load_batches(training.data, 0):
+        for loaded in load_batches(training.batches, 0):
             with FlopCounterMode(display=False) as counter:
                 training.make_step(loaded)
             computed[loaded.visit.task] += counter.get_total_flops()
@@ -94,7 +94,7 @@ def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path):
     training.log.metrics.close()
     line = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
     assert {task: totals["flops"] for task, totals in line["totals"].items()} == computed
-    model_flops = sum(training.log.costs[visit.task, visit.view].model_flops for visit in training.data.schedule)
+    model_flops = sum(training.log.costs[visit.task, visit.view].model_flops for visit in training.batches.schedule)
     assert model_flops < sum(computed.values())
     assert line["mfu"] * line["seconds"] == pytest.approx(model_flops / training.log.metrics.peak)
     assert "hfu" not in line
@@ -115,7 +115,7 @@ def test_repeated_passes_count_in_hfu_and_not_in_mfu(little_data, tmp_path, memo
         ):
             training.train()
         counted.append(counter.get_total_flops())
-        forward = sum(training.log.costs[visit.task, visit.view].forward_flops for visit in training.data.schedule)
+        forward = sum(training.log.costs[visit.task, visit.view].forward_flops for visit in training.batches.schedule)
         lines += read_lines(tmp_path / name / "metrics.jsonl")
         for kind in lines[-1].keys() & {"mfu", "hfu"}:
             lines[-1][kind] *= lines[-1]["seconds"] * training.log.metrics.peak

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from openimp.commands import run_plan
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
-from openimp.data.step_batches import StepBatches
+from openimp.data.task_data import TaskData
 from openimp.model.build import build_for_training
 from openimp.model.embedder import in_chunks
 from openimp.objectives.losses import task_losses
@@ -90,7 +90,7 @@ def test_flops_are_those_that_the_run_records(little_data, little_run):
 def test_the_planned_peak_is_near_the_measured_one(tmp_path):
     """On this CPU, in the precision that it trains in."""
     recipe = Recipe.load("mixture", LARGEST_TASK)
-    classes = StepBatches(recipe, recipe.make_modalities()).classes
+    classes = TaskData(recipe, recipe.make_modalities()).classes
     planned = [
         step_memory(recipe, recipe.make_modalities(), classes, "stills", view, precision="auto", on_gpu=False)
         for view in range(len(recipe.tasks["stills"].views))
@@ -105,7 +105,7 @@ def test_the_planned_peak_of_an_update_with_muon_is_near_the_measured_one(tmp_pa
     """Muon's iterations need most for square matrices. With few examples, the peak is in the update."""
     model = [f"model.{change}" for change in ("moe=null", "width=256", "mlp_dim=256", "layers=6")]
     recipe = Recipe.load("mixture", [*LARGEST_TASK, *model, "tasks.stills.batch_size=8"])
-    found = plan_of(recipe, classes=StepBatches(recipe, recipe.make_modalities()).classes)
+    found = plan_of(recipe, classes=TaskData(recipe, recipe.make_modalities()).classes)
     planned = max(step.memory.temporary for (task, _), step in found.step_needs.items() if task == "stills")
     assert planned == pytest.approx(peak_memory(Trainer(set_up(recipe, tmp_path / "run"))), rel=0.1)
 
@@ -116,7 +116,7 @@ def test_what_stays_between_steps_is_counted_to_the_byte(little_data, tmp_path):
     changes += ["model.bias=true", "modalities.vision={patch: [2, 8, 8], positions: grid, tables: [2, 4, 4]}"]
     training = Trainer(set_up(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / "run"))
     for step in range(2):
-        training.make_step(training.data[step])
+        training.make_step(training.batches[step])
     training.log.metrics.close()
     states = [state for optimizer in training.updater.optimizers for state in optimizer.state.values()]
     moments = [tensor for state in states for key, tensor in state.items() if key != "step"]

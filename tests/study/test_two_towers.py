@@ -14,6 +14,7 @@ from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
+from openimp.data.task_data import TaskData
 from openimp.modalities.media import patchify
 from openimp.model.heads import MAX_LOG_LOGIT_SCALE
 from openimp.recipe.schema import Recipe
@@ -102,7 +103,7 @@ def test_the_towers_learn_and_are_evaluated_on_every_set(trained):
 
 def test_the_counted_cost_equals_a_real_step(tmp_path):
     training = trainer(recipe_of("image"), tmp_path)
-    loaded = training.data[0]
+    loaded = training.batches[0]
     # The counter does not count the CPU's fused attention, but the two matrix products of the math backend.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         training.make_step(loaded)
@@ -149,8 +150,8 @@ def test_the_towers_get_the_examples_of_imp_unpatched(seen, tmp_path):
     recipe = Recipe.build(data)
     training = trainer(recipe, tmp_path)
     modality = recipe.make_modalities()[seen]
-    loaded = training.data[3]
-    unpatched = StepBatches(recipe, {**training.modalities, seen: modality})[3]
+    loaded = training.batches[3]
+    unpatched = StepBatches(TaskData(recipe, {**training.modalities, seen: modality}))[3]
     assert unpatched.rows == loaded.rows
     batch = loaded.batch
     theirs = unpatched.batch
@@ -164,7 +165,7 @@ def test_the_towers_get_the_examples_of_imp_unpatched(seen, tmp_path):
 def test_a_clip_is_the_mean_of_its_frames_and_a_sound_is_a_gray_image(tmp_path):
     for seen in ("video", "audio"):
         training = trainer(recipe_of(seen), tmp_path / seen)
-        model, tokens = training.model.eval(), training.data[0].batch.tokens[seen]
+        model, tokens = training.model.eval(), training.batches[0].batch.tokens[seen]
         frames, height, width, channels = model.shape
         values = tokens.values.view(-1, frames, height, width, channels)
         values = values.float() / 127.5 - 1 if seen == "video" else values
@@ -198,7 +199,7 @@ def test_a_run_resumes(tmp_path):
     recipe = recipe_of("image")
     training = trainer(recipe, tmp_path)
     for step in range(3):
-        training.make_step(training.data[step])
+        training.make_step(training.batches[step])
     training.save()
     training.checkpointing.wait()
     resumed = trainer(recipe, tmp_path, resume=True)

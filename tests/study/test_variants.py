@@ -25,7 +25,7 @@ def recipe_of(folder, *changes: str) -> Recipe:
 def test_a_summed_round_applies_the_gradient_of_the_summed_losses(little_data, tmp_path):
     summed = Trainer(set_up(recipe_of(little_data, *ROUNDS), tmp_path / "a", variant=SUMMED))
     alone = Trainer(set_up(recipe_of(little_data, *ROUNDS), tmp_path / "b"))
-    batches = [alone.data[step] for step in (0, 1)]
+    batches = [alone.batches[step] for step in (0, 1)]
     assert {loaded.visit.task for loaded in batches} == {"named", "heard"}
     sum(alone.forward(loaded).total for loaded in batches).backward()
     expected = {name: p.grad for name, p in alone.model.named_parameters() if p.grad is not None}
@@ -51,7 +51,7 @@ def test_a_summed_round_applies_the_gradient_of_the_summed_losses(little_data, t
 def test_half_a_round_is_never_saved(little_data, tmp_path):
     training = Trainer(set_up(recipe_of(little_data, *ROUNDS, "evaluation.best=tones"), tmp_path / "a", variant=SUMMED))
     for step in range(3):
-        training.make_step(training.data[step])
+        training.make_step(training.batches[step])
         training.save()
     training.evaluate()
     training.checkpointing.wait()
@@ -69,7 +69,7 @@ def test_a_round_of_which_one_loss_is_not_finite_is_neither_applied_nor_saved(li
     recipe = recipe_of(little_data, *ROUNDS)
     training = Trainer(set_up(recipe, tmp_path / "a", variant=replace(SUMMED, losses=losses)))
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
-    batches = [training.data[step] for step in (0, 1)]
+    batches = [training.batches[step] for step in (0, 1)]
     first_task = recipe.tasks[batches[0].visit.task]
     for loaded in batches:
         training.make_step(loaded)
@@ -97,13 +97,13 @@ def test_cosines_compare_the_tasks_gradients_and_do_not_change_the_training(litt
     assert set(lines[0]["cosine"]) == {"named|named", "named|heard", "heard|heard"}
 
     training = Trainer(set_up(recipe, tmp_path / "again", variant=CONFLICT))
-    steps = {name: [v.step for v in training.data.schedule if v.task == name][:2] for name in ("named", "heard")}
+    steps = {name: [v.step for v in training.batches.schedule if v.task == name][:2] for name in ("named", "heard")}
     vectors = {}
     for name, step in {"named": steps["named"][0], "heard": steps["heard"][1]}.items():
         training.model.zero_grad()
-        training.forward(training.data[step]).total.backward()
+        training.forward(training.batches[step]).total.backward()
         gradients = torch.autograd.grad(
-            training.forward(training.data[step]).total, list(training.model.encoder.parameters()), allow_unused=True
+            training.forward(training.batches[step]).total, list(training.model.encoder.parameters()), allow_unused=True
         )
         vectors[name] = torch.cat([g.flatten() for g in gradients if g is not None])
     cosine = float(F.cosine_similarity(*vectors.values(), dim=0))

@@ -57,7 +57,7 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, c
         recipe = Recipe.load(little_data / "recipe.yaml", changes)
         training = Trainer(set_up(recipe, tmp_path / compiled))
         losses[compiled] = [
-            float(training.make_step(loaded).total.detach()) for loaded in load_batches(training.data, 0)
+            float(training.make_step(loaded).total.detach()) for loaded in load_batches(training.batches, 0)
         ]
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-4)
     assert "fp32, compiled for 1 signature, into" in capsys.readouterr().out

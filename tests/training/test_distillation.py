@@ -15,6 +15,7 @@ from openimp.common.json_lines import read_lines
 from openimp.common.modality import BadMedia
 from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
+from openimp.data.task_data import TaskData
 from openimp.encoding.tower import make_teachers
 from openimp.inference.join import embed_rows
 from openimp.model.imp import IMP
@@ -121,8 +122,8 @@ def test_a_row_without_a_vector_is_a_bad_example(data, tmp_path):
             "tasks.read.batch_size=24",
         ]
         recipe = Recipe.load(data / "recipe.yaml", changes)
-        batches = StepBatches(recipe, recipe.make_modalities())
-        batches.fit()
+        batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
+        batches.data.fit()
         loaded = batches[0]
         assert {*loaded.rows} == {*range(4, 24)}
         assert torch.allclose(loaded.batch.targets[0]["vector"], torch.full((24, SIZE), SIZE**-0.5))
@@ -185,9 +186,9 @@ def test_a_teacher_gives_the_vectors_that_embed_join_would_write(student, data, 
     taught = ["tasks.read.weight=0", "evaluation={}", "seed=1"]
     taught += [f"tasks.seen.{key}={json.dumps(value)}" for key, value in changes.items()]
     recipe = Recipe.load(data / "recipe.yaml", taught)
-    batches = StepBatches(recipe, recipe.make_modalities())
-    batches.fit()
-    batches.embed(None, make_teachers(recipe))
+    batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
+    batches.data.fit()
+    batches.data.embed(None, make_teachers(recipe))
     loaded = batches[0]
     for targets, modality, column in zip(loaded.batch.targets, inputs, ("file", "a {label} square")):
         out = tmp_path / f"{modality}.parquet"

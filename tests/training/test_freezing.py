@@ -96,7 +96,7 @@ def test_counted_flops_are_those_of_a_step(little_data, tmp_path, scale, memory)
     changes = [*ONE_TASK, f"optimizer.lr_scale={scale}", f"memory={memory}"]
     training = training_of(little_data, tmp_path / "run", *changes)
     with FlopCounterMode(display=False) as counter:
-        training.make_step(next(iter(load_batches(training.data, 0))))
+        training.make_step(next(iter(load_batches(training.batches, 0))))
     cost = training.log.costs["named", 0]
     assert cost.flops == counter.get_total_flops()
     full = training_of(little_data, tmp_path / "full", *ONE_TASK, f"memory={memory}").log.costs["named", 0]
@@ -173,7 +173,7 @@ def test_a_step_of_a_slower_part_is_smaller(little_data, tmp_path):
         changes = [f"optimizer={{muon_lr: 0.01, warmup_steps: 0, weight_decay: 0, lr_scale: {{encoder: {scale}}}}}"]
         training = training_of(little_data, tmp_path / str(scale), *changes)
         before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
-        training.make_step(next(iter(load_batches(training.data, 0))))
+        training.make_step(next(iter(load_batches(training.batches, 0))))
         moved[scale] = {name: x - before[name] for name, x in training.model.state_dict().items()}
     assert sum(bool(change.any()) for change in moved[1].values()) > 20
     for name, change in moved[1].items():

@@ -194,7 +194,7 @@ def test_equal_texts_of_different_items_are_told(little_data, tmp_path, capsys):
     training = Trainer(
         set_up(recipe_of(little_data, *changes, "tasks.named.objectives.0.positives_by=null"), tmp_path / "run")
     )
-    names = [Path(name).parent.name for name in training.data[0].names]
+    names = [Path(name).parent.name for name in training.batches[0].names]
     alike = sum(names.count(name) > 1 for name in names) / len(names)
     training.train()
     message = f"task named: {alike:.0%} of a batch's texts belong to other examples too"
@@ -206,7 +206,7 @@ def test_the_temperatures_are_kept_in_bounds(little_data, tmp_path):
     (temperature,) = (t for pair, t in training.model.temperatures.items() if pair == "text-vision")
     with torch.no_grad():
         temperature.temperature.fill_(0.001)
-    training.make_step(next(iter(load_batches(training.data, 0))))
+    training.make_step(next(iter(load_batches(training.batches, 0))))
     assert temperature.scale.item() == pytest.approx(100)
 
 
@@ -327,7 +327,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(little_data, 
     training = Trainer(set_up(recipe_of(little_data, *changes, "tasks.heard.weight=0"), tmp_path / "run"))
     if breaks:
         breaks(training, monkeypatch)
-    batches = [*load_batches(training.data, 0, 4)]
+    batches = [*load_batches(training.batches, 0, 4)]
     for loaded in batches[: 2 if breaks else 1]:
         training.make_step(loaded)
     training.confirm()
@@ -365,7 +365,7 @@ def test_unused_parameters_keep_their_value_and_optimizer_state(little_data, tmp
                   "temperatures.text-vision"),
         "heard": ("stems.audio", "projections.audio", "projections.text-to-audio", "temperatures.audio-text"),
     }  # fmt: skip
-    for loaded in load_batches(training.data, 0, 6):
+    for loaded in load_batches(training.batches, 0, 6):
         before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
         moments = {name: tensor.clone() for name, tensor in moments_of(training).items()}
         training.make_step(loaded)
@@ -386,7 +386,7 @@ def test_zero_gradients_let_the_state_of_untouched_parameters_decay(little_data,
     """As in the authors' release: AdamW's momentum moves them on, its means decay, and it counts the step."""
     changes = ["alternation.kind=intervals", "optimizer.zero_missing_grads=true"]
     training = Trainer(set_up(recipe_of(little_data, *changes), tmp_path / "run"))
-    first, second = load_batches(training.data, 0, 2)
+    first, second = load_batches(training.batches, 0, 2)
     assert (first.visit.task, second.visit.task) == ("named", "heard")
     training.make_step(first)
     name = "stems.vision.before.weight"
@@ -409,7 +409,7 @@ def test_the_gradient_is_clipped_and_the_weights_are_averaged_as_the_recipe_says
 
     training.updater.optimizers[0].register_step_pre_hook(note)
     average = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
-    for step, loaded in enumerate(load_batches(training.data, 0)):
+    for step, loaded in enumerate(load_batches(training.batches, 0)):
         training.make_step(loaded)
         training.confirm()
         assert training.grad_norm > 0.01

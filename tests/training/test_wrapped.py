@@ -115,7 +115,7 @@ def test_a_run_that_was_killed_resumes_exactly_without_the_public_model(whole, d
     recipe = recipe_of(data, own)
     part = Trainer(set_up(recipe, tmp_path / "run"))
     for step in range(12):  # The run dies after a checkpoint of an earlier step.
-        part.make_step(part.data[step])
+        part.make_step(part.batches[step])
         if step == 6:
             part.settle()
             part.save(wait=True)
@@ -143,7 +143,7 @@ def test_a_run_of_pictures_alone_can_be_continued_with_texts(data, name, tmp_pat
     alone = recipe_of(data, name, f"tasks={{only: {{{task}}}}}", "evaluation={}", steps=1)
     assert train(alone, tmp_path / "alone")
     trainer = Trainer(set_up(recipe_of(data, name, init=str(tmp_path / "alone")), tmp_path / "run"))
-    assert trainer.data[0].batch.tokens["text"].values.shape == (8, 16)
+    assert trainer.batches[0].batch.tokens["text"].values.shape == (8, 16)
 
 
 def test_a_model_of_another_name_cannot_be_the_initial_one(data, name, tmp_path):
@@ -218,7 +218,7 @@ def test_a_tower_without_a_list_of_blocks_has_no_depths(tmp_path):
 def test_the_counted_flops_and_parameters_are_those_of_the_model(data, name, tmp_path):
     trainer = Trainer(set_up(recipe_of(data, name), tmp_path / "run"))
     for step in range(2):
-        loaded = trainer.data[step]
+        loaded = trainer.batches[step]
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             trainer.make_step(loaded)
         assert counter.get_total_flops() == trainer.log.costs[loaded.visit.task, loaded.visit.view].flops
@@ -285,7 +285,7 @@ def test_two_ranks_compute_what_one_computes(data, name, tmp_path):
 def steps_of(trainer: Trainer) -> dict[str, Tensor]:
     """The losses and gradients of a step of each task, and the updates of the hidden matrices by both steps."""
     found, exact = {}, trainer.recipe.train.precision == "fp32"
-    batches = [*load_batches(trainer.data, 0, 2)]
+    batches = [*load_batches(trainer.batches, 0, 2)]
     for loaded in batches:
         losses = trainer.forward(loaded)
         losses.total.backward()

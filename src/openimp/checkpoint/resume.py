@@ -45,7 +45,7 @@ def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
 def changed_sources(folder: Path, sources: Mapping[str, str], allowed: bool) -> list[str]:
     """The names of the sources whose data has changed since a checkpoint was saved.
 
-    `sources` are the present `StepBatches.fingerprints`. Unless changes are `allowed`, they are a UserError.
+    `sources` are the present `TaskData.fingerprints`. Unless changes are `allowed`, they are a UserError.
     """
     saved_fingerprints = read_state(folder)["sources"]
     changed = [name for name, fingerprint in sources.items() if saved_fingerprints.get(name) != fingerprint]

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 
 from openimp.common.errors import UserError
-from openimp.data.step_batches import LoadedBatch, StepBatches
+from openimp.data.loaded_batch import LoadedBatch
+from openimp.data.step_batches import StepBatches
 
 
 class WorkersFailed(UserError):
@@ -34,7 +35,7 @@ def load_batches(batches: StepBatches, start: int, stop: int | None = None) -> I
         UserError: no example of a batch can be read, or a label is not among the classes.
         WorkersFailed: a worker died.
     """
-    train = batches.recipe.train
+    train = batches.data.recipe.train
     workers = train.num_workers
     parts_per_batch = max(1, workers)
     stop = len(batches) if stop is None else stop

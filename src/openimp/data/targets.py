@@ -11,12 +11,18 @@ from openimp.data.streams import Stream
 from openimp.data.tables import Table, Unreadable
 from openimp.model.build import architecture_of
 from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Task
 
 
 def target_sizes(recipe: Recipe, modalities: Modalities, classes: Classes) -> TargetSizes:
     """The sizes on which the shapes of a recipe's targets depend. `classes` has the classes of each head."""
     class_indices = {head: {label: i for i, label in enumerate(labels)} for head, labels in classes.items()}
     return TargetSizes(architecture_of(recipe.model).embed_dim(recipe.model, modalities), class_indices)
+
+
+def target_columns(task: Task) -> set[str]:
+    """The columns that the objectives of a task read."""
+    return {column for objective in task.objectives for column in objective.columns()}
 
 
 def classes_of(source: Table | Stream, column: ClassColumn, error_prefix: str) -> list[Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from openimp.common.errors import UserError, counted, nearest
-from openimp.data.step_batches import StepBatches
+from openimp.data.task_data import TaskData
 from openimp.planning.ledger import mixture
 from openimp.recipe.file import RecipeLoader, flat
 from openimp.recipe.schema import Recipe
@@ -125,6 +125,5 @@ def flops_per_step(recipe: Recipe, variant: Variant | None = None) -> dict[str, 
     recipe = Recipe.build(data)
     variant = variant or Variant()
     modalities = variant.make_modalities(recipe)
-    batches = StepBatches(recipe, modalities)
-    costs = variant.costs(recipe, modalities, batches.classes)
+    costs = variant.costs(recipe, modalities, TaskData(recipe, modalities).classes)
     return {name: row["flops"] for name, row in mixture(recipe, costs).items()}

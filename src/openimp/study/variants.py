@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append, forget_after
-from openimp.data.step_batches import LoadedBatch
+from openimp.data.loaded_batch import LoadedBatch
 from openimp.data.streams import Stream
 from openimp.model.imp import IMP
 from openimp.training.setup import Variant
@@ -45,8 +45,8 @@ def _cosines(trainer: Trainer, step: int) -> dict[str, float]:
     """
     gradients = {}
     for task in trainer.recipe.tasks:
-        steps = (later for later in range(step, len(trainer.data)) if trainer.data.schedule[later].task == task)
-        two_gradients = [_gradient(trainer, trainer.data[task_step]) for task_step in islice(steps, 2)]
+        steps = (later for later in range(step, len(trainer.batches)) if trainer.batches.schedule[later].task == task)
+        two_gradients = [_gradient(trainer, trainer.batches[task_step]) for task_step in islice(steps, 2)]
         if len(two_gradients) == 2:
             gradients[task] = two_gradients
     # Of different batches, so that "a|a" does not compare a gradient with itself.
@@ -86,13 +86,13 @@ def peak_memory(trainer: Trainer) -> int:
     # At lower levels kineto prints its start and end.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     first_steps: dict[tuple[str, int], int] = {}  # of each task and view
-    for step, visit in enumerate(trainer.data.schedule):
+    for step, visit in enumerate(trainer.batches.schedule):
         first_steps.setdefault((visit.task, visit.view), step)
     step_groups = [[step] for step in sorted(first_steps.values())]
     if (round_length := trainer.steps_per_update) > 1:  # Whole rounds, until every view has occurred.
         rounds = -(-(max(first_steps.values()) + 1) // round_length)
-        step_groups = [[*range(min(rounds * round_length, len(trainer.data)))]]
-    batch_groups = [[trainer.data[step] for step in steps] for steps in step_groups]
+        step_groups = [[*range(min(rounds * round_length, len(trainer.batches)))]]
+    batch_groups = [[trainer.batches[step] for step in steps] for steps in step_groups]
     # The first updates create the optimizer state, which must not count.
     for loaded in chain.from_iterable(batch_groups):
         trainer.make_step(loaded)

@@ -9,7 +9,8 @@ import torch
 from openimp.common.device import precision_of
 from openimp.common.errors import counted
 from openimp.common.progress import StepBar, console
-from openimp.data.step_batches import LoadedBatch, StepBatches
+from openimp.data.loaded_batch import LoadedBatch
+from openimp.data.step_batches import StepBatches
 from openimp.model.embedder import Embedder
 from openimp.objectives.losses import Losses
 from openimp.parallel import distributed
@@ -29,16 +30,16 @@ class Log:
     """
 
     def __init__(
-        self, run: Path, data: StepBatches, costs: Costs, device: torch.device, state: Mapping[str, Any]
+        self, run: Path, batches: StepBatches, costs: Costs, device: torch.device, state: Mapping[str, Any]
     ) -> None:
-        train = data.recipe.train
+        self.recipe = batches.data.recipe
+        train = self.recipe.train
         step = state.get("step", 0)
         self.run = run
-        self.data = data
-        self.recipe = data.recipe
+        self.batches = batches
         self.costs = costs
         self.timer = StepTimer()
-        loggers = open_loggers(data.recipe, run, step) if distributed.rank() == 0 else []
+        loggers = open_loggers(self.recipe, run, step) if distributed.rank() == 0 else []
         self.metrics = Metrics(run, step, peak_flops(device, train.precision), state.get("totals"), loggers)
         self.bad_examples = BadExamples(run, step, train.max_bad_fraction, state.get("bad"))
         self._begun_tasks: set[str] = set()
@@ -85,7 +86,7 @@ class Log:
 
         The line shows each task's last step before it, so that no task is left out, whatever the alternation.
         """
-        schedule = self.data.schedule
+        schedule = self.batches.schedule
         later_step = step
         while not self.is_due(later_step + 1):
             later_step += 1
@@ -106,7 +107,7 @@ class Log:
         line = self.metrics.write(steps_done, lr, grad_norm, self.timer.record())
         losses = {task: line["tasks"][task]["loss"] for task in self.recipe.tasks if task in line["tasks"]}
         bar.report(steps_done, losses, speed_text(line))
-        if warning := self.timer.warning(line, self.recipe, self.data.modalities):
+        if warning := self.timer.warning(line, self.recipe, self.batches.data.modalities):
             console.print(warning, soft_wrap=True)
         return line
 

@@ -22,6 +22,7 @@ from openimp.common.protocols import load_learned
 from openimp.data.batch import Batch
 from openimp.data.step_batches import StepBatches
 from openimp.data.streams import Cursor
+from openimp.data.task_data import TaskData
 from openimp.encoding.frozen import release_encoders
 from openimp.encoding.tower import Tower, make_teachers
 from openimp.evaluation.evaluate import check_sets
@@ -77,6 +78,7 @@ class Parts:
     """The parts of a training run on this rank.
 
     Attributes:
+        batches: this rank's part of the batch of each step.
         fingerprints: of each source, by its name.
         teacher_states: what `Tower.state` returns, by `Teacher.column`.
         cursors: where the streams of each task resume, by lane.
@@ -86,7 +88,8 @@ class Parts:
     run: Path
     variant: Variant
     device: torch.device
-    data: StepBatches
+    data: TaskData
+    batches: StepBatches
     fingerprints: dict[str, str]
     teacher_states: dict[str, dict[str, str]]
     model: Embedder
@@ -121,9 +124,9 @@ def set_up(
         saved_classes = saved_config.classes
         load_learned(modalities.values(), learned)
 
-    rank = distributed.rank()
     world_size = distributed.world_size()
-    data = distributed.run_first_on_node(lambda: StepBatches(recipe, modalities, track, rank, world_size))
+    data = distributed.run_first_on_node(lambda: TaskData(recipe, modalities, track, world_size))
+    batches = StepBatches(data, distributed.rank(), world_size)
     fingerprints = distributed.run_on_rank_zero(data.fingerprints)  # Not on all ranks: it reads a part of every file.
     changed = []
     if checkpoint is None:
@@ -152,13 +155,13 @@ def set_up(
         deferred.initialize(model)
     if warm_start is not None:
         console.print(warm_start.load(model, data.classes), soft_wrap=True)
-    updater = Updater(recipe, model, _flops_before(recipe, data, step_costs))
+    updater = Updater(recipe, model, _flops_before(batches, step_costs))
     checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, model_files)
     state = checkpointing.load(checkpoint) if checkpoint else {}
     cursors = data.load_cursors(state.get("cursors", {}), changed)
     directory.begin(model_files[CONFIG], model_files[RECIPE])
 
-    log = Log(run, data, step_costs, device, state)
+    log = Log(run, batches, step_costs, device, state)
     log.print_start(model, device, checkpointing.saved_step, signature_count)
     return Parts(
         recipe=recipe,
@@ -166,6 +169,7 @@ def set_up(
         variant=variant,
         device=device,
         data=data,
+        batches=batches,
         fingerprints=fingerprints,
         teacher_states=teacher_states,
         model=model,
@@ -177,7 +181,7 @@ def set_up(
     )
 
 
-def _embed(recipe: Recipe, data: StepBatches, checkpoint: Path | None) -> dict[str, dict[str, str]]:
+def _embed(recipe: Recipe, data: TaskData, checkpoint: Path | None) -> dict[str, dict[str, str]]:
     """Embeds the rows for towers and teachers, and returns the states of the teachers (`Parts.teacher_states`)."""
     teachers = make_teachers(recipe)
     teacher_states = _teacher_states(teachers, checkpoint)
@@ -188,15 +192,15 @@ def _embed(recipe: Recipe, data: StepBatches, checkpoint: Path | None) -> dict[s
     return teacher_states
 
 
-def _flops_before(recipe: Recipe, data: StepBatches, step_costs: Costs) -> np.ndarray | None:
+def _flops_before(batches: StepBatches, step_costs: Costs) -> np.ndarray | None:
     """The FLOPs of all steps before each step, if the learning rate shall follow them.
 
     With views in a sequence, the last steps cost several times as many FLOPs as the first. By the number of steps, the
     learning rate would be near zero for a large share of the FLOPs.
     """
-    if recipe.alternation.views != "sequence":
+    if batches.data.recipe.alternation.views != "sequence":
         return None
-    flops = data.schedule.per_step({task_view: cost.flops for task_view, cost in step_costs.items()})
+    flops = batches.schedule.per_step({task_view: cost.flops for task_view, cost in step_costs.items()})
     return np.cumsum([0, *flops])
 
 

@@ -13,7 +13,7 @@ import torch
 from openimp.common.errors import counted
 from openimp.common.modality import Modalities
 from openimp.common.protocols import Towered
-from openimp.data.step_batches import LoadedBatch
+from openimp.data.loaded_batch import LoadedBatch
 from openimp.parallel.distributed import all_gather
 from openimp.planning.ledger import short
 from openimp.recipe.schema import Recipe

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from openimp.common.errors import UserError
+from openimp.data.loaded_batch import LoadedBatch
 from openimp.data.loader import WorkersFailed
-from openimp.data.step_batches import LoadedBatch
 from openimp.parallel import distributed
 
 T = TypeVar("T")

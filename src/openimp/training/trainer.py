@@ -16,9 +16,9 @@ from openimp.checkpoint.saver import CheckpointError
 from openimp.common.device import HostCopy
 from openimp.common.errors import UserError, counted
 from openimp.common.progress import Progress, StepBar, console
+from openimp.data.loaded_batch import LoadedBatch
 from openimp.data.loader import load_batches
 from openimp.data.order import seed_key
-from openimp.data.step_batches import LoadedBatch
 from openimp.data.streams import Cursor
 from openimp.model.embedder import in_chunks
 from openimp.model.moe import set_usage_collection
@@ -177,7 +177,7 @@ class Trainer(Parts):
             self.evaluate(stop.watch)  # A later result then shows what a public model has forgotten.
         if self.step and self._is_due(evaluate_every, self.step):
             self.evaluate(stop.watch)  # The interrupted run may have saved this step without evaluating it.
-        batches = self.log.timer.timed(load_batches(self.data, self.step))
+        batches = self.log.timer.timed(load_batches(self.batches, self.step))
         try:
             # The alternation has chosen the task and the view of each batch: `loaded.visit`. On several
             # ranks, `watch_steps` yields every batch, with this rank's reason to stop if there is one, and a
@@ -343,7 +343,7 @@ class Trainer(Parts):
 
         No rank applies the step.
         """
-        visit = self.data.schedule[step]
+        visit = self.batches.schedule[step]
         batch = empty_batch(
             self.recipe,
             visit.task,

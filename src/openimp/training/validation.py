@@ -7,8 +7,8 @@ from typing import Any
 
 from openimp.checkpoint.folder import checkpoints, mark_best, step_of
 from openimp.common.progress import Progress, console
-from openimp.data.step_batches import StepBatches
 from openimp.data.tables import Table
+from openimp.data.task_data import TaskData
 from openimp.evaluation.evaluate import NotMeasured, evaluate
 from openimp.evaluation.results import best_step, table
 from openimp.model.embedder import Embedder
@@ -24,7 +24,7 @@ class Validation:
     """Evaluates the model on the recipe's evaluation sets. The ranks share the work as they share the model."""
 
     run: Path
-    data: StepBatches
+    data: TaskData
     model: Embedder
     tables: dict[str, Table]  # the sources of the evaluation sets, by name
 

@@ -1,0 +1,313 @@
+"""`TaskData`: what the tasks of a recipe read, opened and prepared before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import cached_property
+from itertools import chain, islice
+from math import lcm
+from typing import Any
+
+import numpy as np
+
+from openimp.common.errors import UserError
+from openimp.common.modality import Modality
+from openimp.common.objective import TargetSizes, Teacher
+from openimp.common.progress import Progress
+from openimp.common.protocols import Learned, Towered
+from openimp.data.batch import head_key
+from openimp.data.embedded import EmbeddedRows, EmbeddedTexts, embed_column, texts_in
+from openimp.data.order import permute, seed_key
+from openimp.data.sources import open_source
+from openimp.data.store import DecodedStore
+from openimp.data.streams import Cursor, Stream
+from openimp.data.tables import Table
+from openimp.data.targets import classes_of, target_columns, target_sizes
+from openimp.data.templates import all_texts, columns_of
+from openimp.parallel.distributed import rank, ranks_on_node, run_on_rank_zero
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Task
+from openimp.recipe.training import tolerant_fraction
+
+CORPUS_ROWS = 100_000
+"""Maximum number of rows per task to train a tokenizer: the first rows of a stream, or a random sample of a table."""
+SHOWN_BAD_ROWS = 3
+"""Bad rows that an error names."""
+
+
+class TaskData:
+    """The sources of a recipe's tasks, their classes, the decoded media, and the vectors of towers and teachers.
+
+    Attributes:
+        sources: the opened source of each task with a weight above 0, by task.
+        classes: the classes of each classification head in the order of its outputs, by `head_key`.
+        stores: the decoded media of each cached column, by (source, modality, column), and the vectors of each column
+            that a tower reads.
+        text_vectors: the vectors of all texts that a tower reads, by modality.
+        teacher_vectors: of the rows, by task and teacher. `embed` fills it.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        modalities: dict[str, Modality],
+        progress: Progress | None = None,
+        world_size: int = 1,
+    ) -> None:
+        """Opens the sources, looks up the classes and decodes the media of cached sources.
+
+        Args:
+            modalities: by name; those that learn from texts need `fit` or `load_state` before the first batch.
+            progress: `progress(iterable, description)` wraps an iterable to show progress.
+            world_size: the number of ranks that share each batch.
+
+        Raises:
+            UserError: a source or a column is missing, a label fits no class, or the ranks or the lanes of a stream do
+                not divide a batch.
+        """
+        self.recipe = recipe
+        self.modalities = modalities
+        self.stores: dict[tuple[str, str, str], DecodedStore] = {}
+        self.text_vectors: dict[str, EmbeddedTexts] = {}
+        self.teacher_vectors: dict[str, dict[Teacher, DecodedStore | EmbeddedRows]] = {}
+        self.sources: dict[str, Table | Stream] = {}
+        self.classes: dict[str, list[Any]] = {}
+        self._open_sources(world_size)
+        for task_name, source in self.sources.items():
+            for objective in recipe.tasks[task_name].objectives:
+                if labels := objective.class_column():
+                    classes = classes_of(source, labels, f"tasks.{task_name}")
+                    self.classes[head_key(source.name, labels.name)] = classes
+        self._decode_cached_media(progress)
+
+    def _open_sources(self, world_size: int) -> None:
+        """Fills `sources`. Tasks share a table, but not a stream, in which each task has its own position."""
+        tables: dict[str, Table] = {}
+        tasks = {name: task for name, task in self.recipe.tasks.items() if task.weight}
+        for name, task in tasks.items():
+            for batch_size in _batch_sizes(task):
+                if batch_size % world_size:
+                    raise UserError(f"tasks.{name}: batch_size {batch_size} is not a multiple of {world_size} ranks")
+        for name, task in tasks.items():
+            source: Table | Stream | None = tables.get(task.source)
+            if source is None:
+                options = self.recipe.sources[task.source]
+                source = open_source(task.source, options, seed_key(self.recipe.seed, name))
+            source.require(sorted(self.columns(task)), f"tasks.{name}")
+            if isinstance(source, Table):
+                tables[task.source] = source
+            else:
+                if task.teachers:
+                    raise UserError(f"tasks.{name}: has a teacher, and source {source.name} is a stream")
+                _require_whole_lanes(name, task, source, world_size)
+            self.sources[name] = source
+
+    def _tables(self) -> Iterable[Table]:
+        """The sources that are tables, each once."""
+        return dict.fromkeys(source for source in self.sources.values() if isinstance(source, Table))
+
+    def columns(self, task: Task) -> set[str]:
+        """The columns that a task reads from its source. Cached columns are read from `stores` instead."""
+        columns = target_columns(task)
+        for name, spec in task.inputs.items():
+            if self.modalities[name].reads_text:
+                columns.update(columns_of(spec.columns))
+            else:
+                columns.update(column for column in spec.columns if (task.source, name, column) not in self.stores)
+        return columns
+
+    def _decode_cached_media(self, progress: Progress | None) -> None:
+        """Fills `stores`."""
+        for table in self._tables():
+            cache = self.recipe.sources[table.name].cache
+            if cache == "none":
+                continue
+            if cache == "memory" and ranks_on_node() > 1:
+                cache = "disk"  # Ranks share the pages of a file.
+            for (name, column), views in self._media_views(table.name).items():
+                if isinstance(self.modalities[name], Towered):
+                    continue
+                store = DecodedStore.build(table, self.modalities[name], column, views, cache, progress=progress)
+                self._check_bad_rows(table, column, store)
+                self.stores[table.name, name, column] = store
+
+    def _check_bad_rows(self, table: Table, column: str, store: DecodedStore) -> None:
+        """UserError if more rows of a cached column are bad than a run may read: it would stop later."""
+        errors = store.errors()
+        limit = self.recipe.train.max_bad_fraction
+        if len(errors) > limit * len(table):
+            examples = [f"{table.row_name(row)}: {reason}" for row, reason in islice(errors.items(), SHOWN_BAD_ROWS)]
+            raise UserError(
+                f"source {table.name}: {len(errors):,} of {len(table):,} rows cannot be read, more than "
+                f"train.max_bad_fraction {limit:g}; for example {'; '.join(examples)}; remove these rows, or set "
+                f"train.max_bad_fraction={tolerant_fraction(len(errors) / len(table)):g} to train on the others"
+            )
+
+    def _media_views(self, source: str) -> dict[tuple[str, str], list[Any]]:
+        """The views that read each media column of a source, by (modality, column)."""
+        media_views: dict[tuple[str, str], list[Any]] = {}
+        for task_name in self.sources:
+            task = self.recipe.tasks[task_name]
+            if task.source != source:
+                continue
+            for name, spec in task.inputs.items():
+                if self.modalities[name].reads_text:
+                    continue
+                for column in spec.columns:
+                    media_views.setdefault((name, column), []).extend(view[name] for view in task.views)
+        return media_views
+
+    def fit(self, fitted_stems: Collection[str] = ()) -> None:
+        """Fits the modalities that read text to the training texts, on rank 0, and gives all ranks what they learned.
+
+        Modalities whose stem is in `fitted_stems` are left as they are.
+        """
+        learners = {
+            name: modality
+            for name, modality in self.modalities.items()
+            if modality.reads_text and modality.stem not in fitted_stems and isinstance(modality, Learned)
+        }
+
+        def fit_learners() -> dict[str, dict[str, str]]:
+            for name, learner in learners.items():
+                learner.fit(self._corpus(name))
+            return {name: learner.state() for name, learner in learners.items()}
+
+        states = run_on_rank_zero(fit_learners)
+        if rank() > 0:
+            for name, learner in learners.items():
+                learner.load_state(states[name])
+
+    def _corpus(self, name: str) -> Iterator[list[str]]:
+        """The texts that a modality learns from, one list per row."""
+        for task_name, source in self.sources.items():
+            spec = self.recipe.tasks[task_name].inputs.get(name)
+            if spec is None:
+                continue
+            columns = columns_of(spec.columns)
+            if isinstance(source, Stream):
+                epoch = ({column: row.get(column) for column in columns} for _, row in source.epoch())
+                rows: Iterator[dict[str, Any]] = islice(epoch, CORPUS_ROWS)
+            else:
+                rows = _sample(source, seed_key(self.recipe.seed, task_name, "corpus"), columns)
+            yield from all_texts(spec.columns, rows)
+
+    def embed(self, progress: Progress | None, teachers: Mapping[Teacher, Any]) -> None:
+        """Embeds what towers and teachers read. It must be called before the first batch.
+
+        Vectors are stored in openimp's cache. UserError if a source is a stream, which is read only once, or if the
+        vectors of a teacher or in a column have another size than the model's embeddings.
+        """
+        self._check_first_rows()
+        self._embed_for_towers(progress)
+        size = self.target_sizes.embed_dim
+        for teacher, tower in teachers.items():
+            if tower.stem_spec().values != size:
+                raise UserError(
+                    f"teacher {teacher.model}: has vectors of {tower.stem_spec().values} numbers, and the model of "
+                    f"{size}; set model.embed_dim"
+                )
+        for task_name, source in self.sources.items():
+            task = self.recipe.tasks[task_name]
+            vectors: dict[Teacher, DecodedStore | EmbeddedRows] = {}
+            for teacher in task.teachers:
+                assert isinstance(source, Table)
+                tower = teachers[teacher]
+                columns = task.inputs[teacher.modality].columns
+                if tower.reads_text:
+                    vectors[teacher] = EmbeddedRows(source, tower, columns, progress)
+                else:
+                    vectors[teacher] = embed_column(source, tower, columns[0], views=[], progress=progress)
+            self.teacher_vectors[task_name] = vectors
+
+    def _check_first_rows(self) -> None:
+        """Checks before the training what would make every row of a table a bad example."""
+        for task_name, source in self.sources.items():
+            task = self.recipe.tasks[task_name]
+            columns = sorted(target_columns(task))
+            if isinstance(source, Stream) or not columns:
+                continue
+            (row,) = source.rows([0], columns)
+            for i, objective in enumerate(task.objectives):
+                objective.check_row(f"tasks.{task_name}.objectives.{i}", row, self.target_sizes)
+
+    def _embed_for_towers(self, progress: Progress | None) -> None:
+        for task_name, source in self.sources.items():
+            for name in self.recipe.tasks[task_name].inputs:
+                if isinstance(self.modalities[name], Towered) and isinstance(source, Stream):
+                    raise UserError(f"tasks.{task_name}: a tower reads {name}, and source {source.name} is a stream")
+        for table in self._tables():
+            for (name, column), views in self._media_views(table.name).items():
+                modality = self.modalities[name]
+                if isinstance(modality, Towered):
+                    store = embed_column(table, modality, column, views, progress)
+                    self.stores[table.name, name, column] = store
+        for name, modality in self.modalities.items():
+            if modality.reads_text and isinstance(modality, Towered):
+                self.text_vectors[name] = EmbeddedTexts(modality, self._texts(name), progress)
+
+    def _texts(self, name: str) -> Iterator[str]:
+        """All texts that training may draw for a modality with a tower."""
+        for task_name, source in self.sources.items():
+            spec = self.recipe.tasks[task_name].inputs.get(name)
+            if spec is not None:
+                assert isinstance(source, Table)
+                yield from texts_in(source, spec.columns)
+
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each source, by name. That of a table covers the media files that tasks read from it."""
+        fingerprints = {}
+        for source in self.sources.values():
+            if source.name in fingerprints:
+                continue
+            if isinstance(source, Stream):
+                fingerprints[source.name] = source.fingerprint
+            else:
+                columns = {column for _, column in self._media_views(source.name)}
+                fingerprints[source.name] = source.fingerprint_with_files(sorted(columns))
+        return fingerprints
+
+    def load_cursors(
+        self, cursors: dict[str, dict[str, Cursor]], changed: Collection[str] = ()
+    ) -> dict[str, dict[str, Cursor]]:
+        """Moves the streams to the cursors of a checkpoint, {task: {lane: cursor}}, and returns those that are used.
+
+        If a source is in `changed`, its streams start the next epoch.
+        """
+        used_cursors = {}
+        for task, cursor_by_lane in cursors.items():
+            stream = self.sources[task]
+            assert isinstance(stream, Stream)
+            used_cursors[task] = stream.load_cursors(cursor_by_lane, stream.name in changed)
+        return used_cursors
+
+    @cached_property
+    def target_sizes(self) -> TargetSizes:
+        """The sizes on which the shapes of the targets depend."""
+        return target_sizes(self.recipe, self.modalities, self.classes)
+
+
+def _batch_sizes(task: Task) -> list[int]:
+    """The batch size of each view of a task."""
+    return [view.batch_size or task.batch_size for view in task.views]
+
+
+def _require_whole_lanes(name: str, task: Task, stream: Stream, ranks: int) -> None:
+    """Raises UserError if the lanes of a task's stream do not divide one of its batches."""
+    unit = lcm(stream.lanes, ranks)
+    for batch_size in _batch_sizes(task):
+        if batch_size % stream.lanes:
+            below = batch_size // unit * unit
+            valid_sizes = [str(size) for size in (below, below + unit) if size]
+            raise UserError(
+                f"tasks.{name}: batch_size {batch_size} is not a multiple of the {stream.lanes} lanes of stream "
+                f"{stream.name}; use {' or '.join(valid_sizes)}, or set sources.{stream.name}.lanes"
+            )
+
+
+def _sample(table: Table, key: int, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """All rows of a table, or a random sample of `CORPUS_ROWS` rows in the table's order."""
+    rows = np.arange(min(len(table), CORPUS_ROWS))
+    if len(table) > CORPUS_ROWS:
+        rows = np.sort(permute(rows, len(table), key))
+    return chain.from_iterable(table.chunks(rows.tolist(), columns))
