@@ -38,7 +38,7 @@ class Saver:
         # At exit Python waits for the thread, so an error elsewhere costs no checkpoint.
         self._thread = ThreadPoolExecutor(1, "saver")
         self._saving: Future[None] | None = None
-        # CPU memory for the copies of tensors, which each checkpoint uses again: by part and name.
+        # CPU copies of the tensors, by part and name. Each checkpoint overwrites them.
         self._buffers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
 
     def start(self, step: int, texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -124,7 +124,7 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _remove_others(folder: Path, keep: int) -> None:
-    """Removes all checkpoints but the last `keep` up to `folder` and, if not later than `folder`, the best one."""
+    """Removes checkpoints. Of those up to `folder`, the last `keep` and the best one stay; of later ones, none."""
     run = folder.parents[1]  # `folder` is RUN/checkpoints/step-...
     saved = checkpoints(run)
     best = (folder.parent / BEST).resolve().name

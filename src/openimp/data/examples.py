@@ -28,7 +28,7 @@ class Example:
     name: str  # by which a person can find the row
     values: dict[str, Any]  # of its columns
     rng: np.random.Generator
-    arrays: dict[str, list[np.ndarray]] = field(default_factory=dict)  # `draw` arrays by modality
+    arrays: dict[str, list[np.ndarray]] = field(default_factory=dict)  # by modality, `Input.draw` arrays each
     texts: dict[str, list[str]] = field(default_factory=dict)  # that were drawn, by modality
     targets: list[Tensors] = field(default_factory=list)  # of each objective of the task
     bad: str = ""  # the reason why it cannot be read
@@ -99,7 +99,7 @@ class ExampleReader:
             rng = example.rng
             if modality.reads_text:
                 vectors = self.data.text_vectors.get(modality_name)
-                # `fill` may write a text that no tower has embedded.
+                # A tower has embedded the texts that `draw_text` writes. `fill` writes others, too.
                 write = fill if vectors is None else draw_text
                 text = write(spec.columns, example.values, rng)
                 example.texts.setdefault(modality_name, []).append(text)
@@ -123,9 +123,7 @@ class ExampleReader:
                 example.bad = str(error)
 
     def _read_targets(self, task_name: str, example: Example) -> None:
-        """Reads what the objectives need of an example that is not bad, and marks it if that cannot be read."""
-        if example.bad:
-            return
+        """Reads what the objectives need of a new example, and marks it if that cannot be read."""
         task = self.data.recipe.tasks[task_name]
         try:
             for teacher, vectors in self.data.teacher_vectors.get(task_name, {}).items():

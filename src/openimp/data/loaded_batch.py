@@ -23,7 +23,7 @@ class LoadedBatch:
         rows: the row of each example in the source, or its position in the stream.
         names: the name of each example's row.
         bad: (row name, reason) of each example that could not be read. Another example replaces it in the batch.
-        cursors: where each lane of the task's stream that was read resumes; empty for tables.
+        cursors: for each lane that was read from the task's stream, where it resumes; empty for tables.
         digest: a hash of the examples, whatever their order; see `batch_digest`.
         stop_reason: why this rank stops the run before this step: an error, or "" for a signal or a failed save. None:
             it goes on.

@@ -52,7 +52,7 @@ class StepBatches(Dataset[LoadedBatch]):
         tokens = {}
         for name, spec in task.inputs.items():
             items = np.stack([array for example in examples for array in example.arrays[name]])
-            # By position, because the same example may replace two bad ones of a batch.
+            # One generator per position, because the same example may replace two bad ones of a batch.
             rngs = [loaded[position].rng for position in positions for _ in range(spec.draw)]
             tokens[name] = self.data.modalities[name].tokens(items, task.views[visit.view][name], rngs)
         targets = []
@@ -60,7 +60,7 @@ class StepBatches(Dataset[LoadedBatch]):
             keys = targets_of_objective[0]
             targets.append({key: torch.stack([target[key] for target in targets_of_objective]) for key in keys})
         names = [example.name for example in examples]
-        # Bad examples that `readable` has met further on count in the step of their own position.
+        # A bad example counts in the part that has its position, not where `readable` met it as a replacement.
         at_positions = [loaded[position] for position in positions]
         return LoadedBatch(
             visit,
@@ -73,11 +73,12 @@ class StepBatches(Dataset[LoadedBatch]):
         )
 
     def _positions(self, visit: Visit, number: int, parts: int) -> list[int]:
-        """The positions, in the task's order, of the examples of a part, which has whole lanes.
+        """The positions, in the task's order, of the examples of a part.
 
         A batch lists the examples of its first lane, then those of the second, and so on. The task's order takes one
-        example of each lane in turn: position p is in lane p % lanes. In a table, each example is a lane of its own. If
-        the lanes are not a multiple of the ranks, two ranks share a lane, and each takes a part of its examples.
+        example of each lane in turn: position p is in lane p % lanes. In a table, each example is a lane of its own. A
+        part has whole lanes, unless the lanes are not a multiple of the ranks: then several ranks share a lane, and
+        each takes some of its examples.
         """
         lanes = self.data.sources[visit.task].lanes or visit.batch_size
         lane_size = visit.batch_size // lanes  # examples of a lane in the batch
@@ -89,7 +90,7 @@ class StepBatches(Dataset[LoadedBatch]):
         part_start = (first_lane + rank_lanes * number // parts) * lane_size
         part_stop = (first_lane + rank_lanes * (number + 1) // parts) * lane_size
         positions = []
-        for example in range(max(rank_start, part_start), min(rank_stop, part_stop)):
-            lane, place = divmod(example, lane_size)
+        for index in range(max(rank_start, part_start), min(rank_stop, part_stop)):
+            lane, place = divmod(index, lane_size)
             positions.append(visit.start + place * lanes + lane)
         return positions

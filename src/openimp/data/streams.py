@@ -5,7 +5,7 @@ so the shards form an endless sequence. Lane l reads shards l, l + L, l + 2 L, .
 rows in windows. Row p of the stream is row p // L of lane p % L.
 
 So what a step sees depends only on the seed, the step and the number of lanes. Each worker of each rank reads only the
-lanes of its own part of the batches. If the ranks do not divide the lanes, two ranks read the same lane. MosaicML's
+lanes of its own part of the batches. If the ranks do not divide the lanes, several ranks read the same lane. MosaicML's
 streaming has the same idea (canonical nodes).
 """
 

@@ -132,7 +132,7 @@ class TaskData:
                 self.stores[table.name, name, column] = store
 
     def _check_bad_rows(self, table: Table, column: str, store: DecodedStore) -> None:
-        """UserError if more rows of a cached column are bad than a run may read: it would stop later."""
+        """Raises UserError if more rows of a cached column are bad than `train.max_bad_fraction` allows."""
         errors = store.errors()
         limit = self.recipe.train.max_bad_fraction
         if len(errors) > limit * len(table):
@@ -221,7 +221,7 @@ class TaskData:
             self.teacher_vectors[task_name] = vectors
 
     def _check_first_rows(self) -> None:
-        """Checks before the training what would make every row of a table a bad example."""
+        """Raises, before the training, the error that would make every row of a table a bad example."""
         for task_name, source in self.sources.items():
             task = self.recipe.tasks[task_name]
             columns = sorted(target_columns(task))

@@ -30,7 +30,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class RetrievalResult(Predicted):
-    """One direction of a retrieval set. The candidates are the items of the modality `target`."""
+    """One direction of a retrieval set: items of the modality `query` retrieve items of `target` (see `Predicted`)."""
 
     rank: np.ndarray  # (N,) int64, the rank from 1 of each query's best correct candidate
     correct_pairs: np.ndarray  # (E, 2) int64, all correct pairs (query, candidate)

@@ -289,8 +289,8 @@ class ExpertGroups(nn.Module):
         """
         token_counts = [valid_BL.numel() for valid_BL in valid]
         inputs = x_TD.split(token_counts)
-        outputs: dict[int, Tensor] = {}  # by the place of the input, as are `all_stats`
-        all_stats: dict[int, RouterStats] = {}
+        outputs: dict[int, Tensor] = {}  # by the index of the input
+        all_stats: dict[int, RouterStats] = {}  # by the index of the input
         for stem in dict.fromkeys(stems):
             of_stem = [i for i, other in enumerate(stems) if other == stem]
             group_TD = torch.cat([inputs[i] for i in of_stem])

@@ -145,7 +145,7 @@ def recommended(all_plans: Sequence[Plan]) -> Plan:
 
     Candidates are the plans that fit; those with shards over several nodes only if nothing else fits, because the
     planned time lacks the latency of their collectives. The first plan, which is for the recipe's layout, stays if it
-    is a candidate and no other candidate is faster by more than `MIN_SPEEDUP` and `MIN_GAIN_SECONDS`.
+    is a candidate and no other candidate is faster by more than both `MIN_SPEEDUP` and `MIN_GAIN_SECONDS`.
     """
     fitting = [plan for plan in all_plans if plan.fits]
     if not fitting:

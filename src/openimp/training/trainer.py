@@ -48,11 +48,11 @@ def train(
         recipe: a recipe, its file, or the name of one that comes with openimp.
         run: directory to write to; with `resume`, that of an interrupted run of the same recipe. None: runs/NAME.
         resume: True requires a checkpoint and resumes from the newest intact one; "auto" starts from step 0 if there is
-            no checkpoint. Ranks that torchrun has restarted use "auto" if their job began the run.
+            no checkpoint. After a restart by torchrun, this counts as "auto" if the same torchrun job began the run.
         variant: what a study changes.
         allow_changed_data: resume even if a source has changed since the checkpoint was saved.
-        callbacks: their methods are called at the start, and after steps, evaluations and checkpoints, and may end the
-            training.
+        callbacks: their methods are called at the start, and after steps, evaluations and checkpoints. After these
+            they may end the training.
 
     Raises:
         UserError: the run cannot start, resume or continue. If data is bad or a loss is not finite, all complete steps
@@ -107,7 +107,7 @@ class Trainer(Parts):
 
     Attributes:
         step: the number of confirmed steps, which is what a checkpoint contains.
-        grad_norm: the Euclidean norm of the last confirmed gradient, before clipping.
+        grad_norm: the Euclidean norm of the last confirmed step's gradient, before clipping.
         encode_all: `model.encode_all`, in chunks if the recipe says so.
     """
 
@@ -289,7 +289,7 @@ class Trainer(Parts):
     def save(self, wait: bool = False) -> None:
         """Starts saving the confirmed steps, unless they are saved; with `wait`, returns when the files are written."""
         self.settle()
-        self._announce_checkpoint()  # The previous one, before `saved_step` is that of the next.
+        self._announce_checkpoint()  # The previous one: `checkpointing.save` sets `saved_step` to the new one.
         self.checkpointing.save(self.state())
         if wait:
             self.checkpointing.wait()
@@ -304,7 +304,7 @@ class Trainer(Parts):
             try:
                 self.callbacks.on_checkpoint(step, checkpoint_folder(self.run, step))
             except StopTraining:
-                self._callback_stops = True
+                self._callback_stops = True  # `_train_steps` stops when the checkpoint or evaluation is complete.
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores for resuming besides tensors, as JSON values. Every rank must call this."""
