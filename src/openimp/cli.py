@@ -173,6 +173,44 @@ def embed(
 
 
 @app.command()
+def classify(
+    run: RunArgument,
+    files: Annotated[list[str], typer.Argument(help="Files, or folders with files, on disk or at URLs (s3://...).")],
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class",
+            help="The name of a class to choose from. Can be repeated.",
+            show_default="the classes of the trained head",
+        ),
+    ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            help="A text with a place {} for the name, such as 'a photo of a {}'. Can be repeated: the mean counts.",
+            show_default="{}",
+        ),
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="The classification head, SOURCE:COLUMN, if the model has several.")
+    ] = None,
+    modality: Annotated[
+        str | None, typer.Option(help="Modality of the files.", show_default="by their extensions")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of classes to print per file.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Files per batch.")] = 64,
+) -> None:
+    """Print the most probable classes of each file, of a trained classification head or of those that you name.
+
+    For example: openimp classify openimp:base drum.ogg --class drum --class flute
+    """
+    from openimp.inference.classify import classify_files
+
+    classify_files(run, files, names, prompts or ("{}",), head, modality, k, batch_size)
+
+
+@app.command()
 def index(
     model: Annotated[str, typer.Argument(help=f"A model: {MODEL}")],
     paths: Annotated[
@@ -375,6 +413,9 @@ def main() -> None:
     except UserError as error:
         print(f"openimp: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # The reader of the output has exited, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         # If the disk is full, the error has no file name.
         if error.filename is None and error.errno != errno.ENOSPC:

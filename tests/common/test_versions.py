@@ -1,6 +1,5 @@
 """Libraries with known vulnerabilities are named by the commands that open files of others or a port."""
 
-import re
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
@@ -10,7 +9,6 @@ import pytest
 from openimp import cli
 from openimp.common.versions import VULNERABLE_BEFORE
 
-ROOT = Path(__file__).resolve().parents[2]
 NEWEST = {name: fixed for name, (fixed, _) in VULNERABLE_BEFORE.items()}
 
 
@@ -61,9 +59,3 @@ def test_libraries_with_the_fixes_are_not_named(install, monkeypatch, capsys, ve
 def test_other_commands_name_nothing(install, monkeypatch, capsys):
     install(NEWEST | {"pillow": "12.3.0"})
     assert output_of(monkeypatch, capsys, "info", "nowhere") == ""
-
-
-def test_the_security_page_has_the_same_table():
-    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([a-z0-9]+) \| ([\d.]+) \| ([^|]+) \|$", page, re.MULTILINE)
-    assert {name: (fixed, advisories) for name, fixed, advisories in rows} == VULNERABLE_BEFORE

@@ -37,14 +37,19 @@ def class_names(labels: list[Any], options: ZeroShot, error_prefix: str) -> list
             raise UserError(f"{error_prefix}: {both} have the same text, {name!r}; rename one")
         label_of[name] = label
     for prompt in options.prompts:
-        try:
-            fields = [field for _, *field in Formatter().parse(prompt) if field[0] is not None]
-        except ValueError:
-            fields = []
-        # Only a field without a format: a width, as in {:>2000000000}, would fill the memory.
-        if fields != [["", "", None]]:
-            raise UserError(f"{error_prefix}: prompt {prompt!r} needs one plain {{}} where the class' text goes")
+        check_prompt(prompt, error_prefix)
     return list(label_of)
+
+
+def check_prompt(prompt: str, error_prefix: str) -> None:
+    """Raises UserError if a prompt has no place for the name of a class."""
+    try:
+        fields = [field for _, *field in Formatter().parse(prompt) if field[0] is not None]
+    except ValueError:
+        fields = []
+    # Only a field without a format: a width, as in {:>2000000000}, would fill the memory.
+    if fields != [["", "", None]]:
+        raise UserError(f"{error_prefix}: prompt {prompt!r} needs one plain {{}} where the class' text goes")
 
 
 def class_embeddings(evaluator: Evaluator, options: ZeroShot, names: list[str]) -> Tensor:

@@ -3,10 +3,10 @@
 Shape suffixes: B inputs, Z features of the shared embedding space.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,12 @@ from openimp.encoding.items import require_pair
 from openimp.model.embedder import Embedder
 from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from openimp.inference.classify import Predictions
+
+METHODS = ("encode", "classify")
+"""Methods of `Model` that exist for each modality."""
 
 
 def load(path: str | Path, device: str | torch.device | None = None, precision: Precision = "auto") -> "Model":
@@ -50,7 +56,7 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
 
 
 class Model(nn.Module):
-    """A trained model with a method `encode_<modality>` per modality, which is `encode` for that modality.
+    """A trained model with methods `encode_<modality>` and `classify_<modality>` for each of its modalities.
 
     An input is seen in the recipe's inference view of its modality (`Recipe.inference_view`), as in evaluation: without
     augmentation, with all tokens, and with the embeddings of a long item's clips averaged. You may change `views`;
@@ -120,8 +126,46 @@ class Model(nn.Module):
         Returns:
             (B, Z) fp32, on the model's device.
         """
-        encoder = self.item_encoder(modality, towards, batch_size, f"encode_{modality}", normalize)
+        return self._encode(self.item_encoder(modality, towards, batch_size, f"encode_{modality}", normalize), inputs)
+
+    def classify(
+        self,
+        modality: str,
+        inputs: Any,
+        names: Sequence[str] | None = None,
+        prompts: Sequence[str] = ("{}",),
+        head: str | None = None,
+        batch_size: int = 64,
+    ) -> "Predictions":
+        """Tells the classes of inputs of one modality, by the names of the classes or by a trained head.
+
+        Args:
+            modality: the modality of the inputs.
+            inputs: what `encode` takes.
+            names: the classes to choose from, as texts (zero-shot classification). Their probabilities are the softmax
+                of the similarities, scaled as in training. None: the classes of a trained classification head.
+            prompts: texts with a place `{}` for the name. A class is the mean of the vectors of its texts.
+            head: the classification head, SOURCE:COLUMN, if several were trained on the modality; see `classes`.
+            batch_size: maximum number of clips per forward pass.
+
+        Returns:
+            The `classes`, their `probabilities` (B, K) in fp32, and the most probable class of each input, `labels`.
+
+        Raises:
+            UserError: an input cannot be read, there is no such head, the model has not learned to compare the modality
+                with texts, or it knows no word of a name.
+        """
+        from openimp.inference.classify import make_classifier  # That module imports this one.
+
+        classifier = make_classifier(self, modality, names, prompts, head, batch_size)
+        with torch.no_grad():
+            return classifier.predict(self._encode(classifier.encoder, inputs))
+
+    def _encode(self, encoder: ItemEncoder, inputs: Any) -> Tensor:
+        """The vectors (B, Z) or (B, D) of inputs; see `encode`."""
         reader = encoder.modality
+        modality = reader.name
+        batch_size = encoder.batch_size
         if isinstance(inputs, Tensor):
             if not isinstance(reader, Tensors):
                 raise TypeError(f"{modality} takes raw values, not a tensor")
@@ -153,9 +197,17 @@ class Model(nn.Module):
         Raises:
             UserError: the model cannot compare the two modalities, or the view does not fit.
         """
-        reader = self._modality(modality)
+        self._modality(modality)
         towards = self.partner(modality) if towards is None else towards
         require_pair(self.imp, modality, towards, error_prefix)
+        return self._item_encoder(modality, towards, batch_size, normalize)
+
+    def feature_encoder(self, modality: str, batch_size: int) -> ItemEncoder:
+        """The engine that makes the features (D,) of items, which classification heads read."""
+        return self._item_encoder(modality, None, batch_size, normalize=False)
+
+    def _item_encoder(self, modality: str, towards: str | None, batch_size: int, normalize: bool) -> ItemEncoder:
+        reader = self._modality(modality)
         view = self.views[modality]
         try:
             reader.check(view)
@@ -261,23 +313,26 @@ class Model(nn.Module):
         if self._picture_modality is None:
             raise UserError("the model does not read pictures; for another pair see imp.temperature")
         name = self._picture_modality.name
-        partner = self.partner(name)
+        return self.scale(name, self.partner(name)).log()
+
+    def scale(self, modality: str, other: str) -> Tensor:
+        """The learned scale of the similarities of two modalities. UserError if no contrastive objective has one."""
         try:
-            return self.imp.temperature(name, partner).scale.log()
+            return self.imp.temperature(modality, other).scale
         except KeyError:
-            raise UserError(f"no contrastive objective has learned a scale for {name} and {partner}") from None
+            raise UserError(f"no contrastive objective has learned a scale for {modality} and {other}") from None
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("encode_"):
-            modality = name.removeprefix("encode_")
+        method, _, modality = name.partition("_")
+        if method in METHODS and modality:
             modalities = self.__dict__.get("modalities", {})
             if modality in modalities:
-                return partial(self.encode, modality)
+                return partial(getattr(self, method), modality)
             raise AttributeError(f"the model has no modality {modality!r}{nearest(modality, modalities)}")
         return super().__getattr__(name)
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *(f"encode_{name}" for name in self.modalities)]
+        return [*super().__dir__(), *(f"{method}_{name}" for method in METHODS for name in self.modalities)]
 
     def _modality(self, name: str) -> Modality:
         if name not in self.modalities:

@@ -60,7 +60,8 @@ class RunDirectory:
         """The checkpoint to resume from, or None for a training run that starts at step 0.
 
         With `resume`, True requires a checkpoint, "auto" uses one if there is one, and False refuses a directory with a
-        run. After a restart by torchrun, "auto" counts if the same torchrun job began the run. `trainer` is the name of the `Variant`.
+        run. After a restart by torchrun, "auto" counts if the same torchrun job began the run. `trainer` is the name of
+        the `Variant`.
         """
         saved = bool(common_checkpoints(self.path))
         begun = saved or any((self.path / name).exists() for name in ("tensorboard", "logger.id", "metrics.jsonl"))
