@@ -2,7 +2,6 @@
 
 import sys
 from importlib.metadata import distributions
-from pathlib import Path
 
 import pytest
 
