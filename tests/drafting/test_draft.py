@@ -19,7 +19,7 @@ from openimp.common.json_lines import read_lines
 from openimp.drafting.assembling import assemble
 from openimp.drafting.draft import find_tasks, fit, recipe_name
 from openimp.drafting.machine import Machine
-from openimp.drafting.sizing import text
+from openimp.drafting.sizing import steps_between_evaluations, text
 from openimp.drafting.writing import write
 from openimp.evaluation.results import percent, read_results
 from openimp.model.build import build_model
@@ -238,3 +238,12 @@ def test_tars_are_to_be_converted_or_streamed(openimp):
     code, out, err = openimp("init", "shard-*.tar")
     assert (code, out) == (2, "")
     assert "tars are read as a stream: set stream: true, or convert them to Parquet, which docs/data.md shows" in err
+
+
+@pytest.mark.parametrize(
+    ("steps", "rows", "every"),
+    [(10_000, 1000, 2000), (10_000, 40_000, 3333), (10_000, 200_000, None), (600, 100, 200), (200, 100, None)],
+)
+def test_a_long_training_is_measured_before_its_end_unless_that_takes_long(steps, rows, every):
+    recipe = {"tasks": {"a": {"weight": 1, "batch_size": 64}, "b": {"weight": 3, "batch_size": 128}}}
+    assert steps_between_evaluations(recipe | {"train": {"steps": steps}}, rows) == every

@@ -29,7 +29,8 @@ COMMENTS = {
     "with all of them.",
     "optimizer": "As in the demo. To fine-tune a model (train.init), divide the rates by 3 or more.",
     "parallel": "With several GPUs, each has all of the model.",
-    "evaluation": "Measured at the end; with every: 500, also every 500 steps.",
+    "evaluation": "Measured at the end and, with `every`, after each so many steps before it. With best: SET, the best "
+    "checkpoint is kept, too.",
 }
 
 

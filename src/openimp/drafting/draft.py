@@ -77,6 +77,9 @@ def draft_recipe(
         for name, task, split in tasks if task.label
     }  # fmt: skip
     flops = fit(draft, classes, machine)
+    measured_rows = sum(split.test_rows or split.rows for _, _, split in tasks)
+    if every := sizing.steps_between_evaluations(draft.recipe, measured_rows):
+        draft.recipe["evaluation"] = {"every": every, **draft.recipe["evaluation"]}
     minutes = max(1, round(flops / machine.speed / 60))
     cost = f"{short(flops)}FLOPs, roughly {minutes:,} min on {machine.name}"
     options = [*(["--text", text] if text else []), *(["--label", label] if label else [])]

@@ -14,6 +14,10 @@ EPOCHS = 65
 """How often training sees each row of a source of `EPOCH_ROWS`; of one with 16 times as many rows, half as often."""
 EPOCH_ROWS = 5000
 MIN_STEPS = 200
+EVALUATIONS = 4
+"""Evaluations during the training, besides the one at its end."""
+EVALUATED_SHARE = 0.1
+"""All evaluations together encode at most this share of the examples that training sees."""
 SHORT_SOUND = 2.048
 """Seconds up to which sounds get finer spectrograms."""
 WORD_ROWS = 50_000
@@ -133,6 +137,20 @@ def steps(rows: int, batch_size: int) -> float:
 def rounded(steps: float) -> int:
     """A number of steps, rounded to two significant digits."""
     return max(MIN_STEPS, int(float(f"{steps:.2g}")))
+
+
+def steps_between_evaluations(recipe: Mapping[str, Any], measured_rows: int) -> int | None:
+    """Enough for `EVALUATIONS` evaluations before the last one, or fewer if training is short or they would be slow.
+
+    None: there is only the last one. `measured_rows` are those of all evaluation sets.
+    """
+    tasks = recipe["tasks"].values()
+    total_weight = sum(task["weight"] for task in tasks)
+    mean_batch = sum(task["weight"] * task["batch_size"] for task in tasks) / total_weight
+    steps = recipe["train"]["steps"]
+    affordable = int(EVALUATED_SHARE * steps * mean_batch / measured_rows)
+    every = max(MIN_STEPS, steps // (min(EVALUATIONS, affordable) + 1))
+    return every if every < steps else None
 
 
 def fits_cache(sample: Sequence[MediaInfo], view: dict[str, Any], rows: int, machine: Machine) -> bool:
