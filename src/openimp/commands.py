@@ -84,6 +84,9 @@ def run_train(name: str, overrides: list[str], run: Path | None, resume: str | N
         results = latest(read_results(run / "results.jsonl"))
         for line in chain.from_iterable(comparison(recipe, results, task) for task in recipe.tasks):
             console.print(line, soft_wrap=True)
+        has_classes = any(objective.class_column() for task in recipe.tasks.values() for objective in task.objectives)
+        classify = f"openimp classify {run} FILES...   |   " if has_classes else ""
+        console.print(f"Next:  {classify}openimp serve {run}   |   openimp report {run}", soft_wrap=True)
 
 
 def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str | None) -> Recipe:

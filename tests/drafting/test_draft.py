@@ -129,7 +129,8 @@ def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
     assert code == 0, err
     assert "to change it: openimp init classes > mine.yaml" in err
     # What training gained: the plain colors of the classes are found without it.
-    without, trained = out.splitlines()[-2:]
+    without, trained, advice = out.splitlines()[-3:]
+    assert advice.startswith("Next:  openimp classify runs/classes FILES...")
     assert re.fullmatch(
         r"classes without an encoder: 33.3 % by chance, [\d.]+ % with the most frequent class, "
         r"100.0 % by the 20 nearest neighbors of pixels",
