@@ -285,6 +285,13 @@ def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
             train(recipe_of(little_data, *LONG), tmp_path / "begun", resume)
         with refuses():
             train(recipe_of(little_data, *LONG), tmp_path / "begun" / "recipe.yaml", resume)
+    for file in ("checkpoints/step-00000009/state.json", "metrics.jsonl"):  # Without a recipe.yaml.
+        copy = tmp_path / Path(file).parts[0] / file
+        copy.parent.mkdir(parents=True)
+        shutil.copy(next(whole_run.rglob(copy.name)), copy)
+        with refuses():
+            train(recipe_of(little_data, *LONG), tmp_path / Path(file).parts[0])
+        assert copy.exists()
     with refuses():
         train(recipe_of(little_data, *LONG), tmp_path / "nowhere", resume=True)
     assert not (tmp_path / "nowhere").exists()

@@ -75,12 +75,12 @@ class RunDirectory:
         )
         if (distributed.restarted() and begun_by_job) or resume == "auto":
             resume = saved  # A run that died before its first checkpoint starts again and loses nothing.
-        elif has_recipe and not saved:
+        elif (has_recipe or begun) and not saved:
             raise UserError(
                 f"{self.path}: holds a run that saved no checkpoint; start it again with --resume auto, or name "
                 "another directory with --run-dir"
             )
-        elif has_recipe and not resume:
+        elif saved and not resume:
             raise UserError(
                 f"{self.path}: already holds a run; resume it with --resume, or name another directory with --run-dir"
             )
