@@ -65,6 +65,7 @@ def test_a_callback_ends_the_training_and_the_run_is_complete_and_can_go_on(reci
     (*_, last) = checkpoints(tmp_path / "run")
     assert last.name == "step-00000003"
     assert read_lines(tmp_path / "run" / "results.jsonl")[-1]["step"] == 3
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [2, 3]
     assert openimp.train(recipe, tmp_path / "run", resume=True, callbacks=[recorded])
     assert [step for step, _ in recorded.steps] == [1, 2, 3, 4, 5, 6]
 

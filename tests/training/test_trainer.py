@@ -267,10 +267,11 @@ def test_a_stop_tells_what_is_saved(little_data, tmp_path, capsys, stop, saved):
 
     run = tmp_path / "run"
     interrupted = replace(SUMMED, before_step=interrupt)
-    assert not train(recipe_of(little_data, "train.save_every=2"), run, variant=interrupted)
+    assert not train(recipe_of(little_data, "train.save_every=2", "train.log_every=10"), run, variant=interrupted)
     outcome = f"saved in {run}; resume with --resume" if saved else "nothing is saved"
     assert f"stopped at step {saved}, {outcome}" in capsys.readouterr().out
     assert last_step(run) == saved
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [saved] * bool(saved)
 
 
 def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):

@@ -144,6 +144,7 @@ class Trainer(Parts):
                 except StopTraining:
                     console.print(f"a callback ended the training after step {self.step}", soft_wrap=True)
                 self.save()
+                self._log_rest()
                 if self._evaluated_step != self.step:
                     with suppress(StopTraining):
                         self.evaluate(stop.watch)
@@ -153,12 +154,14 @@ class Trainer(Parts):
                 return True
             except Stopped:
                 self.save(wait=True)  # If a failed save was the reason to stop, this raises its CheckpointError.
+                self._log_rest()
                 self._print_stopped()
                 return False
             except CheckpointError:
                 raise  # It is a UserError too, but saving again would not help.
             except UserError:
                 self.save(wait=True)
+                self._log_rest()
                 raise
 
     def _print_stopped(self) -> None:
@@ -275,8 +278,17 @@ class Trainer(Parts):
         self._bar.step(self.step)
         figures = None
         if any(self.log.is_due(step.loaded.visit.step + 1) for step in steps):
-            figures = self.log.write(self.step, self.updater.lr_factor(self.step - 1), self.grad_norm, self._bar)
+            figures = self._log()
         self.callbacks.on_step(self.step, figures)
+
+    def _log(self) -> dict[str, Any]:
+        """Writes and returns a line of metrics, up to the last confirmed step."""
+        return self.log.write(self.step, self.updater.lr_factor(self.step - 1), self.grad_norm, self._bar)
+
+    def _log_rest(self) -> None:
+        """Writes a line of metrics if a step was confirmed since the last one. The run has ended early."""
+        if self.log.metrics.steps:
+            self._log()
 
     def settle(self) -> None:
         """Confirms the queued steps, and gathers bad examples from all ranks.
