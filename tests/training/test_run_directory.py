@@ -1,13 +1,16 @@
 """The run directory: one training at a time, and nothing is done for a run that is finished."""
 
+import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from messages import refuses
 from processes import Process
 
 from openimp.common.errors import UserError
+from openimp.common.json_lines import read_lines
 from openimp.recipe.schema import Recipe
 from openimp.training.run_directory import LOCK, locked
 from openimp.training.trainer import train
@@ -55,3 +58,13 @@ def test_a_finished_run_is_resumed_without_its_data(little_data, little_run, tmp
     (run / "results.jsonl").unlink()
     with pytest.raises(UserError, match=str(data)):  # It was not evaluated, and for that it needs the data.
         train(recipe, run, resume=True)
+
+
+def test_a_resumed_run_may_be_evaluated_on_another_source(little_data, little_run, tmp_path):
+    run = Path(shutil.copytree(little_run, tmp_path / "run", symlinks=True))
+    colours = Recipe.load(little_data / "recipe.yaml").to_dict()["evaluation"]["sets"]["colours"]
+    sets = json.dumps({"some": {**colours, "source": "some"}})
+    for limit in (8, 4):
+        some = f"sources.some={{path: pictures, limit: {limit}}}"
+        assert train(Recipe.load(little_data / "recipe.yaml", [some, f"evaluation.sets={sets}"]), run, resume=True)
+        assert [result["n"] for result in read_lines(run / "results.jsonl")] == [limit]

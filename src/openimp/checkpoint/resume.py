@@ -21,7 +21,13 @@ FREE = {
     "memory.chunk_size",
     "memory.activation_checkpointing",
 }
-"""Keys that may change when a run is resumed, in addition to all of `evaluation` and `parallel`."""
+"""Keys that may change when a run is resumed, in addition to `parallel` and those of `only_evaluates`."""
+
+
+def only_evaluates(key: str, recipe: Recipe) -> bool:
+    """Whether a key changes nothing but evaluation: it is in `evaluation`, or in a source that no task reads."""
+    trained_sources = tuple(f"sources.{task.source}." for task in recipe.tasks.values())
+    return key.startswith("evaluation.") or (key.startswith("sources.") and not key.startswith(trained_sources))
 
 
 def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
@@ -35,7 +41,7 @@ def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
     for key, theirs, ours in differences(saved_recipe.validated().to_dict(), recipe.to_dict()):
         # Data may have moved. `changed_sources` compares its content instead of its path.
         is_location = key.startswith("sources.") and key.endswith((".path", ".root", ".license"))
-        if not (is_location or key in FREE or key.startswith(("evaluation.", "parallel."))):
+        if not (is_location or key in FREE or key.startswith("parallel.") or only_evaluates(key, recipe)):
             raise UserError(
                 f"{folder}: made by another recipe: {key} is {theirs!r} there, {ours!r} here; repeat "
                 "the --set options of the first start"

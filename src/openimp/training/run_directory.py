@@ -8,12 +8,13 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from openimp.checkpoint.folder import BEST, CHECKPOINTS, load_run_recipe, step_of, verify
-from openimp.checkpoint.resume import common_checkpoints, newest_intact, require_same_run
+from openimp.checkpoint.resume import common_checkpoints, newest_intact, only_evaluates, require_same_run
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.common.safe_files import refuse_links, write_text
 from openimp.data.trust import record_training
 from openimp.parallel import distributed
+from openimp.recipe.file import differences
 from openimp.recipe.schema import Recipe
 
 LOCK = ".lock"
@@ -123,7 +124,8 @@ class RunDirectory:
     def _evaluated(self) -> bool:
         """Whether the final step was evaluated as the recipe says, and the best checkpoint is marked."""
         evaluation = self.recipe.evaluation
-        if load_run_recipe(self.path).evaluation != evaluation:
+        changes = differences(load_run_recipe(self.path).to_dict(), self.recipe.to_dict())
+        if any(only_evaluates(key, self.recipe) for key, _, _ in changes):
             return False
         results = read_lines(self.path / "results.jsonl")
         evaluated_sets = {result.get("set") for result in results if result["step"] == self.recipe.train.steps}
