@@ -124,7 +124,7 @@ def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, lit
         (damaged / "config.json").write_text(content)
         assert re.search(f"config.json: damaged: .*{told}", refused("info", damaged))
     (damaged / "config.json").write_text('{"format": 6, "model": "IMP", "classes": {}}')
-    assert "config.json: damaged: its recipe cannot be read: KeyError('recipe')" in refused("info", damaged)
+    assert "config.json: damaged: it cannot be read: KeyError('recipe')" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 99}')
     assert "in format 99, and this version of openimp reads formats 6, 7 and 8 only; use the version" in refused(
         "info", damaged

@@ -3,6 +3,7 @@
 It is a pure function of recipe and seed, so all ranks know it without communication.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -79,12 +80,8 @@ class Alternation(Sequence[Visit]):
 
     def step_counts(self) -> dict[tuple[str, int], int]:
         """The number of steps per (task, view)."""
-        pairs = np.stack([self._task_indices, self._view_indices], axis=1)
-        distinct_pairs, counts = np.unique(pairs, axis=0, return_counts=True)
-        return {
-            (self._names[task_index], int(view_index)): int(count)
-            for (task_index, view_index), count in zip(distinct_pairs, counts)
-        }
+        counts = Counter(zip(self._task_indices.tolist(), self._view_indices.tolist()))
+        return {(self._names[task], view): count for (task, view), count in sorted(counts.items())}
 
 
 def expected_shares(recipe: Recipe) -> dict[str, float]:

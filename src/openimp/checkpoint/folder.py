@@ -153,22 +153,17 @@ def read_config(
     data = _read_object(file)
     recipe_file = folder / RECIPE
     recipe = SavedRecipe(_read_text(recipe_file) if recipe_file.exists() else None, recipe_file)
-    if data.get("format") == 6:
-        try:
+    try:
+        if data.get("format") == 6:
             recipe_data = lift_recipe(data["recipe"])
             data = lift_6(data, recipe_data)
             recipe = SavedRecipe(recipe_data, file)
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f"{file}: damaged: its recipe cannot be read: {error!r}") from None
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
-    elif data.get("format") == 7:
-        try:
+        elif data.get("format") == 7:
             data = lift_7(data)
-        except RecursionError:
-            raise UserError(f"{file}: damaged: it is nested too deeply") from None
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: damaged: it cannot be read: {error!r}") from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     if (version := data.pop("format", None)) != FORMAT:
         raise UserError(
             f"{file}: the model is in format {version}, and this version of openimp reads formats 6, 7 and 8 "
