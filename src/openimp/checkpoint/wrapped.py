@@ -68,13 +68,12 @@ def wrapped_folder(name: str) -> Path:
 
 def _key(name: str) -> str:
     """A hash of the name and, of a local model, of the names, sizes and times of its files."""
-    library = library_version("open_clip_torch")
-    parts: list[Any] = [LAYOUT, FORMAT, library, name]
+    source: list[Any] = [name]
     if Name.parse(name).folder is not None:
         folder = _local(name)
         files = sorted(file for file in folder.iterdir() if file.is_file())
-        parts = [LAYOUT, FORMAT, library, str(folder.resolve()), *((file.name, file_state(file)) for file in files)]
-    return stable_hash(parts)
+        source = [str(folder.resolve()), *((file.name, file_state(file)) for file in files)]
+    return stable_hash([LAYOUT, FORMAT, library_version("open_clip_torch"), *source])
 
 
 def _local(name: str) -> Path:
