@@ -127,16 +127,26 @@ def tiny_model() -> Callable[[Recipe], tuple[IMP, dict[str, Modality]]]:
 
 
 @pytest.fixture(scope="session")
+def write_tiny(tiny_model: Callable[[Recipe], tuple[IMP, dict[str, Modality]]]) -> Callable[[Recipe, Path], Path]:
+    """Writes the untrained model of a recipe to a folder that `openimp.load` opens, and returns the folder."""
+
+    def write(recipe: Recipe, folder: Path) -> Path:
+        model, modalities = tiny_model(recipe)
+        folder.mkdir(exist_ok=True)
+        save_model(folder, model, recipe.to_config({}), modalities, recipe.to_yaml())
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def tiny_model_folder(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_recipe: Callable[..., Recipe],
-    tiny_model: Callable[[Recipe], tuple[IMP, dict[str, Modality]]],
+    write_tiny: Callable[[Recipe, Path], Path],
 ) -> Path:
-    """A folder that `openimp.load` opens, with an untrained sparse model of image, video, audio and text."""
-    folder, recipe = tmp_path_factory.mktemp("tiny-model"), tiny_recipe()
-    model, modalities = tiny_model(recipe)
-    save_model(folder, model, recipe.to_config({}), modalities, recipe.to_yaml())
-    return folder
+    """The folder of an untrained sparse model of image, video, audio and text."""
+    return write_tiny(tiny_recipe(), tmp_path_factory.mktemp("tiny-model"))
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from openimp.common.json_lines import read_lines
 from openimp.inference.embed import embed
 from openimp.inference.model import Model
 from openimp.recipe.schema import Recipe
+from openimp.search import build_index, open_index
 from openimp.training.trainer import train
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
@@ -77,21 +78,27 @@ def test_the_checkpoint_is_what_its_manifest_says():
     verify(FIXTURES / "checkpoint")
 
 
-def test_the_index_is_searched(fixtures):
-    search = pytest.importorskip("openimp.search.index")
+def test_the_index_is_searched_and_updated(fixtures):
+    """It has neither words, which the next update adds, nor dates."""
     pytest.importorskip("lancedb")
-    index = search.open_index("index", "cpu")
+    index = open_index("index", "cpu")
     hits = index.search("a red apple", k=5)
     assert [hit.source for hit in hits] == ["stills"] * 5
     assert isinstance(index.read(hits[0].id), bytes)
-    assert len(index.search("a red apple", k=20, under="stills")) == 12
+    assert {hit.found_by for hit in index.search("a red apple", k=20, under="stills")} == {"meaning"}
+    with refuses():
+        index.search("a red apple", by="words")
+    Path("apple.txt").write_text("a red apple")
+    assert build_index("checkpoint", ["apple.txt"], "index").new == 1
+    index = open_index("index", "cpu")
+    assert index.search("a red apple", k=1, by="words")[0].text == "a red apple"
+    with refuses():
+        index.search("a red apple", since="2024-01-01")
 
 
 @pytest.mark.parametrize(("ivf", "lifted"), [(None, True), ({"rows": 60_000, "probes": 10, "recall": 0.99}, False)])
 def test_an_index_in_format_2_is_lifted_if_its_search_is_exact(fixtures, ivf, lifted):
     pytest.importorskip("lancedb")
-    from openimp.search.index import open_index
-
     file = fixtures / "index" / "index.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2, "ivf": ivf}))
     if lifted:

@@ -10,19 +10,12 @@ import soundfile
 from fuzz import FORMATS
 
 from openimp.common.modality import BadMedia
-from openimp.common.protocols import Pictured
 from openimp.modalities.audio import Audio
 from openimp.modalities.image import Image
-from openimp.modalities.text import Text
 from openimp.modalities.video import Video
-from openimp.search.media_types import UNKNOWN, kind_of, media_type
+from openimp.search.media_types import UNKNOWN, media_type
 
 IMAGE, VIDEO, AUDIO = Image(Image.Config()), Video(Video.Config()), Audio(Audio.Config())
-
-
-def test_modalities_are_displayed_by_what_their_files_are():
-    kinds = [kind_of(modality) for modality in (IMAGE, VIDEO, AUDIO, Text(Text.Config()))]
-    assert kinds == ["image", "video", "audio", "text"]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -86,7 +79,3 @@ def test_a_thumbnail_of_a_segment_shows_its_own_sound(tmp_path):
     ]
     assert loudest[0] > loudest[1] + 20, "low pitches are at the bottom"
     assert PIL.Image.open(io.BytesIO(low)).size == PIL.Image.open(io.BytesIO(high)).size
-
-
-def test_texts_have_no_thumbnail():
-    assert not isinstance(Text(Text.Config()), Pictured)
