@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from messages import refuses
 
 import openimp
-from openimp.common.errors import UserError
 from openimp.inference.embed import embed
 
 
@@ -53,21 +53,6 @@ def test_a_folder_becomes_a_table_of_unit_vectors(tiny_model_folder, folder, tmp
         assert part in printed
 
 
-def test_lists_are_written_in_order_whatever_the_batch(tiny_model_folder, media_folder, tmp_path):
-    """A bad file in the middle shifts no row. test_engine.py writes long lists in chunks."""
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"nothing")
-    files = [media_folder / "2.png", bad, media_folder / "0.png", media_folder / "2.png", media_folder / "1.png"]
-    whole, single = (
-        pq.read_table(embed(tiny_model_folder, files, tmp_path / f"{size}.parquet", batch_size=size).out)
-        for size in (64, 1)
-    )
-    assert whole["path"].to_pylist() == [str(media_folder / f"{i}.png") for i in (2, 0, 1)]
-    assert single["path"].to_pylist() == whole["path"].to_pylist()
-    vectors = (np.stack(table["embedding"].to_pylist()) for table in (whole, single))
-    np.testing.assert_allclose(*vectors, rtol=0, atol=1e-2)
-
-
 def test_a_text_file_that_is_huge_is_skipped(tiny_model_folder, media_folder, tmp_path):
     with (tmp_path / "huge.txt").open("wb") as file:
         file.truncate(2**40)  # A sparse file, which takes no space on the disk.
@@ -91,8 +76,7 @@ def test_a_file_whose_name_is_not_utf8_is_skipped_and_named(tiny_model_folder, m
 def test_the_modality_can_be_given_if_the_extension_is_unknown(tiny_model_folder, media_folder, tmp_path):
     nameless = tmp_path / "picture"
     shutil.copy(media_folder / "0.png", nameless)
-    told = r"picture: no extension says whether it is .*, use --modality; to embed the rows of a table, use --join$"
-    with pytest.raises(UserError, match=told):
+    with refuses():
         embed(tiny_model_folder, [nameless], tmp_path / "out.parquet")
     done = embed(tiny_model_folder, [nameless], tmp_path / "out.parquet", modality="image")
     assert done.rows == {"image": 1}
@@ -108,27 +92,25 @@ def test_towards_selects_the_space_of_texts(tiny_model_folder, media_folder, tmp
 
 
 @pytest.mark.parametrize(
-    ("files", "options", "message"),
+    ("files", "options"),
     [
-        (["missing.png"], {}, r"missing\.png: no such file or folder"),
-        (["empty"], {}, "no files to embed in .*empty; looked for "),
-        ([], {}, "no files to embed in an empty list"),
-        (["bad.png"], {}, r"no file can be read; the first: .*bad\.png"),
-        (["bad.png"], {"modality": "picture"}, "no modality 'picture'"),
-        (["bad.png"], {"towards": "video"}, "no task trains image and video together"),
-        (["nothing://x"], {}, "nothing://x: Protocol not known: nothing"),
-        (["bad.png"], {"out": "empty"}, "empty: name a file on disk that ends with .parquet"),
-        (["bad.png"], {"out": "v.csv"}, r"v\.csv: name a file on disk that ends with .parquet"),
+        (["missing.png"], {}),
+        (["empty"], {}),
+        ([], {}),
+        (["bad.png"], {}),
+        (["bad.png"], {"modality": "picture"}),
+        (["bad.png"], {"towards": "video"}),
+        (["nothing://x"], {}),
+        (["bad.png"], {"out": "empty"}),
+        (["bad.png"], {"out": "v.csv"}),
     ],
 )
-def test_bad_input_is_reported_and_the_old_table_stays(
-    tiny_model_folder, tmp_path, monkeypatch, files, options, message
-):
+def test_bad_input_is_reported_and_the_old_table_stays(tiny_model_folder, tmp_path, monkeypatch, files, options):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.png").write_bytes(b"no picture")
     (tmp_path / "out.parquet").write_bytes(b"old")
-    with pytest.raises(UserError, match=message):
+    with refuses():
         embed(tiny_model_folder, files, **{"out": "out.parquet"} | options)
     assert (tmp_path / "out.parquet").read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.png", "empty", "out.parquet"]

@@ -21,15 +21,12 @@ from torch.utils.data import DataLoader
 import openimp
 import openimp.inference
 from openimp.commands import run_eval
-from openimp.common.errors import UserError
 from openimp.common.json_lines import append
 from openimp.evaluation.evaluate import NotMeasured, evaluate
 from openimp.evaluation.results import read_results, table
 from openimp.inference import mteb_tasks
 from openimp.inference.mteb import MTEBEncoder
 from openimp.recipe.schema import Recipe
-from openimp.report.page import TEMPLATES
-from openimp.report.results import section
 
 STILLS = {"split": "test", "vendor": "twemoji"}
 NOTES = {"split": "test", "family": ["guitar", "brass"]}
@@ -206,15 +203,9 @@ def test_names_of_mteb_are_found_and_what_the_model_cannot_do_is_named():
     assert found
     assert all({*task.metadata.modalities} <= {"video", "text"} for task in found)
     assert sentence.startswith("Left out of MVEB(v1), because the model lacks a modality: ")
-    for name, message in (
-        ("ESC50_Zeroshots", "mteb has no task or benchmark called 'ESC50_Zeroshots'; did you mean 'ESC50_Zeroshot'?"),
-        ("HMDB51ZeroShot", "HMDB51ZeroShot needs video, but the model has image, text"),
-    ):
-        with pytest.raises(UserError) as error:
-            mteb_tasks.find_tasks([name], ["image", "text"])
-        assert str(error.value) == message
-    with refuses():
-        mteb_tasks.find_tasks(["MIEB(lite)"], ["video"])
+    for name, modality in (("ESC50_Zeroshots", "image"), ("HMDB51ZeroShot", "image"), ("MIEB(lite)", "video")):
+        with refuses():
+            mteb_tasks.find_tasks([name], [modality])
     # A note about a task that mteb has renamed would not be shown.
     assert mteb_tasks.NOTES.keys() <= {task.metadata.name for task in TASK_LIST}
 
@@ -235,7 +226,7 @@ class EqualPairs(Pairs):
     left, right = ("a",) * 4, ("b",) * 4
 
 
-def test_what_mteb_does_not_tell_is_null_and_shown_as_nothing(model, tmp_path):
+def test_what_mteb_does_not_tell_is_null(model, tmp_path):
     found = measured(model, Pairs())
     assert (found["n"], found["candidates"], found["interval"], found["chance"]) == (4, None, None, None)
     assert found["task"] == "text (cosine_spearman)"
@@ -244,10 +235,6 @@ def test_what_mteb_does_not_tell_is_null_and_shown_as_nothing(model, tmp_path):
     append(file, found)
     assert read_results(file) == [found]
     assert "Pairs: not the paper's" in str(table([found]).caption)
-    html = TEMPLATES.get_template("results.html").render(data=section([found], [found], []))
-    assert "-25.0%" in html
-    assert "Pairs: not the paper&#39;s" in html
-    assert "None" not in html
 
 
 def test_a_score_that_is_no_number_is_not_a_result(model):

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from messages import refuses
 
 import openimp
-from openimp.checkpoint.folder import save_model
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.errors import UserError
 from openimp.inference.model import Model
@@ -244,22 +243,6 @@ def test_save_and_load_give_the_same_model(model, tmp_path, media_folder):
         assert torch.equal(again.encode(modality, inputs), model.encode(modality, inputs))
     with refuses():
         model.save(tmp_path / "exported")
-
-
-def test_a_run_means_its_newest_checkpoint(tiny_model_folder, tiny_recipe, tiny_model, tmp_path):
-    recipe = tiny_recipe()
-    newest, modalities = tiny_model(recipe)
-    with torch.no_grad():
-        newest.stems["text"].after.bias += 1
-    for step, network in ((1, None), (2, newest)):
-        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
-        shutil.copytree(tiny_model_folder, folder)
-        (folder / "state.json").write_text("{}", encoding="utf-8")
-        if network is not None:
-            shutil.rmtree(folder / "model")
-            save_model(folder, network, recipe.to_config({}), modalities, recipe.to_yaml())
-    loaded = openimp.load(tmp_path / "run", device="cpu")
-    assert torch.equal(loaded.imp.stems["text"].after.bias, newest.stems["text"].after.bias)
 
 
 def test_what_cannot_be_loaded_is_said_in_one_sentence(tmp_path, monkeypatch):

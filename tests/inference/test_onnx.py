@@ -12,7 +12,6 @@ from messages import refuses
 from tokenizers import Tokenizer
 
 import openimp
-from openimp.checkpoint.folder import save_model
 from openimp.inference.onnx import export
 
 pytestmark = pytest.mark.slow
@@ -25,7 +24,7 @@ GRID = {"positions": "grid", "tables": [2, 4, 4]}
 
 
 @pytest.fixture
-def exported(tiny_recipe, tiny_model, tmp_path):
+def exported(tiny_recipe, write_tiny, tmp_path):
     """Exports the untrained model of some tasks of the tiny recipe; returns the model and the folder."""
 
     def make(changes, tasks, vision=None):
@@ -34,9 +33,7 @@ def exported(tiny_recipe, tiny_model, tmp_path):
         stems = {"image": "vision", "video": "vision", "audio": "audio"}
         modalities = {stem: recipe.to_dict()["modalities"][stem] for stem in {stems[name] for name in tasks}}
         modalities.get("vision", {}).update(vision or {})
-        recipe = tiny_recipe(changes, tasks=kept, modalities=modalities)
-        network, fitted = tiny_model(recipe)
-        save_model(tmp_path, network, recipe.to_config({}), fitted, recipe.to_yaml())
+        write_tiny(tiny_recipe(changes, tasks=kept, modalities=modalities), tmp_path)
         export(tmp_path, tmp_path / "onnx")
         return openimp.load(tmp_path, "cpu", "fp32"), tmp_path / "onnx"
 

@@ -85,7 +85,7 @@ def test_features_and_logits_are_those_of_the_library(wrapped, pictures):
 
 
 @torch.no_grad()
-def test_a_clip_of_identical_frames_has_the_vector_of_the_image(wrapped, pictures, tmp_path):
+def test_a_clip_of_identical_frames_has_the_vector_of_the_image(wrapped, pictures):
     _, _, model = wrapped
     pixels = np.asarray(PIL.Image.open(pictures[0]))
     image = model.encode_image(pixels, normalize=True)
@@ -124,20 +124,12 @@ def invoke(*arguments: object) -> str:
     return done.output
 
 
-def test_a_changed_folder_is_converted_again(clip, tmp_path):
-    folder = Path(clip.rpartition(":")[2])
-    before = find_model(clip)
-    assert find_model(clip) == before
-    library = open_clip.create_model(f"local-dir:{folder}")
-    with torch.no_grad():
-        library.logit_scale.fill_(3.0)
-    content = (folder / "open_clip_model.safetensors").read_bytes()
-    try:
-        save_file(library.state_dict(), folder / "open_clip_model.safetensors")
-        assert openimp.load(clip).logit_scale.item() == pytest.approx(3.0)
-        assert find_model(clip) != before
-    finally:
-        (folder / "open_clip_model.safetensors").write_bytes(content)
+def test_a_changed_folder_is_converted_again(tmp_path):
+    name, weights = public.write("clip", tmp_path / "clip"), tmp_path / "clip" / "open_clip_model.safetensors"
+    before = find_model(name)
+    save_file(load_file(weights) | {"logit_scale": torch.tensor(3.0)}, weights)
+    assert openimp.load(name).logit_scale.item() == pytest.approx(3.0)
+    assert find_model(name) != before
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -218,12 +210,6 @@ def test_a_folder_is_indexed_and_searched(clip, little_data, tmp_path):
     assert len(invoke("search", tmp_path / "index", "a red square", "--json").splitlines()) == 10
     with refuses():
         invoke("index", clip, "--out", tmp_path / "other")
-
-
-def test_sentence_transformers_takes_a_name(clip):
-    pytest.importorskip("sentence_transformers")
-    model = openimp.sentence_transformer(clip)
-    assert model.encode(["a cat", "a dog"]).shape == (2, 24)
 
 
 @pytest.mark.parametrize(
@@ -308,22 +294,19 @@ def test_a_wrapped_model_cannot_be_exported(clip, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "changes", "message"),
+    ("task", "changes"),
     [
-        ({"inputs": {"audio": "audio", "text": "text"}}, {}, "a model of open_clip has no modality 'audio'"),
-        ({}, {"model": {"wrap": "open_clip:x/y", "width": 128}},
-         "width is for openimp's own encoder; remove it, or remove wrap"),
-        ({"views": [{"image": {"size": 64}}]}, {},
-         "there is no key 'size' here: a wrapped model prepares pictures as its library does"),
-        ({}, {"train": {"init": "timm:vit_base_patch16_siglip_224"}},
-         r"train\.init: a model of timm is for openimp's own encoder"),
-        ({}, {"model": {"wrap": "timm:x"}}, "expected open_clip:NAME/TAG or"),
+        ({"inputs": {"audio": "audio", "text": "text"}}, {}),
+        ({}, {"model": {"wrap": "open_clip:x/y", "width": 128}}),
+        ({"views": [{"image": {"size": 64}}]}, {}),
+        ({}, {"train": {"init": "timm:vit_base_patch16_siglip_224"}}),
+        ({}, {"model": {"wrap": "timm:x"}}),
     ],
-)  # fmt: skip
-def test_what_a_wrapped_model_cannot_do_is_said_in_a_sentence(task, changes, message):
+)
+def test_what_a_wrapped_model_cannot_do_is_said_in_a_sentence(task, changes):
     usual = {"source": "all", "inputs": {"image": "image", "text": "text"}, "objectives": [{"type": "contrastive"}]}
     data = {"name": "x", "model": {"wrap": "open_clip:x/y"}, "sources": {"all": {"path": "x"}}}
-    with pytest.raises(UserError, match=message):
+    with refuses():
         Recipe.build({**data, "tasks": {"t": usual | task}, **changes})
 
 

@@ -205,35 +205,16 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(little_run, tmp_path, mon
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     out = tmp_path / "out"
-    for arguments, options, message in (
-        *(
-            ((little_run, name), {}, f"^{name}: expected OWNER/NAME, ")
-            for name in ("little", "a/b/c", "me/", "me/a b", "me/a..b")
-        ),
-        (
-            (little_run, "me/little", out),
-            {"license": "Apache 2"},
-            "^license Apache 2: expected the Hub's identifier of a license",
-        ),
-        ((little_run, "me/little"), {}, "^you are not logged in to the Hugging Face Hub: run `hf auth login`"),
-        (
-            (tmp_path / "missing", "me/little", out),
-            {},
-            "no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME",
-        ),
-        ((little_run, "me/little", tmp_path / "full"), {}, "full: expected a new or empty folder"),
-        (
-            (little_run, "me/little", out),
-            {"overrides": ["train.steps=1"]},
-            r"--set train\.steps=1: only the license of a source can be changed",
-        ),
-        (
-            (little_run, "me/little", out),
-            {"overrides": ["sources.sound.license=MIT"]},
-            r"license=MIT: the recipe has no such source; did you mean 'sounds'\?",
-        ),
+    for arguments, options in (
+        *(((little_run, name), {}) for name in ("little", "a/b/c", "me/", "me/a b", "me/a..b")),
+        ((little_run, "me/little", out), {"license": "Apache 2"}),
+        ((little_run, "me/little"), {}),
+        ((tmp_path / "missing", "me/little", out), {}),
+        ((little_run, "me/little", tmp_path / "full"), {}),
+        ((little_run, "me/little", out), {"overrides": ["train.steps=1"]}),
+        ((little_run, "me/little", out), {"overrides": ["sources.sound.license=MIT"]}),
     ):
-        with pytest.raises(UserError, match=message):
+        with refuses():
             push(*arguments, **options)
 
 
