@@ -7,34 +7,21 @@ import pytest
 import torch
 from messages import refuses
 from safetensors.torch import load_file, save_file
+from saved import assert_equal
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint import load as dcp_load
-from torch.distributed.checkpoint import save as dcp_save
 
 from openimp.checkpoint.dcp import load, read, save, stage
 
 WHOLE = {"rows": torch.arange(12.0).view(4, 3), "one": torch.ones(1), "scalar": torch.tensor(2.0)}
 
 
-def write_shards(folder: Path, *shards: dict[str, tuple[Tensor, str]]) -> list[Path]:
+def write_shards(folder: Path, *shards: dict[str, tuple[Tensor, str]]) -> None:
     """One file per rank, as DCP writes it: tensors by name, each with its offset as JSON."""
-    folder.mkdir(exist_ok=True)
-    files = [folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors" for rank in range(len(shards))]
-    for file, shard in zip(files, shards):
+    for rank, shard in enumerate(shards, 1):
         offsets = ", ".join(f'"{name}": {{"saved_offsets": {offset}}}' for name, (_, offset) in shard.items())
         tensors = {name: tensor.clone() for name, (tensor, _) in shard.items()}
+        file = folder / f"shard-{rank:05d}-model-00001-of-00001.safetensors"
         save_file(tensors, file, metadata={"DCP_SHARDING_INFO": f"{{{offsets}}}"})
-    return files
-
-
-@pytest.fixture
-def files(tmp_path) -> list[Path]:
-    """The shards of two ranks."""
-    rows, one, scalar = WHOLE.values()
-    first = {"rows": (rows[:2], "[0, 0]"), "one": (one, "[0]"), "scalar": (scalar, "[]")}
-    second = {"rows": (rows[2:], "[2, 0]"), "one": (torch.ones(0), "[1]")}
-    return write_shards(tmp_path, first, second)
 
 
 def test_a_single_process_writes_a_plain_safetensors_file(tmp_path):
@@ -44,8 +31,7 @@ def test_a_single_process_writes_a_plain_safetensors_file(tmp_path):
     (file,) = save(tmp_path / "some", stage(tensors, {}))
     assert [*(tmp_path / "some").iterdir()] == [file]
     for found in (load_file(file), read(tmp_path / "some")):
-        assert found.keys() == tensors.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+        assert_equal(found, tensors)
 
 
 def test_a_file_that_cannot_be_written_has_the_number_of_the_systems_error(tmp_path):
@@ -66,48 +52,14 @@ def test_equal_tensors_are_saved_as_equal_files(tmp_path):
     assert len({file.read_bytes() for file in files}) == 1
 
 
-def test_shards_make_up_tensors(files, tmp_path):
-    found = read(tmp_path)
-    assert found.keys() == WHOLE.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in WHOLE.items())
+def test_shards_make_up_tensors(tmp_path):
+    rows, one, scalar = WHOLE.values()
+    first = {"rows": (rows[:2], "[0, 0]"), "one": (one, "[0]"), "scalar": (scalar, "[]")}
+    write_shards(tmp_path, first, {"rows": (rows[2:], "[2, 0]"), "one": (torch.ones(0), "[1]")})
+    assert_equal(read(tmp_path), WHOLE)
     filled = {name: torch.zeros_like(tensor) for name, tensor in WHOLE.items()}
     load(tmp_path, filled)
-    assert all(torch.equal(filled[name], tensor) for name, tensor in WHOLE.items())
-
-
-def test_a_shard_that_is_lost_or_there_twice_is_damage(files, tmp_path):
-    first, second = files
-    content = second.read_bytes()
-    second.unlink()
-    with refuses():
-        load(tmp_path, {name: torch.zeros_like(tensor) for name, tensor in WHOLE.items()})
-    second.write_bytes(content)
-    first.rename(tmp_path / "first")
-    with refuses():
-        read(tmp_path)
-    (tmp_path / "first").rename(first)
-    first.with_name("again.safetensors").write_bytes(content)
-    with refuses():
-        read(tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_dcp_does_not_notice_a_lost_shard(files, tmp_path):
-    """Once this fails, `dcp.metadata` need not check what the shards cover."""
-    files[0].unlink()
-    rows = torch.full((4, 3), 7.0)
-    dcp_load({"rows": rows}, storage_reader=HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
-    assert rows[:2].eq(7).all()
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_dcp_loses_scalars_when_it_consolidates_shards(tmp_path):
-    """Once this fails, several ranks can leave plain files as well."""
-    writer = HuggingFaceStorageWriter(str(tmp_path), save_distributed=True, enable_consolidation=True)
-    dcp_save(dict(WHOLE), storage_writer=writer, no_dist=True)
-    found = load_file(tmp_path / "model-00001-of-00001.safetensors")
-    assert torch.equal(found["rows"], WHOLE["rows"])
-    assert found["scalar"] == 0
+    assert_equal(filled, WHOLE)
 
 
 @pytest.mark.parametrize(
@@ -115,13 +67,12 @@ def test_dcp_loses_scalars_when_it_consolidates_shards(tmp_path):
     [
         ((torch.zeros(2), "[0]"), (torch.zeros(4), "[1]")),
         ((torch.zeros(3), "[0]"), (torch.zeros(2), "[4]")),
-        ((torch.zeros(2), "[0]"), (torch.zeros(2, 2), "[2, 0]")),
         ((torch.zeros(2), "[0]"), (torch.zeros(2, 1), "[2, 0]")),
         ((torch.zeros(2), "[0]"), (torch.zeros(0), "[1000000000000000]")),
         ((torch.zeros(0), "[0]"), (torch.zeros(0), "[1000000000000000]")),
         ((torch.zeros(2), "[0]"), (torch.zeros(2), "[0]")),
     ],
-    ids=["overlap", "hole", "dimensions", "one more dimension", "empty and far away", "nothing but size", "twice"],
+    ids=["overlap", "hole", "one more dimension", "empty and far away", "nothing but size", "twice"],
 )
 def test_shards_that_do_not_exactly_cover_a_tensor_are_damage(tmp_path, first, second):
     write_shards(tmp_path, {"x": first}, {"x": second})

@@ -11,6 +11,7 @@ import little
 import pytest
 from messages import refuses
 from processes import Process
+from saved import hashes
 
 import openimp
 from openimp.checkpoint.folder import checkpoints, manifest_entry
@@ -47,11 +48,6 @@ def train_process(folder: Path, run: Path, *options: str, limit: int | None = No
 def names(run: Path) -> list[str]:
     """All that is in the folder of the checkpoints, drafts included."""
     return sorted(path.name for path in (run / "checkpoints").iterdir())
-
-
-def last_manifest(run: Path) -> dict:
-    """The hashes of all files of the newest checkpoint: equal for equal weights, optimizer state, totals and so on."""
-    return json.loads((checkpoints(run)[-1] / "manifest.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +99,7 @@ def test_damage_is_named_and_the_previous_checkpoint_is_used(run, whole_run, lit
     out = capsys.readouterr().out
     assert re.search(rf"^{damaged}: {told}.*; resuming from step 8, which loses 4 steps$", out, re.MULTILINE)
     assert out.count("which loses") == 1
-    assert last_manifest(run) == last_manifest(whole_run)
+    assert hashes(run) == hashes(whole_run)
     assert names(run) == names(whole_run)
 
 
@@ -136,19 +132,14 @@ def test_a_checkpoint_of_an_older_format_is_refused(run, little_data):
     """Its weights mean something else: positions, heads and temperatures have changed."""
     folder = checkpoints(run)[-1]
     config = json.loads((folder / "config.json").read_text())
-    for found in (4, 5, None):
-        (folder / "config.json").write_text(json.dumps(config | {"format": found}))
-        told = (
-            f"in format {found}, and this version of openimp reads formats 6, 7 and 8 only; "
-            "use the version that saved it"
-        )
-        with pytest.raises(UserError, match=told):
-            openimp.load(run)
+    (folder / "config.json").write_text(json.dumps(config | {"format": 5}))
+    with refuses():
+        openimp.load(run)
     (folder / "state.json").write_text('{"step": 12}')
-    manifest = {path.relative_to(folder).as_posix(): manifest_entry(path) for path in folder.rglob("*.*")}
-    manifest.pop("manifest.json")
+    files = [path for path in folder.rglob("*.*") if path.name != "manifest.json"]
+    manifest = {path.relative_to(folder).as_posix(): manifest_entry(path) for path in files}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=told):
+    with refuses():
         train(recipe_of(little_data), run, resume=True)
 
 
@@ -161,7 +152,7 @@ def test_resume_auto_starts_a_run_without_a_checkpoint_and_resumes_one_that_has_
         code, err = train_process(little_data, run, "--resume", "auto", limit=size)
         assert code == (2 if size else 0), err
         if not size:
-            assert last_manifest(run) == last_manifest(whole_run)
+            assert hashes(run) == hashes(whole_run)
             shutil.rmtree(checkpoints(run)[-1])
         times.append([line["seconds"] for line in read_lines(run / "metrics.jsonl")])
     died, anew, resumed = times

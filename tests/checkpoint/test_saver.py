@@ -20,6 +20,7 @@ from messages import refuses
 from processes import torchrun
 from ranks import COMMON
 from safetensors.torch import load_file, save_file
+from saved import assert_equal
 from torch import Tensor
 
 import openimp
@@ -72,10 +73,6 @@ def files_of(folder: Path) -> dict[str, Tensor]:
     }
 
 
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-
-
 class Disk(threading.Event):
     """A disk on which no checkpoint can be begun until the event is set, and which then may be full."""
 
@@ -123,7 +120,7 @@ def test_training_continues_while_a_checkpoint_is_written(little_data, tmp_path,
         assert all(training.checkpointing.saver._buffers[kind][name] is buffer for name, buffer in tensors.items())
     for folder, expected in zip(checkpoints(run), (before, after)):
         verify(folder)
-        assert same(files_of(folder), expected)
+        assert_equal(files_of(folder), expected)
         weights = load_file(folder / "model" / "model.safetensors")
         assert weights.keys() == training.model.state_dict().keys()
 
@@ -171,10 +168,10 @@ def test_a_checkpoint_of_several_ranks_loads_on_one_and_four(little_data, tmp_pa
         folder, expected = checkpoints(run)[-1], load_file(run / f"saved {step}.safetensors")
         assert folder.name == f"step-{step:08d}"
         assert len(list((folder / "model").iterdir())) == ranks
-        assert same(files_of(folder), expected)
-        assert same(tensors_of(training_of(little_data, run, resume=True)), expected)
+        assert_equal(files_of(folder), expected)
+        assert_equal(tensors_of(training_of(little_data, run, resume=True)), expected)
         assert openimp.load(run).encode_text(["a red square"]).isfinite().all()
-    assert same(load_file(run / "loaded 3.safetensors"), load_file(run / "saved 3.safetensors"))
+    assert_equal(load_file(run / "loaded 3.safetensors"), load_file(run / "saved 3.safetensors"))
 
     for kind in ("ema", "optimizer"):
         for lost in sorted((folder / kind).iterdir()):
@@ -193,7 +190,7 @@ def test_tensors_of_any_mesh_are_saved_once_and_loaded_into_any_other(tmp_path):
     """Replicas, shards in two dimensions, tensors that all ranks or only some have, scalars, fewer rows than ranks."""
     processes.run(*torchrun(4, __file__, "meshes", tmp_path), check=True)
     expected = whole_tensors()
-    assert same(dcp.read(tmp_path / "saved"), expected)
+    assert_equal(dcp.read(tmp_path / "saved"), expected)
     shards = [load_file(file) for file in sorted((tmp_path / "saved").iterdir())]
     assert len(shards) == 4
     for name, tensor in expected.items():
@@ -316,7 +313,7 @@ def meshes(folder: Path) -> None:
     assert file.name.startswith(f"shard-0000{distributed.rank() + 1}-")
     distributed.barrier()
     dcp.load(folder / "saved", target)
-    assert same({name: full_tensor(tensor) for name, tensor in target.items()}, whole)
+    assert_equal({name: full_tensor(tensor) for name, tensor in target.items()}, whole)
 
 
 def save(folder: Path, run: Path) -> None:

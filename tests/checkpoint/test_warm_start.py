@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from messages import refuses
+from saved import assert_equal, hashes
 from tokenizers import Tokenizer, models
 
 import openimp
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints
-from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
 from openimp.recipe.schema import Recipe
@@ -48,8 +48,7 @@ def test_the_encoder_starts_from_the_checkpoint_and_the_new_head_learns(little_r
     assert {name for name in ours if name not in before} == heads
     for name, tensor in ours.items():
         assert name in heads or torch.equal(tensor, before[name]), name
-    assert training.updater.ema
-    assert all(torch.equal(tensor, ours[name]) for name, tensor in training.updater.ema.weights.items())
+    assert_equal(training.updater.ema.weights, ours)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("starts from")]
     folder, loaded, new, left = line.split("; ")
     assert folder == f"starts from {checkpoints(little_run)[-1]}"
@@ -129,8 +128,7 @@ def test_resuming_does_not_start_again(little_run, pictures_only, tmp_path):
         shutil.rmtree(folder)
     shutil.rmtree(init)
     train(recipe, tmp_path / "cut", resume=True)
-    ours, theirs = (dcp.read(checkpoints(tmp_path / name)[-1] / "model") for name in ("cut", "whole"))
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
     tasks = [[line["tasks"] for line in read_lines(tmp_path / name / "metrics.jsonl")] for name in ("cut", "whole")]
     assert tasks[0] == tasks[1]
     recipe.train.init = None
@@ -139,27 +137,21 @@ def test_resuming_does_not_start_again(little_run, pictures_only, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        ("model.width=64", "model.width is 32 there, 64 here"),
-        ("model.heads=4", "model.heads is 2 there, 4 here"),
-        ("model={width: 64, heads: 4}", "model.heads is 2 there, 4 here, "),
-        ("model.heads=4", "/recipe.yaml"),
-        ("model.moe=null", "model.moe.experts is 2 there, None here"),
-        ("model.moe.experts={vision: 2, text: 2}", "model.moe.experts is 2 there, 'text: 2, vision: 2' here"),
-        ("modalities.vision.patch=[2, 4, 4]", "modalities.vision.patch.1 is 8 there, 4 here"),
-        ("modalities.text.vocab_size=400", "modalities.text.vocab_size is 300 there, 400 here"),
-        ("modalities.text.tokenizer=other.json", "modalities.text.tokenizer is None there, '"),
-        ("train.init=nothing", "nothing: no such folder"),
+        "model={width: 64, heads: 4}",
+        "model.moe=null",
+        "model.moe.experts={vision: 2, text: 2}",
+        "modalities.vision.patch=[2, 4, 4]",
+        "modalities.text.vocab_size=400",
+        "modalities.text.tokenizer=other.json",
+        "train.init=nothing",
     ],
 )
-def test_what_does_not_fit_is_told_in_one_sentence(little_run, pictures_only, tmp_path, change, message):
+def test_what_does_not_fit_is_told_in_one_sentence(little_run, pictures_only, tmp_path, change):
     Tokenizer(models.BPE()).save(str(pictures_only / "other.json"))
-    with pytest.raises(UserError) as error:
+    with refuses():
         Trainer(set_up(recipe_of(pictures_only, little_run, change), tmp_path / "run"))
-    assert str(error.value).startswith("train.init: ")
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 

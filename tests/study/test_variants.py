@@ -11,8 +11,8 @@ from messages import refuses
 from openimp.common.json_lines import read_lines
 from openimp.objectives.losses import task_losses
 from openimp.recipe.schema import Recipe
-from openimp.study.variants import CONFLICT, SUMMED, peak_memory
-from openimp.training.setup import Variant, set_up
+from openimp.study.variants import CONFLICT, SUMMED
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
 
 ROUNDS = ["alternation.kind=intervals", "optimizer.max_grad_norm=null", "optimizer.ema_decay=null"]
@@ -108,25 +108,3 @@ def test_cosines_compare_the_tasks_gradients_and_do_not_change_the_training(litt
         vectors[name] = torch.cat([g.flatten() for g in gradients if g is not None])
     cosine = float(F.cosine_similarity(*vectors.values(), dim=0))
     assert lines[0]["cosine"]["named|heard"] == pytest.approx(cosine, abs=1e-3)
-
-
-@pytest.mark.slow
-def test_peak_memory_of_alternation_is_that_of_its_largest_task(little_data, tmp_path):
-    """Batches are large, so that activations dominate as in real trainings."""
-    large = [
-        "tasks.named.batch_size=128",
-        "tasks.named.views.1.batch_size=128",
-        "tasks.heard.batch_size=64",
-        "optimizer.ema_decay=null",
-    ]
-    peaks = {}
-    for name, kind, changes in (
-        ("alternating", Variant(), []),
-        ("summed", SUMMED, ["alternation.kind=intervals"]),
-        ("named", Variant(), ["tasks.heard.weight=0"]),
-        ("heard", Variant(), ["tasks.named.weight=0"]),
-    ):
-        recipe = recipe_of(little_data, *large, *changes)
-        peaks[name] = peak_memory(Trainer(set_up(recipe, tmp_path / name, variant=kind)))
-    assert peaks["alternating"] <= 1.05 * max(peaks["named"], peaks["heard"])
-    assert peaks["summed"] > 1.2 * peaks["alternating"]

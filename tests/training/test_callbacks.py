@@ -89,12 +89,6 @@ def test_early_stopping_that_would_never_stop_is_refused_before_the_first_step(r
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_functions_of_the_commands_are_in_the_package():
-    assert {"train", "embed", "build_index", "open_index", "load"} <= set(dir(openimp))
-    for name in dir(openimp):
-        assert getattr(openimp, name) is not None
-
-
 class StopAtCheckpoint(openimp.Callback):
     def on_checkpoint(self, step: int, folder: Path) -> None:
         raise openimp.StopTraining

@@ -1,24 +1,21 @@
 """Fine-tuning controls: frozen parts, and the learning rate by part and by depth."""
 
 import json
-import re
+import shutil
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from messages import refuses
+from saved import copies, hashes
 from timm.optim import param_groups_layer_decay
 from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints
-from openimp.commands import run_plan
-from openimp.common.errors import UserError
 from openimp.data.loader import load_batches
-from openimp.planning.ledger import meta_model
 from openimp.planning.memory import step_memory
-from openimp.planning.plan import plans
 from openimp.recipe.schema import Recipe
 from openimp.study.variants import peak_memory
 from openimp.training.setup import set_up
@@ -44,7 +41,7 @@ def test_a_frozen_part_keeps_its_weights_and_has_no_optimizer_state(little_data,
     size = sum(weight.numel() for weight in training.model.parameters() if not weight.requires_grad)
     assert f"{size / 1e6:.2f}M of them frozen" in capsys.readouterr().out
     frozen = ("stems.", "encoder.blocks.0.", "projections.text-to-vision.")
-    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    before = copies(training.model.state_dict())
     assert training.train()
     saved = checkpoints(tmp_path / "run")[-1]
     after = dcp.read(saved / "model")
@@ -64,7 +61,7 @@ def test_one_of_two_optimizers_may_have_nothing_to_update(little_data, tmp_path,
     scale = {part: 0 for part in parts} | {trained: 1}
     options = f"optimizer={{muon_lr: 0.01, warmup_steps: 0, lr_scale: {json.dumps(scale)}}}"
     training = training_of(little_data, tmp_path / "run", options, "train.steps=6")
-    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    before = copies(training.model.state_dict())
     assert kind in [type(optimizer).__name__ for optimizer in training.updater.optimizers]
     assert training.train()
     for name, tensor in training.model.state_dict().items():
@@ -81,13 +78,10 @@ def test_a_run_with_frozen_parts_resumes_exactly(little_data, tmp_path):
     ]
     run = tmp_path / "run"
     assert train(recipe_of(little_data, *changes), run)
-    whole = checkpoints(run)[-1].rename(tmp_path / "whole")
+    whole = hashes(run)
+    shutil.rmtree(checkpoints(run)[-1])
     assert train(recipe_of(little_data, *changes), run, resume=True)
-    for part in ("model", "ema", "optimizer"):
-        ours = dcp.read(checkpoints(run)[-1] / part)
-        theirs = dcp.read(whole / part)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert hashes(run) == whole
 
 
 @pytest.mark.parametrize("scale", ["{stems: 0, encoder.blocks.0: 0}", "{encoder: 0, stems: 0}"])
@@ -116,21 +110,6 @@ def test_frozen_parts_need_less_memory_and_the_plan_says_how_much(little_data, t
         ).peak.total()
         assert planned == pytest.approx(measured[-1], rel=0.15)
     assert measured[1] < 0.5 * measured[0]
-
-
-def test_the_plan_shows_what_is_frozen(little_data, capsys):
-    changes = [*ONE_TASK, "optimizer.lr_scale={stems: 0, encoder.blocks.0: 0}", "parallel.shard_degree=2"]
-    recipe = recipe_of(little_data, *changes)
-    found = next(plans(recipe, recipe.make_modalities(), CLASSES, gpus=2, gpu="h100", utilization=0.4))
-    model = meta_model(recipe, recipe.make_modalities(), CLASSES)
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    assert found.frozen == sum(weight.numel() for weight in model.parameters()) - trained > 0
-    memory = found.step_needs["named", 0].memory
-    # AdamW's two tensors and the EMA, in fp32 on two GPUs; gradients of what the task uses.
-    assert memory.optimizer_state == pytest.approx(12 * trained / 2, rel=1e-3)
-    assert memory.gradients < 4 * trained / 2
-    run_plan(str(little_data / "recipe.yaml"), changes, 1, "h100", 0.4)
-    assert re.search(rf"frozen\s+│?\s*{found.frozen:,}", capsys.readouterr().out)
 
 
 def test_each_layer_has_its_learning_rate_as_in_timm(little_data, tmp_path):
@@ -172,7 +151,7 @@ def test_a_step_of_a_slower_part_is_smaller(little_data, tmp_path):
     for scale in (1, 0.25):
         changes = [f"optimizer={{muon_lr: 0.01, warmup_steps: 0, weight_decay: 0, lr_scale: {{encoder: {scale}}}}}"]
         training = training_of(little_data, tmp_path / str(scale), *changes)
-        before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+        before = copies(training.model.state_dict())
         training.make_step(next(iter(load_batches(training.batches, 0))))
         moved[scale] = {name: x - before[name] for name, x in training.model.state_dict().items()}
     assert sum(bool(change.any()) for change in moved[1].values()) > 20
@@ -182,17 +161,14 @@ def test_a_step_of_a_slower_part_is_smaller(little_data, tmp_path):
 
 
 def test_what_cannot_be_frozen_is_refused(little_data, tmp_path):
-    for scale, message in (
-        ("{stems.visoin: 0}", "the model has no part 'stems.visoin'; known: stems.vision, stems.text, stems.audio$"),
-        ("{encoder.text: 0}", "the model has no part 'encoder.text'; known: encoder.blocks, encoder.norm$"),
-        ("{encodr.text: 0}", "no part 'encodr.text'; known: stems, encoder, projections, temperatures, classifiers$"),
-        ("{encoder.norm.weight.x: 0}", "no part 'encoder.norm.weight.x'; known: encoder.norm.weight"),
-        ("{stems: 0, encoder: 0, projections: 0, temperatures: 0}", "tasks.heard: optimizer.lr_scale freezes all that"),
+    """At most ten of many parts are named."""
+    for scale in (
+        "{stems.visoin: 0}",
+        "{encoder.text: 0}",
+        "{encodr.text: 0}",
+        "{encoder.norm.weight.x: 0}",
+        "{stems: 0, encoder: 0, projections: 0, temperatures: 0}",
+        "{encoder.blocks.12: 0}",
     ):
-        with pytest.raises(UserError, match=message):
-            training_of(little_data, tmp_path / "run", f"optimizer.lr_scale={scale}")
-
-
-def test_at_most_ten_of_many_parts_are_named(little_data, tmp_path):
-    with refuses():
-        training_of(little_data, tmp_path / "run", "model.layers=12", "optimizer.lr_scale={encoder.blocks.12: 0}")
+        with refuses():
+            training_of(little_data, tmp_path / "run", "model.layers=12", f"optimizer.lr_scale={scale}")

@@ -1,6 +1,5 @@
 """The loop: it learns, it goes on exactly where it was cut off, and it says what is wrong before it does harm."""
 
-import json
 import os
 import re
 import shutil
@@ -17,9 +16,9 @@ import pytest
 import torch
 from messages import refuses
 from processes import Process, run
+from saved import assert_equal, copies, hashes
 
 from openimp.alternation import Alternation
-from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints, optimizer_state
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
@@ -74,16 +73,6 @@ def whole_run(little_data, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.slow
-def test_training_lowers_the_loss_of_every_task(whole_run):
-    losses = {"named": [], "heard": []}
-    for line in figures(whole_run):
-        ((task, told),) = line["tasks"].items()
-        losses[task].append(told["loss"])
-    for task, told in losses.items():
-        assert np.mean(told[-20:]) < 0.7 * np.mean(told[:20]), task
-
-
 def test_the_run_tells_what_it_did(whole_run, little_data):
     lines = figures(whole_run)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -98,7 +87,9 @@ def test_the_run_tells_what_it_did(whole_run, little_data):
     assert [(result["step"], result["set"]) for result in results] == [
         (step, name) for step in (50, 100, 120) for name in ("colours", "tones", "tones")
     ]
-    assert results[-3]["top1"] > results[-3]["chance"] == 0.25
+    assert all(result.get("top1", result.get("r1")) > 1.5 * result["chance"] for result in results[-3:]), (
+        "it has learned"
+    )
     assert Recipe.load(whole_run / "recipe.yaml") == recipe_of(little_data, *LONG)
     assert list((whole_run / "tensorboard").iterdir())
     assert [folder.name[-3:] for folder in checkpoints(whole_run)] == ["100", "110", "120"]
@@ -144,15 +135,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, little_data, tmp_p
     assert figures(run) == figures(whole_run)
     assert read_lines(run / "results.jsonl") == read_lines(whole_run / "results.jsonl")
     assert not read_lines(run / "skipped.jsonl")
-    final = checkpoints(run)[-1]
-    reference = checkpoints(whole_run)[-1]
-    assert final.name == reference.name == f"step-{STEPS:08d}"
-    for file in ("model", "ema", "optimizer"):
-        ours = dcp.read(final / file)
-        theirs = dcp.read(reference / file)
-        assert ours.keys() == theirs.keys()
-        assert not [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
-    assert json.loads((final / "state.json").read_text()) == json.loads((reference / "state.json").read_text())
+    assert last_step(run) == STEPS
+    assert hashes(run) == hashes(whole_run)
 
 
 @pytest.mark.slow
@@ -349,8 +333,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(little_data, 
     assert "not finite" in message
     assert training.data.sources["named"].row_name(bad.rows[0]) in message
     after = state_of(training)
-    assert after.keys() == before.keys()
-    assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == []
+    assert_equal(after, before)
     assert all(tensor.isfinite().all() for tensor in after.values())
 
 
@@ -374,8 +357,7 @@ def test_unused_parameters_keep_their_value_and_optimizer_state(little_data, tmp
         "heard": ("stems.audio", "projections.audio", "projections.text-to-audio", "temperatures.audio-text"),
     }  # fmt: skip
     for loaded in load_batches(training.batches, 0, 6):
-        before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
-        moments = {name: tensor.clone() for name, tensor in moments_of(training).items()}
+        before, moments = copies(training.model.state_dict()), copies(moments_of(training))
         training.make_step(loaded)
         (other,) = own.keys() - {loaded.visit.task}
         for name, tensor in training.model.state_dict().items():
@@ -416,7 +398,7 @@ def test_the_gradient_is_clipped_and_the_weights_are_averaged_as_the_recipe_says
         seen.append(float(torch.nn.utils.get_total_norm(grads)))
 
     training.updater.optimizers[0].register_step_pre_hook(note)
-    average = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    average = copies(training.model.state_dict())
     for step, loaded in enumerate(load_batches(training.batches, 0)):
         training.make_step(loaded)
         training.confirm()
@@ -433,13 +415,13 @@ def test_the_evaluated_weights_are_the_averaged_ones(whole_run, little_data, tmp
     """And training goes on with its own."""
     run = Path(shutil.copytree(whole_run, tmp_path / "run"))
     training = Trainer(set_up(recipe_of(little_data, *LONG), run, resume=True))
-    trained = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    trained = copies(training.model.state_dict())
     training.evaluate()
     assert read_lines(run / "results.jsonl") == read_lines(whole_run / "results.jsonl")
     training.updater.ema.weights = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
     training.evaluate()
     assert [result.get("r1", result.get("top1")) for result in read_lines(run / "results.jsonl")[-3:]] == [0, 0, 0]
-    assert all(torch.equal(tensor, trained[name]) for name, tensor in training.model.state_dict().items())
+    assert_equal(training.model.state_dict(), trained)
     assert training.model.training
 
 
