@@ -8,11 +8,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from openimp.common.modality import Tokens
 from openimp.data.step_batches import StepBatches
 from openimp.data.task_data import TaskData
 from openimp.model.build import build_for_training
-from openimp.model.embedder import Encoded, in_chunks, pass_sizes
+from openimp.model.embedder import in_chunks
 from openimp.objectives.losses import task_losses
 from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
@@ -60,22 +59,6 @@ def test_chunks_and_activation_checkpointing_change_no_gradient(little_data, cas
         assert found.keys() == whole.keys()
         for name, expected in whole.items():
             torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize("chunk_size", [None, 1, 3, 5, 8, 16])
-def test_the_planned_passes_are_those_that_are_made(chunk_size):
-    made = []
-
-    def encode(inputs: dict[str, Tokens]) -> dict[str, Encoded]:
-        made.append({name: len(tokens.values) for name, tokens in inputs.items()})
-        return {name: Encoded(tokens.values, []) for name, tokens in inputs.items()}
-
-    rows = {"image": 5, "text": 10}
-    inputs = {name: Tokens(torch.randn(n, 3), torch.zeros(n, 3, 1, dtype=torch.int64)) for name, n in rows.items()}
-    encoded = in_chunks(encode, chunk_size)(inputs)
-    assert made == pass_sizes(rows, chunk_size)
-    for name, tokens in inputs.items():
-        assert torch.equal(encoded[name].features, tokens.values)
 
 
 @pytest.mark.slow

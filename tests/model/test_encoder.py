@@ -64,15 +64,6 @@ def test_weights_start_as_in_the_release():
         assert weight.abs().max() < 2.3 * std
 
 
-def test_the_last_blocks_are_sparse_and_each_tells_what_it_did():
-    for encoder, sparse in (
-        (Encoder(tiny({"layers": 2})), [False, True, True]),
-        (Encoder(tiny()), [False, False, False]),
-    ):
-        assert [block.sparse for block in encoder.blocks] == sparse
-        assert len(apply(encoder, torch.randn(2, 5, 32))[1]) == sum(sparse)
-
-
 @pytest.mark.parametrize("length", [1, 7, UNFUSED_LENGTH, UNFUSED_LENGTH + 1])
 @pytest.mark.parametrize("masked", [False, True])
 def test_unfused_attention_equals_torchs_attention(length, masked):
@@ -142,12 +133,3 @@ def test_padding_changes_no_output(moe):
             alone, _ = apply(encoder, x[i : i + 1, :n])
             for found in (out, other, wider):
                 torch.testing.assert_close(found[i : i + 1, :n], alone, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("moe", [None, {"capacity_factor": 1.0}])
-def test_tokens_have_no_order_of_their_own(moe):
-    """Only positions, which the stems add, tell where a token stands."""
-    torch.manual_seed(2)
-    encoder, order = Encoder(tiny(moe)).eval(), torch.randperm(12)
-    x = torch.randn(2, 12, 32)
-    torch.testing.assert_close(apply(encoder, x[:, order])[0], apply(encoder, x)[0][:, order], rtol=0, atol=1e-5)

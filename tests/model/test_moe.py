@@ -152,17 +152,6 @@ def test_capacity_depends_on_valid_tokens_and_is_at_least_one(valid, pads, exper
     assert filled.sum(-1).min() == max(1, min(valid, int(valid * (capacity / experts) + 0.5)))
 
 
-def test_shapes_follow_from_shapes_alone():
-    """What torch.compile needs: whatever the tokens and their mask, each expert has as many slots."""
-    router = layer_of(experts=4).train().router
-    shapes = set()
-    for seed, lengths in enumerate(([9, 9], [1, 9], [2, 1])):
-        x, valid = batch_of(seed, lengths, 9)
-        for part in route(router, x, valid):
-            shapes.add(part.shape)
-    assert len(shapes) == 1
-
-
 def test_the_z_loss_is_the_mean_squared_logsumexp_of_the_valid_tokens():
     """And so is what the router learns from it."""
     layer = layer_of(experts=3, z_loss=0.5)

@@ -320,7 +320,7 @@ def test_a_streamed_run_on_two_ranks_resumes_on_one(little_data, two_ranks, tmp_
     assert states[0]["cursors"]["named"].keys() == {"0", "1"}
 
 
-def test_a_run_that_is_there_already_is_refused_however_often_torchrun_starts(little_data, two_ranks, tmp_path):
+def test_a_run_that_is_there_already_is_refused_however_often_torchrun_starts(two_ranks, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(two_ranks / "evaluated", folder, ignore=shutil.ignore_patterns("checkpoints"))
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
@@ -339,10 +339,6 @@ def test_an_environment_in_which_ranks_would_not_find_each_other_is_refused(monk
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with refuses():
         distributed.start()
-
-
-def files_of(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def recipe(folder: Path, *changes: str) -> Recipe:

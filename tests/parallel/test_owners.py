@@ -2,7 +2,7 @@
 
 import torch
 
-from openimp.parallel.owners import assign_owners, matrices_of, muon_work, own_matrices, own_weights
+from openimp.parallel.owners import assign_owners, muon_work, own_matrices, own_weights
 
 
 def work(matrix: torch.Tensor) -> int:
@@ -15,20 +15,6 @@ def test_ranks_own_about_equal_work():
     owned = assign_owners(matrices, 4, work)
     assert sorted(map(id, matrices)) == sorted(id(matrix) for share in owned for matrix in share)
     assert {sum(map(work, share)) for share in owned} == {sum(map(work, matrices)) / 4}
-
-
-def test_rows_of_a_matrix_on_each_rank_are_those_of_its_shards():
-    """FSDP2 divides two-dimensional weights like torch.chunk, here queries, keys and values, and experts evenly."""
-    stacked = torch.empty(9, 4)
-    short = torch.empty(3, 4)
-    experts = torch.empty(2, 8, 4)
-    found = matrices_of({stacked: 3, short: 1, experts: 2}, 4)
-    by_weight = {weight: [m.rows for m in found if m.weight is weight] for weight in (stacked, short, experts)}
-    assert [len(shard) for shard in stacked.chunk(4)] == [3, 3, 3]
-    assert by_weight[stacked] == [(3, 0, 0, 0), (0, 3, 0, 0), (0, 0, 3, 0)]
-    assert by_weight[short] == [(1, 1, 1, 0)]
-    assert by_weight[experts] == [(2, 2, 2, 2)] * 2
-    assert [m.rows for m in matrices_of({stacked: 3}, 2)] == [(3, 0), (2, 1), (0, 3)]
 
 
 def test_experts_of_one_weight_have_different_owners_if_they_are_sharded():

@@ -17,6 +17,7 @@ import pytest
 import torch
 from processes import run, torchrun
 from ranks import COMMON
+from saved import assert_equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openimp.checkpoint import dcp
@@ -84,10 +85,7 @@ def test_what_stops_one_rank_stops_all_and_costs_no_step(out, what):
         assert how.startswith("train.num_workers: a data worker died: ")
     whole, resumed = (out / name / "checkpoints" / "step-00000012" for name in ("whole", what))
     for kind in ("model", "ema", "optimizer"):
-        expected = dcp.read(whole / kind)
-        found = dcp.read(resumed / kind)
-        assert found.keys() == expected.keys()
-        assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
+        assert_equal(dcp.read(resumed / kind), dcp.read(whole / kind))
     assert (resumed / "state.json").read_text() == (whole / "state.json").read_text()
     assert read_lines(out / what / "skipped.jsonl") == read_lines(out / "whole" / "skipped.jsonl")
 
