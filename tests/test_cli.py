@@ -394,14 +394,6 @@ def test_eval_reproduces_the_results_of_training(succeeded, little_run, little_d
     assert [line["set"] for line in read_lines(out)] == ["colours", "tones", "tones", "tones", "tones"]
 
 
-def test_embed_writes_vectors_and_paths(succeeded, refused, little_run, little_data, tmp_path):
-    out = tmp_path / "vectors.parquet"
-    printed = succeeded("embed", little_run, little_data / "pictures", little_data / "0.wav", "--out", out)
-    assert str(little_data / "0.wav") in pq.read_table(out)["path"].to_pylist()
-    assert "25 embeddings (24 image, 1 audio)" in printed
-    assert "missing.png: no such file or folder" in refused("embed", little_run, tmp_path / "missing.png")
-
-
 def test_report_writes_a_page_or_says_why_not(succeeded, refused, little_run, tmp_path):
     page = tmp_path / "page.html"
     printed = succeeded("report", little_run, "--out", page)

@@ -26,9 +26,8 @@ def test_trainings_on_one_rank_and_on_several_are_measured(tmp_path):
     assert "embeds 9 pictures/s" in gpu.report([], 1, 9.0)
 
 
-@pytest.mark.parametrize("section", ["memory", "parallel"])
-def test_a_training_that_fails_is_a_row(tmp_path, section):
-    setting = gpu.Setting("broken", "imp_b", changes={section: {"nothing": 1}})
+def test_a_training_that_fails_is_a_row(tmp_path):
+    setting = gpu.Setting("broken", "imp_b", changes={"memory": {"nothing": 1}})
     found = gpu.measure(setting, gpu.make_data(tmp_path), tmp_path / "run")
     assert isinstance(found, str)
     assert "nothing" in found

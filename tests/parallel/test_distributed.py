@@ -70,9 +70,7 @@ CASES = {
         'tasks.named.inputs.text={column: ["a {label} square", "{label}"], draw: 2}',
         "tasks.named.objectives=[{type: contrastive, positives_in: label}]",
     ],
-    "shards, chunks": CHUNKS,
     "shards kept gathered, chunks, Muon": ["parallel.reshard_after_forward=false", *CHUNKS, MUON],
-    "shards, Muon": [MUON],
     "replicas, chunks": ["parallel.shard_degree=1", *CHUNKS],
     "replicas, Muon": ["parallel.shard_degree=1", MUON],
     "replicas, Muon, zero gradients": [
@@ -92,7 +90,6 @@ CASES = {
     ],
     "expert parallelism, replicas": ["parallel={shard_degree: 1, expert_degree: 2}", MUON],
     "expert parallelism, shards": ["parallel.expert_degree=2"],
-    "expert parallelism, shards, chunks": ["parallel.expert_degree=2", *CHUNKS],
     "experts by stem, shards, chunks": [BY_STEM, *CHUNKS],
     "experts by stem, expert parallelism": [BY_STEM, "parallel={shard_degree: 1, expert_degree: 2}", MUON],
 }

@@ -95,11 +95,7 @@ def test_a_bar_is_as_long_as_its_share_of_the_scale():
 
 
 def test_numbers_of_any_shape_are_shown():
-    def paths(numbers: np.ndarray) -> int:
-        return len(elements(MACROS.value(display(numbers, "x")), "path"))
-
-    assert paths(np.zeros(50)) == 1
-    assert paths(np.random.default_rng(0).normal(size=(5000, 3))) == 3
+    assert len(elements(MACROS.value(display(np.ones((5000, 3)), "x")), "path")) == 3
     assert "2 × 3 × 4 numbers" in MACROS.value(display(np.zeros((2, 3, 4)), "x"))
     assert "3 numbers" in MACROS.value(display(np.full(3, np.nan), "x"))
 

@@ -23,7 +23,6 @@ from openimp.recipe.file import find_file
 from openimp.recipe.schema import Recipe
 from openimp.study.budget import SMOKE_ROWS, part_recipe
 from openimp.study.outcome import Outcome
-from openimp.study.plots import draw_against_flops
 from openimp.study.results import curves_of, write_results
 from openimp.study.run import run_study
 from openimp.study.schema import Study, file_name, read_study
@@ -47,7 +46,7 @@ LITTLE = {
 }
 
 
-PLAIN = Outcome(flops=1, steps=1, parameters=1, seconds=1.0, scores={"s": 0.5})
+PLAIN = Outcome(flops=123_456_789, steps=1, parameters=1, seconds=1.0, scores={"s": 0.5})
 
 
 def write_study(folder: Path, **changes: object) -> Path:
@@ -126,10 +125,6 @@ def test_accuracies_count_all_sets(done):
 def test_arms_that_differ_only_in_their_flops_are_one_curve(done):
     study, _ = read_study(str(done[0]), smoke=False)
     assert sorted(curves_of(study)) == [["alone"], ["half", "together"]]
-    arms = ["dense", "8 experts, shared, 60 TFLOPs", "8 experts, shared, 12 TFLOPs", "half", "whole run"]
-    outcomes = {arm: [Outcome({"heard": 0.5}, flops=10**13)] for arm in arms}
-    figure = draw_against_flops(outcomes, [arms[:1], arms[1:3], arms[3:]], "accuracy")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "8 experts, shared", "half"]
 
 
 def test_a_summed_round_takes_every_task_once(little_data):
@@ -143,7 +138,7 @@ def test_a_summed_round_takes_every_task_once(little_data):
     assert tasks == (["named", "heard"] * len(tasks))[: len(tasks)]
 
 
-def test_finished_runs_are_not_trained_again(done, capsys):
+def test_finished_runs_are_not_trained_again(done):
     file, runs, out = done
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")}
     (out / "little.md").unlink()
@@ -204,9 +199,7 @@ def test_results_of_published_benchmarks_are_no_scores_of_a_study(little_run, tm
     run = Path(shutil.copytree(little_run, tmp_path / "run"))
     before, after = Outcome(), Outcome()
     before.add(run)
-    about = {"set": "flickr", "type": "retrieval", "step": 12, "task": "image -> text", "library": "mteb 2"}
-    figures = {"n": 9, "candidates": 9, "r1": 0.5, "interval": [0.2, 0.8], "chance": 0.1, "skipped": 0}
-    append(run / "results.jsonl", about | figures)
+    append(run / "results.jsonl", read_lines(run / "results.jsonl")[-1] | {"set": "flickr", "library": "mteb 2"})
     after.add(run)
     assert after.scores == before.scores
 
@@ -219,15 +212,11 @@ def test_an_impossible_results_folder_is_reported_before_training(done, tmp_path
     assert not (tmp_path / "runs").exists()
 
 
-def test_two_models_of_an_arm_cannot_share_an_evaluation_set(little_data, tmp_path):
-    for name in ("pictures", "sounds.jsonl"):
-        (tmp_path / name).symlink_to(little_data / name)
-    for file in little_data.glob("*.wav"):
-        (tmp_path / file.name).symlink_to(file)
-    data = yaml.safe_load((little_data / "recipe.yaml").read_text())
+def test_two_models_of_an_arm_cannot_share_an_evaluation_set(own_data, tmp_path):
+    data = yaml.safe_load((own_data / "recipe.yaml").read_text())
     data["tasks"]["heard_too"] = data["tasks"]["heard"]
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
-    study = write_study(tmp_path, arms={"a": {}, "b": [{"tasks": ["heard"]}, {"tasks": ["heard_too"]}]})
+    (own_data / "recipe.yaml").write_text(yaml.safe_dump(data))
+    study = write_study(own_data, arms={"a": {}, "b": [{"tasks": ["heard"]}, {"tasks": ["heard_too"]}]})
     with refuses():
         run_study(str(study), tmp_path / "runs", tmp_path / "out")
 
@@ -252,16 +241,8 @@ def test_cosines_that_were_not_measured_have_an_empty_cell(tmp_path):
     assert "| x and x | 0.375 (0% below 0) | 1.000 (0% below 0) |" in page
     assert "| x and y | -0.250 (100% below 0) |  |" in page
     assert "\n| a\\|b | **50.0 ± 0.0** |" in page, "a vertical bar is escaped"
+    assert page.count(" | 0.000123 | ") == 3, "three digits of the TFLOPs"
     assert (tmp_path / "t-cosines.png").stat().st_size
-
-
-def test_the_page_has_three_digits_of_the_flops(tmp_path):
-    study = Study(title="t", question="q", recipe="r", flops=1, arms={"a": {}, "b": {}})
-    found = {"a": [replace(PLAIN, flops=123_456_789)], "b": [replace(PLAIN, flops=11_984 * 10**9)]}
-    write_results(study, found, tmp_path, "t", "c")
-    cells = [line.split(" | ") for line in (tmp_path / "t.md").read_text().splitlines() if line.startswith("| ")]
-    column = cells[0].index("TFLOPs")
-    assert [row[column] for row in cells[2:]] == ["0.000123", "11.98"]
 
 
 def test_a_failed_page_leaves_the_old_files(tmp_path):
@@ -278,7 +259,7 @@ def test_a_failed_page_leaves_the_old_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_study_resumes(done, little_data, tmp_path):
+def test_a_stopped_study_resumes(done, tmp_path):
     """A signal stops its first training. After resuming, the scores equal those of the study that was not stopped."""
     file, runs, _ = done
     process = Process("-m", "openimp", "study", file, "--runs", tmp_path / "runs", "--out", tmp_path)
@@ -295,46 +276,29 @@ def test_a_stopped_study_resumes(done, little_data, tmp_path):
         assert outcome(tmp_path / "runs", arm, 0).scores == outcome(runs, arm, 0).scores
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"arms": {"only": {}}}, "arms: .*at least 2"),
-        ({"arms": {"a": {}, "b": {"set": ["model.widht=3"]}}}, "arm 'b': .*unknown key 'widht'; did you mean 'width'"),
-        ({"arms": {"a": {}, "b": {"tasks": ["herd"]}}}, "arm 'b': .*'herd'; did you mean 'heard'"),
-        (
-            {"arms": {"a": {"summed": True}, "b": {}}, "conflict": True},
-            "but arm 'a' is summed, has two towers or trains only some tasks",
-        ),
-        ({"recipe": "none.yaml"}, "none.yaml: no such file or folder"),
-        ({"arms": {"a": {}, "../b": {}}}, "arms.*: '../b' cannot name a folder"),
-        ({"arms": {"x y": {}, "x_y": {}}}, "arms 'x y' and 'x_y' would share files: only spaces, _ - or commas differ"),
-        ({"arms": {"a": {}, "b": {"tasks": ["named", "named"]}}}, "arms.b.tasks: 'named' is given twice"),
-        ({"arms": {"a": {}, "b": {"init": "a"}}}, "arms.b: there is no key 'init' here: .*; set train.init in `set`"),
-        (
-            {"flops": 1e300},
-            "arm 'together': its FLOPs allow .*e.2.. steps, but a run has at most 100,000,000",
-        ),
-        ({"flops": 2e7}, "arm 'together': its FLOPs allow 2 steps, but arms are comparable from 10 steps on; raise"),
-        (
-            {"arms": {"a": {}, "b": [{"tasks": ["named"]}] * 2}},
-            "arm 'b': each of its models needs `tasks` that no other",
-        ),
-        (
-            {"arms": {"a": {}, "b": {"set": ["optimizer={lr: 1e-3, warmup_steps: 7}"]}}},
-            "arm 'b': optimizer.warmup_steps follows from",
-        ),
-        ({"set": ["tasks.named.weight=0"], "arms": {"a": {}, "b": {"tasks": ["named"]}}}, "arm 'b': .*weight 0"),
-        ({"set": ["evaluation.sets={}"]}, "no evaluation set of type retrieval"),
-        ({"arms": {"a": {"tasks": ["named"]}, "b": {"tasks": ["heard"], "set": ["evaluation.sets={}"]}}}, "no eval"),
-    ],
-)
-def test_a_mistake_in_a_study_is_reported_before_training(little_data, tmp_path, change, message):
-    for name in ("recipe.yaml", "pictures", "sounds.jsonl"):
-        (tmp_path / name).symlink_to(little_data / name)
-    with pytest.raises(UserError, match=message):
-        run_study(str(write_study(tmp_path, **change)), tmp_path / "runs", tmp_path / "out")
-    assert not (tmp_path / "runs").exists()
-    assert not (tmp_path / "out").exists()
+def test_a_mistake_in_a_study_is_reported_before_training(own_data, tmp_path):
+    arms = {"a": {}}
+    for change in (
+        {"arms": arms},
+        {"arms": arms | {"b": {"set": ["model.widht=3"]}}},
+        {"arms": arms | {"b": {"tasks": ["herd"]}}},
+        {"arms": arms | {"b": {"summed": True}}, "conflict": True},
+        {"recipe": "none.yaml"},
+        {"arms": arms | {"../b": {}}},
+        {"arms": {"x y": {}, "x_y": {}}},
+        {"arms": arms | {"b": {"tasks": ["named", "named"]}}},
+        {"arms": arms | {"b": {"init": "a"}}},
+        {"flops": 1e300},
+        {"flops": 2e7},
+        {"arms": arms | {"b": [{"tasks": ["named"]}] * 2}},
+        {"arms": arms | {"b": {"set": ["optimizer={lr: 1e-3, warmup_steps: 7}"]}}},
+        {"set": ["tasks.named.weight=0"], "arms": arms | {"b": {"tasks": ["named"]}}},
+        {"set": ["evaluation.sets={}"]},
+        {"arms": {"a": {"tasks": ["named"]}, "b": {"tasks": ["heard"], "set": ["evaluation.sets={}"]}}},
+    ):
+        with refuses():
+            run_study(str(write_study(own_data, **change)), tmp_path / "runs", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 @pytest.mark.slow

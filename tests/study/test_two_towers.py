@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import openimp
 from openimp.checkpoint.warm_start import open_warm_start
-from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
 from openimp.data.task_data import TaskData
@@ -221,27 +220,17 @@ def test_only_a_study_loads_the_towers(trained):
         train(recipe, run, resume=True)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model": {"width": 32, "heads": 2, "layers": 2, "moe": {"layers": 1}}}, "set model.moe=null"),
-        ({"objectives": [{"type": "contrastive", "positives_by": "name"}]}, "set tasks.pairs.objectives="),
-        ({"inputs": {"image": "image", "text": {"column": "keywords", "draw": 2}}}, "remove draw"),
-        ({"views": [{"image": {"size": 32}}, {"image": {"size": 64}}]}, "take only one shape"),
-        ({"views": [{"image": {"size": 32}}, {"image": {"size": 32, "drop_tokens": 0.5}}]}, "have one patch dropout"),
-        ("another task", "one task, found pairs, more"),
-    ],
-)
-def test_unsupported_recipes_are_refused_before_anything_is_written(change, message, tmp_path):
-    data = recipe_of("image").to_dict()
-    if change == "another task":
-        data["tasks"]["more"] = data["tasks"]["pairs"]
-    elif "model" in change:
-        data |= change
-    else:
-        data["tasks"]["pairs"] |= change
-    data["evaluation"] = {}
-    data["modalities"] = {}
-    with pytest.raises(UserError, match=message):
-        train(Recipe.build(data), tmp_path / "run", variant=TWO_TOWERS)
+def test_unsupported_recipes_are_refused_before_anything_is_written(tmp_path):
+    recipe = recipe_of("image", evaluation={}, modalities={}).to_dict()
+    task, model = recipe["tasks"]["pairs"], recipe["model"]
+    for change in (
+        {"model": model | {"moe": {"layers": 1}}},
+        {"tasks": {"pairs": task | {"objectives": [{"type": "contrastive", "positives_by": "name"}]}}},
+        {"tasks": {"pairs": task | {"inputs": {"image": "image", "text": {"column": "keywords", "draw": 2}}}}},
+        {"tasks": {"pairs": task | {"views": [{"image": {"size": 32}}, {"image": {"size": 64}}]}}},
+        {"tasks": {"pairs": task | {"views": [{"image": {"size": 32, "drop_tokens": share}} for share in (0, 0.5)]}}},
+        {"tasks": {"pairs": task, "more": task}},
+    ):
+        with refuses():
+            train(Recipe.build(recipe | change), tmp_path / "run", variant=TWO_TOWERS)
     assert not (tmp_path / "run").exists()

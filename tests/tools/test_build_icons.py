@@ -210,15 +210,6 @@ def test_bundled_names_are_seen_or_new_as_their_splits_say(bundled):
     assert len({icon["set"] for icon in bundled if icon["color"] and icon["set_split"] == "test"}) == 3
 
 
-def test_the_demos_icons_have_names_that_several_have(bundled):
-    trained = Counter(icon["name"] for icon in bundled if (icon["set_split"], icon["split"]) == ("train", "train"))
-    used = {icon["name"] for icon in bundled if icon["demo"] and icon["split"] == "train"}
-    assert len(used) > 1000
-    assert min(trained[name] for name in used) >= 2
-    assert {icon["name"] for icon in bundled if icon["name"] in used and not icon["demo"]} == set()
-    assert not used & {"lightbulb", "shield off", "books"}
-
-
 def test_bundled_data_has_its_checksums_and_notices(bundled):
     sums = dict(line.split()[::-1] for line in (DEMO / "SHA256SUMS").read_text().splitlines())
     assert sums == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in DEMO.glob("*.parquet")}
