@@ -1,20 +1,17 @@
 import io
-from importlib.resources import files
 
 import numpy as np
 import PIL.Image
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from messages import refuses
 from pydantic import ValidationError
 from recordings import counting, film
 from recordings import sound_file as file
 
 from openimp.common.modality import BadMedia
-from openimp.modalities.audio import Audio, log_mel, mel_filters
+from openimp.modalities.audio import Audio, _at_speed, log_mel, mel_filters
 from openimp.modalities.sound import resample
 
 AUDIO = Audio(Audio.Config())
@@ -37,19 +34,12 @@ def share_at(sound, hertz, rate=RATE):
     return power[near].sum() / power.sum()
 
 
-@pytest.mark.parametrize("rate", [8000, 22_050, 44_100, 48_000, 11_127])
+@pytest.mark.parametrize("rate", [8000, 44_100, 11_127])
 def test_any_rate_becomes_the_stems(rate):
     out = AUDIO.decode(file(sine(1000, rate=rate), rate), [SHORT])
     assert abs(len(out) - 2 * RATE) <= 2
     assert share_at(out.astype(float), 1000) > 0.999
     assert abs(out[8000:24_000].astype(float).std() / 32767 - 0.5 / np.sqrt(2)) < 0.01
-
-
-@pytest.mark.parametrize(("form", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")])
-def test_compressed_files_sound_the_same(form, subtype):
-    out = AUDIO.decode(file(sine(1000, rate=48_000), 48_000, form, subtype), [SHORT])
-    assert abs(len(out) / RATE - 2) < 0.1
-    assert share_at(out.astype(float), 1000) > 0.98
 
 
 def test_resampling_takes_any_number_of_samples():
@@ -59,43 +49,26 @@ def test_resampling_takes_any_number_of_samples():
 
 def test_resampling_lets_no_higher_frequency_alias():
     sound = sine(10_000, rate=44_100) + sine(3000, rate=44_100)
-    out = resample(sound, 44_100, RATE)
-    assert share_at(out, 3000) > 0.9999  # 10 kHz would come back as 6 kHz
-    exact = sine(3000)
-    error = out[1000:31_000] - exact[1000:31_000]
-    assert 10 * np.log10((exact[1000:31_000] ** 2).mean() / (error**2).mean()) > 55
+    assert share_at(resample(sound, 44_100, RATE), 3000) > 0.9999  # 10 kHz would come back as 6 kHz
 
 
 def test_channels_are_averaged():
     stereo = np.stack([sine(500), sine(2000)], axis=1)
-    expected = stereo.mean(1)
     for raw in (file(stereo), stereo):
-        np.testing.assert_allclose(AUDIO.decode(raw, [SHORT]) / 32767, expected, atol=1e-4)
+        np.testing.assert_allclose(AUDIO.decode(raw, [SHORT]) / 32767, stereo.mean(1), atol=1e-4)
 
 
-def test_the_sound_of_a_film_is_read_in_whole_and_in_part():
-    raw = film(sound=0.1 * rng().standard_normal(8 * RATE))
-    whole = AUDIO.decode(raw, [SHORT])
-    assert abs(len(whole) / RATE - 8) < 0.1
-    starts = set()
-    for seed in range(4):
-        part = AUDIO.decode(raw, [SHORT], rng(seed))
-        assert 0 <= len(part) - AUDIO.samples(SHORT) <= 2
-        start = int(np.correlate(whole.astype(float), part.astype(float), "valid").argmax())
-        assert np.abs(whole[start : start + len(part)].astype(int) - part).max() < 200  # of 3277 on average
-        starts.add(start)
-    assert len(starts) == 4
-
-
-def test_a_training_cut_reads_only_its_part():
-    samples = rng().integers(-9999, 9999, 20 * RATE).astype(np.int16)
-    raw = file(samples, form="FLAC", subtype="PCM_16")
+@pytest.mark.parametrize("form", ["FLAC", "film"])
+def test_a_training_cut_reads_only_its_part(form):
+    samples = rng().integers(-9999, 9999, 8 * RATE).astype(np.int16)
+    raw = film(sound=samples / 32767) if form == "film" else file(samples, form=form)
+    whole = AUDIO.decode(raw, [SHORT]).astype(float)
     starts = set()
     for seed in range(6):
-        part = AUDIO.decode(raw, [SHORT], rng(seed))
+        part = AUDIO.decode(raw, [SHORT], rng(seed)).astype(float)
         assert 0 <= len(part) - AUDIO.samples(SHORT) <= 2
-        found = np.flatnonzero(np.abs(samples[: -len(part)].astype(int) - part[0]) <= 1)
-        start = next(i for i in found if np.abs(samples[i : i + len(part)].astype(int) - part).max() <= 1)
+        start = int(np.correlate(whole, part[:1000], "valid").argmax())
+        assert np.abs(whole[start : start + len(part)] - part).max() < 300
         starts.add(start)
     assert len(starts) == 6
 
@@ -118,12 +91,9 @@ WAV = file(sine(440, seconds=0.2))
 
 
 NO_SOUND = {
-    "nothing": b"",
     "text": b"no sound" * 99,
     "cut": WAV[:20],
-    "playlist": b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n",
-    "no file": "/no/such/file",
-    "a number": 3,
+    "a silent film": film(counting(1)),
     "no samples": file(np.zeros(0)),
     "NaN": file(np.array([0, np.nan, 0]), subtype="FLOAT"),
     "infinite": np.array([np.inf, 0.0]),
@@ -143,17 +113,11 @@ def test_what_is_no_sound_is_bad_media(raw):
     assert "\n" not in str(error.value)
 
 
-def test_a_silent_film_is_bad_media():
-    with refuses(BadMedia):
-        AUDIO.decode(film(counting(1)), [SHORT])
-
-
 def test_a_person_sees_a_spectrogram_with_high_pitch_above_and_silence_dark():
     view = Audio.View(seconds=1.024)
     heights = []
     for hertz in (300, 3000):
         with PIL.Image.open(io.BytesIO(AUDIO.show(sine(hertz, 0.512), view))) as picture:
-            assert (picture.format, picture.size) == ("WEBP", (16, 128))
             light = np.asarray(picture.convert("L")).astype(float)
         heights.append(light[:, 2:6].mean(1).argmax())
         assert light[:, 10:].max() < 40 < 150 < light[:, 2:6].max()
@@ -162,40 +126,25 @@ def test_a_person_sees_a_spectrogram_with_high_pitch_above_and_silence_dark():
 
 def test_short_sounds_are_followed_by_silence():
     item = np.full(5000, 16_384, np.int16)
+    expected = np.pad(np.float32(item) / 32767, (0, 16_384 - 5000))
     for out in (AUDIO.transform(item, SHORT, None)[0], AUDIO.transform(item, SHORT, rng())):
-        assert out.shape == (16_384,)
-        assert out.dtype == np.float32
-        assert (out[:5000] > 0.2).all()
-        assert (out[5000:] == 0).all()
+        np.testing.assert_array_equal(out, expected)
 
 
 def test_long_sounds_are_cut_at_random_in_training_and_evenly_in_evaluation():
     item = np.arange(32_000, dtype=np.int16)
-    view = Audio.View(seconds=1.024, clips=3, gain=0.0)
-    starts = [round(float(clip[0]) * 32767) for clip in AUDIO.transform(item, view, None)]
-    assert starts == [0, 7808, 15_616]
-    assert len(AUDIO.transform(item, Audio.View(seconds=1.024), None)) == 4  # the release's
-    middle = AUDIO.transform(item, Audio.View(seconds=1.024, clips=1), None)
-    assert middle.shape == (1, 16_384)
-    assert round(float(middle[0, 0]) * 32767) == 7808
-    drawn = [round(float(AUDIO.transform(item, view, rng(seed))[0]) * 32767) for seed in range(20)]
-    assert len(set(drawn)) > 15
-    assert drawn[3] == round(float(AUDIO.transform(item, view, rng(3))[0]) * 32767)
+    for clips, expected in ((3, [0, 7808, 15_616]), (1, [7808])):
+        heard = AUDIO.transform(item, Audio.View(seconds=1.024, clips=clips), None)
+        assert np.round(heard[:, 0] * 32767).tolist() == expected
+    drawn = {AUDIO.transform(item, SHORT, rng(seed))[0] for seed in range(20)}
+    assert len(drawn) > 15
 
 
-@pytest.mark.parametrize("length", [3000, 40_000])
-def test_speed_interpolates_as_numpy_does(length):
-    item = rng(9).integers(-9999, 9999, length).astype(np.int16)
-    view = Audio.View(seconds=1.024, gain=0.0, speed=0.3)
-    for seed in range(20):
-        generator, count = rng(seed), AUDIO.samples(view)
-        speed = 1 + generator.uniform(-0.3, 0.3)
-        heard = int(np.ceil(count * speed))
-        start = int(generator.integers(max(0, length - heard) + 1))
-        sound = np.pad(item[start : start + heard] / 32767, (0, max(0, heard - length)))
-        expected = np.interp(np.arange(count) * speed, np.arange(heard), sound)
-        np.testing.assert_allclose(AUDIO.transform(item, view, rng(seed)), expected, rtol=0, atol=2e-7)
-    np.testing.assert_array_equal(AUDIO.transform(item, view, None), AUDIO.transform(item, SHORT, None))
+def test_speed_interpolates_as_numpy_does():
+    sound = rng().uniform(-1, 1, 40_000).astype(np.float32)
+    for speed in (0.7, 1.0, 1.3):
+        expected = np.interp(np.arange(16_384) * speed, np.arange(40_000), sound)
+        np.testing.assert_allclose(_at_speed(sound, speed, 16_384), expected, rtol=0, atol=2e-7)
 
 
 def spectra(waves, view, rngs=None):
@@ -244,6 +193,7 @@ def test_noise_is_relative_to_the_loudest_sample():
     levels = [AUDIO.transform(sound, view, rng(seed))[200:].std() * 32767 for seed in range(40)]
     assert min(levels) < 300
     assert 700 < max(levels) < 1050
+    view = view.model_copy(update={"speed": 0.3, "gain": 6.0})
     np.testing.assert_array_equal(AUDIO.transform(sound, view, None), AUDIO.transform(sound, SHORT, None))
 
 
@@ -277,19 +227,10 @@ def test_gain_is_within_its_decibels():
 def test_a_sine_lights_the_bin_of_its_pitch(hertz):
     config = AUDIO.config
     spectrum = log_mel(torch.from_numpy(sine(hertz, seconds=2.048, level=1.0))[None], config)
-    assert spectrum.shape == (1, 32, 128)
     mel = 2595 * np.log10(1 + np.array([config.low, hertz, config.high]) / 700)
     expected = (mel[1] - mel[0]) / (mel[2] - mel[0]) * 129 - 1
     assert abs(spectrum[0, 10].argmax().item() - expected) <= 1
     assert abs(spectrum[0, 10].max()) < 1  # magnitude 1, so 0
-    silence = log_mel(torch.zeros(1, 32_768), config)
-    torch.testing.assert_close(silence, torch.full_like(silence, float(np.log(1e-6))))
-
-
-def test_frames_are_where_the_sound_is():
-    wave = torch.zeros(1, 16 * 1024)
-    wave[0, 8 * 1024 + 512] = 1.0  # the middle of the eighth hop
-    assert log_mel(wave, AUDIO.config)[0].mean(-1).argmax() == 8
 
 
 @pytest.mark.parametrize(("window", "hop", "bins"), [(2048, 1024, 128), (1024, 256, 64), (400, 200, 40), (64, 64, 16)])
@@ -326,69 +267,17 @@ def test_tokens_are_patches_of_the_normalised_spectrogram():
     items = np.stack([sine(300, 2.048), sine(2000, 2.048)])
     tokens = AUDIO.tokens(items, view, None)
     assert tokens.values.shape == (2, AUDIO.length(view), 256) == (2, 16, 256)
-    assert tokens.mask is None
     spectrum = (log_mel(torch.from_numpy(items), AUDIO.config) - AUDIO.config.mean) / AUDIO.config.std
     assert torch.equal(tokens.values[1, 8 + 3].view(16, 16), spectrum[1, 16:32, 48:64])
     assert tokens.coords[0, [0, 1, 8, 15]].tolist() == [[0, 0], [0, 8], [32, 0], [32, 56]]
     some = AUDIO.tokens(items, Audio.View(seconds=2.048, drop_tokens=0.75), [rng(1), rng(2)])
     assert some.values.shape[1] == 4
-    index = some.coords[1] // torch.tensor([32, 8]) @ torch.tensor([8, 1])
-    assert torch.equal(some.values[1], tokens.values[1, index])
-
-
-def test_the_default_mean_and_deviation_are_those_of_the_bundled_notes():
-    rows = pq.read_table(files("openimp") / "data/demo/notes.parquet", columns=["audio", "split"]).to_pylist()
-    view = Audio.View(seconds=2.048, clips=1)
-    notes = [AUDIO.encode_input(row["audio"], view)[0] for row in rows if row["split"] == "train"][::6]
-    spectrum = log_mel(torch.from_numpy(np.stack(notes)), AUDIO.config)
-    assert spectrum.mean().item() == pytest.approx(AUDIO.config.mean, abs=0.3)
-    assert spectrum.std().item() == pytest.approx(AUDIO.config.std, abs=0.3)
-
-
-def test_the_defaults_are_the_papers_64_tokens():
-    AUDIO.check(Audio.View())
-    assert AUDIO.length(Audio.View()) == 64
-    assert (AUDIO.stem_spec().values, AUDIO.stem_spec().axes) == (256, (64, 64))
-
-
-@pytest.mark.parametrize(("seconds", "fits"), [(2.0, "1.024 or 2.048"), (0.01, "1.024"), (100.0, "use 65.536 s")])
-def test_seconds_that_make_no_whole_patch_are_refused(seconds, fits):
-    with pytest.raises(ValueError, match=fits):
-        AUDIO.check(Audio.View(seconds=seconds))
 
 
 @pytest.mark.parametrize("options", [{"high": 9000.0}, {"low": 8000.0}, {"hop": 4096}, {"bins": 100}, {"bins": 2048}])
 def test_spectrograms_that_cannot_be_are_refused(options):
     with pytest.raises(ValidationError):
         Audio.Config(**options)
-
-
-def test_another_stem_keeps_its_promises():
-    audio = Audio(Audio.Config(sample_rate=8000, window=400, hop=200, bins=64, high=4000.0, patch=(10, 32)))
-    view = Audio.View(seconds=1.0, clips=2)
-    audio.check(view)
-    item = audio.decode(file(sine(440, rate=44_100), 44_100), [view])
-    assert abs(len(item) - 16_000) <= 2
-    tokens = audio.tokens(audio.transform(item, view, None), view, None)
-    assert tokens.values.shape == (2, audio.length(view), audio.stem_spec().values) == (2, 8, 320)
-
-
-def test_prepared_samples_give_the_same_tokens_and_a_gradient():
-    items = AUDIO.encode_input(file(sine(700)), SHORT)
-    wave = torch.from_numpy(items).requires_grad_()
-    tokens = AUDIO.from_tensor(wave)
-    torch.testing.assert_close(tokens.values, AUDIO.tokens(items, SHORT, None).values)
-    tokens.values.sum().backward()
-    assert torch.isfinite(wave.grad).all()
-
-
-def test_the_sound_of_a_film_with_pictures():
-    """Stereo AAC at 48 kHz beside H.264, as films of the web have: length and pitch are kept, to two frames
-    of AAC: the encoder's delay, and the padding of the last frame."""
-    raw = film(counting(130, 32, 32, 1), codec="libx264", sound=np.stack([sine(440, 5.3, 48_000)] * 2), rate=48_000)
-    samples = AUDIO.decode(raw, [Audio.View()])
-    assert 0 <= len(samples) / RATE - 5.3 <= 2 * 1024 / 48_000
-    assert share_at(samples.astype(float), 440) > 0.99
 
 
 @pytest.mark.parametrize("form", ["wav", "mp4"])

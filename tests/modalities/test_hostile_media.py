@@ -17,8 +17,6 @@ import pytest
 import recordings
 import soundfile
 from fuzz import FORMATS
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from messages import refuses
 from recordings import picture_file as encoded
 from recordings import sound_file
@@ -77,18 +75,11 @@ def test_a_relative_path_that_looks_like_a_url_sends_no_request(modality, view, 
     np.testing.assert_array_equal(out, modality.decode(film(), [view]))
 
 
-@pytest.mark.parametrize("name", ["concat:secret.ts", "subfile,,start,0,end,0,,:secret.ts", "file:secret.ts", "pipe:0"])
-def test_a_path_that_looks_like_a_protocol_reads_its_own_file(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "secret.ts").write_bytes(film(8, "mpegts", "mpeg2video", "mp2"))
-    (tmp_path / name).write_bytes(film(3))
-    assert len(VIDEO.decode(name, [CLIP])) == 3
-
-
 def test_no_container_may_open_another_file(tmp_path, monkeypatch):
     """A playlist is refused as a format, and could not open what it names if FFmpeg took it for another one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.ts").write_bytes(film(8, "mpegts", "mpeg2video", "mp2"))
+    assert len(VIDEO.decode("secret.ts", [CLIP])) == 8
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile secret.ts\n")
     for formats in (media.CONTAINERS, f"{media.CONTAINERS},concat"):
         monkeypatch.setattr(media, "CONTAINERS", formats)
@@ -113,7 +104,9 @@ def test_pictures_that_unpack_to_gigabytes_are_refused_before_they_do():
     with refuses(BadMedia):
         IMAGE.decode(encoded(flat.convert("L"), "JPEG", progressive=True), [PICTURE])
     # `decode` reads a baseline JPEG at a fraction of its size, but open_clip's modality reads it whole.
-    with refuses(BadMedia), upright(encoded(flat.convert("L"), "JPEG")):
+    baseline = encoded(flat.convert("L"), "JPEG")
+    assert IMAGE.decode(baseline, [PICTURE]).shape == (74, 74, 3)
+    with refuses(BadMedia), upright(baseline):
         pass
     with refuses(BadMedia):
         IMAGE.decode(encoded(PIL.Image.new("RGB", (4200, 4200)), "JPEG2000"), [PICTURE])
@@ -159,14 +152,10 @@ def test_a_gif_may_not_grow_behind_its_header():
 def test_an_animation_of_too_many_pixels_in_all_is_refused(form, monkeypatch):
     monkeypatch.setattr(media, "CHECK_EVERY", 2**16)
     monkeypatch.setattr(media, "MAX_WORK", 40 * 256 * 256)
-    frames = [PIL.Image.new("RGB", (256, 256), (i, 0, 0)) for i in range(60)]
-    short, long = (
-        encoded(some[0], form, save_all=True, append_images=some[1:], **({"lossless": True} if form == "WEBP" else {}))
-        for some in (frames[:30], frames)
-    )
-    assert VIDEO.decode(short, [CLIP]).shape == (30, 37, 37, 3)
+    frames = recordings.counting(60, 256, 256, step=1)
+    assert VIDEO.decode(recordings.animation(frames[:30], form), [CLIP]).shape == (30, 37, 37, 3)
     with refuses(BadMedia):
-        VIDEO.decode(long, [CLIP])
+        VIDEO.decode(recordings.animation(frames, form), [CLIP])
 
 
 def test_frames_before_those_that_are_read_count_too(monkeypatch):
@@ -300,27 +289,6 @@ def test_sounds_are_the_ones_that_libsndfile_reads(name, tmp_path):
         for source in (raw, path):
             heard = Audio(Audio.Config(sample_rate=rate)).decode(source, [Audio.View(seconds=1.024)])
             np.testing.assert_array_equal(heard, expected)
-
-
-BROKEN = {
-    "image": (IMAGE, PICTURE, encoded(PIL.Image.effect_noise((60, 40), 90), "PNG")),
-    "video": (VIDEO, CLIP, recordings.film(recordings.counting(12))),
-    "audio": (AUDIO, SOUND, sound_file(np.full(8, 0.5))),
-}
-
-
-@pytest.mark.parametrize(("modality", "view", "raw"), BROKEN.values(), ids=BROKEN)
-@given(place=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
-@settings(max_examples=50, deadline=None)
-def test_a_broken_byte_gives_an_array_or_bad_media(modality, view, raw, place, byte):
-    broken = bytearray(raw)
-    broken[int(place * len(raw))] = byte
-    try:
-        out = modality.decode(bytes(broken), [view])
-    except BadMedia:
-        return
-    assert out.dtype in (np.uint8, np.int16)
-    assert 0 < len(out) <= 2**16
 
 
 @pytest.mark.parametrize("modality", [IMAGE, VIDEO, AUDIO])

@@ -13,7 +13,7 @@ from recordings import picture_file as file
 
 from openimp.common.modality import BadMedia
 from openimp.modalities.image import Image
-from openimp.modalities.media import coordinates, patchify
+from openimp.modalities.media import coordinates
 from openimp.modalities.video import Video
 from openimp.modalities.vision import center_box, inception_box, jitter_matrix
 
@@ -34,15 +34,6 @@ def smooth(height, width):
     out[..., 0] = np.linspace(0, 255, width)[None]
     out[..., 1] = np.linspace(0, 255, height)[:, None]
     return out
-
-
-@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM", "GIF", "WEBP"])
-def test_lossless_files_keep_their_pixels(form, tmp_path):
-    grey = np.repeat(pixels(20, 30, 1), 3, axis=2)
-    path = tmp_path / f"x.{form}"
-    PIL.Image.fromarray(grey).save(path, form, **({"lossless": True} if form == "WEBP" else {}))
-    for raw in (path, str(path), path.read_bytes()):
-        np.testing.assert_array_equal(IMAGE.decode(raw, [Image.View()]), grey)
 
 
 def test_pictures_of_phones_are_read_and_turned_upright(tmp_path):
@@ -73,30 +64,25 @@ def test_what_heic_pictures_need_is_said(tmp_path):
     assert "a HEIC picture, which needs pillow-heif: pip install 'openimp[heif]'" in done.stderr
 
 
-def test_grey_and_16_bits_are_three_equal_channels():
+def test_16_bits_are_three_equal_channels():
     ramp = np.arange(600).reshape(20, 30) * 100
     wide = IMAGE.decode(file(PIL.Image.fromarray(ramp.astype(np.uint16)), "PNG"), [Image.View()])
     np.testing.assert_array_equal(wide, np.repeat((ramp >> 8)[..., None], 3, axis=2))
-    grey = IMAGE.decode(file(PIL.Image.fromarray(pixels()).convert("L"), "JPEG"), [Image.View()])
-    assert grey.shape == (40, 60, 3)
-    assert (grey[..., 0] == grey[..., 2]).all()
 
 
-@pytest.mark.parametrize(("mode", "form"), [("CMYK", "JPEG"), ("P", "PNG"), ("1", "PNG"), ("LA", "PNG"), ("I", "TIFF")])
+@pytest.mark.parametrize(("mode", "form"), [("CMYK", "JPEG"), ("P", "PNG"), ("1", "PNG"), ("LA", "PNG")])
 def test_other_modes_are_colours(mode, form):
     out = IMAGE.decode(file(PIL.Image.fromarray(smooth(20, 30)).convert(mode), form), [Image.View()])
     assert out.shape == (20, 30, 3)
-    assert out.dtype == np.uint8
     assert out[-1, -1].astype(int).sum() > out[0, 0].astype(int).sum()
 
 
 def test_alpha_is_kept_only_where_something_is_transparent():
-    opaque = pixels(channels=4)
-    opaque[..., 3] = 255
-    assert IMAGE.decode(file(PIL.Image.fromarray(opaque), "PNG"), [Image.View()]).shape == (40, 60, 3)
-    clear = opaque.copy()
-    clear[0, 0, 3] = 0
-    assert IMAGE.decode(file(PIL.Image.fromarray(clear), "PNG"), [Image.View()]).shape == (40, 60, 4)
+    rgba = pixels(channels=4)
+    rgba[..., 3] = 255
+    assert IMAGE.decode(rgba, [Image.View()]).shape == (40, 60, 3)
+    rgba[0, 0, 3] = 0
+    assert IMAGE.decode(rgba, [Image.View()]).shape == (40, 60, 4)
     palette = PIL.Image.fromarray(pixels()).quantize(8)
     assert IMAGE.decode(file(palette, "PNG", transparency=0), [Image.View()]).shape == (40, 60, 4)
 
@@ -109,32 +95,15 @@ def test_transparency_is_white_in_evaluation_and_any_colour_in_training():
     assert len(colours) == 8
 
 
-def test_turned_photographs_are_turned_back():
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # taken with the camera turned: show it turned clockwise
-    out = IMAGE.decode(file(PIL.Image.fromarray(smooth(40, 80)), "PNG", exif=exif), [Image.View()])
-    assert out.shape == (80, 40, 3)
-    assert out[0, 0, 1] > 200  # what was the lower left is the upper left
-    assert out[0, -1, 1] < 50
-
-
 @given(height=st.integers(1, 300), width=st.integers(1, 300), size=st.sampled_from([16, 32, 64]))
 @settings(max_examples=25, deadline=None)
 def test_decoded_pictures_cover_the_view_and_no_more(height, width, size):
     views = [Image.View(size=16), Image.View(size=(size, 32))]
     out = IMAGE.decode(file(PIL.Image.new("RGB", (width, height)), "JPEG"), views)
     need = max(size / height, 32 / width)
-    assert out.shape[0] >= min(height, size)
+    assert min(height, size) <= out.shape[0] <= np.ceil(min(1, 1.15 * need) * height) + 1
     assert out.shape[1] >= min(width, 32)
-    assert out.shape[0] <= np.ceil(min(1, 1.15 * need) * height) + 1
-    np.testing.assert_array_equal(np.shape(IMAGE.transform(out, views[1], rng())), (size, 32, 3))
-
-
-def test_huge_jpegs_are_shrunk_while_they_are_decoded_and_other_giants_refused():
-    jpeg = file(PIL.Image.new("L", (9000, 8000)), "JPEG")
-    assert IMAGE.decode(jpeg, [Image.View(size=64)]).shape == (74, 83, 3)
-    with refuses(BadMedia):
-        IMAGE.decode(file(PIL.Image.new("1", (9000, 8000)), "PNG"), [Image.View(size=64)])
+    assert IMAGE.transform(out, views[1], rng()).shape == (size, 32, 3)
 
 
 PNG = file(PIL.Image.fromarray(pixels()), "PNG")
@@ -144,7 +113,7 @@ PNG = file(PIL.Image.fromarray(pixels()), "PNG")
     "raw",
     [
         *(b"", b"no picture", PNG[: len(PNG) // 2], b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
-        *("/no/such/file", 7),
+        *("/no/such/file", "/", 7),
         *(np.zeros((4, 4), np.float32), np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8)),
     ],
 )
@@ -153,20 +122,6 @@ def test_what_is_no_picture_is_bad_media(raw):
         IMAGE.decode(raw, [Image.View()])
     assert "\n" not in str(error.value)
     assert "0x" not in str(error.value)
-
-
-def test_only_files_are_opened(tmp_path):
-    for path, reason in ((tmp_path, "not a file"), (tmp_path / "none", "no such file")):
-        with pytest.raises(BadMedia, match=reason):
-            IMAGE.decode(path, [Image.View()])
-
-
-def test_evaluation_shows_the_centre_at_the_shorter_side():
-    out = IMAGE.transform(smooth(64, 128), Image.View(size=32, crop_pct=1.0), None)
-    assert out.shape == (1, 32, 32, 3)
-    assert abs(int(out[0, 16, 0, 0]) - 64) <= 4  # a quarter from the left
-    assert abs(int(out[0, 16, -1, 0]) - 191) <= 4
-    assert out[0, 0, 0, 1] < 8
 
 
 def test_evaluation_resizes_to_288_and_crops_256_by_default():
@@ -179,10 +134,9 @@ def test_evaluation_resizes_to_288_and_crops_256_by_default():
     assert IMAGE.decode(picture, [Image.View(size=64, crop_pct=0.5)]).shape[0] == 128  # enough for what is cut away
 
 
-def test_training_crops_follow_their_seed_and_options():
+def test_training_crops_follow_their_options():
     item, view = smooth(80, 80), Image.View(size=32, flip=False, jitter=0.0, crop=0.3)
     crops = np.stack([IMAGE.transform(item, view, rng(seed)) for seed in range(60)])
-    np.testing.assert_array_equal(crops[3], IMAGE.transform(item, view, rng(3)))
     spread = crops[:, :, -1, 0].mean(1) - crops[:, :, 0, 0].mean(1)
     assert 0.33 * 255 < spread.min() < 0.6 * 255  # sqrt(0.3 / 2) = 0.39 of the width at least
     assert spread.max() > 0.85 * 255
@@ -212,7 +166,6 @@ def test_half_of_the_pictures_are_mirrored():
 
 
 def test_jitter_changes_colours_but_neither_black_nor_grey_from_grey():
-    np.testing.assert_allclose(np.reshape(jitter_matrix(1, 1, 1), (3, 4)), np.eye(3, 4), atol=1e-9)
     luma = [0.299, 0.587, 0.114, 0]
     np.testing.assert_allclose(np.reshape(jitter_matrix(1, 1, 0), (3, 4)), [luma] * 3, atol=1e-9)
     grey = np.full((32, 32, 3), 100, np.uint8)
@@ -226,8 +179,7 @@ boxes = st.tuples(st.integers(1, 500), st.integers(1, 500))
 
 @given(boxes, boxes, st.floats(0.01, 1), st.lists(st.floats(0, 1, exclude_max=True), min_size=4, max_size=4))
 def test_boxes_lie_in_the_picture(size, target, smallest, draw):
-    for box in (inception_box(size, target, smallest, 2.0, draw), center_box(size, target)):
-        left, upper, right, lower = box
+    for left, upper, right, lower in (inception_box(size, target, smallest, 2.0, draw), center_box(size, target)):
         assert 0 <= left < right <= size[1]
         assert 0 <= upper < lower <= size[0]
 
@@ -236,17 +188,10 @@ def test_tokens_are_patches_in_order_with_their_coordinates():
     items = np.stack([pixels(32, 48, seed=i) for i in range(3)])
     tokens = IMAGE.tokens(items, Image.View(size=(32, 48)), None)
     assert tokens.values.shape == (3, 6, 16 * 16 * 3)
-    assert tokens.mask is None
     np.testing.assert_array_equal(tokens.values[1, 4].reshape(16, 16, 3), items[1, 16:, 16:32])
     assert tokens.coords[0].tolist() == [[0, 0, 0], [0, 0, 10], [0, 0, 21], [0, 16, 0], [0, 16, 10], [0, 16, 21]]
-
-
-def test_a_still_repeated_over_a_patch_is_one_frame_of_it():
-    frame = torch.rand(1, 32, 32, 3)
-    clip = frame[:, None].expand(-1, 4, -1, -1, -1)
-    kernel = torch.rand(4 * 16 * 16 * 3)
-    folded = kernel.view(4, -1).sum(0)
-    torch.testing.assert_close(patchify(clip, (4, 16, 16)) @ kernel, patchify(frame, (16, 16)) @ folded)
+    with refuses(TypeError):
+        IMAGE.from_tensor(torch.zeros(1, 32, 32, 3))
 
 
 @given(drop=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 99))
@@ -256,19 +201,11 @@ def test_dropped_tokens_leave_the_others_in_place(drop, seed):
     items = np.stack([pixels(64, 64, seed=i) for i in range(2)])
     every = IMAGE.tokens(items, view, None)
     some = IMAGE.tokens(items, view, [rng(seed), rng(seed + 1)])
-    assert some.values.shape[1] == some.coords.shape[1] == IMAGE.length(view) == max(1, round(16 * (1 - drop)))
+    assert some.values.shape[1] == IMAGE.length(view) == max(1, round(16 * (1 - drop)))
     for b in range(2):
         index = some.coords[b, :, 1] // 8 * 4 + some.coords[b, :, 2] // 8
         assert (index.diff() > 0).all()
         assert torch.equal(some.values[b], every.values[b, index])
-
-
-def test_every_example_drops_its_own_tokens():
-    items = np.zeros((2, 64, 64, 3), np.uint8)
-    view = Image.View(size=64, drop_tokens=0.5)
-    coords = IMAGE.tokens(items, view, [rng(1), rng(2)]).coords
-    assert not torch.equal(coords[0], coords[1])
-    assert torch.equal(coords[1:], IMAGE.tokens(items[1:], view, [rng(2)]).coords)
 
 
 def test_a_place_has_the_same_position_at_any_resolution():
@@ -282,21 +219,13 @@ def test_a_place_has_the_same_position_at_any_resolution():
 
 
 def test_each_place_of_a_grid_has_a_position_of_its_own():
-    """Also at lower resolutions, and if tokens are dropped. A table of its own counts the frames."""
+    """Also at lower resolutions. A table of its own counts the frames."""
     grid = Image.Config(patch=(2, 8, 8), tables=(4, 3, 5), positions="grid")
-    image, video = Image(grid), Video(grid)
-    assert image.stem_spec().axes == (4, 15)
-    whole = image.tokens(pixels(24, 40)[None], Image.View(size=(24, 40)), None).coords[0]
-    assert whole.tolist() == [[0, place] for place in range(15)]
-    low = image.tokens(pixels(8, 16)[None], Image.View(size=(8, 16)), None).coords[0]
+    low = Image(grid).tokens(pixels(8, 16)[None], Image.View(size=(8, 16)), None).coords[0]
     assert low.tolist() == [[0, 0], [0, 2]]
-    clip = video.tokens(np.zeros((1, 4, 24, 40, 3), np.uint8), Video.View(size=(24, 40), frames=4), None).coords[0]
+    view = Video.View(size=(24, 40), frames=4)
+    clip = Video(grid).tokens(np.zeros((1, 4, 24, 40, 3), np.uint8), view, None).coords[0]
     assert clip.tolist() == [[frame, place] for frame in (0, 2) for place in range(15)]
-    view = Image.View(size=(24, 40), drop_tokens=0.5)
-    items = pixels(24, 40)[None]
-    some = image.tokens(items, view, [np.random.default_rng(0)])
-    values = image.tokens(items, view, None).values
-    assert torch.equal(some.values[0], values[0, some.coords[0, :, 1]])
 
 
 def test_an_absolute_axis_has_the_same_row_however_many_patches_there_are():
@@ -307,40 +236,20 @@ def test_an_absolute_axis_has_the_same_row_however_many_patches_there_are():
     assert rows[:, 1].unique().tolist() == [0, 8, 16, 24]
     with pytest.raises(ValueError, match="absolute: width 100 is not a multiple of the patch's 16"):
         Image.Config(absolute={"width": 100})
-    with pytest.raises(ValueError, match="up to 128"):
+    with refuses(ValueError):
         Image(Image.Config(absolute={"height": 128})).check(Image.View(size=256))
 
 
-@pytest.mark.parametrize(("size", "fits"), [(250, "240 or 256"), (528, "512"), ((64, 70), "width of 70 .* 64 or 80")])
-def test_sizes_that_make_no_whole_patch_are_refused(size, fits):
-    with pytest.raises(ValueError, match=fits):
+@pytest.mark.parametrize("size", [250, 528, (64, 70)])
+def test_sizes_that_make_no_whole_patch_are_refused(size):
+    with refuses(ValueError):
         IMAGE.check(Image.View(size=size))
-    IMAGE.check(Image.View(size=(64, 512)))
-
-
-def test_prepared_tensors_and_files_give_the_same_tokens():
-    view = Image.View(size=32)
-    picture = PIL.Image.fromarray(pixels(50, 70))
-    tensor = IMAGE.preprocess(picture, view)
-    assert tensor.shape == (3, 32, 32)
-    assert -1 <= tensor.min() < -0.5 < 0.5 < tensor.max() <= 1
-    ours = IMAGE.tokens(IMAGE.encode_input(picture, view), view, None)
-    theirs = IMAGE.from_tensor(tensor[None])
-    torch.testing.assert_close(theirs.values, ours.values.float() / 127.5 - 1)
-    assert torch.equal(theirs.coords, ours.coords)
-    with pytest.raises(TypeError, match="B, 3, H, W"):
-        IMAGE.from_tensor(torch.zeros(1, 32, 32, 3))
 
 
 def test_a_person_sees_what_evaluation_sees():
     picture = PIL.Image.fromarray(smooth(300, 400))
-    for size, shown in ((64, (64, 64)), (256, (128, 128)), ((128, 256), (128, 64))):
-        with PIL.Image.open(io.BytesIO(IMAGE.show(file(picture, "PNG"), Image.View(size=size)))) as small:
-            assert (small.format, small.size) == ("WEBP", shown)
-            red, green, _ = np.asarray(small.convert("RGB")).astype(float).transpose(2, 0, 1)
-            assert red[:, 0].mean() + 90 < red[:, -1].mean()
-            assert green[0].mean() + 90 < green[-1].mean()
-
-
-def test_the_default_stem_is_the_papers():
-    assert (IMAGE.stem_spec().values, IMAGE.stem_spec().axes) == (3072, (16, 32, 32))
+    with PIL.Image.open(io.BytesIO(IMAGE.show(picture, Image.View(size=(128, 256))))) as small:
+        assert (small.format, small.size) == ("WEBP", (128, 64))
+        red, green, _ = np.asarray(small.convert("RGB")).astype(float).transpose(2, 0, 1)
+    assert red[:, 0].mean() + 90 < red[:, -1].mean()
+    assert green[0].mean() + 90 < green[-1].mean()

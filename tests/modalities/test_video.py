@@ -1,15 +1,13 @@
 import io
-from itertools import pairwise
 
 import av
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from messages import refuses
-from recordings import counting, film, picture_file, sound_file
+from recordings import animation, counting, film, picture_file, sound_file
 
 from openimp.common.modality import BadMedia
 from openimp.modalities.media import clip_starts, parts_to_read
@@ -20,12 +18,6 @@ VIDEO = Video(Video.Config())
 
 def rng(seed=0):
     return np.random.default_rng(seed)
-
-
-def animation(frames, form):
-    first, *rest = [PIL.Image.fromarray(frame) for frame in frames]
-    options = {"lossless": True} if form == "WEBP" else {"disposal": 2} if form == "GIF" else {}
-    return picture_file(first, form, save_all=True, append_images=rest, duration=40, **options)
 
 
 def greys(clip, step=5):
@@ -46,16 +38,8 @@ CONTAINERS = [
 @pytest.mark.parametrize(("form", "codec", "pix_fmt"), CONTAINERS)
 def test_containers_give_their_frames_in_order(form, codec, pix_fmt):
     out = VIDEO.decode(film(counting(40), form, codec, pix_fmt), [Video.View(size=32)])
-    assert out.dtype == np.uint8
     assert out.shape == (40, 32, 48, 3)
     assert greys(out) == list(range(40))
-
-
-def test_odd_sizes_and_files_by_path(tmp_path):
-    path = tmp_path / "odd.mkv"
-    path.write_bytes(film(counting(5, 33, 47), "matroska", "ffv1", "bgr0"))
-    out = VIDEO.decode(path, [Video.View(size=256)])
-    np.testing.assert_array_equal(out, counting(5, 33, 47))
 
 
 @pytest.mark.parametrize("form", ["WEBP", "GIF", "PNG"])
@@ -76,11 +60,9 @@ def test_alpha_of_a_container_is_kept():
 
 
 def test_a_still_is_a_clip_of_one_frame():
-    item = VIDEO.decode(picture_file(PIL.Image.new("RGB", (64, 48), (200, 10, 10)), "JPEG"), [Video.View(size=32)])
-    assert item.shape[0] == 1
-    clip = VIDEO.transform(item, Video.View(size=32, frames=4), rng())
-    assert clip.shape == (4, 32, 32, 3)
-    assert (clip == clip[:1]).all()
+    item = VIDEO.decode(picture_file(PIL.Image.new("RGB", (64, 48)), "JPEG"), [Video.View(size=32)])
+    assert len(item) == 1
+    assert VIDEO.transform(item, Video.View(size=32, frames=4), rng()).shape == (4, 32, 32, 3)
 
 
 def test_turned_films_are_turned_back():
@@ -90,12 +72,6 @@ def test_turned_films_are_turned_back():
     assert out.shape[2] < out.shape[1]
     assert out[0, :, -8:].mean() > 200  # the upper half is now the right one
     assert out[0, :, :8].mean() < 50
-
-
-def test_frames_are_shrunk_to_what_the_view_needs():
-    raw = film(counting(3, 240, 320))
-    assert VIDEO.decode(raw, [Video.View(size=32), Video.View(size=64)]).shape == (3, 74, 99, 3)
-    assert VIDEO.decode(counting(3, 240, 320), [Video.View(size=64)]).shape == (3, 74, 99, 3)
 
 
 def test_a_training_clip_reads_only_its_part():
@@ -119,12 +95,10 @@ def test_a_long_film_is_read_where_evaluation_sees_it():
 
 
 def test_a_variable_frame_rate_is_no_trouble():
-    times = [0, 1, 2, 3, 40, 41, 42, 90]
-    raw = film(counting(8, step=30), "matroska", "ffv1", "gray", times=times)
-    assert greys(VIDEO.decode(raw, [Video.View(size=32)]), 30) == list(range(8))
-    for seed in range(6):
-        shown = greys(VIDEO.decode(raw, [Video.View(size=32, frames=4, stride=1)], rng(seed)), 30)
-        assert shown
+    raw = film(counting(8, step=30), "matroska", "ffv1", "gray", times=[0, 1, 2, 3, 40, 41, 42, 90])
+    for seed in (None, *range(6)):
+        view = Video.View(size=32, frames=4, stride=1)
+        shown = greys(VIDEO.decode(raw, [view], None if seed is None else rng(seed)), 30)
         assert shown == list(range(shown[0], shown[0] + len(shown)))
 
 
@@ -135,22 +109,13 @@ def test_a_sound_longer_than_the_film_holds_its_last_frame():
     assert ends == {7}
 
 
-def test_playlists_open_no_other_file(tmp_path):
-    (tmp_path / "secret.ts").write_bytes(film(counting(8), "mpegts", "mpeg2video"))
-    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile secret.ts\n")
-    assert len(VIDEO.decode(tmp_path / "secret.ts", [Video.View()])) == 8
-    with pytest.raises(BadMedia):
-        VIDEO.decode(tmp_path / "list.mp4", [Video.View()])
-
-
-MP4, WEBP = film(counting(12)), animation(counting(5), "WEBP")
+MP4, AVI, WEBP = film(counting(12)), film(counting(12), "avi"), animation(counting(5), "WEBP")
 
 
 @pytest.mark.parametrize(
     "raw",
     [
-        *(b"", b"no film" * 99, MP4[:-200], MP4[: len(MP4) // 2], WEBP[: len(WEBP) // 2]),
-        *(b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n", "/no/such/file", None),
+        *(b"no film" * 99, MP4[: len(MP4) // 2], AVI[:-100], WEBP[: len(WEBP) // 2], sound_file(np.zeros(1000))),
         *(np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8))),
     ],
 )
@@ -158,15 +123,6 @@ def test_what_is_no_film_is_bad_media(raw):
     with pytest.raises(BadMedia) as error:
         VIDEO.decode(raw, [Video.View()])
     assert "\n" not in str(error.value)
-
-
-def test_an_avi_cut_short_is_bad_media(tmp_path):
-    path = tmp_path / "x.avi"
-    path.write_bytes(film(rng().integers(0, 256, (9, 32, 48, 3), dtype=np.uint8), "avi"))
-    assert len(VIDEO.decode(str(path), [Video.View()])) == 9
-    path.write_bytes(path.read_bytes()[:-100])
-    with refuses(BadMedia):
-        VIDEO.decode(str(path), [Video.View()])
 
 
 def test_a_film_cut_short_behind_its_index_is_bad_media(tmp_path):
@@ -183,27 +139,17 @@ def test_a_film_cut_short_behind_its_index_is_bad_media(tmp_path):
         VIDEO.decode(raw[: len(raw) * 2 // 3], [Video.View()])
 
 
-def test_a_sound_is_no_film():
-    with refuses(BadMedia):
-        VIDEO.decode(sound_file(np.zeros(1000)), [Video.View()])
-
-
 def test_training_takes_a_random_start_with_the_stride():
     item, view = counting(50), Video.View(size=32, frames=8, stride=3, crop=1.0)
     clips = [greys(VIDEO.transform(item, view, rng(seed))) for seed in range(30)]
     assert all(clip == list(range(clip[0], clip[0] + 22, 3)) for clip in clips)
-    assert min(clip[0] for clip in clips) < 5
-    assert max(clip[0] for clip in clips) > 23
-    assert clips[4] == greys(VIDEO.transform(item, view, rng(4)))
+    assert min(clips)[0] < 5 < 23 < max(clips)[0]
 
 
 def test_evaluation_takes_linearly_spaced_clips():
-    view = Video.View(size=32, frames=4, stride=2, clips=4)
-    clips = VIDEO.transform(counting(37), view, None)
-    assert clips.shape == (4, 4, 32, 32, 3)
-    assert [greys(clip)[0] for clip in clips] == [0, 10, 20, 30]
-    middle = VIDEO.transform(counting(37), Video.View(size=32, frames=4, stride=2, clips=1), None)
-    assert greys(middle[0])[0] == 15
+    for count, starts in ((4, [0, 10, 20, 30]), (1, [15])):
+        clips = VIDEO.transform(counting(37), Video.View(size=32, frames=4, stride=2, clips=count), None)
+        assert [greys(clip)[0] for clip in clips] == starts
 
 
 @given(total=st.integers(1, 40), frames=st.sampled_from([4, 8, 16]), stride=st.integers(1, 4))
@@ -230,45 +176,26 @@ def test_tokens_are_blocks_of_frames_in_order_with_their_coordinates():
     assert tokens.values.shape == (2, 12, 4 * 16 * 16 * 3)
     np.testing.assert_array_equal(tokens.values[1, 6 + 4].reshape(4, 16, 16, 3), items[1, 4:, 16:, 16:32])
     assert tokens.coords[0, [0, 1, 3, 6]].tolist() == [[0, 0, 0], [0, 0, 10], [0, 16, 0], [8, 0, 0]]
-    view = Video.View(size=(32, 48), frames=8, drop_tokens=0.75)
-    some = VIDEO.tokens(items, view, [rng(1), rng(2)])
-    assert some.values.shape[1] == VIDEO.length(view) == 3
-    index = some.coords[1] // torch.tensor([8, 16, 10]) @ torch.tensor([6, 3, 1])
-    assert torch.equal(some.values[1], tokens.values[1, index])
 
 
-def test_at_a_frame_rate_a_clip_shows_what_is_shown_at_each_time(tmp_path):
+def test_at_a_frame_rate_a_clip_shows_what_is_shown_at_each_time():
     """Frame i of 25 a second has value 5 i; at 10 a second it is what a viewer sees at 0, 0.1, 0.2 ... s."""
-    slow = Video(Video.Config(fps=10.0))
+    slow, fast = (Video(Video.Config(fps=fps)) for fps in (10.0, 50.0))
     view = Video.View(size=32, frames=4, stride=1)
-    seen = [round(float(frame.mean()) / 5) for frame in slow.decode(film(counting(50)), [view])]
-    assert seen == [int(25 * i / 10 + 1e-9) for i in range(20)]
-    fast = Video(Video.Config(fps=50.0))
-    assert [round(float(f.mean()) / 5) for f in fast.decode(film(counting(6)), [view])] == [i // 2 for i in range(12)]
-    part = slow.decode(film(counting(50)), [view], rng(3))
+    assert greys(slow.decode(film(counting(50)), [view])) == [int(25 * i / 10 + 1e-9) for i in range(20)]
+    assert greys(fast.decode(film(counting(6)), [view])) == [i // 2 for i in range(12)]
+    part = greys(slow.decode(film(counting(50)), [view], rng(3)))
     assert len(part) == 4
-    assert {round(float(b.mean()) / 5) - round(float(a.mean()) / 5) for a, b in pairwise(part)} <= {2, 3}
-    frames = [PIL.Image.fromarray(frame) for frame in counting(4)]
-    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:], duration=[100, 300, 100, 100])
-    seen = [round(float(frame.mean()) / 5) for frame in slow.decode(tmp_path / "x.gif", [view])]
-    assert seen == [0, 1, 1, 1, 2, 3]
-    assert len(slow.decode(picture_file(frames[1], "PNG"), [view])) == 1
+    assert {*np.diff(part)} <= {2, 3}
+    gif = animation(counting(4), "GIF", [100, 300, 100, 100])
+    assert greys(slow.decode(gif, [view])) == [0, 1, 1, 1, 2, 3]
+    still = picture_file(PIL.Image.new("RGB", (32, 32)), "PNG")
+    assert len(slow.decode(still, [view])) == 1
 
 
 def test_views_that_make_no_whole_patch_are_refused():
-    for frames, fits in ((15, "12 or 16"), (68, "64")):
-        with pytest.raises(ValueError, match=f"frames.*use {fits}"):
-            VIDEO.check(Video.View(frames=frames))
-    VIDEO.check(Video.View(frames=64, size=512))
-
-
-def test_prepared_tensors_give_the_same_tokens():
-    view = Video.View(size=32, frames=4)
-    items = VIDEO.encode_input(counting(9), view)
-    ours = VIDEO.tokens(items, view, None)
-    theirs = VIDEO.from_tensor(torch.from_numpy(items).permute(0, 1, 4, 2, 3) / 127.5 - 1)
-    torch.testing.assert_close(theirs.values, ours.values / 127.5 - 1)
-    assert torch.equal(theirs.coords, ours.coords)
+    with refuses(ValueError):
+        VIDEO.check(Video.View(frames=15))
 
 
 @given(st.integers(1, 10_000), st.integers(1, 50), st.integers(1, 9))
@@ -304,19 +231,11 @@ def test_evaluation_takes_crops_along_the_longer_side_of_each_clip(turned):
     frames = frames.transpose(0, 2, 1, 3) if turned else frames
     view = {"size": 32, "frames": 4, "stride": 1, "clips": 2}
     out = VIDEO.transform(frames, VIDEO.View(**view, crops=3), None)
-    assert out.shape == (6, 4, 32, 32, 3)
-    left, middle, right = (crop.mean() for crop in out[:3])
-    assert (left, middle, right) == pytest.approx((31, 95, 159), abs=1)
-    assert (out[:3] == out[3:]).all(), "the frames are all alike, so the clips are"
+    assert [crop.mean() for crop in out] == pytest.approx(2 * [31, 95, 159], abs=1)
     single = VIDEO.transform(frames, VIDEO.View(**view), None)
     assert (single == out[[1, 4]]).all(), "the middle one of three is the only one of one"
-
-
-def test_a_square_film_has_one_crop_which_is_all_of_it():
-    view = {"size": 32, "frames": 4, "stride": 1, "clips": 1}
-    (crop,) = VIDEO.transform(counting(8, 40, 40), VIDEO.View(**view, crops=3), None)
-    (whole,) = VIDEO.transform(counting(8, 40, 40), VIDEO.View(**view), None)
-    assert (crop == whole).all()
+    square = frames[:, :32, :32]
+    assert len(VIDEO.transform(square, VIDEO.View(**view, crops=3), None)) == 2, "a square film has one crop"
 
 
 @pytest.mark.parametrize(("count", "shown"), [(30, [0, 10, 19, 29]), (3, [0, 1, 2]), (1, [0])])
@@ -334,7 +253,6 @@ def test_a_long_clip_is_cut_into_segments_that_cover_it():
     view = Video.View(size=32, frames=4, stride=1, clips=3, crop_pct=1)
     assert VIDEO.segments(raw, view) == [(0.0, 5.0), (5.0, 10.0)]
     first, second = (VIDEO.encode_segment(raw, view, *segment) for segment in VIDEO.segments(raw, view))
-    assert first.shape == second.shape == (3, 4, 32, 32, 3)
     for clips, start in ((first, 0), (second, 125)):
         frames = [start, start + 60, start + 121]
         assert [clip[0].mean() for clip in clips] == pytest.approx(frames, abs=3)
