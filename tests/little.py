@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -77,16 +78,24 @@ def write_tars(folder: Path, into: Path) -> list[str]:
     stream them."""
     files = sorted((folder / "pictures").rglob("*.png"))
     for shard in range(2):
-        with tarfile.open(into / f"{shard}.tar", "w") as tar:
-            for file in files[12 * shard : 12 * shard + 12]:
-                key = f"{file.parent.name}-{file.stem}"
-                for ending, content in ((".png", file.read_bytes()), (".txt", f"a {file.parent.name} square".encode())):
-                    info = tarfile.TarInfo(key + ending)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        members = {}
+        for file in files[12 * shard : 12 * shard + 12]:
+            key = f"{file.parent.name}-{file.stem}"
+            members |= {f"{key}.png": file.read_bytes(), f"{key}.txt": f"a {file.parent.name} square".encode()}
+        write_tar(into / f"{shard}.tar", members)
     inputs = "tasks.named.inputs={image: png, text: txt}"
     objectives = "tasks.named.objectives=[{type: contrastive, positives_by: txt}]"
     return [inputs, objectives, f"sources.pictures={{path: '{into}/*.tar', stream: true, window: 5}}", "evaluation={}"]
+
+
+def write_tar(file: Path, members: dict[str, bytes], **options: Any) -> Path:
+    """Writes a tar with the contents of its members by their names."""
+    with tarfile.open(file, "w", **options) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return file
 
 
 def png(seed: int) -> bytes:

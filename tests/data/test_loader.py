@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import re
 import socket
 import sys
 from multiprocessing.connection import Connection
@@ -11,12 +10,11 @@ from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
-import soundfile
 import torch
 from batches import assert_same
 from messages import refuses
+from recordings import animation, counting, sound_file
 
 from openimp.common.errors import UserError
 from openimp.data.loaded_batch import LoadedBatch
@@ -43,8 +41,8 @@ def opened(folder: Path, *changes: str) -> StepBatches:
     return batches
 
 
-def loaded(folder: Path, *changes: str, first: int = 0) -> list[LoadedBatch]:
-    return list(load_batches(opened(folder, *changes), first))
+def loaded(folder: Path, *changes: str) -> list[LoadedBatch]:
+    return list(load_batches(opened(folder, *changes), 0))
 
 
 @pytest.mark.slow
@@ -85,51 +83,33 @@ def test_an_example_is_what_it_would_be_alone(little_data):
                 assert torch.equal(batch.tokens[name].coords[i * spec.draw : (i + 1) * spec.draw], alone.coords)
 
 
+SYNC = """
+name: sync
+modalities: {vision: {patch: [4, 16, 16]}, audio: {window: 256, hop: 256, bins: 16}}
+sources: {all: {path: rows.jsonl}}
+tasks:
+  one:
+    source: all
+    inputs: {video: video, audio: audio}
+    objectives: [{type: contrastive}]
+    batch_size: 16
+    views: [{video: {size: 16, frames: 4, stride: 1, crop: 1}, audio: {seconds: 0.256}}]
+"""
+
+
 @pytest.mark.parametrize("sync", [True, False])
 def test_in_a_view_with_sync_clip_and_sound_start_at_the_same_moment(tmp_path, sync):
-    """Frame i of 100 has the gray level 2 i, and sample j of 32,000 the value j, so a part tells where it starts."""
-    frames = [PIL.Image.new("RGB", (16, 16), (2 * i, 2 * i, 2 * i)) for i in range(100)]
-    frames[0].save(tmp_path / "v.webp", save_all=True, append_images=frames[1:], lossless=True)
-    soundfile.write(tmp_path / "a.wav", np.arange(32_000, dtype=np.int16), 16_000, "PCM_16")
-    (tmp_path / "rows.jsonl").write_text('{"video": "v.webp", "audio": "a.wav"}\n' * 8)
-    view = {"video": {"size": 16, "frames": 4, "stride": 1, "crop": 1.0}, "audio": {"seconds": 0.256}, "sync": sync}
-    task = {"source": "all", "inputs": {"video": "video", "audio": "audio"}, "batch_size": 8, "views": [view]}
-    recipe = Recipe.build(
-        {
-            "name": "sync",
-            "modalities": {"vision": {"patch": [4, 16, 16]}, "audio": {"window": 256, "hop": 256, "bins": 16}},
-            "sources": {"all": {"path": str(tmp_path / "rows.jsonl")}},
-            "tasks": {"one": {**task, "objectives": [{"type": "contrastive"}]}},
-        }
-    )
-    batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
-    view = recipe.tasks["one"].views[0]
-    first_pixels = batches[0].batch.tokens["video"].values[:, 0, 0]
-    apart = []
-    for position in range(8):
-        rng = example_rng(seed_key(recipe.seed, "one", "augment"), position, sync)
-        parts = {}
-        for name, file in (("video", tmp_path / "v.webp"), ("audio", tmp_path / "a.wav")):
-            modality = batches.data.modalities[name]
-            parts[name] = modality.transform(modality.decode(file, [view[name]], rng), view[name], rng)
-        frame = int(parts["video"][0, 0, 0, 0]) // 2
-        assert first_pixels[position] == 2 * frame
-        apart.append(abs(frame / 100 - parts["audio"][0] * 32_767 / 32_000))
-    assert (max(apart) < 0.15) == sync  # the sound, which is longer, can start at most 0.13 before
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_from_any_step(little_data):
-    whole = loaded(little_data)
-    for first, workers in ((1, 0), (5, 2), (11, 0)):
-        assert_same(loaded(little_data, f"train.num_workers={workers}", first=first), whole[first:])
-
-
-def test_each_epoch_of_a_task_has_every_row_once(little_data):
-    rows = [row for item in loaded(little_data, "train.steps=30") if item.visit.task == "named" for row in item.rows]
-    assert len(rows) > 2 * 24
-    for epoch in range(2):
-        assert sorted(rows[24 * epoch : 24 * epoch + 24]) == list(range(24))
+    """Frame i of 100 has the gray level 2 i, and a sound grows louder as evenly, so a part tells where it starts."""
+    (tmp_path / "v.webp").write_bytes(animation(counting(100, 16, 16, step=2), "WEBP"))
+    noise = np.random.default_rng(0).uniform(-1, 1, 32_000)
+    (tmp_path / "a.wav").write_bytes(sound_file(noise * np.linspace(0, 1, 32_000)))
+    (tmp_path / "rows.jsonl").write_text('{"video": "v.webp", "audio": "a.wav"}\n' * 16)
+    (tmp_path / "recipe.yaml").write_text(SYNC)
+    batches = opened(tmp_path, f"tasks.one.views.0.sync={sync}")
+    tokens = batches[0].batch.tokens
+    loudness = (batches.data.modalities["audio"].config.std * tokens["audio"].values.mean((1, 2))).exp()
+    together = torch.corrcoef(torch.stack([tokens["video"].values[:, 0, 0], loudness]))[0, 1]
+    assert (together > 0.95) == sync
 
 
 @pytest.mark.slow
@@ -139,14 +119,8 @@ def test_batches_have_the_shapes_that_the_ledger_counts(little_data):
     seen = set()
     for item in load_batches(batches, 0):
         cost = counted[item.visit.task, item.visit.view]
-        tokens = item.batch.tokens
         assert cost.examples == len(item.rows) == item.visit.batch_size
-        assert cost.tokens == sum(batch.coords.shape[0] * batch.coords.shape[1] for batch in tokens.values())
-        for name, batch in tokens.items():
-            stem = batches.data.modalities[name].stem_spec()
-            assert batch.coords.shape[2] == len(stem.axes)
-            assert (batch.mask is not None) == batches.data.modalities[name].masked
-            assert batch.values.shape[2:] == (() if stem.table else (batches.data.modalities[name].values(),))
+        assert cost.tokens == sum(batch.coords.shape[0] * batch.coords.shape[1] for batch in item.batch.tokens.values())
         seen.add((item.visit.task, item.visit.view))
     assert seen == set(counted)
 
@@ -263,7 +237,6 @@ def write_labels(folder: Path, labels: list[object]) -> list[str]:
     [
         (["a", None, None, "a", "", ""], [[0, 3], [1], [2], [4], [5]]),
         ([1.5, float("nan"), float("nan"), 1.5, 0.0, None], [[0, 3], [1], [2], [4], [5]]),
-        (["A dog", "a  dog", "a dog.", "Straße", "STRASSE", " "], [[0, 1], [2], [3, 4], [5]]),
         ([["A", "b"], ["a", "b"], ["b"], [], [], None], [[0, 1], [2], [3], [4], [5]]),
     ],
 )
@@ -295,25 +268,24 @@ def test_several_classes_a_row(own_data):
 
 
 @pytest.mark.parametrize(
-    ("options", "labels", "message"),
+    ("options", "labels"),
     [
-        ("loss: sigmoid", ["a", "b"], "m.jsonl[0]: expected a list of classes, found 'a'"),
-        ("loss: sigmoid", [[], [["a"]]], "m.jsonl[1]: expected a list of classes, found [['a']]"),
-        ("loss: sigmoid", [[], ["a", None]], "1 row without a class (the first, m.jsonl[1] has ['a', None]); leave"),
-        ("loss: softmax", [None, ["a"]], "m.jsonl[1]: expected one class, found ['a']"),
-        ("classes: [a]", [None, {"a": 1}], "m.jsonl[1]: expected one class, found {'a': 1}"),
-        ("classes: [a]", ["a", None, None], "2 rows without a class (the first, m.jsonl[1] has None); leave"),
-        ("loss: softmax", [1.0, float("nan")], "1 row without a class (the first, m.jsonl[1] has nan); leave"),
-        ("classes: [red, blue]", ["red", "bleu"], "[1]: 'bleu' is not among the classes; did you mean 'blue'?"),
-        ("classes: [1, 2]", ["1", "2"], "m.jsonl[0]: '1' is not among the classes, but 1 is"),
-        ("loss: sigmoid, classes: [red]", [["red"], ["blue"]], "m.jsonl[1]: 'blue' is not among the classes; known"),
+        ("loss: sigmoid", ["a", "b"]),
+        ("loss: sigmoid", [[], [["a"]]]),
+        ("loss: sigmoid", [[], ["a", None]]),
+        ("loss: softmax", [None, ["a"]]),
+        ("classes: [a]", [None, {"a": 1}]),
+        ("classes: [a]", ["a", None, None]),
+        ("loss: softmax", [1.0, float("nan")]),
+        ("classes: [red, blue]", ["red", "bleu"]),
+        ("classes: [1, 2]", ["1", "2"]),
+        ("loss: sigmoid, classes: [red]", [["red"], ["blue"]]),
     ],
 )
-def test_labels_that_do_not_fit_are_told_before_training(own_data, options, labels, message):
+def test_labels_that_do_not_fit_are_told_before_training(own_data, options, labels):
     task = only_image(f"{{type: classification, label: label, {options}}}")
-    with pytest.raises(UserError, match=re.escape(message)) as error:
+    with refuses():
         opened(own_data, *write_labels(own_data, labels), *task)
-    assert str(error.value).startswith("tasks.one: column 'label' of source pictures")
 
 
 def test_a_large_table_gives_the_tokenizer_some_rows_of_all_its_parts(tmp_path):

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from messages import refuses
 
-from openimp.common.errors import UserError
 from openimp.data import manifests
 from openimp.data.manifests import CACHED_BYTES, PYTHON_ROWS
 from openimp.data.sources import open_source
@@ -86,18 +86,11 @@ def test_rows_unlike_the_first_ones_are_read_by_python(tmp_path, ending, last):
     assert {column: row[column] for column in last} == last
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"id": "a"}', "mixes types"),
-        (b'{"id": 1, "text": "\xff"}', "is not UTF-8 text"),
-        (b'{"id": 1,', "line 10001, column 10: Expecting property name"),
-    ],
-)
-def test_errors_after_the_first_rows_name_the_line(tmp_path, line, message):
+@pytest.mark.parametrize("line", [b'{"id": "a"}', b'{"id": 1, "text": "\xff"}', b'{"id": 1,'])
+def test_errors_after_the_first_rows_name_the_line(tmp_path, line):
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"id": 1, "text": "a"}\n' * PYTHON_ROWS + line + b"\n")
-    with pytest.raises(UserError, match=message):
+    with refuses():
         opened(file)
 
 
@@ -117,14 +110,11 @@ def test_large_manifests_are_read_once(tmp_path, monkeypatch):
     assert entries() == written
     assert len(written) == 1
     assert table.column("id") == first.column("id") == [f"{name}{i}" for name in "ab" for i in range(rows)]
-    assert table.row_name(rows + 10) == "b.csv[10]"
-    assert len(pickle.dumps(table)) < 2000
-    assert pickle.loads(pickle.dumps(table)).rows([rows], ["id"]) == [{"id": "b0"}]
+    pickled = pickle.dumps(table)
+    assert len(pickled) < 2000
+    assert pickle.loads(pickled).rows([rows], ["id"]) == [{"id": "b0"}]
 
     before = (tmp_path / "b.csv").stat()
     (tmp_path / "b.csv").write_bytes((tmp_path / "b.csv").read_bytes().replace(b"b0", b"B0"))  # of the same size
     os.utime(tmp_path / "b.csv", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    for damage in (False, True):
-        for file in entries() if damage else ():
-            file.write_bytes(b"damaged")
-        assert opened(tmp_path / "*.csv").rows([rows], ["id"]) == [{"id": "B0"}]
+    assert opened(tmp_path / "*.csv").rows([rows], ["id"]) == [{"id": "B0"}]

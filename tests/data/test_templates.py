@@ -5,8 +5,6 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from messages import refuses
 
 from openimp.common.errors import UserError
@@ -96,26 +94,3 @@ def test_all_texts():
         ["owl"],
         ["x"],
     ]
-
-
-words = st.text(min_size=1).map(str.strip).filter(lambda text: text and "{" not in text and "}" not in text)
-names = words.filter(lambda text: "*" not in text)
-
-
-@given(st.dictionaries(names, st.lists(words, min_size=1, max_size=4), min_size=1, max_size=4), st.data())
-def test_any_template(row, data):
-    kinds = st.sampled_from(["literal", "one", "all"])
-    pieces = data.draw(st.lists(st.tuples(kinds, words, st.sampled_from(sorted(row))), min_size=1))
-    pieces.append(("one", "", min(row)))
-    template = ""
-    expected = ""
-    for kind, text, column in pieces:
-        if kind == "literal":
-            template += text.replace("}", "}}")
-            expected += text
-        else:
-            template += f"{{{column}}}" if kind == "one" else f"{{{column}*}}"
-            expected += row[column][0] if kind == "one" else ", ".join(row[column])
-    assert columns_of([template]) == list(dict.fromkeys(column for kind, _, column in pieces if kind != "literal"))
-    assert fill([template], row) == expected
-    assert fill([template], {column: values[:1] for column, values in row.items()}, np.random.default_rng(0))

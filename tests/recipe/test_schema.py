@@ -117,6 +117,11 @@ REFUSED = {
     'name="a\\ab"': "name: 'a\\x07b' cannot name a folder",
     "sources.pictures.config=x": "sources.pictures: config, split and revision are for hub data sets",
     "sources.pictures.window=9": "sources.pictures: window is for streams; remove it, or set stream: true",
+    "sources.pictures.part={of: 4}": "sources.pictures.part: exactly one of keep and drop",
+    "sources.pictures.part={of: 4, keep: [4]}": "sources.pictures.part: there is no part 4",
+    "sources.pictures={path: x.tar, stream: true, part: {of: 2, keep: [0]}}": "sources.pictures: a streamed source has "
+    "no parts",
+    "sources.pictures={path: x.tar, stream: true, limit: 3}": "sources.pictures: a streamed source has no limit",
     "sources.pictures={hub: x/y, format: parquet}": "sources.pictures: format is for a path; remove it",
     "tasks.named.source=picture": "tasks.named.source: no source 'picture'; did you mean 'pictures'?",
     "evaluation.sets.tones.source=x": "evaluation.sets.tones.source: no source 'x'; known: pictures, sounds",
@@ -164,6 +169,8 @@ REFUSED = {
     " of 8 up to 256; use 256",
     "evaluation.sets.tones.view.audio.seconds=0.4": "evaluation.sets.tones.view.audio: seconds: 0.4 s are 25 frames, "
     "not a multiple of 16 up to 1024; use 0.256 or 0.512 s",
+    "evaluation.sets.tones.view.audio.seconds=0.01": "evaluation.sets.tones.view.audio: seconds: 0.01 s are 1 frames, "
+    "not a multiple of 16 up to 1024; use 0.256 s",
     "tasks.named.views.0.text.length=17": "tasks.named.views[0].text: length 17 is more than the 16 positions of the "
     "table",
 }  # fmt: skip
