@@ -1,9 +1,5 @@
-import math
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from openimp.common.progress import console
 from openimp.evaluation.metrics import interval
@@ -13,18 +9,6 @@ COMMON = {"n": 1350, "interval": [0.052, 0.0711], "skipped": 0}
 RETRIEVAL = COMMON | {"set": "unseen vendor", "task": "image -> text", "r1": 0.0613, "r5": 0.2144, "r10": 0.3,
                       "median_rank": 31.5, "mrr": 0.1234, "chance": 0.0007}  # fmt: skip
 ZERO_SHOT = COMMON | {"set": "groups", "task": "image -> group", "top1": 0.5, "top5": 1.0, "chance": 0.1}
-
-
-@given(st.integers(1, 2000), st.floats(0, 1))
-@settings(max_examples=50, deadline=None)
-def test_the_interval_is_the_bootstraps(n, share):
-    hit = np.arange(n) < round(share * n)
-    low, high = interval(hit)
-    assert 0 <= low <= hit.mean() <= high <= 1
-    # The normal approximation, where it holds.
-    if n > 500 and 0.2 < share < 0.8:
-        assert high - low == pytest.approx(2 * 1.96 * math.sqrt(hit.mean() * (1 - hit.mean()) / n), rel=0.1)
-    assert interval(hit) == [low, high]
 
 
 def test_the_interval_is_that_of_drawing_queries_with_replacement():

@@ -14,8 +14,8 @@ from datasets import ClassLabel, Dataset, Features, Image
 from messages import refuses
 
 from openimp.commands import run_eval
+from openimp.common.json_lines import read_lines
 from openimp.evaluation.zero_shot import words
-from openimp.recipe.file import find_file
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "evaluation"
 VIEWS = {
@@ -35,7 +35,7 @@ def evaluate(tiny_model_folder, tmp_path):
         changes.append(f"sources.{name}={{path: '{path}', root: {root or 'null'}}}")
         out = tmp_path / "results.jsonl"
         run_eval(tiny_model_folder, sets, f"evaluation/{recipe or name}", out, changes)
-        return [json.loads(line) for line in out.read_text().splitlines()]
+        return read_lines(out)
 
     return run
 
@@ -53,15 +53,15 @@ def copy(media_folder):
 
 @pytest.fixture
 def manifest(monkeypatch, capsys, tmp_path):
-    """Makes a manifest by the script, as the recipe says, and returns its file and rows."""
+    """Makes a manifest by the script, as the recipe says."""
 
-    def make(name: str, lists: Path) -> tuple[Path, list[dict]]:
+    def make(name: str, lists: Path) -> Path:
         monkeypatch.setattr(sys, "argv", ["manifests.py", name, str(lists)])
         capsys.readouterr()
         runpy.run_path(str(FOLDER / "manifests.py"), run_name="__main__")
         file = tmp_path / f"{name}.jsonl"
         file.write_text(capsys.readouterr().out)
-        return file, [json.loads(line) for line in file.read_text().splitlines()]
+        return file
 
     return make
 
@@ -115,12 +115,10 @@ def test_ucf101(evaluate, copy, manifest, tmp_path):
         (lists / f"trainlist0{split}.txt").write_text("ApplyEyeMakeup/v_9.avi 1\n")
         for i, name in enumerate(names):
             copy(tmp_path / "UCF-101" / name, "mp4", split + i)
-    file, rows = manifest("ucf101", lists)
-    assert rows[0] == {"file": "ApplyEyeMakeup/v_1.avi", "label": "ApplyEyeMakeup", "splits": [1]}
+    file = manifest("ucf101", lists)
     (result,) = evaluate("ucf101", ["video"], file, tmp_path / "UCF-101")
     assert (result["n"], result["candidates"], result["skipped"]) == (5, 2, 0)
     assert [part["n"] for part in result["splits"].values()] == [2, 2, 1]
-    assert result["top1"] == pytest.approx(np.mean([part["top1"] for part in result["splits"].values()]))
 
 
 def test_hmdb51(evaluate, copy, manifest, tmp_path):
@@ -133,11 +131,7 @@ def test_hmdb51(evaluate, copy, manifest, tmp_path):
             (lists / f"{label}_test_split{split}.txt").write_text(lines)
         for i in (1, 2):
             copy(tmp_path / "hmdb51" / label / f"{label}_{i}.avi", "mp4", i)
-    file, rows = manifest("hmdb51", lists)
-    assert [(row["file"], row["splits"]) for row in rows[:2]] == [
-        ("brush_hair/brush_hair_1.avi", [1, 2, 3]),
-        ("brush_hair/brush_hair_2.avi", [3]),
-    ]
+    file = manifest("hmdb51", lists)
     (result,) = evaluate("hmdb51", ["video"], file, tmp_path / "hmdb51")
     assert (result["n"], result["candidates"], result["skipped"]) == (4, 2, 0)
     assert {name: part["n"] for name, part in result["splits"].items()} == {"1": 2, "2": 2, "3": 4}
@@ -162,12 +156,10 @@ def test_msrvtt(evaluate, copy, manifest, tmp_path):
         rows.append([f"ret{i}", f"msr{i}", f"video{7020 + i}", f"a person, and {i} dogs"])
         copy(tmp_path / "videos" / f"video{7020 + i}.mp4", "mp4", i)
     write_csv(tmp_path / "MSRVTT_JSFUSION_test.csv", rows)
-    file, rows = manifest("msrvtt", tmp_path / "MSRVTT_JSFUSION_test.csv")
-    assert rows[1] == {"file": "video7021.mp4", "caption": "a person, and 1 dogs"}
+    file = manifest("msrvtt", tmp_path / "MSRVTT_JSFUSION_test.csv")
     results = evaluate("msrvtt", ["video", "text"], file, tmp_path / "videos")
     tasks = [(result["task"], result["n"], result["candidates"]) for result in results]
     assert tasks == [("video -> text", 3, 3), ("text -> video", 3, 3)]
-    assert {"r1", "r5", "r10", "median_rank"} <= results[0].keys()
 
 
 def test_coco_has_five_captions_a_picture(evaluate, copy, manifest, tmp_path):
@@ -178,8 +170,7 @@ def test_coco_has_five_captions_a_picture(evaluate, copy, manifest, tmp_path):
         captions = [{"raw": f"caption {j} of picture {i}"} for j in range(5)]
         images.append({"filepath": "val2014", "filename": name, "split": "test", "sentences": captions})
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
-    file, rows = manifest("coco", tmp_path / "dataset_coco.json")
-    assert len(rows) == 15
+    file = manifest("coco", tmp_path / "dataset_coco.json")
     to_text, to_image = evaluate("coco", ["image", "text"], file, tmp_path)
     assert (to_text["task"], to_text["n"], to_text["candidates"]) == ("image -> text", 3, 15)
     assert (to_image["task"], to_image["n"], to_image["candidates"]) == ("text -> image", 15, 3)
@@ -217,27 +208,3 @@ def test_other_lists_are_refused(manifest, capsys, tmp_path, name):
 )
 def test_labels_are_spoken_as_their_words(label, spoken):
     assert words(label) == spoken
-
-
-def test_every_recipe_says_how_it_is_used():
-    names = {path.stem for path in FOLDER.glob("*.yaml")}
-    assert names == {"imagenet", "cifar100", "kinetics", "ucf101", "hmdb51", "esc50", "msrvtt", "coco"}
-    for name in names:
-        file = find_file(f"evaluation/{name}")
-        head = file.read_text(encoding="utf-8").partition("\nsources:")[0]
-        for part in ("--recipe evaluation/" + name, "# Data: ", "# The paper: ", "# What differs"):
-            assert part in head, f"{file}: {part}"
-
-
-def test_there_are_sixteen_prompts_of_each_modality():
-    for file in (FOLDER / "prompts").glob("*.txt"):
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-        assert len(set(lines)) == len(lines) == 16, file
-        assert all(line.count("{}") == 1 for line in lines), file
-
-
-def test_the_names_of_imagenets_classes_are_distinct():
-    lines = (FOLDER / "classes" / "imagenet.txt").read_text(encoding="utf-8").splitlines()
-    labels, names = zip(*(line.split("\t") for line in lines if not line.startswith("#")))
-    assert len(set(labels)) == len({name.lower() for name in names}) == len(labels) == 1000
-    assert [*labels] == sorted(labels)
