@@ -1,7 +1,6 @@
 """Recipes that are drafted from data: they train as they are, and say what they chose."""
 
 import csv
-import io
 import json
 import re
 import tarfile
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from recordings import picture_file
 
 from openimp.common.json_lines import read_lines
 from openimp.drafting.assembling import assemble
@@ -49,9 +49,8 @@ def examples(count: int = 30) -> list[tuple[str, str, bytes]]:
     for i in range(count):
         color = list(COLORS)[i % 3]
         noise = np.random.default_rng(i).integers(-20, 20, (40, 48, 3))
-        out = io.BytesIO()
-        Image.fromarray((np.array(COLORS[color]) + noise).clip(0, 255).astype(np.uint8)).save(out, "PNG")
-        rows.append((color, f"a {SHADES[i % 4]} {color} square number {i}", out.getvalue()))
+        picture = Image.fromarray((np.array(COLORS[color]) + noise).clip(0, 255).astype(np.uint8))
+        rows.append((color, f"a {SHADES[i % 4]} {color} square number {i}", picture_file(picture, "PNG")))
     return rows
 
 
@@ -93,7 +92,6 @@ def tasks_of_kinds(media_folder: Path, *kinds: str):
 
 
 FORMATS = {
-    "classes": (lambda: write_files("media", by_color=True), "media"),
     "captions": (lambda: write_files("media", captions=True), "media"),
     "csv": (write_csv, "pictures.csv"),
     "parquet": (lambda: write_parquet("pictures.parquet", NAMES), "pictures.parquet"),
