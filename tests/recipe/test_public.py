@@ -1,8 +1,6 @@
 """recipes/public.yaml trains on small copies of its data sets, in the layouts that they have on the hub."""
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import datasets
@@ -11,8 +9,9 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import soundfile
 import timm
+from little import write_tar
+from recordings import picture_file, sound_file
 from timm.models import save_for_hf
 
 from openimp.common.json_lines import read_lines
@@ -26,22 +25,19 @@ def write_pictures(folder: Path) -> None:
     """pixparse/cc12m-wds: tars of jpg, json and txt."""
     rng = np.random.default_rng(0)
     for shard in range(2):
-        with tarfile.open(folder / f"cc12m-train-{shard:04}.tar", "w") as tar:
-            for i in range(8):
-                jpg = io.BytesIO()
-                PIL.Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).save(jpg, "JPEG")
-                about = json.dumps({"key": f"{shard}{i}", "url": "", "status": "success", "width": 60}).encode()
-                for ending, data in {"jpg": jpg.getvalue(), "json": about, "txt": f"noise {i}".encode()}.items():
-                    member = tarfile.TarInfo(f"{shard:04}{i:05}.{ending}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        members = {}
+        for i in range(8):
+            key = f"{shard:04}{i:05}"
+            picture = PIL.Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8))
+            about = json.dumps({"key": key, "url": "", "status": "success", "width": 60})
+            members[f"{key}.jpg"] = picture_file(picture, "JPEG")
+            members |= {f"{key}.json": about.encode(), f"{key}.txt": f"noise {i}".encode()}
+        write_tar(folder / f"cc12m-train-{shard:04}.tar", members)
 
 
 def flac(pitch: float) -> bytes:
-    file = io.BytesIO()
     times = np.arange(int(SECONDS * RATE)) / RATE
-    soundfile.write(file, 0.3 * np.sin(2 * np.pi * pitch * times), RATE, format="FLAC")
-    return file.getvalue()
+    return sound_file(0.3 * np.sin(2 * np.pi * pitch * times), RATE, "FLAC")
 
 
 def write_rows(file: Path, **columns: list) -> None:
