@@ -5,6 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from little import png
@@ -115,6 +116,16 @@ def test_the_interval_of_splits_is_that_of_drawing_examples():
     assert metrics["interval"] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
 
 
+TASKS = """
+named:
+  source: all
+  inputs: {image: picture, text: text}
+  objectives: [{type: contrastive}, {type: classification, label: colour}]
+  views: [{image: {size: 16}, text: {length: 8}}]
+heard: {source: all, inputs: {audio: sound, text: text}, objectives: [{type: contrastive}]}
+"""
+
+
 @pytest.fixture
 def headed(setup):
     """Pictures with columns, and a model that has been trained (not at all) to classify others of them.
@@ -123,17 +134,8 @@ def headed(setup):
     """
 
     def make(columns, loss="softmax", classes=COLOURS, **options):
-        contrastive = {"type": "contrastive"}
-        head = {"type": "classification", "label": "colour", "loss": loss, "classes": classes}
-        tasks = {
-            "named": {
-                "source": "all",
-                "inputs": {"image": "picture", "text": "text"},
-                "objectives": [contrastive, head],
-                "views": [{"image": {"size": 16}, "text": {"length": 8}}],
-            },
-            "heard": {"source": "all", "inputs": {"audio": "sound", "text": "text"}, "objectives": [contrastive]},
-        }
+        tasks = yaml.safe_load(TASKS)
+        tasks["named"]["objectives"][1] |= {"loss": loss, "classes": classes}
         options = {"type": "classification", "task": "named", "label": "colour"} | options
         made = setup({"rows": columns}, keys={"tasks": tasks}, **options)
         torch.manual_seed(0)
