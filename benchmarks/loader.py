@@ -55,7 +55,7 @@ def timed(function: Callable[..., Any], part: str, spent: Counter[str]) -> Calla
     return call
 
 
-def measure(recipe: Recipe, batches: int) -> dict[tuple[str, int], Counter[str]]:
+def measure(recipe: Recipe, count: int) -> dict[tuple[str, int], Counter[str]]:
     """The mean nanoseconds per batch of each (task, view), in total ("all") and by part, after one warm-up batch."""
     batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
     batches.data.fit()
@@ -73,9 +73,9 @@ def measure(recipe: Recipe, batches: int) -> dict[tuple[str, int], Counter[str]]
     for key, (first, *others) in sorted(steps.items()):
         batches[first]
         spent.clear()
-        for step in others[:batches]:
+        for step in others[:count]:
             timed(batches.__getitem__, "all", spent)(step)
-        found[key] = Counter({part: ns // max(1, len(others[:batches])) for part, ns in spent.items()})
+        found[key] = Counter({part: ns // max(1, len(others[:count])) for part, ns in spent.items()})
     return found
 
 

@@ -201,13 +201,13 @@ def classify(
     k: Annotated[int, typer.Option("-k", min=1, help="Number of classes to print per file.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Files per batch.")] = 64,
 ) -> None:
-    """Print the most probable classes of each file, of a trained classification head or of those that you name.
+    """Print the most probable classes of each file: those of a trained head, or those that you name.
 
     For example: openimp classify openimp:base drum.ogg --class drum --class flute
     """
     from openimp.inference.classify import classify_files
 
-    classify_files(run, files, names, prompts or ("{}",), head, modality, k, batch_size)
+    classify_files(run, files, names, prompts, head, modality, k, batch_size)
 
 
 @app.command()
@@ -413,9 +413,6 @@ def main() -> None:
     except UserError as error:
         print(f"openimp: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # The reader of the output has exited, as `head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
         # If the disk is full, the error has no file name.
         if error.filename is None and error.errno != errno.ENOSPC:

@@ -41,8 +41,8 @@ def opened(folder: Path, *changes: str) -> StepBatches:
     return batches
 
 
-def loaded(folder: Path, *changes: str) -> list[LoadedBatch]:
-    return list(load_batches(opened(folder, *changes), 0))
+def loaded(folder: Path, *changes: str, first: int = 0) -> list[LoadedBatch]:
+    return list(load_batches(opened(folder, *changes), first))
 
 
 @pytest.mark.slow
@@ -110,6 +110,13 @@ def test_in_a_view_with_sync_clip_and_sound_start_at_the_same_moment(tmp_path, s
     loudness = (batches.data.modalities["audio"].config.std * tokens["audio"].values.mean((1, 2))).exp()
     together = torch.corrcoef(torch.stack([tokens["video"].values[:, 0, 0], loudness]))[0, 1]
     assert (together > 0.95) == sync
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_any_step(little_data):
+    whole = loaded(little_data)
+    for first, workers in ((1, 0), (5, 2), (11, 0)):
+        assert_same(loaded(little_data, f"train.num_workers={workers}", first=first), whole[first:])
 
 
 @pytest.mark.slow

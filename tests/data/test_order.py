@@ -18,6 +18,16 @@ def test_each_epoch_has_every_row_once(n, seed, task, epoch):
     assert np.array_equal(np.sort(rows), np.arange(n))
 
 
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None)
+@given(n=st.integers(1, 500), seed=st.integers(0, 99), start=st.integers(0, 2000), count=st.integers(0, 300))
+def test_any_part_can_be_asked_for_alone(n, seed, start, count):
+    """In any pieces, across epochs too: what a resumed run or another worker asks for is what the first one saw."""
+    whole = rows_at(seed, "t", n, np.arange(start + count))
+    assert np.array_equal(rows_at(seed, "t", n, np.arange(start, start + count)), whole[start:])
+    assert np.array_equal(rows_at(seed, "t", n, np.arange(start + count)[::-1]), whole[::-1])
+
+
 def test_epochs_tasks_and_seeds_have_orders_of_their_own():
     n = 1000
     orders = [

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import little
@@ -70,6 +71,16 @@ def test_the_command_prints_a_line_per_file_that_can_be_read(run, pictures, open
     assert [line[0] for line in lines] == [str(pictures[0]), str(pictures[-1])]
     assert [line[1] for line in lines] == predictions.labels
     assert all(len(line) == 5 and float(line[2]) >= float(line[4]) for line in lines)
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    shutil.copy(pictures[0], mixed / "a.png")
+    (mixed / "a.txt").write_text("a caption")
+    code, out, err = openimp("classify", run, mixed)
+    assert (code, len(out.splitlines())) == (0, 1)
+    assert (
+        err
+        == "left out 1 text file: the model has no classification head for text, so name the classes to choose from\n"
+    )
     code, out, _ = openimp("classify", run, pictures[0], "--class", "red", "--class", "blue", "--prompt", "a {} square")
     assert code == 0
     assert {*out.split("\t")[1::2]} == {"red", "blue"}
@@ -83,6 +94,8 @@ def test_what_cannot_be_classified_is_refused(run, pictures, tmp_path):
         {"names": ["red", "red"]},
         {"names": ["red", ""]},
         {"names": ["red", "blue"], "prompts": ["a square"]},
+        {"names": "red"},
+        {"prompts": ["a {}"]},
         {"names": ["red", "blue"], "head": "pictures:label"},
         {"head": "pictures:labels"},
         {"modality": "audio", "inputs": sound},

@@ -75,6 +75,14 @@ def test_a_relative_path_that_looks_like_a_url_sends_no_request(modality, view, 
     np.testing.assert_array_equal(out, modality.decode(film(), [view]))
 
 
+@pytest.mark.parametrize("name", ["concat:secret.ts", "subfile,,start,0,end,0,,:secret.ts", "file:secret.ts", "pipe:0"])
+def test_a_path_that_looks_like_a_protocol_reads_its_own_file(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.ts").write_bytes(film(8, "mpegts", "mpeg2video", "mp2"))
+    (tmp_path / name).write_bytes(film(3))
+    assert len(VIDEO.decode(name, [CLIP])) == 3
+
+
 def test_no_container_may_open_another_file(tmp_path, monkeypatch):
     """A playlist is refused as a format, and could not open what it names if FFmpeg took it for another one."""
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,7 @@
 import io
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import PIL.Image
@@ -38,18 +39,18 @@ def smooth(height, width):
 
 def test_pictures_of_phones_are_read_and_turned_upright(tmp_path):
     """HEIC files, whose pixels are upright, and others whose EXIF data say that the camera was turned."""
-    pytest.importorskip("pillow_heif")
     seen = smooth(40, 60)
     stored = PIL.Image.fromarray(np.rot90(seen).copy())
-    PIL.Image.fromarray(seen).save(tmp_path / "x.heic", quality=95)
+    if find_spec("pillow_heif"):
+        PIL.Image.fromarray(seen).save(tmp_path / "x.heic", quality=95)
     for name in ("x.avif", "x.jpg", "x.png"):
         exif = PIL.Image.Exif()  # A new one, because Pillow's AVIF encoder moves its orientation elsewhere.
         exif[0x0112] = 6  # Orientation: to be turned clockwise.
         stored.save(tmp_path / name, exif=exif, quality=95)
-    for name in ("x.heic", "x.avif", "x.jpg", "x.png"):
-        decoded = IMAGE.decode(tmp_path / name, [Image.View()])
-        assert decoded.shape == seen.shape, name
-        assert np.abs(decoded.astype(int) - seen).mean() < 3, name
+    for path in tmp_path.iterdir():
+        decoded = IMAGE.decode(path, [Image.View()])
+        assert decoded.shape == seen.shape, path
+        assert np.abs(decoded.astype(int) - seen).mean() < 3, path
 
 
 def test_what_heic_pictures_need_is_said(tmp_path):

@@ -276,6 +276,8 @@ def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
         shutil.copy(next(whole_run.rglob(copy.name)), copy)
         with refuses():
             train(recipe_of(little_data, *LONG), tmp_path / Path(file).parts[0])
+        with pytest.raises(UserError):
+            train(recipe_of(little_data, *LONG), tmp_path / Path(file).parts[0], "auto")
         assert copy.exists()
     with refuses():
         train(recipe_of(little_data, *LONG), tmp_path / "nowhere", resume=True)

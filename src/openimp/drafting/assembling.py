@@ -29,8 +29,7 @@ COMMENTS = {
     "with all of them.",
     "optimizer": "As in the demo. To fine-tune a model (train.init), divide the rates by 3 or more.",
     "parallel": "With several GPUs, each has all of the model.",
-    "evaluation": "Measured at the end and, with `every`, after each so many steps before it. With best: SET, the best "
-    "checkpoint is kept, too.",
+    "evaluation": "Measured at the end, and every `every` steps. `best: SET` also keeps the best checkpoint.",
 }
 
 

@@ -77,7 +77,9 @@ def draft_recipe(
         for name, task, split in tasks if task.label
     }  # fmt: skip
     flops = fit(draft, classes, machine)
-    measured_rows = sum(split.test_rows or split.rows for _, _, split in tasks)
+    rows = {name: split.rows for name, _, split in tasks}
+    rows |= {f"{name}_test": split.test_rows for name, _, split in tasks}
+    measured_rows = sum(rows[options["source"]] for options in draft.recipe["evaluation"]["sets"].values())
     if every := sizing.steps_between_evaluations(draft.recipe, measured_rows):
         draft.recipe["evaluation"] = {"every": every, **draft.recipe["evaluation"]}
     minutes = max(1, round(flops / machine.speed / 60))

@@ -142,14 +142,14 @@ def rounded(steps: float) -> int:
 def steps_between_evaluations(recipe: Mapping[str, Any], measured_rows: int) -> int | None:
     """Enough for `EVALUATIONS` evaluations before the last one, or fewer if training is short or they would be slow.
 
-    None: there is only the last one. `measured_rows` are those of all evaluation sets.
+    None: there is only the last one. `measured_rows` are those of all evaluation sets together.
     """
     tasks = recipe["tasks"].values()
     total_weight = sum(task["weight"] for task in tasks)
     mean_batch = sum(task["weight"] * task["batch_size"] for task in tasks) / total_weight
     steps = recipe["train"]["steps"]
     affordable = int(EVALUATED_SHARE * steps * mean_batch / measured_rows)
-    every = max(MIN_STEPS, steps // (min(EVALUATIONS, affordable) + 1))
+    every = max(MIN_STEPS, ceil(steps / (min(EVALUATIONS, affordable) + 1)))
     return every if every < steps else None
 
 

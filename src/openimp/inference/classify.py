@@ -1,6 +1,6 @@
 """Tells the classes of items: by a trained classification head, or by names of classes that the model reads as texts.
 
-Shape suffixes: N items, K classes, D width, Z features of the shared embedding space.
+Shape suffixes: N items, K classes, P prompts, D width, Z features of the shared embedding space.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,8 +18,9 @@ from openimp.common.errors import UserError, by_extension, counted, escaped, nea
 from openimp.common.modality import BadMedia
 from openimp.common.progress import notice
 from openimp.common.protocols import TextReader
+from openimp.common.texts import text_key
 from openimp.data.batch import head_key
-from openimp.encoding.engine import ItemEncoder
+from openimp.encoding.engine import ItemEncoder, to_cpu
 from openimp.evaluation.zero_shot import check_prompt
 from openimp.inference.files import File, file_value, find_files, shown_name
 from openimp.inference.model import Model, load
@@ -28,9 +30,8 @@ class Predictions(NamedTuple):
     """The probability of each class, for several items."""
 
     classes: list[Any]
-    probabilities: (
-        Tensor  # (N, K) fp32. Rows add up to 1, unless the head was trained on any number of classes per item.
-    )
+    probabilities: Tensor
+    """(N, K) fp32. The probabilities of an item add up to 1, unless the head allows any number of classes per item."""
 
     @property
     def labels(self) -> list[Any]:
@@ -43,14 +44,15 @@ class Classifier:
     """Tells the classes of items of one modality."""
 
     classes: list[Any]
-    encoder: ItemEncoder  # makes the vectors (Z,), or (D,) for a head
+    encoder: ItemEncoder  # makes the vectors (Z,) of items, or their features (D,) for a head
     weight_KZ: Tensor
     bias_K: Tensor | None = None
     has_lists: bool = False  # whether an item may have any number of classes
 
     def predict(self, z_NZ: Tensor) -> Predictions:
-        """The classes of items with these vectors."""
-        logits_NK = F.linear(z_NZ, self.weight_KZ, self.bias_K)
+        """The classes of items with these vectors, which may be on any device."""
+        bias_K = None if self.bias_K is None else self.bias_K.to(z_NZ.device)
+        logits_NK = F.linear(z_NZ, self.weight_KZ.to(z_NZ.device), bias_K)
         return Predictions(self.classes, logits_NK.sigmoid() if self.has_lists else logits_NK.softmax(1))
 
 
@@ -59,7 +61,7 @@ def make_classifier(
     model: Model,
     modality: str,
     names: Sequence[str] | None = None,
-    prompts: Sequence[str] = ("{}",),
+    prompts: Sequence[str] | None = None,
     head: str | None = None,
     batch_size: int = 64,
 ) -> Classifier:
@@ -67,7 +69,9 @@ def make_classifier(
     if names is not None:
         if head is not None:
             raise UserError("either name the classes or choose a classification head, not both")
-        return _by_names(model, modality, list(names), prompts, batch_size)
+        return _by_names(model, modality, names, prompts or ("{}",), batch_size)
+    if prompts:
+        raise UserError("prompts need the names of the classes")
     heads = _heads(model, modality)
     if head is None and len(heads) > 1:
         raise UserError(f"choose one of the classification heads for {modality}: {', '.join(heads)}")
@@ -85,41 +89,45 @@ def _heads(model: Model, modality: str) -> dict[str, bool]:
     UserError if there are none.
     """
     heads = {}
-    for task in model.recipe.tasks.values() if model.classes else ():
+    tasks = model.recipe.tasks.values() if model.classes else ()  # A model without heads needs no recipe.
+    for task in tasks:
         for objective in task.objectives:
             column = objective.class_column()
-            if column and modality in objective.modalities(task):
+            if column and task.weight and modality in objective.modalities(task):
                 heads[head_key(task.source, column.name)] = column.has_lists
-    heads = {head: has_lists for head, has_lists in heads.items() if head in model.classes}
     if not heads:
         raise UserError(f"the model has no classification head for {modality}, so name the classes to choose from")
     return heads
 
 
-def _by_names(model: Model, modality: str, names: list[str], prompts: Sequence[str], batch_size: int) -> Classifier:
+def _by_names(model: Model, modality: str, names: Sequence[str], prompts: Sequence[str], batch_size: int) -> Classifier:
     """A classifier by names (zero-shot). A class is the mean of the unit vectors of its name in each prompt."""
-    if len(names) < 2 or len(set(names)) < len(names):
+    if isinstance(names, str) or isinstance(prompts, str):
+        raise UserError("names and prompts are lists of texts")
+    if len(names) < 2 or len({text_key(name) for name in names}) < len(names):
         raise UserError("name two classes or more, each once")
     for prompt in prompts:
         check_prompt(prompt, "classify")
     reader = next((reader for reader in model.modalities.values() if reader.reads_text), None)
     if reader is None:
         raise UserError("the model reads no texts, so it does not know classes by their names")
-    for name in names:
-        if isinstance(reader, TextReader) and not reader.knows(name, model.views[reader.name]):
-            raise UserError(f"the class {name!r} has no word that the model knows")
     encoder = model.item_encoder(modality, reader.name, batch_size, "classify")
+    scale = model.similarity_scale(modality, reader.name)
+    for name in names:
+        is_known = not isinstance(reader, TextReader) or reader.knows(name, model.views[reader.name])
+        if not name.strip() or not is_known:
+            raise UserError(f"the class {name!r} has no word that the model knows")
     texts = [prompt.format(name) for name in names for prompt in prompts]
     z_NZ = model.encode(reader.name, texts, normalize=True, towards=modality, batch_size=batch_size)
-    class_KZ = F.normalize(z_NZ.unflatten(0, (len(names), len(prompts))).mean(1), dim=-1)
-    return Classifier(names, encoder, model.scale(modality, reader.name) * class_KZ)
+    z_KPZ = z_NZ.unflatten(0, (len(names), len(prompts)))
+    return Classifier(list(names), encoder, scale * F.normalize(z_KPZ.mean(1), dim=-1))
 
 
 def classify_files(
     run: str | Path,
     files: Iterable[File],
     names: Sequence[str] | None = None,
-    prompts: Sequence[str] = ("{}",),
+    prompts: Sequence[str] | None = None,
     head: str | None = None,
     modality: str | None = None,
     k: int = 3,
@@ -127,49 +135,61 @@ def classify_files(
 ) -> None:
     """Prints a line for each file: its path, then its `k` most probable classes and their probabilities.
 
-    The parts of a line are separated by tabs. What cannot be read is told on standard error.
+    The parts of a line are separated by tabs. What is left out or cannot be read is told on standard error.
 
     Args:
         run: a model, as `openimp.load` takes it.
         files: files, and folders to search, on disk or at URLs that fsspec opens.
         names, prompts, head: see `Model.classify`.
-        modality: the modality of all files. By default, the extension of each file decides.
+        modality: the modality of all files. By default, the extension of each file decides, and files of a modality
+            that cannot be classified are left out.
         k: number of classes.
         batch_size: number of files per forward pass.
 
     Raises:
-        UserError: see `Model.classify`, or no file can be read.
+        UserError: see `Model.classify`; or no file can be classified.
     """
     model = load(run)
     hint = "; if it is one of these, use --modality"
     files_by_modality, unknown = find_files(files, model.modalities, modality, hint)
-    classifiers = {}
+    classifiers: dict[str, Classifier] = {}
+    errors: list[UserError] = []
     for name in files_by_modality:
-        classifiers[name] = make_classifier(model, name, names, prompts, head, batch_size)
+        try:
+            classifiers[name] = make_classifier(model, name, names, prompts, head, batch_size)
+        except UserError as error:
+            errors.append(error)
+            notice(f"left out {counted(len(files_by_modality[name]), f'{name} file')}: {error}")
+    if not classifiers:
+        raise errors[0]
     skipped = []
     count = 0
-    for name, modality_files in files_by_modality.items():
-        classifier = classifiers[name]
+    for name, classifier in classifiers.items():
         encoder = classifier.encoder
-        items = ((file, partial(_read, encoder, file)) for file in modality_files)
-        for file, result in encoder.encode(items):
-            if isinstance(result, BadMedia):
-                skipped.append(f"{shown_name(file)}: {result}")
-                continue
-            count += 1
-            classes, probabilities = classifier.predict(result[None])
-            best = probabilities[0].topk(min(k, len(classes)))
-            line = [escaped(shown_name(file))]
-            for probability, number in zip(best.values.tolist(), best.indices.tolist()):
-                line += [escaped(str(classes[number])), f"{probability:.3f}"]
-            print("\t".join(line), flush=True)
+        items = ((file, partial(_read, encoder, file)) for file in files_by_modality[name])
+        for chunk in to_cpu(encoder.encode(items)):
+            skipped += [f"{shown_name(file)}: {result}" for file, result in chunk if isinstance(result, BadMedia)]
+            vectors = {file: result for file, result in chunk if isinstance(result, np.ndarray)}
+            count += len(vectors)
+            if vectors:
+                _print_lines(list(vectors), classifier.predict(torch.from_numpy(np.stack([*vectors.values()]))), k)
     if unknown:
         notice(f"skipped files in folders that no modality of the model reads: {by_extension(unknown)}")
-    if skipped and not count:
+    if not count:
         raise UserError(f"no file can be read; the first: {escaped(skipped[0])}")
     if skipped:
         notice("\n  ".join([f"{counted(len(skipped), 'file')} could not be read:", *map(escaped, skipped)]))
 
 
-def _read(encoder: ItemEncoder, file: File) -> Any:
+def _print_lines(files: list[File], predictions: Predictions, k: int) -> None:
+    classes = predictions.classes
+    best = predictions.probabilities.topk(min(k, len(classes)))
+    for file, probabilities, numbers in zip(files, best.values.tolist(), best.indices.tolist()):
+        parts = [escaped(shown_name(file))]
+        for probability, number in zip(probabilities, numbers):
+            parts += [escaped(str(classes[number])), f"{probability:.3f}"]
+        print("\t".join(parts), flush=True)
+
+
+def _read(encoder: ItemEncoder, file: File) -> np.ndarray:
     return encoder.read(file_value(file, encoder.modality.reads_text))

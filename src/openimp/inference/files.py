@@ -1,4 +1,4 @@
-"""Finds and reads media files, for `openimp embed` and `openimp index`."""
+"""Finds and reads media files, for `openimp embed`, `index` and `classify`."""
 
 import os
 from collections import Counter
@@ -57,7 +57,7 @@ def find_files(
                 files_by_modality.setdefault(name, {})[Path(path) if isinstance(file, Path) else path] = None
     if not files_by_modality:
         places = ", ".join(map(str, given)) or "an empty list"
-        raise UserError(f"no files to embed in {places}; looked for {', '.join(modality_of)}")
+        raise UserError(f"no files in {places}; looked for {', '.join(modality_of)}")
     return {name: list(unique_files) for name, unique_files in files_by_modality.items()}, unknown
 
 

@@ -133,7 +133,7 @@ class Model(nn.Module):
         modality: str,
         inputs: Any,
         names: Sequence[str] | None = None,
-        prompts: Sequence[str] = ("{}",),
+        prompts: Sequence[str] | None = None,
         head: str | None = None,
         batch_size: int = 64,
     ) -> "Predictions":
@@ -144,16 +144,18 @@ class Model(nn.Module):
             inputs: what `encode` takes.
             names: the classes to choose from, as texts (zero-shot classification). Their probabilities are the softmax
                 of the similarities, scaled as in training. None: the classes of a trained classification head.
-            prompts: texts with a place `{}` for the name. A class is the mean of the vectors of its texts.
+            prompts: texts with a place `{}` for the name. A class is the mean of the vectors of its texts. None: the
+                name alone.
             head: the classification head, SOURCE:COLUMN, if several were trained on the modality; see `classes`.
             batch_size: maximum number of clips per forward pass.
 
         Returns:
-            The `classes`, their `probabilities` (B, K) in fp32, and the most probable class of each input, `labels`.
+            The `classes`, their `probabilities` (B, K) in fp32, and the most probable class of each input, `labels`. If
+            the head was trained on any number of classes per input, the probabilities are independent.
 
         Raises:
-            UserError: an input cannot be read, there is no such head, the model has not learned to compare the modality
-                with texts, or it knows no word of a name.
+            UserError: an input cannot be read; there is no such head, or no recipe that says what it was trained on; no
+                contrastive objective compared the modality with texts; or the model knows no word of a name.
         """
         from openimp.inference.classify import make_classifier  # That module imports this one.
 
@@ -313,9 +315,9 @@ class Model(nn.Module):
         if self._picture_modality is None:
             raise UserError("the model does not read pictures; for another pair see imp.temperature")
         name = self._picture_modality.name
-        return self.scale(name, self.partner(name)).log()
+        return self.similarity_scale(name, self.partner(name)).log()
 
-    def scale(self, modality: str, other: str) -> Tensor:
+    def similarity_scale(self, modality: str, other: str) -> Tensor:
         """The learned scale of the similarities of two modalities. UserError if no contrastive objective has one."""
         try:
             return self.imp.temperature(modality, other).scale

@@ -23,7 +23,7 @@ from openimp.training.step_timer import StepTimer, speed_text
 
 
 class Log:
-    """Records every step, and writes and prints a line every `log_every` steps.
+    """Records every step, and writes and prints a line every `log_every` steps, and when the run ends or stops.
 
     Only then, and with the first batch of a task, does it read numbers from the device or communicate with other ranks.
     `state` is that of the checkpoint from which the run resumes; it is empty for a new run.

@@ -61,8 +61,8 @@ class RunDirectory:
         """The checkpoint to resume from, or None for a training run that starts at step 0.
 
         With `resume`, True requires a checkpoint, "auto" uses one if there is one, and False refuses a directory with a
-        run. After a restart by torchrun, "auto" counts if the same torchrun job began the run. `trainer` is the name of
-        the `Variant`.
+        run. After a restart by torchrun, `resume` counts as "auto" if the same torchrun job began the run. `trainer` is
+        the name of the `Variant`.
         """
         saved = bool(common_checkpoints(self.path))
         begun = saved or any((self.path / name).exists() for name in ("tensorboard", "logger.id", "metrics.jsonl"))
@@ -70,13 +70,15 @@ class RunDirectory:
         # A run that died before it began leaves this very recipe; any other file was written by the user.
         if has_recipe and not begun and self.recipe_file.read_bytes() != self.recipe.to_yaml().encode():
             raise UserError(f"{self.recipe_file}: a run would overwrite it; name another directory with --run-dir")
+        if begun and not has_recipe and not saved:
+            raise UserError(f"{self.path}: holds metrics of another program; name another directory with --run-dir")
         # torchrun also repeats a start that was refused. Only one that wrote its job's name may resume.
         begun_by_job = distributed.run_on_rank_zero(
             lambda: self.job_file.exists() and self.job_file.read_text() == distributed.job_id()
         )
         if (distributed.restarted() and begun_by_job) or resume == "auto":
             resume = saved  # A run that died before its first checkpoint starts again and loses nothing.
-        elif (has_recipe or begun) and not saved:
+        elif has_recipe and not saved:
             raise UserError(
                 f"{self.path}: holds a run that saved no checkpoint; start it again with --resume auto, or name "
                 "another directory with --run-dir"
