@@ -21,7 +21,7 @@ from openimp.evaluation.provenance import checkpoint_fields
 from openimp.evaluation.results import main_metric, percent, read_results
 from openimp.inference.model import Model
 from openimp.inference.public_recipe import public_path
-from openimp.planning.ledger import UNITS
+from openimp.planning.ledger import UNITS, short
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
 
@@ -39,7 +39,7 @@ def plain_text(value: Any) -> str:
 
 TEMPLATES = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
 TEMPLATES.loader = PackageLoader("openimp.inference")
-TEMPLATES.filters.update(text=plain_text, percent=percent, commas="{:,}".format)
+TEMPLATES.filters.update(text=plain_text, percent=percent, commas="{:,}".format, short=short)
 
 
 def model_card(model: Model, folder: Path, name: str, license: str | None) -> str:
