@@ -153,15 +153,16 @@ def classify_files(
     hint = "; if it is one of these, use --modality"
     files_by_modality, unknown = find_files(files, model.modalities, modality, hint)
     classifiers: dict[str, Classifier] = {}
-    errors: list[UserError] = []
+    errors: dict[str, UserError] = {}
     for name in files_by_modality:
         try:
             classifiers[name] = make_classifier(model, name, names, prompts, head, batch_size)
         except UserError as error:
-            errors.append(error)
-            notice(f"left out {counted(len(files_by_modality[name]), f'{name} file')}: {error}")
+            errors[name] = error
     if not classifiers:
-        raise errors[0]
+        raise next(iter(errors.values()))
+    for name, error in errors.items():
+        notice(f"left out {counted(len(files_by_modality[name]), f'{name} file')}: {error}")
     skipped = []
     count = 0
     for name, classifier in classifiers.items():
