@@ -161,8 +161,8 @@ def classify_files(
             errors[name] = error
     if not classifiers:
         raise next(iter(errors.values()))
-    for name, error in errors.items():
-        notice(f"left out {counted(len(files_by_modality[name]), f'{name} file')}: {error}")
+    for name, reason in errors.items():
+        notice(f"left out {counted(len(files_by_modality[name]), f'{name} file')}: {reason}")
     skipped = []
     count = 0
     for name, classifier in classifiers.items():
