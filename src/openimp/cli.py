@@ -296,7 +296,7 @@ def search(
 
 @app.command()
 def serve(
-    what: Annotated[Path, typer.Argument(help="An index, or a run (or openimp:base), whose data are indexed first.")],
+    what: Annotated[Path, typer.Argument(help="An index; or a run or openimp:base, then its data are indexed first.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0: any free port.")] = 8000,
     allow_sources: AllowSourcesOption = False,

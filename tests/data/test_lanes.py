@@ -81,7 +81,7 @@ def recipe_of(path: str, batch_size: int = 16, steps: int = 8, workers: int = 0,
 
 def opened(recipe: Recipe, ranks: int) -> list[StepBatches]:
     datas = [TaskData(recipe, recipe.make_modalities(), world_size=ranks) for _ in range(ranks)]
-    return [StepBatches(data, rank, ranks) for rank, data in enumerate(datas)]
+    return [StepBatches(data, rank) for rank, data in enumerate(datas)]
 
 
 def read(data: list[StepBatches], first: int = 0, stop: int | None = None) -> list[LoadedBatch]:

@@ -22,12 +22,11 @@ from openimp.data.task_data import TaskData
 class StepBatches(Dataset[LoadedBatch]):
     """`dataset[step]` makes this rank's part of the batch of a step, and `part` a worker's part of that."""
 
-    def __init__(self, data: TaskData, rank: int = 0, world_size: int = 1) -> None:
-        """Each batch is divided into `world_size` equal parts. This data set makes part `rank`."""
+    def __init__(self, data: TaskData, rank: int = 0) -> None:
+        """Each batch is divided into `data.world_size` equal parts. This data set makes part `rank`."""
         self.data = data
         self.schedule = Alternation(data.recipe)
         self.rank = rank
-        self.world_size = world_size
         self._examples = ExampleReader(data)
 
     def __len__(self) -> int:
@@ -82,7 +81,7 @@ class StepBatches(Dataset[LoadedBatch]):
         """
         lanes = self.data.sources[visit.task].lanes or visit.batch_size
         lane_size = visit.batch_size // lanes  # examples of a lane in the batch
-        rank_size = visit.batch_size // self.world_size
+        rank_size = visit.batch_size // self.data.world_size
         rank_start = rank_size * self.rank
         rank_stop = rank_start + rank_size
         first_lane = rank_start // lane_size

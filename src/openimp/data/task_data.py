@@ -72,7 +72,8 @@ class TaskData:
         self.teacher_vectors: dict[str, dict[Teacher, DecodedStore | EmbeddedRows]] = {}
         self.sources: dict[str, Table | Stream] = {}
         self.classes: dict[str, list[Any]] = {}
-        self._open_sources(world_size)
+        self.world_size = world_size
+        self._open_sources()
         for task_name, source in self.sources.items():
             for objective in recipe.tasks[task_name].objectives:
                 if labels := objective.class_column():
@@ -80,14 +81,16 @@ class TaskData:
                     self.classes[head_key(source.name, labels.name)] = classes
         self._decode_cached_media(progress)
 
-    def _open_sources(self, world_size: int) -> None:
+    def _open_sources(self) -> None:
         """Fills `sources`. Tasks share a table, but not a stream, in which each task has its own position."""
         tables: dict[str, Table] = {}
         tasks = {name: task for name, task in self.recipe.tasks.items() if task.weight}
         for name, task in tasks.items():
             for batch_size in _batch_sizes(task):
-                if batch_size % world_size:
-                    raise UserError(f"tasks.{name}: batch_size {batch_size} is not a multiple of {world_size} ranks")
+                if batch_size % self.world_size:
+                    raise UserError(
+                        f"tasks.{name}: batch_size {batch_size} is not a multiple of {self.world_size} ranks"
+                    )
         for name, task in tasks.items():
             source: Table | Stream | None = tables.get(task.source)
             if source is None:
@@ -99,7 +102,7 @@ class TaskData:
             else:
                 if task.teachers:
                     raise UserError(f"tasks.{name}: has a teacher, and source {source.name} is a stream")
-                _require_whole_lanes(name, task, source, world_size)
+                _require_whole_lanes(name, task, source, self.world_size)
             self.sources[name] = source
 
     def _tables(self) -> Iterable[Table]:

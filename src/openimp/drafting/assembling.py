@@ -29,7 +29,8 @@ COMMENTS = {
     "with all of them.",
     "optimizer": "As in the demo. To fine-tune a model (train.init), divide the rates by 3 or more.",
     "parallel": "With several GPUs, each has all of the model.",
-    "evaluation": "Measured at the end, and every `every` steps. `best: SET` also keeps the best checkpoint.",
+    "evaluation": "Measured at the end; `every: N` also measures after each N steps. `best: SET` keeps the best "
+    "checkpoint, too.",
 }
 
 

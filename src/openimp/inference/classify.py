@@ -3,7 +3,7 @@
 Shape suffixes: N items, K classes, P prompts, D width, Z features of the shared embedding space.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,14 +45,13 @@ class Classifier:
 
     classes: list[Any]
     encoder: ItemEncoder  # makes the vectors (Z,) of items, or their features (D,) for a head
-    weight_KZ: Tensor
-    bias_K: Tensor | None = None
+    logits: Callable[[Tensor], Tensor]  # (N, K) of vectors (N, Z) or features (N, D) on the model's device
     has_lists: bool = False  # whether an item may have any number of classes
 
+    @torch.no_grad()
     def predict(self, z_NZ: Tensor) -> Predictions:
-        """The classes of items with these vectors, which may be on any device."""
-        bias_K = None if self.bias_K is None else self.bias_K.to(z_NZ.device)
-        logits_NK = F.linear(z_NZ, self.weight_KZ.to(z_NZ.device), bias_K)
+        """The classes of items with these vectors."""
+        logits_NK = self.logits(z_NZ)
         return Predictions(self.classes, logits_NK.sigmoid() if self.has_lists else logits_NK.softmax(1))
 
 
@@ -78,9 +77,8 @@ def make_classifier(
     head = head or next(iter(heads))
     if head not in heads:
         raise UserError(f"no classification head {head!r} was trained on {modality}{nearest(head, heads)}")
-    layer: Any = model.imp.get_submodule(f"classifiers.{head}")
     encoder = model.feature_encoder(modality, batch_size)
-    return Classifier(model.classes[head], encoder, layer.weight.float(), layer.bias.float(), heads[head])
+    return Classifier(model.classes[head], encoder, partial(model.imp.classify, head=head), heads[head])
 
 
 def _heads(model: Model, modality: str) -> dict[str, bool]:
@@ -120,7 +118,8 @@ def _by_names(model: Model, modality: str, names: Sequence[str], prompts: Sequen
     texts = [prompt.format(name) for name in names for prompt in prompts]
     z_NZ = model.encode(reader.name, texts, normalize=True, towards=modality, batch_size=batch_size)
     z_KPZ = z_NZ.unflatten(0, (len(names), len(prompts)))
-    return Classifier(list(names), encoder, scale * F.normalize(z_KPZ.mean(1), dim=-1))
+    class_KZ = scale * F.normalize(z_KPZ.mean(1), dim=-1)
+    return Classifier(list(names), encoder, partial(F.linear, weight=class_KZ))
 
 
 def classify_files(
@@ -135,7 +134,7 @@ def classify_files(
 ) -> None:
     """Prints a line for each file: its path, then its `k` most probable classes and their probabilities.
 
-    The parts of a line are separated by tabs. What is left out or cannot be read is told on standard error.
+    Tabs separate the parts of a line. Standard error lists the files that are left out or cannot be read.
 
     Args:
         run: a model, as `openimp.load` takes it.
@@ -173,7 +172,8 @@ def classify_files(
             vectors = {file: result for file, result in chunk if isinstance(result, np.ndarray)}
             count += len(vectors)
             if vectors:
-                _print_lines(list(vectors), classifier.predict(torch.from_numpy(np.stack([*vectors.values()]))), k)
+                z_NZ = torch.from_numpy(np.stack([*vectors.values()])).to(model.device)
+                _print_lines(list(vectors), classifier.predict(z_NZ), k)
     if unknown:
         notice(f"skipped files in folders that no modality of the model reads: {by_extension(unknown)}")
     if not count:

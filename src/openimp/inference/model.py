@@ -160,8 +160,7 @@ class Model(nn.Module):
         from openimp.inference.classify import make_classifier  # That module imports this one.
 
         classifier = make_classifier(self, modality, names, prompts, head, batch_size)
-        with torch.no_grad():
-            return classifier.predict(self._encode(classifier.encoder, inputs))
+        return classifier.predict(self._encode(classifier.encoder, inputs))
 
     def _encode(self, encoder: ItemEncoder, inputs: Any) -> Tensor:
         """The vectors (B, Z) or (B, D) of inputs; see `encode`."""

@@ -71,7 +71,9 @@ class RunDirectory:
         if has_recipe and not begun and self.recipe_file.read_bytes() != self.recipe.to_yaml().encode():
             raise UserError(f"{self.recipe_file}: a run would overwrite it; name another directory with --run-dir")
         if begun and not has_recipe and not saved:
-            raise UserError(f"{self.path}: holds metrics of another program; name another directory with --run-dir")
+            raise UserError(
+                f"{self.path}: holds metrics without a recipe.yaml, so no run; name another directory with --run-dir"
+            )
         # torchrun also repeats a start that was refused. Only one that wrote its job's name may resume.
         begun_by_job = distributed.run_on_rank_zero(
             lambda: self.job_file.exists() and self.job_file.read_text() == distributed.job_id()

@@ -126,7 +126,7 @@ def set_up(
 
     world_size = distributed.world_size()
     data = distributed.run_first_on_node(lambda: TaskData(recipe, modalities, track, world_size))
-    batches = StepBatches(data, distributed.rank(), world_size)
+    batches = StepBatches(data, distributed.rank())
     fingerprints = distributed.run_on_rank_zero(data.fingerprints)  # Not on all ranks: it reads a part of every file.
     changed = []
     if checkpoint is None:
