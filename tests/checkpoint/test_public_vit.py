@@ -242,6 +242,10 @@ def test_a_local_folder_is_relative_to_the_recipe_and_experts_cannot_start_from_
     recipe = Recipe.build(data, tmp_path)
     assert recipe.train.init == f"timm:local-dir:{tmp_path / 'vit'}"
     assert ViTWeights(recipe.train.init, recipe.make_modalities()).vit.pixels == (32, 32)
+    data["modalities"]["vision"] |= {"patch": [2, 2, 2], "conv_channels": 8}
+    convolved = Recipe.build(data, tmp_path)
+    with pytest.raises(UserError, match=r"modalities\.vision\.conv_channels is 0 there, 8 here"):
+        open_warm_start(convolved, convolved.make_modalities())
     recipe = fitting_recipe(recipe.train.init, (32, 32), moe={"experts": 4, "layers": 1})
     told = r"^train.init: timm:.*vit: a public vision Transformer is dense; set model.moe"
     with pytest.raises(UserError, match=told):

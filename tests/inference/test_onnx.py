@@ -21,6 +21,7 @@ EXPERT_CHOICE = {"moe": {"experts": 4, "layers": 1}}
 BY_STEM = {"moe": {"experts": {"vision": 4, "audio": 2, "text": 2}, "layers": 1}}
 BIASED = {"moe": {"experts": 4, "layers": 1}, "bias": True, "gelu": "erf"}
 GRID = {"positions": "grid", "tables": [2, 4, 4]}
+CONVOLVED = {"conv_channels": 8}
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def inputs(model, name, batch):
     ("changes", "tasks", "vision"),
     [
         (DENSE, ["image", "video", "audio"], {}),
-        (EXPERT_CHOICE, ["image", "video", "audio"], {}),
+        (EXPERT_CHOICE, ["image", "video", "audio"], CONVOLVED),
         (BY_STEM, ["image", "video", "audio"], {}),
         (BIASED, ["image", "video"], GRID),
     ],

@@ -241,6 +241,11 @@ def test_sizes_that_make_no_whole_patch_are_refused(size):
         IMAGE.check(Image.View(size=size))
 
 
+def test_a_convolution_needs_patches_with_even_sides():
+    with pytest.raises(ValueError, match=r"conv_channels needs patches with even sides, found \[1, 4, 7\]"):
+        Image.Config(patch=(1, 4, 7), conv_channels=8)
+
+
 def test_a_person_sees_what_evaluation_sees():
     picture = PIL.Image.fromarray(smooth(300, 400))
     with PIL.Image.open(io.BytesIO(IMAGE.show(picture, Image.View(size=(128, 256))))) as small:

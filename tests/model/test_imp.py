@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from openimp.common.modality import StemSpec, Tokens
+from openimp.modalities.image import Image
 from openimp.model.embedding import Stem
 from openimp.model.heads import Temperature
 from openimp.model.imp import IMP
@@ -33,10 +35,13 @@ def patches(batch: int, values: int = 24) -> Tokens:
     return Tokens(torch.randn(batch, 12, values, generator=generator), rows.expand(batch, -1, -1))
 
 
+@pytest.mark.parametrize("conv_channels", [0, 8])
 @pytest.mark.parametrize("moe", [None, {"experts": 4, "layers": 1}])
-def test_a_still_has_the_features_of_a_clip_of_equal_frames(tiny_recipe, tiny_model, moe):
+def test_a_still_has_the_features_of_a_clip_of_equal_frames(tiny_recipe, tiny_model, moe, conv_channels):
     """One frame's values in a stem for clips give, to rounding, what the repeated still gives, and for less work."""
-    recipe = tiny_recipe({"moe": moe})
+    options = tiny_recipe().to_dict()["modalities"]
+    options["vision"]["conv_channels"] = conv_channels
+    recipe = tiny_recipe({"moe": moe}, modalities=options)
     model, modalities = tiny_model(recipe)
     views = {name: recipe.tasks[name].views[0][name].model_copy(update={"size": 32}) for name in ("image", "video")}
     view = views["video"].model_copy(update={"frames": 2})
@@ -54,6 +59,25 @@ def test_bytes_stand_for_minus_one_to_one():
     values, coords = torch.tensor([[[0, 51, 102, 153, 204, 255]]], dtype=torch.uint8), torch.zeros(1, 1, 1, dtype=int)
     exact = torch.tensor([[[-1, -0.6, -0.2, 0.2, 0.6, 1]]])
     torch.testing.assert_close(stem(Tokens(values, coords)), stem(Tokens(exact, coords)))
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_the_convolution_of_patches_is_that_of_the_whole_picture(frames):
+    """Two convolutions over a picture whose border is repeated give what the tokens give; each frame by itself."""
+    image = Image(Image.Config(patch=(frames, 4, 6), conv_channels=5))
+    torch.manual_seed(0)
+    stem = Stem(image.stem_spec(), 32)
+    picture = torch.rand(2, 3, 8, 12) * 2 - 1
+    x = F.pad(picture, (2, 2, 2, 2), mode="replicate")
+    conv = stem.embed
+    kernel = conv.embed.weight.unflatten(1, (3, 4, 4)) * conv.scale
+    x = F.gelu(F.conv2d(x, kernel, conv.embed.bias, stride=2), approximate="tanh")
+    kernel = conv.out.weight.unflatten(1, (frames, 3, 4, 5)).sum(1).movedim(-1, 1) * 2**0.5
+    x = F.conv2d(x, kernel, conv.out.bias, stride=(2, 3))
+    tokens = image.from_tensor(picture)
+    positions = sum(table(index) for table, index in zip(stem.positions, tokens.coords.unbind(-1)))
+    expected = stem.before(x.flatten(2).mT + stem.position_norm(positions))
+    torch.testing.assert_close(stem(tokens), expected, rtol=0, atol=1e-5)
 
 
 def test_a_stem_refuses_tokens_that_are_no_part_of_its_own():

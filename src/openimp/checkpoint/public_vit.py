@@ -58,11 +58,12 @@ class PublicViT(NamedTuple):
     def stem_options(self, config: Any) -> dict[str, Any]:
         """The values that the options of the stem of pictures must have. The number of frames stays as in `config`."""
         embed = self.trunk.patch_embed
-        return {
+        options = {
             "patch": [config.patch[0], *embed.patch_size],
             "positions": "grid",
             "tables": [config.tables[0], *embed.grid_size],
         }
+        return options | ({"conv_channels": 0} if config.conv_channels else {})
 
 
 class ViTWeights:
@@ -74,7 +75,11 @@ class ViTWeights:
         specs = {modality.stem: modality.stem_spec() for modality in modalities.values()}
         sides = tuple(self.vit.trunk.patch_embed.patch_size)
         # A stem with other patches is not loaded. For the stem of pictures, `stem_options` makes that an error.
-        self.stems = {stem: spec for stem, spec in specs.items() if spec.patch and spec.patch[1:3] == sides}
+        self.stems = {
+            stem: spec
+            for stem, spec in specs.items()
+            if spec.patch and spec.patch[1:3] == sides and not spec.conv_channels
+        }
         self.shapes = {name: tensor.shape for name, tensor in _tensors(self.vit, self.stems)}
 
     def __str__(self) -> str:

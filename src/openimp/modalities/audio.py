@@ -126,7 +126,9 @@ class Audio(Modality):
         return self.frames(view) * self.config.hop
 
     def stem_spec(self) -> StemSpec:
-        return StemSpec(prod(self.config.patch), axes=tuple(self.config.tables), patch=(1, *self.config.patch, 1))
+        patch = self.config.token_shape((1, *self.config.patch), channels=1)
+        axes = tuple(self.config.tables)
+        return StemSpec(prod(patch), axes, patch=patch, conv_channels=self.config.conv_channels)
 
     def check(self, view: Any) -> None:
         frames = self.frames(view)
@@ -257,7 +259,9 @@ class Audio(Modality):
     def _normalized_patches(self, spectra: Tensor, drop: float, rngs: list[Rng] | None) -> Tokens:
         """Cuts log-mel spectra (B, frames, bins) into patches, and normalizes their values."""
         config = self.config
-        tokens = media.patch_tokens(spectra[..., None], config.patch, config.tables, drop, rngs, spans=config.spans)
+        tokens = media.patch_tokens(
+            spectra[..., None], config.patch, config.tables, drop, rngs, spans=config.spans, margin=config.margin
+        )
         return tokens._replace(values=(tokens.values - config.mean) / config.std)
 
 

@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import av
 import numpy as np
 import PIL.Image
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from openimp.common.modality import BadMedia, Rng, Tokens
+from openimp.common.modality import CONV_KERNEL, CONV_STRIDE, BadMedia, Rng, Tokens
 from openimp.common.schema import Strict
 
 # The common containers and codecs, and nothing else, for FFmpeg. Playlists (hls, concat, ...) are excluded because they
@@ -272,7 +272,7 @@ class PatchGrid(Strict):
     """Base for the options of a stem that splits its input into patches along named axes.
 
     Per axis: `patch` is the size of a patch, and `tables` the rows of the position table. By the axis' name, `absolute`
-    is the span of an axis with absolute positions.
+    is the span of an axis with absolute positions. The last two axes are those of the convolution.
     """
 
     renamed = {"extent": "positions are relative; for other positions see 'absolute'"}
@@ -281,6 +281,17 @@ class PatchGrid(Strict):
     patch: tuple[int, ...]
     tables: tuple[int, ...]
     absolute: dict[Any, int]
+    conv_channels: Annotated[int, Field(ge=0)] = 0
+    """Channels of a convolution of 4 x 4 pixels (of a sound: frames and bins) at every second one, followed by GELU,
+    whose results are then embedded patch by patch. It learns faster from little data (arXiv 2106.14881). A token also
+    sees the 2 pixels around its patch, whose sides must be even. 0: patches are embedded as they are, as in the
+    paper."""
+
+    @model_validator(mode="after")
+    def _sides_are_even(self) -> "PatchGrid":
+        if self.conv_channels and any(side % CONV_STRIDE for side in self.patch[-2:]):
+            raise ValueError(f"conv_channels needs patches with even sides, found {list(self.patch)}")
+        return self
 
     @model_validator(mode="after")
     def _spans_are_whole(self) -> "PatchGrid":
@@ -293,6 +304,16 @@ class PatchGrid(Strict):
     def spans(self) -> tuple[int, ...]:
         """The number of patches that each absolute axis spans; 0 for a relative axis."""
         return tuple(self.absolute.get(name, 0) // side for name, side in zip(self.axes, self.patch))
+
+    @property
+    def margin(self) -> int:
+        """How far a token reaches beyond its patch along the last two axes, on each side, for the convolution."""
+        return CONV_KERNEL - CONV_STRIDE if self.conv_channels else 0
+
+    def token_shape(self, patch: tuple[int, ...], channels: int) -> tuple[int, int, int, int]:
+        """Frames, height, width and channels of the values of a token."""
+        frames, height, width = patch
+        return (frames, height + 2 * self.margin, width + 2 * self.margin, channels)
 
     def limit(self, axis: int) -> int:
         """The longest input along an axis: its absolute span, or one patch per row of its table."""
@@ -321,8 +342,9 @@ def patch_tokens(
     drop: float,
     rngs: list[Rng] | None,
     spans: tuple[int, ...] = (),
+    margin: int = 0,
 ) -> Tokens:
-    """Cuts a batch (B, *axes, C) into tokens: one patch each, with the coordinates of `coordinates`.
+    """Cuts a batch (B, *axes, C) into tokens: one patch of `patchify` each, with the coordinates of `coordinates`.
 
     With `rngs`, one per example, a random share `drop` of each example's tokens is left out: DropToken (VATT, arXiv
     2104.11178). The others stay in order.
@@ -332,11 +354,11 @@ def patch_tokens(
     total = len(coords)
     kept_count = tokens_kept(total, drop)
     if rngs is None or kept_count == total:
-        return Tokens(patchify(grid, patch), coords.expand(grid.shape[0], -1, -1).contiguous())
+        return Tokens(patchify(grid, patch, margin), coords.expand(grid.shape[0], -1, -1).contiguous())
     noise = np.stack([rng.random(total, dtype=np.float32) for rng in rngs])
     chosen = np.argpartition(noise, kept_count - 1, axis=1)[:, :kept_count]
     kept = torch.from_numpy(np.sort(chosen, axis=1))
-    return Tokens(patchify(grid, patch, kept), coords[kept])
+    return Tokens(patchify(grid, patch, margin, kept), coords[kept])
 
 
 def tokens_kept(total: int, drop: float) -> int:
@@ -344,20 +366,24 @@ def tokens_kept(total: int, drop: float) -> int:
     return max(1, round(total * (1 - drop)))
 
 
-def patchify(grid: Tensor, patch: tuple[int, ...], kept: Tensor | None = None) -> Tensor:
+def patchify(grid: Tensor, patch: tuple[int, ...], margin: int = 0, kept: Tensor | None = None) -> Tensor:
     """Cuts a batch (B, *axes, C) into patches (B, L, P). Patches, and the values in a patch, are in the axes' order.
 
-    With `kept` (B, K), only the patches with these indices are copied.
+    With a `margin`, a patch also has that many values around it along the last two axes; outside the grid, those of its
+    border. With `kept` (B, K), only the patches with these indices are copied.
     """
     axes = len(patch)
-    batch, *sizes, channels = grid.shape
-    counts = [size // side for size, side in zip(sizes, patch)]
-    count_and_side = [n for pair in zip(counts, patch) for n in pair]  # of the first axis, of the second axis, ...
-    split = grid.reshape(batch, *count_and_side, channels)
-    patches = split.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
+    counts = [size // side for size, side in zip(grid.shape[1:], patch)]
+    margins = [0] * (axes - 2) + [margin, margin]
+    for axis, (size, side, margin) in enumerate(zip(grid.shape[1:], patch, margins), 1):
+        if margin:
+            places = torch.arange(-margin, size + margin, device=grid.device).clamp(0, size - 1)
+            grid = grid.index_select(axis, places)
+        grid = grid.unfold(axis, side + 2 * margin, side)
+    patches = grid.movedim(1 + axes, -1)
     if kept is None:
-        return patches.reshape(batch, prod(counts), -1)
-    examples = torch.arange(batch, device=kept.device)[:, None]
+        return patches.reshape(len(grid), prod(counts), -1)
+    examples = torch.arange(len(grid), device=kept.device)[:, None]
     return patches[(examples, *torch.unravel_index(kept, counts))].flatten(2)
 
 

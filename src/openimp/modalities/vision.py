@@ -100,14 +100,19 @@ class Vision(Modality):
         return tuple(self.config.patch)
 
     def stem_spec(self) -> StemSpec:
-        patch = (*self.config.patch, CHANNELS)
+        patch = self.config.token_shape(self.config.patch, CHANNELS)
         frames, height, width = self.config.tables
-        if self.config.positions == "grid":
-            return StemSpec(prod(patch), axes=(frames, height * width), position_norm=False, patch=patch)
-        return StemSpec(prod(patch), axes=(frames, height, width), patch=patch)
+        on_grid = self.config.positions == "grid"
+        return StemSpec(
+            values=prod(patch),
+            axes=(frames, height * width) if on_grid else (frames, height, width),
+            position_norm=not on_grid,
+            patch=patch,
+            conv_channels=self.config.conv_channels,
+        )
 
     def values(self) -> int:
-        return prod(self.patch) * CHANNELS
+        return prod(self.config.token_shape(self.patch, CHANNELS))
 
     def shape(self, view: Any) -> tuple[int, int, int, int]:
         return (1, *view.hw, CHANNELS)
@@ -148,7 +153,8 @@ class Vision(Modality):
 
     def _tokens(self, frames: Tensor, drop: float, rngs: list[Rng] | None) -> Tokens:
         frames = frames if frames.ndim == 5 else frames[:, None]
-        tokens = patch_tokens(frames, self.patch, self.config.tables, drop, rngs, spans=self.config.spans)
+        config = self.config
+        tokens = patch_tokens(frames, self.patch, config.tables, drop, rngs, spans=config.spans, margin=config.margin)
         if self.config.positions == "axes":
             return tokens
         frame, row, column = tokens.coords.unbind(-1)

@@ -3,12 +3,18 @@
 Shape suffixes: B examples, L tokens, P values per token, D width.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openimp.common.modality import StemSpec, Tokens
+from openimp.common.modality import CONV_KERNEL, CONV_STRIDE, StemSpec, Tokens
 from openimp.model.init import identity_, lecun_normal_, linear
+from openimp.model.kernels import gelu
+
+GELU_SCALE = 2**0.5
+"""Factor that about makes up for the variance that GELU takes."""
 
 
 class Stem(nn.Module):
@@ -19,6 +25,8 @@ class Stem(nn.Module):
     A stem has one linear patch embedding (a table for ids), one position table per axis, and one linear layer before
     and one after the encoder. The position embeddings are summed and, unless the spec says otherwise, normalized. They
     are looked up by coordinate, so all resolutions, and all subsets of an example's tokens, use the same tables.
+
+    With `spec.conv_channels`, a convolution of each patch comes before the patch embedding.
 
     If tokens hold r times fewer values than the patch embedding expects, they are treated as if repeated r times; for
     example, a still in a stem for clips. Summing the kernel over its r parts gives the same result without a copy.
@@ -31,11 +39,15 @@ class Stem(nn.Module):
 
     def __init__(self, spec: StemSpec, width: int) -> None:
         super().__init__()
-        self.embed = nn.Embedding(spec.values, width) if spec.table else nn.Linear(spec.values, width)
         self.scale = embedding_scale(spec, width)
-        lecun_normal_(self.embed.weight, width)
-        if isinstance(self.embed, nn.Linear):
-            nn.init.zeros_(self.embed.bias)
+        self.embed: nn.Module
+        if spec.conv_channels:
+            self.embed = PatchConvolution(spec, width)
+        elif spec.table:
+            self.embed = nn.Embedding(spec.values, width)
+            lecun_normal_(self.embed.weight, width)
+        else:
+            self.embed = patch_embedding(spec.values, width)
         tables = [nn.Embedding(rows, width) for rows in spec.axes]
         for table in tables:
             nn.init.normal_(table.weight, std=width**-0.5)
@@ -46,12 +58,39 @@ class Stem(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Embeds values (B, L, P) or ids (B, L) to (B, L, D)."""
-        if isinstance(self.embed, nn.Embedding):
-            x_BLD = self.embed(tokens.values) * self.scale
-        else:
+        if isinstance(self.embed, nn.Linear):
             x_BLD = _embed_patches(self.embed, tokens.values, self.scale)
+        else:
+            x_BLD = self.embed(tokens.values)
+            if isinstance(self.embed, nn.Embedding):
+                x_BLD = x_BLD * self.scale
         positions = sum(table(index) for table, index in zip(self.positions, tokens.coords.unbind(-1)))
         return self.before(x_BLD + self.position_norm(positions))
+
+
+class PatchConvolution(nn.Module):
+    """Embeds patches by two layers with GELU between them: a convolution, then a linear layer (after arXiv 2106.14881).
+
+    Each frame of each patch is convolved by itself. So tokens that are dropped cost nothing, but where the patches of
+    neighbors overlap, results are computed twice.
+    """
+
+    def __init__(self, spec: StemSpec, width: int) -> None:
+        super().__init__()
+        assert spec.patch is not None
+        frames, *self.sides, self.channels = spec.patch
+        self.embed = patch_embedding(CONV_KERNEL**2 * self.channels, spec.conv_channels)
+        self.scale = (spec.conv_channels / self.embed.in_features) ** 0.5
+        places = prod((side - CONV_KERNEL) // CONV_STRIDE + 1 for side in self.sides)
+        self.out = linear(frames * places * spec.conv_channels, width)
+
+    def forward(self, values_BLP: Tensor) -> Tensor:
+        """Embeds patches (B, L, P) to (B, L, D)."""
+        # Windows and a matrix product, because torch's convolutions of many tiny pictures are slow on CPUs.
+        pixels = values_BLP.unflatten(-1, (-1, *self.sides, self.channels))
+        windows = pixels.unfold(-3, CONV_KERNEL, CONV_STRIDE).unfold(-3, CONV_KERNEL, CONV_STRIDE)
+        convolved = gelu(_embed_patches(self.embed, windows.flatten(-3), self.scale))
+        return _embed_patches(self.out, convolved.flatten(2), GELU_SCALE)
 
 
 class VectorStem(nn.Module):
@@ -76,13 +115,21 @@ class VectorStem(nn.Module):
         return self.embed(tokens.values.to(self.embed.weight.dtype))
 
 
+def patch_embedding(values: int, width: int) -> nn.Linear:
+    """A linear layer with the weights of a patch embedding, to be used by `_embed_patches`."""
+    layer = nn.Linear(values, width)
+    lecun_normal_(layer.weight, width)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def embedding_scale(spec: StemSpec, width: int) -> float:
     """The factor of a stem's embeddings, with which their variance is 1 at first."""
     return float((width if spec.table else width / spec.values) ** 0.5)
 
 
 def _embed_patches(embed: nn.Linear, values_BLP: Tensor, scale: float) -> Tensor:
-    """Embeds patches (B, L, P). Normalizes uint8 pixels, and sums the kernel if P is a fraction of its inputs."""
+    """Embeds values (..., P). Normalizes uint8 pixels, and sums the kernel if P is a fraction of its inputs."""
     if values_BLP.dtype == torch.uint8:
         # (x / 127.5 - 1) w = (x - 127.5) (w / 127.5), with one pass over the pixels instead of three. The difference is
         # exact in bf16 too.
