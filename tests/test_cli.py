@@ -467,3 +467,13 @@ def test_push_writes_a_folder_that_info_describes_and_embed_uses(succeeded, refu
     assert "a model of recipe little" in succeeded("info", out)
     assert "license: mit" in (out / "README.md").read_text(encoding="utf-8")
     assert refused("export", little_run, "--onnx", out) == f"{out}: expected a new or empty folder"
+
+
+@pytest.mark.parametrize(
+    ("changes", "spins"), [(["train.num_workers=0"], None), (["train.num_workers=1"], "1000"), ([], "1000")]
+)
+def test_threads_leave_cores_to_processes_that_read_data_and_only_to_them(changes, spins, refused, monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    changes = [part for change in (*changes, "train.steps=-1") for part in ("--set", change)]
+    assert "train.steps" in refused("train", "demo", *changes)
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
