@@ -234,7 +234,9 @@ def photo_arms(train: dict[str, Any], test: dict[str, Any], folder: Path, tune: 
     recipe = write_recipe("photos", sources, folder / "photos.yaml")
     contrastive = write_recipe("photos", sources, folder / "contrastive.yaml", "contrastive")
     classes = write_recipe("photos", sources, folder / "classes.yaml", "classification")
-    options = {"train": train, "test": test, "media": "img", "label": "name"}
+    model = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["model"]
+    sizes = {key: model[key] for key in ("width", "layers", "heads")}
+    options = {"train": train, "test": test, "media": "img", "label": "name", **sizes}
 
     def ours(name: str, *changes: str) -> Arm:
         return openimp_arm(name, recipe, list(changes), "photos")
@@ -260,6 +262,7 @@ def photo_arms(train: dict[str, Any], test: dict[str, Any], folder: Path, tune: 
         ours("openimp, by the names of the classes"),
         ours("AdamW instead of Muon", "optimizer.muon_lr=null", f"optimizer.lr={ADAMW_LR}"),
         ours("random instead of mimetic attention", "model.attention_init=release"),
+        ours("patches without a convolution", "modalities.vision.conv_channels=0"),
         ours("no token dropped", "tasks.photos.views.0.image.drop_tokens=0"),
         ours("views drawn, not one after the other", "alternation.views=drawn"),
         ours("batches twice as large", "tasks.photos.batch_size=256"),

@@ -470,10 +470,22 @@ def test_push_writes_a_folder_that_info_describes_and_embed_uses(succeeded, refu
 
 
 @pytest.mark.parametrize(
-    ("changes", "spins"), [(["train.num_workers=0"], None), (["train.num_workers=1"], "1000"), ([], "1000")]
+    ("arguments", "spins"),
+    [
+        (["train", "demo", "--set", "train.num_workers=0"], None),
+        (["train", "demo", "--set", "train.num_workers=1"], "1000"),
+        (["train", "demo"], "1000"),
+        (["train", "."], None),
+        (["study", "moe"], "1000"),
+    ],
 )
-def test_threads_leave_cores_to_processes_that_read_data_and_only_to_them(changes, spins, refused, monkeypatch):
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    changes = [part for change in (*changes, "train.steps=-1") for part in ("--set", change)]
-    assert "train.steps" in refused("train", "demo", *changes)
+def test_threads_leave_cores_to_processes_that_read_data_and_only_to_them(
+    arguments, spins, openimp, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # So that it is restored in the end.
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    code, _, err = openimp(*arguments, "--no-such-option" if arguments[0] == "study" else "--resume=never")
+    assert code == 2, err
     assert os.environ.get("GOMP_SPINCOUNT") == spins

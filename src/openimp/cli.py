@@ -17,6 +17,8 @@ from openimp.common.errors import UserError, printable
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's YAML file, or the name of a bundled recipe.")]
+MANY_CORES = 8
+"""With this many cores, `init` drafts several processes that read data."""
 MODEL = "a run, a checkpoint, a folder with a model, openimp:base, hub:OWNER/NAME, or open_clip:NAME/TAG."
 RunArgument = Annotated[Path, typer.Argument(help=f"A model: {MODEL}")]
 SetOption = Annotated[
@@ -406,13 +408,15 @@ def study(
 
 
 def _has_workers(name: str, overrides: list[str]) -> bool:
-    """Whether the training of a recipe has processes that read data. False if the recipe is yet to be drafted."""
+    """Whether the training of a recipe, or of data, has processes that read data; a guess if the recipe is drafted."""
     from openimp.recipe.file import read_recipe
 
+    if Path(name).exists() and Path(name).suffix not in (".yaml", ".yml"):
+        return (os.cpu_count() or 1) >= MANY_CORES
     try:
         recipe, _ = read_recipe(name, overrides)
-    except UserError:  # It is data, or `run_train` will raise the same error.
-        return False
+    except UserError:  # `run_train` raises it again.
+        return True
     train = recipe.get("train")
     return not isinstance(train, dict) or train.get("num_workers") != 0
 
@@ -428,7 +432,7 @@ def spin_briefly() -> None:
 
 def main() -> None:
     """Runs a command. Errors that the user can fix are printed in one line, with exit code 2."""
-    if sys.argv[1:2] not in (["train"], ["study"]):  # Studies read data in the process that trains.
+    if sys.argv[1:2] != ["train"]:  # `train` decides by its recipe.
         spin_briefly()
     try:
         app(_with_values(sys.argv[1:]))

@@ -25,7 +25,7 @@ from openimp.data.step_batches import StepBatches
 from openimp.data.tables import item_id
 from openimp.data.task_data import CORPUS_ROWS, TaskData, _sample
 from openimp.data.templates import fill
-from openimp.planning.ledger import costs
+from openimp.planning.costs import costs
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
 
@@ -67,7 +67,7 @@ def test_an_example_is_what_it_would_be_alone(little_data):
     for step in range(4):
         visit, batch = (item := batches[step]).visit, item.batch
         task = batches.data.recipe.tasks[visit.task]
-        view, source = task.views[visit.view], batches.data.sources[visit.task]
+        view, source = task.views[visit.view], batches.data.source_of_task[visit.task]
         key = seed_key(batches.data.recipe.seed, visit.task, "augment")
         for i, example in enumerate(source.rows(item.rows)):
             rng, arrays = example_rng(key, visit.start + i), {}
@@ -120,7 +120,7 @@ def test_a_run_goes_on_from_any_step(little_data):
 
 
 @pytest.mark.slow
-def test_batches_have_the_shapes_that_the_ledger_counts(little_data):
+def test_batches_have_the_shapes_that_the_costs_count(little_data):
     batches = opened(little_data, "tasks.named.inputs.text={column: label, draw: 3}", "train.steps=30")
     counted = costs(batches.data.recipe, batches.data.modalities, batches.data.classes)
     seen = set()
@@ -150,7 +150,7 @@ def test_a_bad_file_is_skipped_counted_named_and_replaced(own_data, workers):
         (own_data / "pictures" / name).write_bytes(content)
     each_row_an_item = "tasks.named.objectives.0.positives_by=null"
     batches = opened(own_data, f"train.num_workers={workers}", each_row_an_item, NO_EVALUATION)
-    table = batches.data.sources["named"]
+    table = batches.data.source_of_task["named"]
     steps = list(load_batches(batches, 0))
     for item in steps:
         if item.visit.task == "named":

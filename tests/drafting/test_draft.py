@@ -23,7 +23,7 @@ from openimp.drafting.sizing import steps_between_evaluations, text
 from openimp.drafting.writing import write
 from openimp.evaluation.results import percent, read_results
 from openimp.model.build import build_model
-from openimp.planning.ledger import costs
+from openimp.planning.costs import costs
 from openimp.planning.memory import step_memory
 from openimp.recipe.file import RecipeLoader
 from openimp.recipe.schema import Recipe
@@ -182,7 +182,7 @@ def test_names_of_classes_are_short_texts_and_classify_with_full_weight():
 def test_batches_are_halved_until_the_step_with_the_most_memory_fits(media_folder):
     """Which need not be the one with the most FLOPs: clips of one large token have few FLOPs and many bytes."""
     draft = assemble("all", tasks_of_kinds(media_folder, "png", "mp4"), CPU, {})
-    draft.recipe["modalities"]["vision"]["patch"] = [8, 32, 32]
+    draft.recipe["modalities"]["vision"] = {"patch": [8, 32, 32]}
     draft.recipe["train"]["precision"] = "bf16"
     recipe, steps = Recipe.build(draft.recipe), draft.recipe["train"]["steps"]
     modalities = recipe.make_modalities()

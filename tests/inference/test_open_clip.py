@@ -27,7 +27,7 @@ from openimp.common.json_lines import read_lines
 from openimp.evaluation.provenance import checkpoint_fields
 from openimp.inference.model import Model
 from openimp.inference.onnx import export
-from openimp.planning.ledger import short
+from openimp.planning.costs import short
 from openimp.recipe.schema import Recipe
 
 TEXTS = ["a red square", "A  Cat's &amp; dog, green!", "", "blue " * 40, "unheard-of"]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from openimp.common.modality import StemSpec, Tokens
+from openimp.modalities.audio import Audio, log_mel
 from openimp.modalities.image import Image
 from openimp.model.embedding import Stem
 from openimp.model.heads import Temperature
@@ -69,20 +70,49 @@ def test_the_convolution_of_patches_is_that_of_the_whole_picture(frames):
     stem = Stem(image.stem_spec(), 32)
     picture = torch.rand(2, 3, 8, 12) * 2 - 1
     x = F.pad(picture, (2, 2, 2, 2), mode="replicate")
-    conv = stem.embed
-    kernel = conv.embed.weight.unflatten(1, (3, 4, 4)) * conv.scale
-    x = F.gelu(F.conv2d(x, kernel, conv.embed.bias, stride=2), approximate="tanh")
-    kernel = conv.out.weight.unflatten(1, (frames, 3, 4, 5)).sum(1).movedim(-1, 1) * 2**0.5
-    x = F.conv2d(x, kernel, conv.out.bias, stride=(2, 3))
+    first, second = stem.embed.convolution, stem.embed.out
+    x = F.conv2d(x, first.weight.unflatten(1, (3, 4, 4)) * stem.embed.scale, first.bias, stride=2)
+    kernel = second.weight.unflatten(1, (frames, 3, 4, 5)).sum(1).movedim(-1, 1) * 2**0.5
+    x = F.conv2d(F.gelu(x, approximate="tanh"), kernel, second.bias, stride=(2, 3))
     tokens = image.from_tensor(picture)
     positions = sum(table(index) for table, index in zip(stem.positions, tokens.coords.unbind(-1)))
     expected = stem.before(x.flatten(2).mT + stem.position_norm(positions))
     torch.testing.assert_close(stem(tokens), expected, rtol=0, atol=1e-5)
 
 
+def test_dropped_tokens_and_bytes_are_convolved_as_all_tokens_and_numbers_are():
+    image = Image(Image.Config(patch=(1, 4, 4), conv_channels=8))
+    stem = Stem(image.stem_spec(), 32)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    some = image.tokens(pixels, Image.View(size=16, drop_tokens=0.75), [np.random.default_rng(i) for i in range(3)])
+    every = image.from_tensor(torch.from_numpy(pixels).movedim(-1, 1) / 127.5 - 1)
+    height, width = (some.coords[..., axis] * 4 // image.config.tables[axis] for axis in (1, 2))
+    expected = stem(every).gather(1, (4 * height + width)[..., None].expand(-1, -1, 32))
+    assert some.values.dtype == torch.uint8
+    torch.testing.assert_close(stem(some), expected, rtol=0, atol=1e-5)
+
+
+def test_a_spectrogram_is_convolved_along_frames_and_bins():
+    audio = Audio(Audio.Config(patch=(4, 16), bins=32, conv_channels=8))
+    stem = Stem(audio.stem_spec(), 32)
+    sounds = torch.randn(2, 8 * audio.config.hop) / 10
+    tokens = audio.from_tensor(sounds)
+    assert tokens.values.shape == (2, 4, 8 * 20)
+    spectra = (log_mel(sounds, audio.config) - audio.config.mean) / audio.config.std
+    x = F.pad(spectra[:, None], (2, 2, 2, 2), mode="replicate")
+    first = stem.embed.convolution
+    x = F.gelu(F.conv2d(x, first.weight.view(8, 1, 4, 4) * stem.embed.scale, first.bias, stride=2), approximate="tanh")
+    kernel = stem.embed.out.weight.unflatten(1, (3, 9, 8)).movedim(-1, 1) * 2**0.5
+    x = F.conv2d(x, kernel, stem.embed.out.bias, stride=(2, 8))
+    torch.testing.assert_close(stem.embed(tokens.values), x.flatten(2).mT, rtol=0, atol=1e-4)
+
+
 def test_a_stem_refuses_tokens_that_are_no_part_of_its_own():
     with pytest.raises(ValueError, match="tokens of 5 values do not divide the stem's 24"):
         Stem(StemSpec(24, (4, 4)), 8)(patches(2, values=5))
+    convolved = Image(Image.Config(patch=(1, 4, 4), conv_channels=8)).stem_spec()
+    with pytest.raises(ValueError, match="tokens of 50 values do not divide the stem's 192"):
+        Stem(convolved, 8)(patches(2, values=50))
 
 
 def test_positions_are_looked_up_by_coordinate():

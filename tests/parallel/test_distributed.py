@@ -45,7 +45,7 @@ from openimp.study.variants import peak_memory
 from openimp.training import setup
 from openimp.training.setup import Variant, set_up
 from openimp.training.step_timer import StepTimer
-from openimp.training.stopping import Stop, Stopped
+from openimp.training.stopping import Interrupted, Stop
 from openimp.training.trainer import Trainer, train
 
 pytestmark = pytest.mark.slow
@@ -447,7 +447,7 @@ def evaluations(folder: Path, out: Path) -> dict[str, Any]:
         after = state_of(trainer, loaded)
         same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
         found["undisturbed"][name] = all(distributed.all_gather_object(same))
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         trainer.evaluate(stop.watch)
     found["training after a stop"] = distributed.all_gather_object(trainer.model.training)
     options = Recipe.load(folder / "recipe.yaml", [*COMMON, *changes, "train.precision=bf16"])

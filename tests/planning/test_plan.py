@@ -29,11 +29,11 @@ from openimp.objectives.losses import task_losses
 from openimp.objectives.nce import sigmoid_nce, softmax_nce
 from openimp.parallel import distributed
 from openimp.parallel.layout import apply_parallelism
+from openimp.planning.costs import empty_batch, meta_model, short
 from openimp.planning.gpus import GIB, GPUS, peak_flops
 from openimp.planning.layouts import choose_layout
-from openimp.planning.ledger import empty_batch, meta_model, short
 from openimp.planning.memory import StepMemory, step_memory
-from openimp.planning.plan import Plan, parameter_count, per_token, plans
+from openimp.planning.plan import Plan, parameter_count, parameters_per_token, plans
 from openimp.planning.step import SIMILARITY_BYTES, GPUMemory
 from openimp.planning.tables import duration
 from openimp.recipe.schema import Recipe
@@ -59,7 +59,7 @@ def test_parameters_are_the_published_ones(name, in_all, token):
     """
     recipe = Recipe.load(name)
     model = meta_model(recipe, recipe.make_modalities(), {})
-    used = per_token(model) / 1e6
+    used = parameters_per_token(model) / 1e6
     assert float(f"{parameter_count(model.encoder) / 1e6:.4g}") == in_all
     assert 0.85 < used / token < 1.01
     width = recipe.model.width
@@ -311,7 +311,7 @@ def test_the_command_prints_the_plan(little_data, capsys):
     for plan in (first, *others):
         assert [str(plan.layout), f"{plan.memory_bytes / GIB:.1f}", "yes"] in [cells[:3] for cells in rows]
     assert ["in all, at most", f"{sum(first.parameters.values()):,}"] in rows
-    assert ["used by a token on average, after its embedding", f"{first.per_token:,}"] in rows
+    assert ["used by a token on average, after its embedding", f"{first.parameters_per_token:,}"] in rows
     assert ["activations", f"{step.memory.activations / GIB:.3f}"] in rows
     for line in (
         f"largest step: {task}, view {view}",

@@ -51,7 +51,7 @@ def recipe_of(seen: str, **changes: Any) -> Recipe:
             "type": "zero_shot", "source": "data", "inputs": {seen: seen}, "label": "instrument",
             "prompts": ["{}", "{} sound"], "view": {seen: exact},
         }  # fmt: skip
-    stems = {"vision": {"patch": [2, 8, 8]}, "audio": {"window": 1024, "hop": 256, "bins": 64}}
+    stems = {"vision": {"patch": [2, 8, 8], "conv_channels": 8}, "audio": {"window": 1024, "hop": 256, "bins": 64}}
     data = {
         "name": "towers",
         "model": {"width": 32, "layers": 2, "heads": 2, "mlp_dim": 64, "embed_dim": 48, "qk_norm": True},

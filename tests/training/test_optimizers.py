@@ -21,7 +21,8 @@ def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
 
 
 def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_path):
-    training = training_of(little_data, tmp_path / "run", "optimizer.muon_lr=1e-2", "model.bias=true")
+    changes = ["optimizer.muon_lr=1e-2", "model.bias=true", "modalities.vision.conv_channels=8"]
+    training = training_of(little_data, tmp_path / "run", *changes)
     adamw, muon = training.updater.optimizers
     assert isinstance(adamw, torch.optim.AdamW)
     assert isinstance(muon, Muon)
@@ -29,12 +30,13 @@ def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_pa
     of_muon = [names[p] for group in muon.param_groups for p in group["params"]]
     assert sorted(of_muon) == sorted(names[p] for p in training.model.hidden_matrices())
     blocks = r"encoder.blocks.\d.(attention.(qkv|out)|mlp.(up|down))"
-    hidden = rf"({blocks}|stems.\w+.(before|after)|projections.[\w-]+.(up|down)).weight|.*experts.(up_EDF|down_EFD)"
+    stems = r"stems.\w+.(before|after|embed.out)"
+    hidden = rf"({blocks}|{stems}|projections.[\w-]+.(up|down)).weight|.*experts.(up_EDF|down_EFD)"
     assert all(re.fullmatch(hidden, name) for name in of_muon)
     shared = [p for optimizer in (adamw, muon) for group in optimizer.param_groups for p in group["params"]]
     assert len(shared) == len(set(shared)) == len(names)
     decayed = {names[p] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
-    kernels = {"stems.vision.embed.weight", "stems.audio.embed.weight", "classifiers.pictures:label.weight"}
+    kernels = {"stems.vision.embed.convolution.weight", "stems.audio.embed.weight", "classifiers.pictures:label.weight"}
     assert decayed == kernels | {"encoder.blocks.1.mlp.router.weight_ED"}, "no biases, also not those of the experts"
 
 

@@ -333,7 +333,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(little_data, 
     message = str(error.value)
     assert f"step {bad.visit.step}, task named: " in message
     assert "not finite" in message
-    assert training.data.sources["named"].row_name(bad.rows[0]) in message
+    assert training.data.source_of_task["named"].row_name(bad.rows[0]) in message
     after = state_of(training)
     assert_equal(after, before)
     assert all(tensor.isfinite().all() for tensor in after.values())

@@ -58,12 +58,14 @@ class PublicViT(NamedTuple):
     def stem_options(self, config: Any) -> dict[str, Any]:
         """The values that the options of the stem of pictures must have. The number of frames stays as in `config`."""
         embed = self.trunk.patch_embed
-        options = {
+        options: dict[str, Any] = {
             "patch": [config.patch[0], *embed.patch_size],
             "positions": "grid",
             "tables": [config.tables[0], *embed.grid_size],
         }
-        return options | ({"conv_channels": 0} if config.conv_channels else {})
+        if config.conv_channels:
+            options["conv_channels"] = 0
+        return options
 
 
 class ViTWeights:

@@ -33,7 +33,7 @@ class Saver:
     def __init__(self, run: Path, keep: int) -> None:
         self.run = run
         self.keep = keep
-        # The timeout is for slow disks. A dead rank is noticed at once.
+        # The timeout is for slow disks. gloo notices a dead rank at once.
         self.group = distributed.new_group(distributed.LONG_TIMEOUT)
         # At exit Python waits for the thread, so an error elsewhere costs no checkpoint.
         self._thread = ThreadPoolExecutor(1, "saver")
@@ -41,17 +41,17 @@ class Saver:
         # CPU copies of the tensors, by part and name. Each checkpoint overwrites them.
         self._buffers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
 
-    def start(self, step: int, texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def start(self, step: int, text_files: Mapping[str, str], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Waits for the previous checkpoint, copies the tensors to CPU memory, and lets the thread write them.
 
-        Rank 0 writes the `texts`, by file name. The tensors are by part (model, optimizer or ema) and name.
+        Rank 0 writes the `text_files`, by file name. The tensors are by part (model, optimizer or ema) and name.
         CheckpointError if the previous checkpoint could not be written.
         """
         self.wait()
         copies = {}
         for part, tensors_of_part in tensors.items():
             copies[part] = dcp.stage(tensors_of_part, self._buffers[part])
-        self._saving = self._thread.submit(self._save, checkpoint_folder(self.run, step), texts, copies)
+        self._saving = self._thread.submit(self._save, checkpoint_folder(self.run, step), text_files, copies)
 
     def failed(self) -> bool:
         """Whether the last checkpoint is known to have failed."""
@@ -64,11 +64,12 @@ class Saver:
         if saving is not None:
             saving.result()
 
-    def _save(self, folder: Path, texts: Mapping[str, str], copies: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _save(self, folder: Path, text_files: Mapping[str, str], copies: Mapping[str, Mapping[str, Tensor]]) -> None:
         draft = folder.with_name(f".{folder.name}.tmp")
         is_rank_zero = distributed.rank() == 0
 
         def on_rank_zero(work: Callable[[], None]) -> None:
+            """Runs `work` on rank 0. If it fails, all ranks raise."""
             distributed.run_on_all_ranks(lambda: work() if is_rank_zero else None, self.group)
 
         def write_shards() -> dict[str, Any]:
@@ -77,13 +78,13 @@ class Saver:
             for part, tensors in copies.items():
                 files += dcp.save(draft / part, tensors, self.group)
             if is_rank_zero:
-                files += [draft / name for name in texts]
+                files += [draft / name for name in text_files]
             for file in files:
                 sync(file)
             return {file.relative_to(draft).as_posix(): manifest_entry(file) for file in files}
 
         try:
-            on_rank_zero(lambda: _begin(draft, texts))
+            on_rank_zero(lambda: _begin(draft, text_files))
             manifest: dict[str, Any] = {}
             # `run_on_all_ranks` returns the results of all ranks. If one rank fails, it raises on all of them.
             for entries_of_rank in distributed.run_on_all_ranks(write_shards, self.group):
@@ -99,11 +100,11 @@ class Saver:
             raise CheckpointError(f"{folder}: is saved, but an older one could not be removed: {error}") from None
 
 
-def _begin(draft: Path, texts: Mapping[str, str]) -> None:
+def _begin(draft: Path, text_files: Mapping[str, str]) -> None:
     for old_draft in draft.parent.glob(".step-*"):  # A process that was killed left it.
         shutil.rmtree(old_draft)
     draft.mkdir(parents=True)
-    for name, text in texts.items():
+    for name, text in text_files.items():
         (draft / name).write_text(text, encoding="utf-8")
 
 

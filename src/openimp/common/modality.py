@@ -20,7 +20,9 @@ Rng = np.random.Generator
 CONV_KERNEL = 4
 """Height and width of the kernel of a stem's convolution."""
 CONV_STRIDE = 2
-"""Distance between two places of that kernel."""
+"""Pixels between two places of that kernel."""
+CONV_MARGIN = CONV_KERNEL - CONV_STRIDE
+"""Pixels around a patch that the kernel reaches, on each side."""
 
 
 class BadMedia(Exception):
@@ -62,8 +64,8 @@ class StemSpec:
     table: bool = False  # tokens are ids, which an embedding table embeds
     is_limit: bool = False  # `values` is the largest size of a vocabulary that `fit` has not learned yet
     position_norm: bool = True  # the sum of a token's position embeddings is normalized
-    patch: tuple[int, int, int, int] | None = None  # frames, height, width and channels of a token, if it is a patch
-    conv_channels: int = 0  # of the convolution of each patch before it is embedded; 0: there is none
+    patch: tuple[int, int, int, int] | None = None  # frames, height, width and channels, if tokens are patches
+    conv_channels: int = 0  # of the convolution of patches with a margin of `CONV_MARGIN`; 0: there is none
     vector: bool = False  # the only token of an item is the vector of a frozen encoder
 
 

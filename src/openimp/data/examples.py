@@ -28,7 +28,7 @@ class Example:
     name: str  # by which a person can find the row
     values: dict[str, Any]  # of its columns
     rng: np.random.Generator
-    arrays: dict[str, list[np.ndarray]] = field(default_factory=dict)  # by modality, `Input.draw` arrays each
+    arrays: dict[str, list[np.ndarray]] = field(default_factory=dict)  # by modality, one per draw
     texts: dict[str, list[str]] = field(default_factory=dict)  # that were drawn, by modality
     targets: list[Tensors] = field(default_factory=list)  # of each objective of the task
     bad: str = ""  # the reason why it cannot be read
@@ -41,9 +41,9 @@ class ExampleReader:
         self.data = data
 
     def load(self, visit: Visit, positions: Sequence[int]) -> dict[int, Example]:
-        """Reads the examples at positions in the task's order."""
+        """Reads the examples at positions in the task's order, bad ones too: {position: example}."""
         task = self.data.recipe.tasks[visit.task]
-        source = self.data.sources[visit.task]
+        source = self.data.source_of_task[visit.task]
         columns = sorted(self.data.columns(task))
         if isinstance(source, Stream):
             rows = list(positions)
@@ -52,10 +52,10 @@ class ExampleReader:
             rows = rows_at(self.data.recipe.seed, visit.task, len(source), np.array(positions, np.int64)).tolist()
             named_rows = list(zip(map(source.row_name, rows), source.rows(rows, columns)))
         key = seed_key(self.data.recipe.seed, visit.task, "augment")
-        sync = task.views[visit.view].sync
+        same_start = task.views[visit.view].sync
         loaded = {}
         for position, row, (row_name, values) in zip(positions, rows, named_rows):
-            loaded[position] = Example(row, row_name, values, example_rng(key, position, sync))
+            loaded[position] = Example(row, row_name, values, example_rng(key, position, same_start))
         for example in loaded.values():
             # First, because media of an example with a bad target are not decoded.
             self._read_targets(visit.task, example)
@@ -71,7 +71,7 @@ class ExampleReader:
 
         So the replacement depends neither on the ranks nor on the workers. Adds the examples that it reads to `loaded`.
         """
-        stride = self.data.sources[visit.task].lanes or 1
+        stride = self.data.source_of_task[visit.task].lanes or 1
         for candidate in range(position, position + visit.batch_size * stride, stride):
             if candidate not in loaded:
                 loaded |= self.load(visit, [candidate])
@@ -90,16 +90,16 @@ class ExampleReader:
         Each example has its own random generator, so the draws do not depend on the other examples.
         """
         task = self.data.recipe.tasks[visit.task]
-        source = self.data.sources[visit.task]
+        source = self.data.source_of_task[visit.task]
         modality = self.data.modalities[modality_name]
         spec = task.inputs[modality_name]
         view = task.views[visit.view][modality_name]
 
-        def decode(example: Example) -> np.ndarray:
+        def read(example: Example) -> np.ndarray:
             rng = example.rng
             if modality.reads_text:
                 vectors = self.data.text_vectors.get(modality_name)
-                # A tower has embedded the texts that `draw_text` writes. `fill` writes others, too.
+                # `fill` also writes random subsets of `{x*}`, which no tower has embedded.
                 write = fill if vectors is None else draw_text
                 text = write(spec.columns, example.values, rng)
                 example.texts.setdefault(modality_name, []).append(text)
@@ -117,7 +117,7 @@ class ExampleReader:
                 continue
             try:
                 for _ in range(spec.draw):
-                    array = modality.transform(decode(example), view, example.rng)
+                    array = modality.transform(read(example), view, example.rng)
                     example.arrays.setdefault(modality_name, []).append(array)
             except BadMedia as error:
                 example.bad = str(error)

@@ -25,8 +25,8 @@ class LoadedBatch:
         bad: (row name, reason) of each example that could not be read. Another example replaces it in the batch.
         cursors: for each lane that was read from the task's stream, where it resumes; empty for tables.
         digest: a hash of the examples, whatever their order; see `batch_digest`.
-        stop_reason: why this rank stops the run before this step: an error, or "" for a signal or a failed save. None:
-            it goes on.
+        stop_reason: why this rank stops before this step: an error's text, or "" for a signal or a failed save. None:
+            it does not stop.
     """
 
     visit: Visit

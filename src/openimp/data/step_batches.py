@@ -35,15 +35,15 @@ class StepBatches(Dataset[LoadedBatch]):
     def __getitem__(self, step: int) -> LoadedBatch:
         return self.part(step, 0, 1)
 
-    def part(self, step: int, number: int, parts: int) -> LoadedBatch:
-        """Part `number` of this rank's examples of a step, which are divided into `parts` of about equal size.
+    def part(self, step: int, part_index: int, parts: int) -> LoadedBatch:
+        """One of `parts` parts, of about equal size, of this rank's examples of a step.
 
-        Part `number` reads the same lanes of a stream in every step.
+        A part with the same index reads the same lanes of a stream in every step.
         """
         visit = self.schedule[step]
         task = self.data.recipe.tasks[visit.task]
-        source = self.data.sources[visit.task]
-        positions = self._positions(visit, number, parts)
+        source = self.data.source_of_task[visit.task]
+        positions = self._positions(visit, part_index, parts)
         if not positions:
             return LoadedBatch(visit)
         loaded = self._examples.load(visit, positions)
@@ -56,10 +56,10 @@ class StepBatches(Dataset[LoadedBatch]):
             tokens[name] = self.data.modalities[name].tokens(items, task.views[visit.view][name], rngs)
         targets = []
         for targets_of_objective in zip(*(example.targets for example in examples)):
-            keys = targets_of_objective[0]
-            targets.append({key: torch.stack([target[key] for target in targets_of_objective]) for key in keys})
+            first = targets_of_objective[0]
+            targets.append({key: torch.stack([target[key] for target in targets_of_objective]) for key in first})
         names = [example.name for example in examples]
-        # A bad example counts in the part that has its position, not where `readable` met it as a replacement.
+        # A bad example counts in the part that has its position, not in one that tried it as a replacement.
         at_positions = [loaded[position] for position in positions]
         return LoadedBatch(
             visit,
@@ -71,23 +71,23 @@ class StepBatches(Dataset[LoadedBatch]):
             digest=batch_digest(f"{visit.task} {name}" for name in names),
         )
 
-    def _positions(self, visit: Visit, number: int, parts: int) -> list[int]:
+    def _positions(self, visit: Visit, part_index: int, parts: int) -> list[int]:
         """The positions, in the task's order, of the examples of a part.
 
         A batch lists the examples of its first lane, then those of the second, and so on. The task's order takes one
-        example of each lane in turn: position p is in lane p % lanes. In a table, each example is a lane of its own. A
-        part has whole lanes, unless the lanes are not a multiple of the ranks: then several ranks share a lane, and
+        example of each lane in turn: position p is in lane p % lanes. A table has as many lanes as examples. A part
+        has whole lanes, unless the lanes are not a multiple of the ranks: then several ranks share a lane, and
         each takes some of its examples.
         """
-        lanes = self.data.sources[visit.task].lanes or visit.batch_size
+        lanes = self.data.source_of_task[visit.task].lanes or visit.batch_size
         lane_size = visit.batch_size // lanes  # examples of a lane in the batch
         rank_size = visit.batch_size // self.data.world_size
         rank_start = rank_size * self.rank
         rank_stop = rank_start + rank_size
         first_lane = rank_start // lane_size
         rank_lanes = -(-rank_stop // lane_size) - first_lane
-        part_start = (first_lane + rank_lanes * number // parts) * lane_size
-        part_stop = (first_lane + rank_lanes * (number + 1) // parts) * lane_size
+        part_start = (first_lane + rank_lanes * part_index // parts) * lane_size
+        part_stop = (first_lane + rank_lanes * (part_index + 1) // parts) * lane_size
         positions = []
         for index in range(max(rank_start, part_start), min(rank_stop, part_stop)):
             lane, place = divmod(index, lane_size)

@@ -39,12 +39,12 @@ class TaskData:
     """The sources of a recipe's tasks, their classes, the decoded media, and the vectors of towers and teachers.
 
     Attributes:
-        sources: the opened source of each task with a weight above 0, by task.
+        source_of_task: the opened source of each task with a weight above 0.
         classes: the classes of each classification head in the order of its outputs, by `head_key`.
         stores: the decoded media of each cached column, by (source, modality, column), and the vectors of each column
             that a tower reads.
         text_vectors: the vectors of all texts that a tower reads, by modality.
-        teacher_vectors: of the rows, by task and teacher. `embed` fills it.
+        teacher_vectors: the vectors of a task's rows, by task and teacher. `embed` fills it.
     """
 
     def __init__(
@@ -70,19 +70,19 @@ class TaskData:
         self.stores: dict[tuple[str, str, str], DecodedStore] = {}
         self.text_vectors: dict[str, EmbeddedTexts] = {}
         self.teacher_vectors: dict[str, dict[Teacher, DecodedStore | EmbeddedRows]] = {}
-        self.sources: dict[str, Table | Stream] = {}
+        self.source_of_task: dict[str, Table | Stream] = {}
         self.classes: dict[str, list[Any]] = {}
         self.world_size = world_size
         self._open_sources()
-        for task_name, source in self.sources.items():
+        for task_name, source in self.source_of_task.items():
             for objective in recipe.tasks[task_name].objectives:
-                if labels := objective.class_column():
-                    classes = classes_of(source, labels, f"tasks.{task_name}")
-                    self.classes[head_key(source.name, labels.name)] = classes
+                if column := objective.class_column():
+                    classes = classes_of(source, column, f"tasks.{task_name}")
+                    self.classes[head_key(source.name, column.name)] = classes
         self._decode_cached_media(progress)
 
     def _open_sources(self) -> None:
-        """Fills `sources`. Tasks share a table, but not a stream, in which each task has its own position."""
+        """Fills `source_of_task`. Tasks share a table, but not a stream, in which each task has its own position."""
         tables: dict[str, Table] = {}
         tasks = {name: task for name, task in self.recipe.tasks.items() if task.weight}
         for name, task in tasks.items():
@@ -103,14 +103,14 @@ class TaskData:
                 if task.teachers:
                     raise UserError(f"tasks.{name}: has a teacher, and source {source.name} is a stream")
                 _require_whole_lanes(name, task, source, self.world_size)
-            self.sources[name] = source
+            self.source_of_task[name] = source
 
     def _tables(self) -> Iterable[Table]:
         """The sources that are tables, each once."""
-        return dict.fromkeys(source for source in self.sources.values() if isinstance(source, Table))
+        return dict.fromkeys(source for source in self.source_of_task.values() if isinstance(source, Table))
 
     def columns(self, task: Task) -> set[str]:
-        """The columns that a task reads from its source. Cached columns are read from `stores` instead."""
+        """The columns that a task reads from its source. Leaves out those that are in `stores` by now."""
         columns = target_columns(task)
         for name, spec in task.inputs.items():
             if self.modalities[name].reads_text:
@@ -149,7 +149,7 @@ class TaskData:
     def _media_views(self, source: str) -> dict[tuple[str, str], list[Any]]:
         """The views that read each media column of a source, by (modality, column)."""
         media_views: dict[tuple[str, str], list[Any]] = {}
-        for task_name in self.sources:
+        for task_name in self.source_of_task:
             task = self.recipe.tasks[task_name]
             if task.source != source:
                 continue
@@ -183,7 +183,7 @@ class TaskData:
 
     def _corpus(self, name: str) -> Iterator[list[str]]:
         """The texts that a modality learns from, one list per row."""
-        for task_name, source in self.sources.items():
+        for task_name, source in self.source_of_task.items():
             spec = self.recipe.tasks[task_name].inputs.get(name)
             if spec is None:
                 continue
@@ -198,8 +198,8 @@ class TaskData:
     def embed(self, progress: Progress | None, teachers: Mapping[Teacher, Any]) -> None:
         """Embeds what towers and teachers read. It must be called before the first batch.
 
-        Vectors are stored in openimp's cache. UserError if a source is a stream, which is read only once, or if the
-        vectors of a teacher or in a column have another size than the model's embeddings.
+        Vectors are stored in openimp's cache. UserError if a source is a stream, which is read only once, or if a
+        teacher's or a column's vectors have another size than the model's embeddings.
         """
         self._check_first_rows()
         self._embed_for_towers(progress)
@@ -210,7 +210,7 @@ class TaskData:
                     f"teacher {teacher.model}: has vectors of {tower.stem_spec().values} numbers, and the model of "
                     f"{size}; set model.embed_dim"
                 )
-        for task_name, source in self.sources.items():
+        for task_name, source in self.source_of_task.items():
             task = self.recipe.tasks[task_name]
             vectors: dict[Teacher, DecodedStore | EmbeddedRows] = {}
             for teacher in task.teachers:
@@ -224,8 +224,8 @@ class TaskData:
             self.teacher_vectors[task_name] = vectors
 
     def _check_first_rows(self) -> None:
-        """Raises, before the training, the error that would make every row of a table a bad example."""
-        for task_name, source in self.sources.items():
+        """Checks the first row of each table: if it does not fit the model, none does."""
+        for task_name, source in self.source_of_task.items():
             task = self.recipe.tasks[task_name]
             columns = sorted(target_columns(task))
             if isinstance(source, Stream) or not columns:
@@ -235,7 +235,7 @@ class TaskData:
                 objective.check_row(f"tasks.{task_name}.objectives.{i}", row, self.target_sizes)
 
     def _embed_for_towers(self, progress: Progress | None) -> None:
-        for task_name, source in self.sources.items():
+        for task_name, source in self.source_of_task.items():
             for name in self.recipe.tasks[task_name].inputs:
                 if isinstance(self.modalities[name], Towered) and isinstance(source, Stream):
                     raise UserError(f"tasks.{task_name}: a tower reads {name}, and source {source.name} is a stream")
@@ -251,7 +251,7 @@ class TaskData:
 
     def _texts(self, name: str) -> Iterator[str]:
         """All texts that training may draw for a modality with a tower."""
-        for task_name, source in self.sources.items():
+        for task_name, source in self.source_of_task.items():
             spec = self.recipe.tasks[task_name].inputs.get(name)
             if spec is not None:
                 assert isinstance(source, Table)
@@ -260,7 +260,7 @@ class TaskData:
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of each source, by name. That of a table covers the media files that tasks read from it."""
         fingerprints = {}
-        for source in self.sources.values():
+        for source in self.source_of_task.values():
             if source.name in fingerprints:
                 continue
             if isinstance(source, Stream):
@@ -273,13 +273,13 @@ class TaskData:
     def load_cursors(
         self, cursors: dict[str, dict[str, Cursor]], changed: Collection[str] = ()
     ) -> dict[str, dict[str, Cursor]]:
-        """Moves the streams to the cursors of a checkpoint, {task: {lane: cursor}}, and returns those that are used.
+        """Moves the streams to the cursors of a checkpoint, {task: {lane: cursor}}, and returns the cursors.
 
-        If a source is in `changed`, its streams start the next epoch.
+        If a source is in `changed`, its streams start the next epoch, at new cursors.
         """
         used_cursors = {}
         for task, cursor_by_lane in cursors.items():
-            stream = self.sources[task]
+            stream = self.source_of_task[task]
             assert isinstance(stream, Stream)
             used_cursors[task] = stream.load_cursors(cursor_by_lane, stream.name in changed)
         return used_cursors

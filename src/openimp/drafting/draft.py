@@ -21,7 +21,7 @@ from openimp.drafting.machine import Machine, this_machine
 from openimp.drafting.splitting import split
 from openimp.drafting.writing import write
 from openimp.encoding.frozen import vector_sizes
-from openimp.planning.ledger import costs, meta_model, mixture, short
+from openimp.planning.costs import costs, meta_model, mixture, short
 from openimp.planning.memory import step_memory
 from openimp.planning.plan import parameter_count
 from openimp.recipe.file import bundled

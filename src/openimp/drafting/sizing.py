@@ -29,7 +29,7 @@ MARGIN = 1.15**2
 SMALL_PICTURE = 32
 """Pixels per side of pictures that are cropped less."""
 CONV_CHANNELS = 64
-"""Channels of the convolution of small patches."""
+"""Channels of the convolution of pictures of at most `SMALL_PICTURE` pixels; with larger ones it was not measured."""
 PATCHES = {32: 4, 64: 8}
 """Pixels per side of a patch by the size of the view, so that a small picture has 64 tokens; otherwise 16."""
 LONG_CLIP = 128
@@ -66,7 +66,9 @@ def stems(views: dict[str, dict[str, Any]], machine: Machine) -> dict[str, Any]:
     if sizes := [view["size"] for view in views.values() if "size" in view]:
         side = PATCHES.get(max(sizes), 16)
         frames = (4 if machine.is_gpu else 2) if "video" in views else 1
-        options["vision"] = {"patch": [frames, side, side]} | ({"conv_channels": CONV_CHANNELS} if side < 16 else {})
+        options["vision"] = {"patch": [frames, side, side]}
+        if max(sizes) <= SMALL_PICTURE:
+            options["vision"]["conv_channels"] = CONV_CHANNELS
     if "audio" in views and views["audio"]["seconds"] <= SHORT_SOUND:
         options["audio"] = {"window": 1024, "hop": 256, "bins": 64}
     return options

@@ -79,9 +79,9 @@ def retrieve(
     """Retrieves in both directions. Also returns the rows that could be read, because only they count.
 
     Equal values of a modality are one item. A pair of items is correct if any row has both. For example, recordings of
-    250 notes with the names of 104 instruments make 104 texts, and all notes of an instrument are correct for its name.
+    242 notes with the names of 109 instruments make 109 texts, and all notes of an instrument are correct for its name.
     """
-    a, b = options.inputs
+    a, b = options.inputs  # the names of two modalities
     # The vectors of each side are in the space that it shares with the other side.
     encoded_by_side = {side: evaluator.encode(options, side, table, towards=other) for side, other in ((a, b), (b, a))}
     readable = readable_rows(table, list(encoded_by_side.values()), error_prefix)
@@ -91,8 +91,10 @@ def retrieve(
     item_of_row = {}  # for each readable row, the index of its item in `vectors`
     for side, encoded in encoded_by_side.items():
         # Items that occur in unreadable rows only are neither queries nor candidates.
-        items, first_index, inverse = np.unique(encoded.embedding_of_row[rows], return_index=True, return_inverse=True)
-        vectors[side] = encoded.embeddings[torch.from_numpy(items)]
+        indices, first_index, inverse = np.unique(
+            encoded.embedding_of_row[rows], return_index=True, return_inverse=True
+        )
+        vectors[side] = encoded.embeddings[torch.from_numpy(indices)]
         first_row_of_item[side] = rows[first_index]
         item_of_row[side] = inverse
     pairs = np.unique(np.stack([item_of_row[a], item_of_row[b]], axis=1), axis=0)

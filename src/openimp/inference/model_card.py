@@ -21,7 +21,7 @@ from openimp.evaluation.provenance import checkpoint_fields
 from openimp.evaluation.results import main_metric, percent, read_results
 from openimp.inference.model import Model
 from openimp.inference.public_recipe import public_path
-from openimp.planning.ledger import UNITS, short
+from openimp.planning.costs import UNITS, short
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
 

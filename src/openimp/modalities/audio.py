@@ -126,9 +126,13 @@ class Audio(Modality):
         return self.frames(view) * self.config.hop
 
     def stem_spec(self) -> StemSpec:
-        patch = self.config.token_shape((1, *self.config.patch), channels=1)
-        axes = tuple(self.config.tables)
-        return StemSpec(prod(patch), axes, patch=patch, conv_channels=self.config.conv_channels)
+        patch = (1, *self.config.patch, 1)
+        return StemSpec(
+            values=self.config.token_values(*patch),
+            axes=tuple(self.config.tables),
+            patch=patch,
+            conv_channels=self.config.conv_channels,
+        )
 
     def check(self, view: Any) -> None:
         frames = self.frames(view)

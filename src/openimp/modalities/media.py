@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from openimp.common.modality import CONV_KERNEL, CONV_STRIDE, BadMedia, Rng, Tokens
+from openimp.common.modality import CONV_MARGIN, CONV_STRIDE, BadMedia, Rng, Tokens
 from openimp.common.schema import Strict
 
 # The common containers and codecs, and nothing else, for FFmpeg. Playlists (hls, concat, ...) are excluded because they
@@ -272,7 +272,7 @@ class PatchGrid(Strict):
     """Base for the options of a stem that splits its input into patches along named axes.
 
     Per axis: `patch` is the size of a patch, and `tables` the rows of the position table. By the axis' name, `absolute`
-    is the span of an axis with absolute positions. The last two axes are those of the convolution.
+    is the span of an axis with absolute positions. The convolution is along the last two axes.
     """
 
     renamed = {"extent": "positions are relative; for other positions see 'absolute'"}
@@ -282,15 +282,15 @@ class PatchGrid(Strict):
     tables: tuple[int, ...]
     absolute: dict[Any, int]
     conv_channels: Annotated[int, Field(ge=0)] = 0
-    """Channels of a convolution of 4 x 4 pixels (of a sound: frames and bins) at every second one, followed by GELU,
-    whose results are then embedded patch by patch. It learns faster from little data (arXiv 2106.14881). A token also
-    sees the 2 pixels around its patch, whose sides must be even. 0: patches are embedded as they are, as in the
-    paper."""
+    """Channels of a convolution before the patch embedding, with kernels of 4 x 4 pixels (of a sound: frames and bins),
+    stride 2 and GELU. With it, models learn faster from little data (arXiv 2106.14881). Height and width of `patch`
+    must be even. Each token also sees the 2 pixels around its patch; outside the picture, those of its border. 0: no
+    convolution, as in the paper."""
 
     @model_validator(mode="after")
     def _sides_are_even(self) -> "PatchGrid":
         if self.conv_channels and any(side % CONV_STRIDE for side in self.patch[-2:]):
-            raise ValueError(f"conv_channels needs patches with even sides, found {list(self.patch)}")
+            raise ValueError(f"conv_channels needs patches with even sides, found {list(self.patch[-2:])}")
         return self
 
     @model_validator(mode="after")
@@ -307,13 +307,12 @@ class PatchGrid(Strict):
 
     @property
     def margin(self) -> int:
-        """How far a token reaches beyond its patch along the last two axes, on each side, for the convolution."""
-        return CONV_KERNEL - CONV_STRIDE if self.conv_channels else 0
+        """How far a token reaches beyond its patch along the last two axes, on each side."""
+        return CONV_MARGIN if self.conv_channels else 0
 
-    def token_shape(self, patch: tuple[int, ...], channels: int) -> tuple[int, int, int, int]:
-        """Frames, height, width and channels of the values of a token."""
-        frames, height, width = patch
-        return (frames, height + 2 * self.margin, width + 2 * self.margin, channels)
+    def token_values(self, frames: int, height: int, width: int, channels: int) -> int:
+        """The values of a token with a patch of this size."""
+        return frames * (height + 2 * self.margin) * (width + 2 * self.margin) * channels
 
     def limit(self, axis: int) -> int:
         """The longest input along an axis: its absolute span, or one patch per row of its table."""
@@ -354,11 +353,11 @@ def patch_tokens(
     total = len(coords)
     kept_count = tokens_kept(total, drop)
     if rngs is None or kept_count == total:
-        return Tokens(patchify(grid, patch, margin), coords.expand(grid.shape[0], -1, -1).contiguous())
+        return Tokens(patchify(grid, patch, margin=margin), coords.expand(grid.shape[0], -1, -1).contiguous())
     noise = np.stack([rng.random(total, dtype=np.float32) for rng in rngs])
     chosen = np.argpartition(noise, kept_count - 1, axis=1)[:, :kept_count]
     kept = torch.from_numpy(np.sort(chosen, axis=1))
-    return Tokens(patchify(grid, patch, margin, kept), coords[kept])
+    return Tokens(patchify(grid, patch, kept, margin), coords[kept])
 
 
 def tokens_kept(total: int, drop: float) -> int:
@@ -366,24 +365,27 @@ def tokens_kept(total: int, drop: float) -> int:
     return max(1, round(total * (1 - drop)))
 
 
-def patchify(grid: Tensor, patch: tuple[int, ...], margin: int = 0, kept: Tensor | None = None) -> Tensor:
+def patchify(grid: Tensor, patch: tuple[int, ...], kept: Tensor | None = None, margin: int = 0) -> Tensor:
     """Cuts a batch (B, *axes, C) into patches (B, L, P). Patches, and the values in a patch, are in the axes' order.
 
-    With a `margin`, a patch also has that many values around it along the last two axes; outside the grid, those of its
-    border. With `kept` (B, K), only the patches with these indices are copied.
+    With `kept` (B, K), only the patches with these indices are copied. With a `margin`, a patch also has that many
+    values around it along the last two axes; outside the grid, those of its border.
     """
     axes = len(patch)
-    counts = [size // side for size, side in zip(grid.shape[1:], patch)]
-    margins = [0] * (axes - 2) + [margin, margin]
-    for axis, (size, side, margin) in enumerate(zip(grid.shape[1:], patch, margins), 1):
-        if margin:
+    batch, *sizes, _ = grid.shape
+    if any(size % side for size, side in zip(sizes, patch)):
+        raise ValueError(f"{sizes} does not consist of whole patches of {list(patch)}")
+    counts = [size // side for size, side in zip(sizes, patch)]
+    for axis, (size, side) in enumerate(zip(sizes, patch), 1):
+        axis_margin = margin if axis > axes - 2 else 0
+        if axis_margin:
             places = torch.arange(-margin, size + margin, device=grid.device).clamp(0, size - 1)
             grid = grid.index_select(axis, places)
-        grid = grid.unfold(axis, side + 2 * margin, side)
+        grid = grid.unfold(axis, side + 2 * axis_margin, side)
     patches = grid.movedim(1 + axes, -1)
     if kept is None:
-        return patches.reshape(len(grid), prod(counts), -1)
-    examples = torch.arange(len(grid), device=kept.device)[:, None]
+        return patches.reshape(batch, prod(counts), -1)
+    examples = torch.arange(batch, device=kept.device)[:, None]
     return patches[(examples, *torch.unravel_index(kept, counts))].flatten(2)
 
 

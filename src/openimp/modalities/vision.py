@@ -100,11 +100,11 @@ class Vision(Modality):
         return tuple(self.config.patch)
 
     def stem_spec(self) -> StemSpec:
-        patch = self.config.token_shape(self.config.patch, CHANNELS)
+        patch = (*self.config.patch, CHANNELS)
         frames, height, width = self.config.tables
         on_grid = self.config.positions == "grid"
         return StemSpec(
-            values=prod(patch),
+            values=self.config.token_values(*patch),
             axes=(frames, height * width) if on_grid else (frames, height, width),
             position_norm=not on_grid,
             patch=patch,
@@ -112,7 +112,7 @@ class Vision(Modality):
         )
 
     def values(self) -> int:
-        return prod(self.config.token_shape(self.patch, CHANNELS))
+        return self.config.token_values(*self.patch, CHANNELS)
 
     def shape(self, view: Any) -> tuple[int, int, int, int]:
         return (1, *view.hw, CHANNELS)

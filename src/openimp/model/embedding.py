@@ -3,18 +3,16 @@
 Shape suffixes: B examples, L tokens, P values per token, D width.
 """
 
-from math import prod
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openimp.common.modality import CONV_KERNEL, CONV_STRIDE, StemSpec, Tokens
+from openimp.common.modality import CONV_KERNEL, CONV_MARGIN, CONV_STRIDE, StemSpec, Tokens
 from openimp.model.init import identity_, lecun_normal_, linear
 from openimp.model.kernels import gelu
 
 GELU_SCALE = 2**0.5
-"""Factor that about makes up for the variance that GELU takes."""
+"""Factor that restores about the variance that GELU reduces."""
 
 
 class Stem(nn.Module):
@@ -26,7 +24,7 @@ class Stem(nn.Module):
     and one after the encoder. The position embeddings are summed and, unless the spec says otherwise, normalized. They
     are looked up by coordinate, so all resolutions, and all subsets of an example's tokens, use the same tables.
 
-    With `spec.conv_channels`, a convolution of each patch comes before the patch embedding.
+    With `spec.conv_channels`, a `PatchConvolution` replaces the patch embedding.
 
     If tokens hold r times fewer values than the patch embedding expects, they are treated as if repeated r times; for
     example, a still in a stem for clips. Summing the kernel over its r parts gives the same result without a copy.
@@ -41,13 +39,13 @@ class Stem(nn.Module):
         super().__init__()
         self.scale = embedding_scale(spec, width)
         self.embed: nn.Module
-        if spec.conv_channels:
-            self.embed = PatchConvolution(spec, width)
-        elif spec.table:
+        if spec.table:
             self.embed = nn.Embedding(spec.values, width)
             lecun_normal_(self.embed.weight, width)
+        elif spec.conv_channels:
+            self.embed = PatchConvolution(spec, width)
         else:
-            self.embed = patch_embedding(spec.values, width)
+            self.embed = scaled_linear(spec.values, width)
         tables = [nn.Embedding(rows, width) for rows in spec.axes]
         for table in tables:
             nn.init.normal_(table.weight, std=width**-0.5)
@@ -58,38 +56,41 @@ class Stem(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Embeds values (B, L, P) or ids (B, L) to (B, L, D)."""
-        if isinstance(self.embed, nn.Linear):
+        if isinstance(self.embed, nn.Embedding):
+            x_BLD = self.embed(tokens.values) * self.scale
+        elif isinstance(self.embed, nn.Linear):
             x_BLD = _embed_patches(self.embed, tokens.values, self.scale)
         else:
             x_BLD = self.embed(tokens.values)
-            if isinstance(self.embed, nn.Embedding):
-                x_BLD = x_BLD * self.scale
         positions = sum(table(index) for table, index in zip(self.positions, tokens.coords.unbind(-1)))
         return self.before(x_BLD + self.position_norm(positions))
 
 
 class PatchConvolution(nn.Module):
-    """Embeds patches by two layers with GELU between them: a convolution, then a linear layer (after arXiv 2106.14881).
+    """Embeds patches by a convolution, GELU and a linear layer (after arXiv 2106.14881).
 
-    Each frame of each patch is convolved by itself. So tokens that are dropped cost nothing, but where the patches of
-    neighbors overlap, results are computed twice.
+    Each frame of each patch, with its margin, is convolved by itself. So tokens that are dropped cost nothing, but what
+    two neighbors share is computed twice.
     """
 
     def __init__(self, spec: StemSpec, width: int) -> None:
         super().__init__()
         assert spec.patch is not None
-        frames, *self.sides, self.channels = spec.patch
-        self.embed = patch_embedding(CONV_KERNEL**2 * self.channels, spec.conv_channels)
-        self.scale = (spec.conv_channels / self.embed.in_features) ** 0.5
-        places = prod((side - CONV_KERNEL) // CONV_STRIDE + 1 for side in self.sides)
+        frames, height, width_of_patch, channels = spec.patch
+        self.values = spec.values
+        self.frame_shape = (height + 2 * CONV_MARGIN, width_of_patch + 2 * CONV_MARGIN, channels)
+        self.convolution = scaled_linear(CONV_KERNEL**2 * channels, spec.conv_channels)
+        self.scale = (spec.conv_channels / self.convolution.in_features) ** 0.5
+        places = (height // CONV_STRIDE + 1) * (width_of_patch // CONV_STRIDE + 1)
         self.out = linear(frames * places * spec.conv_channels, width)
 
     def forward(self, values_BLP: Tensor) -> Tensor:
-        """Embeds patches (B, L, P) to (B, L, D)."""
+        """Embeds values (B, L, P) to (B, L, D)."""
+        check_divides(values_BLP, self.values)
+        frames = values_BLP.unflatten(-1, (-1, *self.frame_shape))
         # Windows and a matrix product, because torch's convolutions of many tiny pictures are slow on CPUs.
-        pixels = values_BLP.unflatten(-1, (-1, *self.sides, self.channels))
-        windows = pixels.unfold(-3, CONV_KERNEL, CONV_STRIDE).unfold(-3, CONV_KERNEL, CONV_STRIDE)
-        convolved = gelu(_embed_patches(self.embed, windows.flatten(-3), self.scale))
+        windows = frames.unfold(-3, CONV_KERNEL, CONV_STRIDE).unfold(-3, CONV_KERNEL, CONV_STRIDE)
+        convolved = gelu(_embed_patches(self.convolution, windows.flatten(-3), self.scale))
         return _embed_patches(self.out, convolved.flatten(2), GELU_SCALE)
 
 
@@ -115,8 +116,8 @@ class VectorStem(nn.Module):
         return self.embed(tokens.values.to(self.embed.weight.dtype))
 
 
-def patch_embedding(values: int, width: int) -> nn.Linear:
-    """A linear layer with the weights of a patch embedding, to be used by `_embed_patches`."""
+def scaled_linear(values: int, width: int) -> nn.Linear:
+    """A linear layer whose output is scaled to unit variance; see `Stem`."""
     layer = nn.Linear(values, width)
     lecun_normal_(layer.weight, width)
     nn.init.zeros_(layer.bias)
@@ -135,10 +136,15 @@ def _embed_patches(embed: nn.Linear, values_BLP: Tensor, scale: float) -> Tensor
         # exact in bf16 too.
         values_BLP = values_BLP - embed.weight.new_full((), 127.5)
         scale /= 127.5
-    repeats, remainder = divmod(embed.in_features, values_BLP.shape[-1])
-    if remainder:
-        raise ValueError(f"tokens of {values_BLP.shape[-1]} values do not divide the stem's {embed.in_features}")
+    check_divides(values_BLP, embed.in_features)
+    repeats = embed.in_features // values_BLP.shape[-1]
     weight = embed.weight
     if repeats > 1:
         weight = weight.unflatten(1, (repeats, -1)).sum(1)
     return F.linear(values_BLP.to(weight.dtype), weight * scale, embed.bias)
+
+
+def check_divides(values_BLP: Tensor, expected: int) -> None:
+    """Raises ValueError unless the values of a token, repeated, are as many as a stem expects."""
+    if expected % values_BLP.shape[-1]:
+        raise ValueError(f"tokens of {values_BLP.shape[-1]} values do not divide the stem's {expected}")

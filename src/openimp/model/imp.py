@@ -120,14 +120,15 @@ class IMP(Embedder):
         return {self.head_name(a, b), self.head_name(b, a)} <= set(self.projections)
 
     def hidden_matrices(self) -> dict[Tensor, int]:
-        """The matrices of the experts, and of all linear layers except patch embeddings and classifiers."""
+        """The matrices of the experts, and of all linear layers except the first of each stem and classifiers."""
         stacks: dict[Tensor, int] = {}
+        first_layers = [f"stems.{stem}.embed{layer}" for stem in self.stems for layer in ("", ".convolution")]
         for name, module in self.named_modules():
             if isinstance(module, Experts):
                 stacks.update((weight, weight.shape[0]) for weight in module.parameters() if weight.ndim == 3)
             elif isinstance(module, Attention):
                 stacks[module.qkv.weight] = 3
-            elif isinstance(module, nn.Linear) and not name.startswith("classifiers.") and not name.endswith(".embed"):
+            elif isinstance(module, nn.Linear) and not name.startswith("classifiers.") and name not in first_layers:
                 stacks.setdefault(module.weight, 1)
         return stacks
 

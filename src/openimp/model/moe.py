@@ -193,8 +193,8 @@ class Experts(nn.Module):
         if self.bias:
             parameters += [self.up_bias_EF, self.down_bias_ED]
         local = local_experts(parameters)
-        # From here on, E are the experts that this rank holds, and S are their slots for the tokens of all ranks of
-        # `group`.
+        # From `received_ESD` on, E are the experts that this rank holds, and S are their slots for the tokens of all
+        # ranks of `group`.
         group = local.group
         up_EDF, down_EFD, *biases = local.weights
         up_bias_EF, down_bias_ED = biases or (None, None)
@@ -279,8 +279,8 @@ class ExpertGroups(nn.Module):
         mean_token_counts: Sequence[Tensor],
         stems: Sequence[str],
     ) -> tuple[Tensor, list[RouterStats]]:
-        """Maps (T, D) to (T, D), and returns statistics per input. They list the experts of all groups, in order; those
-        of other stems have 0.
+        """Maps (T, D) to (T, D), and returns statistics per input. They list the experts of all groups, in order, with
+        0 for those of other stems.
 
         Args:
             valid: per input, (B, L), False for padding.
@@ -292,12 +292,12 @@ class ExpertGroups(nn.Module):
         outputs: dict[int, Tensor] = {}  # by the index of the input
         all_stats: dict[int, RouterStats] = {}  # by the index of the input
         for stem in dict.fromkeys(stems):
-            of_stem = [i for i, other in enumerate(stems) if other == stem]
-            group_TD = torch.cat([inputs[i] for i in of_stem])
-            group_valid = [valid[i] for i in of_stem]
-            out_TD, group_stats = self.groups[stem](group_TD, group_valid, [mean_token_counts[i] for i in of_stem])
-            outputs |= zip(of_stem, out_TD.split([token_counts[i] for i in of_stem]))
-            all_stats |= zip(of_stem, (self._among_all(stats, stem) for stats in group_stats))
+            indices = [i for i, other in enumerate(stems) if other == stem]
+            group_TD = torch.cat([inputs[i] for i in indices])
+            group_valid = [valid[i] for i in indices]
+            out_TD, group_stats = self.groups[stem](group_TD, group_valid, [mean_token_counts[i] for i in indices])
+            outputs |= zip(indices, out_TD.split([token_counts[i] for i in indices]))
+            all_stats |= zip(indices, (self._among_all(stats, stem) for stats in group_stats))
         places = range(len(stems))
         return torch.cat([outputs[i] for i in places]), [all_stats[i] for i in places]
 

@@ -15,7 +15,7 @@ from openimp.common.modality import Classes, Modalities
 from openimp.model.embedder import in_chunks
 from openimp.model.encoder import Attention
 from openimp.objectives.losses import task_losses
-from openimp.planning.ledger import empty_batch, meta_model
+from openimp.planning.costs import empty_batch, meta_model
 from openimp.recipe.schema import Recipe
 
 CPU = torch.device("cpu")

@@ -1,6 +1,6 @@
 """What a run needs in each layout, computed without a GPU: parameters, memory, FLOPs, communication, days.
 
-`costs` (ledger.py) counts the FLOPs of a step, and `step_memory` (memory.py) its activations. Weights, optimizer state
+`costs` (costs.py) counts the FLOPs of a step, and `step_memory` (memory.py) its activations. Weights, optimizer state
 and communication are computed from the sizes of tensors, as `parallel/` distributes them. The time is an estimate.
 docs/plan.md has the rules.
 """
@@ -17,20 +17,20 @@ from openimp.common.modality import Classes, Modalities
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
 from openimp.parallel.layout import Layout
+from openimp.planning.costs import TaskView, costs, meta_model
 from openimp.planning.gpus import GIB, GPU, GPUS, GPUS_PER_NODE
 from openimp.planning.layouts import alternatives, default_layout, layout_of
-from openimp.planning.ledger import TaskView, costs, meta_model
 from openimp.planning.memory import step_memory
 from openimp.planning.sharding import Sharding
-from openimp.planning.step import Step, StepPlanner
+from openimp.planning.step import StepNeeds, StepPlanner
 from openimp.recipe.schema import Recipe
 
 MIN_SPEEDUP = 1.1
 """Speedup above which another layout is recommended instead of the recipe's. It is not 1, because times are estimates.
 """
 MIN_GAIN_SECONDS = 1e-3
-"""Seconds per step that another layout must gain to be recommended. The latencies of collectives are not counted, and
-in one step they can add up to this."""
+"""Seconds per step that another layout must gain to be recommended. Planned times lack the latencies of collectives,
+which can add up to this in a step."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Plan:
 
     layout: Layout
     gpu: GPU
-    utilization: float  # assumed share of the bf16 peak: the HFU if the recipe's `memory` repeats passes, else the MFU
+    utilization: float  # assumed share of the bf16 peak, with passes that the recipe's `memory` repeats
     parameters: dict[str, int]  # number of parameters by part of the model
     frozen: int  # number of frozen parameters
-    per_token: int | None  # number of parameters that a token uses; see the function `per_token`
-    step_needs: dict[TaskView, Step]  # what one step of this task and view needs
+    parameters_per_token: int | None  # that a token uses on average
+    step_needs: dict[TaskView, StepNeeds]  # what one step of this task and view needs
     step_counts: dict[TaskView, int]  # number of steps in the whole run
 
     @property
@@ -115,7 +115,7 @@ def plans(
         recipe_layout = default_layout(recipe, model, gpus, min(gpus, GPUS_PER_NODE), GPUS[gpu].memory_gib * GIB)
     precision: Precision = "fp32" if recipe.train.precision == "fp32" else "bf16"
 
-    memory = {
+    activations = {
         (task, view): step_memory(recipe, modalities, classes, task, view, precision=precision, gpus=gpus)
         for task, view in cost_by_task_view
     }
@@ -125,7 +125,7 @@ def plans(
     for layout in dict.fromkeys([recipe_layout, *alternatives(recipe, gpus)]):
         planner = StepPlanner(recipe, Sharding(layout, model, precision), GPUS[gpu], utilization)
         step_needs = {
-            (task, view): planner.step(recipe.tasks[task], cost, memory[task, view])
+            (task, view): planner.step(recipe.tasks[task], cost, activations[task, view])
             for (task, view), cost in cost_by_task_view.items()
         }
         yield Plan(
@@ -134,7 +134,7 @@ def plans(
             utilization=utilization,
             parameters=parameters,
             frozen=frozen,
-            per_token=per_token(model),
+            parameters_per_token=parameters_per_token(model),
             step_needs=step_needs,
             step_counts=step_counts,
         )
@@ -143,8 +143,8 @@ def plans(
 def recommended(all_plans: Sequence[Plan]) -> Plan:
     """The plan of the fastest run that fits, or the one that needs the least memory if none fits.
 
-    Candidates are the plans that fit; those with shards over several nodes only if nothing else fits, because the
-    planned time lacks the latency of their collectives. The first plan, which is for the recipe's layout, stays if it
+    Plans with shards over several nodes are candidates only if no other plan fits, because their planned time lacks the
+    latency of collectives. The first plan, which is for the recipe's layout, stays if it
     is a candidate and no other candidate is faster by more than both `MIN_SPEEDUP` and `MIN_GAIN_SECONDS`.
     """
     fitting = [plan for plan in all_plans if plan.fits]
@@ -165,7 +165,7 @@ def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def per_token(model: Embedder) -> int | None:
+def parameters_per_token(model: Embedder) -> int | None:
     """Number of parameters that a token uses on average, after its embedding and before the mean over the tokens.
 
     These are the encoder without the experts that do not process the token, and the stem's linear layers before and
@@ -177,12 +177,12 @@ def per_token(model: Embedder) -> int | None:
     # `Stem.before` and `Stem.after` are width x width, with bias. Without an encoder, there are no such layers.
     stem_parameters = 2 * (width * width + width) if model.config.layers else 0
     # A token passes only through the modality-specific blocks of its stem. Those of all stems are equally large.
-    blocks_by_stem = [parameter_count(blocks) for blocks in model.encoder.own.values()]
-    parameters = parameter_count(model.encoder) - sum(blocks_by_stem[1:]) + stem_parameters
+    block_sizes = [parameter_count(blocks) for blocks in model.encoder.own.values()]
+    parameters = parameter_count(model.encoder) - sum(block_sizes[1:]) + stem_parameters
     moe = model.config.moe
     if moe is None:
         return parameters
     expert_size = parameter_count(model.experts()[0]) / moe.group_sizes[0]
-    # A token uses at most all experts of its group. If the groups differ in size, this is the largest group's number.
+    # A token uses at most all experts of its group. If the groups differ in size, the largest counts.
     experts_per_token = min(moe.capacity_factor, max(moe.group_sizes))
     return round(parameters - moe.layers * expert_size * (sum(moe.group_sizes) - experts_per_token))

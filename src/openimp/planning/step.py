@@ -10,8 +10,8 @@ from openimp.common.objective import Compared
 from openimp.model.embedder import pass_sizes
 from openimp.model.learning_rates import muon_stacks
 from openimp.objectives.nce import BLOCK
+from openimp.planning.costs import Cost
 from openimp.planning.gpus import GPU
-from openimp.planning.ledger import Cost
 from openimp.planning.memory import StepMemory
 from openimp.planning.muon import MuonWork
 from openimp.planning.sharding import FP32_BYTES, Group, Sharding, Traffic
@@ -50,7 +50,7 @@ class GPUMemory(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Step:
+class StepNeeds:
     """What one step of a task and view needs."""
 
     cost: Cost  # examples, tokens and FLOPs, over all GPUs
@@ -77,7 +77,7 @@ class StepPlanner:
         self.muon = MuonWork(sharding, self.by_muon)
         self.ema_bytes = sharding.held_bytes(self.trained) if recipe.optimizer.ema_decay else 0
 
-    def step(self, task: Task, cost: Cost, counted: StepMemory) -> Step:
+    def step(self, task: Task, cost: Cost, counted: StepMemory) -> StepNeeds:
         """Plans a step with these costs. `counted` has the memory of its activations."""
         touched = {self.weights[name] for name in cost.touched}
         updated = self.trained if self.recipe.optimizer.zero_missing_grads else touched
@@ -111,7 +111,7 @@ class StepPlanner:
         wait_seconds = exposed.seconds(self.gpu)
         wait_seconds += max(0.0, forward.seconds(self.gpu) - forward_seconds)
         wait_seconds += max(0.0, backward.seconds(self.gpu) - backward_seconds)
-        return Step(
+        return StepNeeds(
             cost=cost,
             memory=self._memory(compared, counted, updated),
             received_bytes=(forward + backward + exposed).received_bytes,

@@ -36,8 +36,8 @@ class Optimizer(Strict):
     muon_lr: Positive | None = None
     """Peak learning rate of Muon (arXiv 2502.16982); try four times `lr` first. Muon then updates the linear layers of
     stems, encoder and projection heads, and the experts. It orthogonalizes queries, keys, values and each expert
-    separately. AdamW updates all other parameters: patch embeddings, token and position tables, routers, classification
-    heads, norms and temperatures. null: AdamW updates everything."""
+    separately. AdamW updates all other parameters: patch embeddings (with `conv_channels`, the convolution instead),
+    token and position tables, routers, classification heads, norms and temperatures. null: AdamW updates everything."""
     warmup_steps: Whole | None = None
     """Steps of linear warm-up. null: 5% of the steps, as for the paper's S and B."""
     lr_scale: dict[str, Annotated[float, Field(ge=0)]] = {}

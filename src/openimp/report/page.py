@@ -4,7 +4,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from openimp.common.progress import clock
 from openimp.evaluation.results import main_metric
-from openimp.planning.ledger import short
+from openimp.planning.costs import short
 from openimp.report.charts import percent
 
 # Autoescape turns every value into text, and no template marks a value as safe, so data cannot add markup.

@@ -7,7 +7,7 @@ import yaml
 
 from openimp.common.errors import UserError, counted, nearest
 from openimp.data.task_data import TaskData
-from openimp.planning.ledger import mixture
+from openimp.planning.costs import mixture
 from openimp.recipe.file import RecipeLoader, flat
 from openimp.recipe.schema import Recipe
 from openimp.study.schema import Part, Study
@@ -118,7 +118,7 @@ def _keep_tasks(data: dict[str, Any], names: list[str], common: Recipe) -> None:
 
 
 def flops_per_step(recipe: Recipe, variant: Variant | None = None) -> dict[str, float]:
-    """The mean FLOPs per step of a training run, split by task; see planning/ledger.py."""
+    """The mean FLOPs per step of a training run, split by task; see planning/costs.py."""
     data = recipe.to_dict()
     for source in data["sources"].values():
         source["cache"] = "none"  # Counting needs no decoded media.

@@ -104,7 +104,7 @@ def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
     # The patch becomes the whole example. That of a sound has two axes, frames and bins.
     config = medium.config
     patch = shapes[0][3 - len(config.patch) : 3]
-    modalities[media] = type(medium)(config.model_copy(update={"patch": patch}))
+    modalities[media] = type(medium)(config.model_copy(update={"patch": patch, "conv_channels": 0}))
     return modalities
 
 

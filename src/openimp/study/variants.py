@@ -30,7 +30,7 @@ def measure_conflict(trainer: Trainer, step: int) -> None:
     """
     if step % max(1, trainer.recipe.train.steps // MEASUREMENTS):
         return
-    for source in trainer.data.sources.values():
+    for source in trainer.data.source_of_task.values():
         if isinstance(source, Stream):
             raise UserError(f"source {source.name} is streamed, so the batches of later steps cannot be read now")
     file = trainer.run / "conflict.jsonl"

@@ -14,8 +14,8 @@ from openimp.data.step_batches import StepBatches
 from openimp.model.embedder import Embedder
 from openimp.objectives.losses import Losses
 from openimp.parallel import distributed
+from openimp.planning.costs import Costs, mixture_table
 from openimp.planning.gpus import peak_flops
-from openimp.planning.ledger import Costs, mixture_table
 from openimp.training.bad_examples import BadExamples
 from openimp.training.loggers import open_loggers
 from openimp.training.metrics import Metrics

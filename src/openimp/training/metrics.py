@@ -11,7 +11,7 @@ from torch import Tensor
 from openimp.common.json_lines import append, forget_after, replace_after
 from openimp.objectives.losses import Losses
 from openimp.parallel.distributed import all_gather_object, all_reduce_mean, rank, world_size
-from openimp.planning.ledger import Cost
+from openimp.planning.costs import Cost
 from openimp.training.loggers import Logger
 
 DIGEST_MODULUS = 2**48

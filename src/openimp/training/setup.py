@@ -33,8 +33,8 @@ from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel import distributed
 from openimp.parallel.deferred_init import DeferredInit
 from openimp.parallel.layout import apply_parallelism
+from openimp.planning.costs import Costs, costs
 from openimp.planning.layouts import choose_layout, layout_of
-from openimp.planning.ledger import Costs, costs
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 from openimp.training.checkpointing import Checkpointing

@@ -15,7 +15,7 @@ from openimp.common.modality import Modalities
 from openimp.common.protocols import Towered
 from openimp.data.loaded_batch import LoadedBatch
 from openimp.parallel.distributed import all_gather
-from openimp.planning.ledger import short
+from openimp.planning.costs import short
 from openimp.recipe.schema import Recipe
 
 FEW_CORES = 8

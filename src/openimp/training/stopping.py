@@ -15,7 +15,7 @@ from openimp.parallel import distributed
 T = TypeVar("T")
 
 
-class Stopped(Exception):
+class Interrupted(Exception):
     """A stop was requested. It is raised between two steps, so that a checkpoint can be saved."""
 
 
@@ -28,9 +28,9 @@ class Stop:
         self.must_stop = must_stop
 
     def watch(self, items: Iterable[T], _: str = "") -> Iterator[T]:
-        """Yields the items, and raises `Stopped` before the next one once a stop is requested on any rank."""
+        """Yields the items, and raises `Interrupted` before the next one once a stop is requested on any rank."""
         for item, reason in self._with_reasons(items):
-            stop_all_ranks(reason)
+            raise_stop_reasons(reason)
             yield cast(T, item)
 
     def watch_steps(
@@ -44,7 +44,7 @@ class Stop:
         """
         for step, (loaded, reason) in enumerate(self._with_reasons(batches), first_step):
             if distributed.world_size() == 1:
-                stop_all_ranks(reason)
+                raise_stop_reasons(reason)
             yield replace(loaded or placeholder(step), stop_reason=reason)
 
     def _with_reasons(self, items: Iterable[T]) -> Iterator[tuple[T | None, str | None]]:
@@ -71,8 +71,8 @@ class Stop:
                 yield item, failure
 
 
-def stop_all_ranks(reason: str | None) -> None:
-    """Raises on all ranks if any of them has a reason: `Stopped`, or a UserError if the reason is not empty.
+def raise_stop_reasons(reason: str | None) -> None:
+    """Raises on all ranks if any of them has a reason: `Interrupted`, or a UserError if the reason is not empty.
 
     Every rank must call this.
     """
@@ -80,7 +80,7 @@ def stop_all_ranks(reason: str | None) -> None:
     if not reasons:
         return
     error = max(reasons)  # Any error comes before "".
-    raise UserError(error) if error else Stopped
+    raise UserError(error) if error else Interrupted
 
 
 @contextmanager

@@ -25,12 +25,12 @@ from openimp.model.moe import set_usage_collection
 from openimp.objectives.losses import Losses
 from openimp.parallel import distributed
 from openimp.parallel.layout import mixed_precision
-from openimp.planning.ledger import empty_batch
+from openimp.planning.costs import empty_batch
 from openimp.recipe.schema import Recipe
 from openimp.training.callbacks import Callback, Callbacks, StopTraining
 from openimp.training.run_directory import RunDirectory, locked
 from openimp.training.setup import Parts, Variant, set_up
-from openimp.training.stopping import Stop, Stopped, stop_all_ranks, stop_signals
+from openimp.training.stopping import Interrupted, Stop, raise_stop_reasons, stop_signals
 
 
 @distributed.report_dead_ranks()
@@ -48,11 +48,11 @@ def train(
         recipe: a recipe, its file, or the name of one that comes with openimp.
         run: directory to write to; with `resume`, that of an interrupted run of the same recipe. None: runs/NAME.
         resume: True requires a checkpoint and resumes from the newest intact one; "auto" starts from step 0 if there is
-            no checkpoint. After a restart by torchrun, this counts as "auto" if the same torchrun job began the run.
+            no checkpoint. After torchrun has restarted the job that began the run, any value counts as "auto".
         variant: what a study changes.
         allow_changed_data: resume even if a source has changed since the checkpoint was saved.
-        callbacks: their methods are called at the start, and after steps, evaluations and checkpoints. After these
-            they may end the training.
+        callbacks: their methods are called at the start, and after steps, evaluations and checkpoints, where they may
+            end the training.
 
     Raises:
         UserError: the run cannot start, resume or continue. If data is bad or a loss is not finite, all complete steps
@@ -71,7 +71,7 @@ def train(
             console.print(f"{run}: all {recipe.train.steps:,} steps are done and evaluated already", soft_wrap=True)
         else:
             callbacks = list(callbacks)
-            Callbacks(callbacks).on_start(recipe)
+            Callbacks(callbacks).on_start(recipe)  # Before `set_up` writes anything.
             complete = Trainer(set_up(recipe, run, resume, variant, allow_changed_data), callbacks).train()
     distributed.shut_down()
     return complete
@@ -103,10 +103,10 @@ class QueuedUpdate(NamedTuple):
 class Trainer(Parts):
     """The training loop of one rank.
 
-    It has the attributes of `Parts`, and these:
+    It has the attributes of `setup.Parts`, such as `model`, `updater`, `log` and `checkpointing`, and these:
 
     Attributes:
-        step: the number of confirmed steps, which is what a checkpoint contains.
+        step: the number of confirmed steps; a checkpoint contains no others.
         grad_norm: the Euclidean norm of the last confirmed step's gradient, before clipping.
         encode_all: `model.encode_all`, in chunks if the recipe says so.
     """
@@ -136,8 +136,8 @@ class Trainer(Parts):
         """Trains the remaining steps, saves and evaluates. Returns False if a signal stopped it."""
         # The run stops after a signal, or if a checkpoint could not be written.
         with stop_signals(self.checkpointing.saver.failed) as stop, self._bar, closing(self.log.metrics):
-            # StopTraining comes from a callback, and the run is complete. Stopped comes from a signal or a failed save,
-            # and the run can be resumed.
+            # StopTraining comes from a callback, and the run is complete. Interrupted comes from a signal or a failed
+            # save, and the run can be resumed.
             try:
                 try:
                     self._train_steps(stop)
@@ -152,7 +152,7 @@ class Trainer(Parts):
                 self._announce_checkpoint()
                 self.log.bad_examples.report()
                 return True
-            except Stopped:
+            except Interrupted:
                 self.save(wait=True)  # If a failed save was the reason to stop, this raises its CheckpointError.
                 self._log_rest()
                 self._print_stopped()
@@ -177,14 +177,14 @@ class Trainer(Parts):
         save_every = self.recipe.train.save_every
         evaluate_every = self.recipe.evaluation.every
         if self.step == 0 and self.recipe.starts_from_weights:
-            self.evaluate(stop.watch)  # A later result then shows what a public model has forgotten.
+            self.evaluate(stop.watch)  # The baseline: later results show what was forgotten.
         if self.step and self._is_due(evaluate_every, self.step):
             self.evaluate(stop.watch)  # The interrupted run may have saved this step without evaluating it.
         batches = self.log.timer.timed(load_batches(self.batches, self.step))
         try:
-            # The alternation has chosen the task and the view of each batch: `loaded.visit`. On several
-            # ranks, `watch_steps` yields every batch, with this rank's reason to stop if there is one, and a
-            # placeholder if loading failed. A single rank stops at once.
+            # The alternation has chosen the task and the view of each batch: `loaded.visit`. On several ranks,
+            # `watch_steps` goes on: it sets `stop_reason`, and replaces a batch that failed to load. A single rank
+            # stops at once.
             for loaded in stop.watch_steps(batches, self.step, self._placeholder_batch):
                 self.make_step(loaded)
                 if self.variant.prints_warnings:
@@ -202,7 +202,7 @@ class Trainer(Parts):
                 if self._callback_stops:
                     self.settle()
                     raise StopTraining
-        except (Stopped, UserError):
+        except (Interrupted, UserError):
             self.settle()  # If the queued step failed too, its error is raised instead.
             raise
 
@@ -232,8 +232,9 @@ class Trainer(Parts):
         dropout_seed = seed_key(self.recipe.seed, "dropout", visit.step, distributed.rank())
         torch.manual_seed(dropout_seed % 2**63)
         with mixed_precision(self.device, self.recipe.train.precision):
+            # `task_losses`, unless a study replaces it.
             losses = self.variant.losses(self.model, task, loaded.to(self.device), self.encode_all)
-        # Compiled layers return their usage on every step.
+        # Drops the experts' usage that compiled layers return on every step.
         return losses if logs_usage else replace(losses, usage={})
 
     def _update(self) -> None:
@@ -245,7 +246,9 @@ class Trainer(Parts):
         # 1, but NaN if the loss is not finite or this rank must stop. No rank applies NaN gradients.
         grad_output = loss.detach() * 0 + (math.nan if has_stop_reason else 1)
         loss.backward(grad_output)
-        self.confirm()  # Confirms the previous update while the device computes these gradients.
+        # Confirms the previous update while the device computes these gradients. If a callback raises StopTraining,
+        # these steps are not queued.
+        self.confirm()
         grad_norm = self.updater.step(steps[-1].loaded.visit.step)
         for step in steps:
             # Frees the autograd graph. The log still needs the value.
@@ -255,7 +258,7 @@ class Trainer(Parts):
     def confirm(self) -> None:
         """Waits for the gradient norm of the queued update, then counts and logs its steps.
 
-        If the gradient norm is not finite, the steps were not applied, and this raises on all ranks: `Stopped` or a
+        If the gradient norm is not finite, the steps were not applied, and this raises on all ranks: `Interrupted` or a
         UserError if a rank had a reason to stop, else a UserError that names the loss.
         """
         if self._queued_update is None:
@@ -265,7 +268,7 @@ class Trainer(Parts):
         self.grad_norm = grad_norm.read()
         if not math.isfinite(self.grad_norm):
             stop_reasons = (step.loaded.stop_reason for step in steps if step.loaded.stop_reason is not None)
-            stop_all_ranks(next(stop_reasons, None))
+            raise_stop_reasons(next(stop_reasons, None))
             raise self._not_finite_error(steps)
         if self.updater.ema:
             self.updater.ema.update(steps[-1].loaded.visit.step)
@@ -286,7 +289,7 @@ class Trainer(Parts):
         return self.log.write(self.step, self.updater.lr_factor(self.step - 1), self.grad_norm, self._bar)
 
     def _log_rest(self) -> None:
-        """Writes a line of metrics if a step was confirmed since the last one. The run has ended early."""
+        """Writes a line of metrics if a step was confirmed since the last one, as when the run ended early."""
         if self.log.metrics.steps:
             self._log()
 
@@ -339,9 +342,9 @@ class Trainer(Parts):
         if self.recipe.evaluation.sets:
             self._evaluated_step = self.step
             results = self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
-            self._announce_checkpoint()
+            self._announce_checkpoint()  # Of `save`.
             self.validation.keep_best(self.step, self.checkpointing, self.state())
-            self._announce_checkpoint()
+            self._announce_checkpoint()  # Of `keep_best`.
             self.callbacks.on_evaluation(self.step, results)
 
     def _is_due(self, every: int | None, steps_done: int) -> bool:

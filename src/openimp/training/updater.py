@@ -54,15 +54,15 @@ class Updater:
                 if parameter.grad is None and parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
         grad_norm = clip_grad_norm(self.model.parameters(), options.max_grad_norm or math.inf)
-        grad_norm_on_host = HostCopy(grad_norm)
+        grad_norm_copy = HostCopy(grad_norm)
         set_learning_rate(self.optimizers, factor=self.lr_factor(step))
         found_inf = 1 - grad_norm.isfinite().float()
         for optimizer in self.optimizers:
-            # torch's GradScaler sets the same attribute. If it is 1, a fused optimizer or Muon changes nothing, not
-            # even its step counts.
+            # torch's GradScaler sets the same attribute. If it is 1, AdamW (which is fused) and Muon change
+            # nothing, not even their step counts.
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
             optimizer.step()
         self.model.clamp_logit_scales()
         # None, not zero: a parameter that the next task does not use keeps its value and its optimizer state.
         self.model.zero_grad(set_to_none=True)
-        return grad_norm_on_host
+        return grad_norm_copy

@@ -1,4 +1,4 @@
-"""The compute ledger: what one step of each (task, view) costs, counted, not estimated.
+"""What one step of each (task, view) costs, counted, not estimated.
 
 FLOPs are those of the matrix products and attention in the forward pass, the backward pass and the optimizer. They are
 counted by `torch.utils.flop_counter` on the meta device, where nothing is computed; a multiply-add is two.

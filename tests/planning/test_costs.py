@@ -1,4 +1,4 @@
-"""The ledger against what a training step really computes."""
+"""The planned costs against what a training step really computes."""
 
 from math import prod
 
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from openimp.common.json_lines import read_lines
 from openimp.data.batch import head_key
 from openimp.data.loader import load_batches
-from openimp.planning.ledger import costs, mixture
+from openimp.planning.costs import costs, mixture
 from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
