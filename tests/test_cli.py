@@ -470,19 +470,21 @@ def test_push_writes_a_folder_that_info_describes_and_embed_uses(succeeded, refu
 
 
 @pytest.mark.parametrize(
-    ("arguments", "spins"),
+    ("arguments", "cores", "spins"),
     [
-        (["train", "demo", "--set", "train.num_workers=0"], None),
-        (["train", "demo", "--set", "train.num_workers=1"], "1000"),
-        (["train", "demo"], "1000"),
-        (["train", "."], None),
-        (["study", "moe"], "1000"),
+        (["train", "demo", "--set", "train.num_workers=0"], 8, None),
+        (["train", "demo", "--set", "train.num_workers=1"], 2, "1000"),
+        (["train", "demo"], 2, "1000"),
+        (["train", "."], 2, None),
+        (["train", "."], 8, "1000"),
+        (["train", "hub:some/data"], 2, None),
+        (["study", "moe"], 2, "1000"),
     ],
 )
 def test_threads_leave_cores_to_processes_that_read_data_and_only_to_them(
-    arguments, spins, openimp, monkeypatch, tmp_path
+    arguments, cores, spins, openimp, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(cores)}, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GOMP_SPINCOUNT", "")  # So that it is restored in the end.
     monkeypatch.delenv("GOMP_SPINCOUNT")

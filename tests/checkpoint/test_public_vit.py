@@ -174,10 +174,11 @@ def test_a_stem_with_one_channel_starts_from_the_same_patch_embedding(tmp_path):
     assert "stems.audio" in line.partition("; new: ")[0]
     assert "stems.audio.positions.*.weight" in line.partition("; new: ")[2]
     assert audio.positions[0].weight.any()
-    other = recipe.to_dict()
-    other["modalities"]["audio"] |= {"patch": [8, 16]}
-    line = load(Recipe.build(other))[2]
-    assert "stems.audio" in line.partition("; new: ")[2].split(", ")
+    for options in ({"patch": [8, 16]}, {"conv_channels": 8}):
+        other = recipe.to_dict()
+        other["modalities"]["audio"] |= options
+        line = load(Recipe.build(other))[2]
+        assert "stems.audio" in line.partition("; new: ")[2].split(", ")
 
 
 REFUSED = {

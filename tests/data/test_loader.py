@@ -183,10 +183,10 @@ def test_what_the_user_can_mend_comes_out_of_a_worker_in_one_line(own_data, work
 class Failing(StepBatches):
     """Fails in step 2, like a network file system."""
 
-    def part(self, step: int, number: int, parts: int) -> LoadedBatch:
+    def part(self, step: int, part_index: int, parts: int) -> LoadedBatch:
         if step == 2:
             raise FileNotFoundError("the server does not answer")
-        return super().part(step, number, parts)
+        return super().part(step, part_index, parts)
 
 
 @either

@@ -149,7 +149,7 @@ def test_training_reads_the_vectors_of_the_library_which_are_computed_once(data,
     batches.data.embed(bar, {})
     assert bar.count == 24 + 8  # pictures, and two texts of each class
     batch = batches[0].batch
-    rows = batches.data.sources["pictures"].rows(batches[0].rows, ["file", "label"])
+    rows = batches.data.source_of_task["pictures"].rows(batches[0].rows, ["file", "label"])
     files = [data / "pictures" / row["file"] for row in rows]
     pairs = [(f"a {row['label']} square", row["label"]) for row in rows]
     images, texts = library_vectors(folder, files, sum(pairs, ()))
@@ -263,7 +263,7 @@ def test_a_public_model_is_a_teacher(data, clip):
     batches.data.fit()
     batches.data.embed(None, make_teachers(recipe))
     batch = batches[0].batch
-    rows = batches.data.sources["pictures"].rows(batches[0].rows, ["file", "label"])
+    rows = batches.data.source_of_task["pictures"].rows(batches[0].rows, ["file", "label"])
     files = [data / "pictures" / row["file"] for row in rows]
     images, texts = library_vectors(folder, files, [f"a {row['label']} square" for row in rows])
     for targets, vectors in zip(batch.targets, (images, texts)):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from openimp.common.modality import StemSpec, Tokens
 from openimp.modalities.audio import Audio, log_mel
 from openimp.modalities.image import Image
+from openimp.modalities.video import Video
 from openimp.model.embedding import Stem
 from openimp.model.heads import Temperature
 from openimp.model.imp import IMP
@@ -62,22 +63,23 @@ def test_bytes_stand_for_minus_one_to_one():
     torch.testing.assert_close(stem(Tokens(values, coords)), stem(Tokens(exact, coords)))
 
 
-@pytest.mark.parametrize("frames", [1, 2])
-def test_the_convolution_of_patches_is_that_of_the_whole_picture(frames):
-    """Two convolutions over a picture whose border is repeated give what the tokens give; each frame by itself."""
-    image = Image(Image.Config(patch=(frames, 4, 6), conv_channels=5))
+def test_the_convolution_of_patches_is_that_of_whole_frames():
+    """Two convolutions over frames whose borders are repeated give what the tokens give; each frame by itself."""
+    video = Video(Video.Config(patch=(2, 4, 6), conv_channels=5))
     torch.manual_seed(0)
-    stem = Stem(image.stem_spec(), 32)
-    picture = torch.rand(2, 3, 8, 12) * 2 - 1
-    x = F.pad(picture, (2, 2, 2, 2), mode="replicate")
+    stem = Stem(video.stem_spec(), 32)
     first, second = stem.embed.convolution, stem.embed.out
-    x = F.conv2d(x, first.weight.unflatten(1, (3, 4, 4)) * stem.embed.scale, first.bias, stride=2)
-    kernel = second.weight.unflatten(1, (frames, 3, 4, 5)).sum(1).movedim(-1, 1) * 2**0.5
-    x = F.conv2d(F.gelu(x, approximate="tanh"), kernel, second.bias, stride=(2, 3))
-    tokens = image.from_tensor(picture)
-    positions = sum(table(index) for table, index in zip(stem.positions, tokens.coords.unbind(-1)))
-    expected = stem.before(x.flatten(2).mT + stem.position_norm(positions))
-    torch.testing.assert_close(stem(tokens), expected, rtol=0, atol=1e-5)
+    torch.nn.init.normal_(first.bias)
+    torch.nn.init.normal_(second.bias)
+    clip = torch.rand(2, 2, 3, 8, 12) * 2 - 1
+    kernel = first.weight.unflatten(1, (3, 4, 4)) * stem.embed.scale
+    kernels_of_frames = (second.weight.unflatten(1, (2, 3, 4, 5)) * 2**0.5).movedim(-1, 1).unbind(2)
+    expected = second.bias[:, None, None]
+    for frame, kernel_of_frame in zip(clip.unbind(1), kernels_of_frames):
+        x = F.conv2d(F.pad(frame, (2, 2, 2, 2), mode="replicate"), kernel, first.bias, stride=2)
+        expected = expected + F.conv2d(F.gelu(x, approximate="tanh"), kernel_of_frame, stride=(2, 3))
+    found = stem.embed(video.from_tensor(clip).values)
+    torch.testing.assert_close(found, expected.flatten(2).mT, rtol=0, atol=1e-5)
 
 
 def test_dropped_tokens_and_bytes_are_convolved_as_all_tokens_and_numbers_are():
@@ -111,8 +113,9 @@ def test_a_stem_refuses_tokens_that_are_no_part_of_its_own():
     with pytest.raises(ValueError, match="tokens of 5 values do not divide the stem's 24"):
         Stem(StemSpec(24, (4, 4)), 8)(patches(2, values=5))
     convolved = Image(Image.Config(patch=(1, 4, 4), conv_channels=8)).stem_spec()
-    with pytest.raises(ValueError, match="tokens of 50 values do not divide the stem's 192"):
-        Stem(convolved, 8)(patches(2, values=50))
+    for values in (50, 48):  # A patch without its margin has 48.
+        with pytest.raises(ValueError, match=f"tokens of {values} values do not divide the stem's 192"):
+            Stem(convolved, 8)(patches(2, values=values))
 
 
 def test_positions_are_looked_up_by_coordinate():

@@ -63,7 +63,7 @@ class PublicViT(NamedTuple):
             "positions": "grid",
             "tables": [config.tables[0], *embed.grid_size],
         }
-        if config.conv_channels:
+        if config.conv_channels:  # Otherwise the error would ask for a default.
             options["conv_channels"] = 0
         return options
 
@@ -76,7 +76,8 @@ class ViTWeights:
         self.vit = open_vit(name, weights=False)
         specs = {modality.stem: modality.stem_spec() for modality in modalities.values()}
         sides = tuple(self.vit.trunk.patch_embed.patch_size)
-        # A stem with other patches is not loaded. For the stem of pictures, `stem_options` makes that an error.
+        # A stem with other patches, or with a convolution, is not loaded. For the stem of pictures, `stem_options`
+        # makes that an error.
         self.stems = {
             stem: spec
             for stem, spec in specs.items()

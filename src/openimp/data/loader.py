@@ -110,11 +110,11 @@ class _Parts(Dataset["LoadedBatch | UserError"]):
         return len(self.batches) * self.parts_per_batch
 
     def __getitem__(self, item: int) -> LoadedBatch | UserError:
-        step, number = divmod(item, self.parts_per_batch)
+        step, part_index = divmod(item, self.parts_per_batch)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return self.batches.part(step, number, self.parts_per_batch)
+            return self.batches.part(step, part_index, self.parts_per_batch)
         except UserError as error:
             return error
         except Exception as error:  # Of a file system, a network or a decoder.

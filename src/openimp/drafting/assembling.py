@@ -20,7 +20,8 @@ MAX_BAD_FRACTION = 0.1
 AUGMENTATION = ("flip", "crop", "aspect", "jitter")
 """Options of a view that evaluation ignores."""
 COMMENTS = {
-    "modalities": "patch: frames, height and width of a token. min_df: whole words, of which rare ones are left out. "
+    "modalities": "patch: frames, height and width of a token. conv_channels: of a convolution before patches are "
+    "embedded. min_df: whole words, of which rare ones are left out. "
     "tower: a frozen encoder, whose vectors are computed once; crops: vectors of each item.",
     "sources": "cache: media are decoded once, before training, and kept in memory.",
     "tasks": "positives_by: rows with equal values in this column are positives of each other, and not negatives. "

@@ -27,7 +27,7 @@ CACHE_SHARE = 0.1
 MARGIN = 1.15**2
 """Pixels of a cached picture per pixel of its view."""
 SMALL_PICTURE = 32
-"""Pixels per side of pictures that are cropped less."""
+"""Pixels per side of pictures that are cropped less, and convolved."""
 CONV_CHANNELS = 64
 """Channels of the convolution of pictures of at most `SMALL_PICTURE` pixels; with larger ones it was not measured."""
 PATCHES = {32: 4, 64: 8}

@@ -3,6 +3,8 @@
 Shape suffixes: B examples, L tokens, P values per token, D width.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from openimp.model.init import identity_, lecun_normal_, linear
 from openimp.model.kernels import gelu
 
 GELU_SCALE = 2**0.5
-"""Factor that restores about the variance that GELU reduces."""
+"""Factor that makes up for about the variance that GELU takes away."""
 
 
 class Stem(nn.Module):
@@ -86,7 +88,7 @@ class PatchConvolution(nn.Module):
 
     def forward(self, values_BLP: Tensor) -> Tensor:
         """Embeds values (B, L, P) to (B, L, D)."""
-        check_divides(values_BLP, self.values)
+        check_divides(values_BLP, self.values, unit=prod(self.frame_shape))
         frames = values_BLP.unflatten(-1, (-1, *self.frame_shape))
         # Windows and a matrix product, because torch's convolutions of many tiny pictures are slow on CPUs.
         windows = frames.unfold(-3, CONV_KERNEL, CONV_STRIDE).unfold(-3, CONV_KERNEL, CONV_STRIDE)
@@ -117,7 +119,7 @@ class VectorStem(nn.Module):
 
 
 def scaled_linear(values: int, width: int) -> nn.Linear:
-    """A linear layer whose output is scaled to unit variance; see `Stem`."""
+    """A linear layer for `_embed_patches`, whose `scale` gives its output unit variance; see `Stem`."""
     layer = nn.Linear(values, width)
     lecun_normal_(layer.weight, width)
     nn.init.zeros_(layer.bias)
@@ -129,22 +131,22 @@ def embedding_scale(spec: StemSpec, width: int) -> float:
     return float((width if spec.table else width / spec.values) ** 0.5)
 
 
-def _embed_patches(embed: nn.Linear, values_BLP: Tensor, scale: float) -> Tensor:
+def _embed_patches(embed: nn.Linear, values: Tensor, scale: float) -> Tensor:
     """Embeds values (..., P). Normalizes uint8 pixels, and sums the kernel if P is a fraction of its inputs."""
-    if values_BLP.dtype == torch.uint8:
+    if values.dtype == torch.uint8:
         # (x / 127.5 - 1) w = (x - 127.5) (w / 127.5), with one pass over the pixels instead of three. The difference is
         # exact in bf16 too.
-        values_BLP = values_BLP - embed.weight.new_full((), 127.5)
+        values = values - embed.weight.new_full((), 127.5)
         scale /= 127.5
-    check_divides(values_BLP, embed.in_features)
-    repeats = embed.in_features // values_BLP.shape[-1]
+    check_divides(values, embed.in_features)
+    repeats = embed.in_features // values.shape[-1]
     weight = embed.weight
     if repeats > 1:
         weight = weight.unflatten(1, (repeats, -1)).sum(1)
-    return F.linear(values_BLP.to(weight.dtype), weight * scale, embed.bias)
+    return F.linear(values.to(weight.dtype), weight * scale, embed.bias)
 
 
-def check_divides(values_BLP: Tensor, expected: int) -> None:
-    """Raises ValueError unless the values of a token, repeated, are as many as a stem expects."""
-    if expected % values_BLP.shape[-1]:
-        raise ValueError(f"tokens of {values_BLP.shape[-1]} values do not divide the stem's {expected}")
+def check_divides(values: Tensor, expected: int, unit: int = 1) -> None:
+    """Raises ValueError unless a token's values, repeated, are as many as a stem expects, and a multiple of `unit`."""
+    if expected % values.shape[-1] or values.shape[-1] % unit:
+        raise ValueError(f"tokens of {values.shape[-1]} values do not divide the stem's {expected}")

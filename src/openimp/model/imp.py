@@ -120,7 +120,8 @@ class IMP(Embedder):
         return {self.head_name(a, b), self.head_name(b, a)} <= set(self.projections)
 
     def hidden_matrices(self) -> dict[Tensor, int]:
-        """The matrices of the experts, and of all linear layers except the first of each stem and classifiers."""
+        """The matrices of the experts, and of all linear layers except patch embeddings, the stems' convolutions and
+        classifiers."""
         stacks: dict[Tensor, int] = {}
         first_layers = [f"stems.{stem}.embed{layer}" for stem in self.stems for layer in ("", ".convolution")]
         for name, module in self.named_modules():

@@ -42,7 +42,7 @@ class Plan:
     utilization: float  # assumed share of the bf16 peak, with passes that the recipe's `memory` repeats
     parameters: dict[str, int]  # number of parameters by part of the model
     frozen: int  # number of frozen parameters
-    parameters_per_token: int | None  # that a token uses on average
+    parameters_per_token: int | None  # number of parameters that a token uses on average
     step_needs: dict[TaskView, StepNeeds]  # what one step of this task and view needs
     step_counts: dict[TaskView, int]  # number of steps in the whole run
 
@@ -115,7 +115,7 @@ def plans(
         recipe_layout = default_layout(recipe, model, gpus, min(gpus, GPUS_PER_NODE), GPUS[gpu].memory_gib * GIB)
     precision: Precision = "fp32" if recipe.train.precision == "fp32" else "bf16"
 
-    activations = {
+    step_memories = {
         (task, view): step_memory(recipe, modalities, classes, task, view, precision=precision, gpus=gpus)
         for task, view in cost_by_task_view
     }
@@ -125,7 +125,7 @@ def plans(
     for layout in dict.fromkeys([recipe_layout, *alternatives(recipe, gpus)]):
         planner = StepPlanner(recipe, Sharding(layout, model, precision), GPUS[gpu], utilization)
         step_needs = {
-            (task, view): planner.step(recipe.tasks[task], cost, activations[task, view])
+            (task, view): planner.step(recipe.tasks[task], cost, step_memories[task, view])
             for (task, view), cost in cost_by_task_view.items()
         }
         yield Plan(

@@ -19,7 +19,7 @@ class Checkpointing:
     saver: Saver
     model: Embedder
     updater: Updater
-    texts: Mapping[str, str]  # configuration, recipe and tokenizer by file name (`checkpoint.folder.text_files`)
+    text_files: Mapping[str, str]  # configuration, recipe and tokenizer by file name (`checkpoint.folder.text_files`)
     saved_step: int = 0  # the step of the newest checkpoint, which may still be being written; 0 if there is none
 
     def load(self, folder: Path) -> dict[str, Any]:
@@ -42,8 +42,8 @@ class Checkpointing:
         tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors}
         if self.updater.ema:
             tensors["ema"] = self.updater.ema.weights
-        texts = {**self.texts, "state.json": json.dumps(state, indent=1)}
-        self.saver.start(state["step"], texts, tensors)
+        text_files = {**self.text_files, "state.json": json.dumps(state, indent=1)}
+        self.saver.start(state["step"], text_files, tensors)
         self.saved_step = state["step"]
 
     def wait(self) -> None:
