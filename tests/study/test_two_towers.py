@@ -157,7 +157,7 @@ def test_the_towers_get_the_examples_of_imp_unpatched(seen, tmp_path):
     assert torch.equal(theirs.tokens["text"].values, batch.tokens["text"].values)
     whole = batch.tokens[seen].values.view(-1, *training.model.shape)
     patch = modality.config.patch if seen == "video" else modality.config.patch[-2:]
-    cut = patchify(whole if seen == "video" else whole[:, 0], patch)
+    cut = patchify(whole if seen == "video" else whole[:, 0], patch, margin=modality.config.margin)
     torch.testing.assert_close(cut, theirs.tokens[seen].values, rtol=0, atol=0)
 
 
