@@ -113,6 +113,7 @@ def openimp_arm(name: str, recipe: Path, changes: list[str], evaluation_set: str
 
     def command(steps: int, seed: int, folder: Path) -> list[str]:
         settings = [*changes, f"train.steps={steps}", f"seed={seed}", "train.save_every=100000"]
+        settings.append("evaluation.every=null")  # Drafts evaluate during training as well.
         flags = [part for setting in settings for part in ("--set", setting)]
         return [sys.executable, "-m", "openimp", "train", str(recipe), "--run", str(folder / "run"), *flags]
 

@@ -21,7 +21,7 @@ AUGMENTATION = ("flip", "crop", "aspect", "jitter")
 """Options of a view that evaluation ignores."""
 COMMENTS = {
     "modalities": "patch: frames, height and width of a token. conv_channels: of a convolution before patches are "
-    "embedded. min_df: whole words, of which rare ones are left out. "
+    "embedded. min_df: whole words; rare words are left out. "
     "tower: a frozen encoder, whose vectors are computed once; crops: vectors of each item.",
     "sources": "cache: media are decoded once, before training, and kept in memory.",
     "tasks": "positives_by: rows with equal values in this column are positives of each other, and not negatives. "

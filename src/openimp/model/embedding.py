@@ -14,7 +14,7 @@ from openimp.model.init import identity_, lecun_normal_, linear
 from openimp.model.kernels import gelu
 
 GELU_SCALE = 2**0.5
-"""Factor that makes up for about the variance that GELU takes away."""
+"""Factor of GELU's output. It about restores the variance of GELU's input."""
 
 
 class Stem(nn.Module):
@@ -119,7 +119,7 @@ class VectorStem(nn.Module):
 
 
 def scaled_linear(values: int, width: int) -> nn.Linear:
-    """A linear layer for `_embed_patches`, whose `scale` gives its output unit variance; see `Stem`."""
+    """A linear layer for `_embed_patches`. Times its `scale`, the output has unit variance; see `Stem`."""
     layer = nn.Linear(values, width)
     lecun_normal_(layer.weight, width)
     nn.init.zeros_(layer.bias)
