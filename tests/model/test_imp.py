@@ -64,7 +64,7 @@ def test_bytes_stand_for_minus_one_to_one():
 
 
 def test_the_convolution_of_patches_is_that_of_whole_frames():
-    """Two convolutions of whole frames, with repeated borders, give what the tokens give. Frames are not mixed before."""
+    """Two convolutions of whole frames, with repeated borders, give what the tokens give; frames stay separate."""
     video = Video(Video.Config(patch=(2, 4, 6), conv_channels=5))
     torch.manual_seed(0)
     stem = Stem(video.stem_spec(), 32)
