@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import openimp
 from openimp.common.versions import openimp_version, processor
-from openimp.encoding.engine import THREADS, to_cpu
+from openimp.encoding.engine import THREADS, chunks_on_cpu
 
 BATCH, REQUIRED = 64, 0.95
 
@@ -79,7 +79,7 @@ def embed_with_library(folder: Path, files: list[Path]) -> Tensor:
 def embed_with_openimp(folder: Path, files: list[Path]) -> Tensor:
     model = openimp.load(f"open_clip:local-dir:{folder}", "cpu", "fp32")
     encoder = model.item_encoder("image", "text", BATCH, "embed")
-    chunks = to_cpu(encoder.encode((file, partial(encoder.read, file)) for file in files))
+    chunks = chunks_on_cpu(encoder.encode((file, partial(encoder.read, file)) for file in files))
     return torch.from_numpy(np.stack([vector for chunk in chunks for _, vector in chunk]))
 
 

@@ -9,7 +9,7 @@ import torch
 import openimp
 from openimp.common.modality import BadMedia
 from openimp.encoding import engine
-from openimp.encoding.engine import ItemEncoder, to_cpu
+from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_chunks_have_the_vectors_of_their_items_on_the_cpu(model, monkeypatch):
     monkeypatch.setattr(engine, "COPIED_TOGETHER", 4)
     encoder = model.item_encoder("audio", "text", 4, "test")
     items = sounds(encoder, LENGTHS)
-    chunks = list(to_cpu(encoder.encode(items)))
+    chunks = list(chunks_on_cpu(encoder.encode(items)))
     assert [len(chunk) for chunk in chunks] == [4, 4, 1]
     for (number, vector), (same, array) in zip(encoder.encode(items), (result for chunk in chunks for result in chunk)):
         assert number == same

@@ -151,14 +151,14 @@ def test_one_pass_of_all_modalities_equals_a_pass_of_each(experts, own):
     results = []
     for encoded in (model.encode_all(inputs), {name: model.encode(name, inputs[name]) for name in inputs}):
         loss = sum((weights[name] * encoded[name].features).sum() for name in inputs)
-        loss = loss + sum(stats.aux for name in inputs for stats in encoded[name].routing)
+        loss = loss + sum(stats.z_loss for name in inputs for stats in encoded[name].routing)
         results.append((encoded, torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)))
     (together, gradients), (separate, expected) = results
     for name in inputs:
         torch.testing.assert_close(together[name].features, separate[name].features, rtol=0, atol=1e-5)
         assert len(together[name].routing) == len(separate[name].routing) == (moe["layers"] if moe else 0)
         for found, wanted in zip(together[name].routing, separate[name].routing):
-            torch.testing.assert_close([found.aux, *found.usage], [wanted.aux, *wanted.usage], rtol=0, atol=1e-5)
+            torch.testing.assert_close([found.z_loss, *found.usage], [wanted.z_loss, *wanted.usage], rtol=0, atol=1e-5)
     assert not together["text"].features[4].any()  # It has no valid token.
     for found, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -197,7 +197,7 @@ def test_stems_may_have_experts_to_themselves():
     for name, stem in (("image", "vision"), ("text", "text")):
         model.zero_grad(set_to_none=True)
         encoded = model.encode(name, inputs[name])
-        (encoded.features.square().sum() + encoded.routing[0].aux).backward()
+        (encoded.features.square().sum() + encoded.routing[0].z_loss).backward()
         for other, group in groups.items():
             gradients = [weight.grad is not None for weight in group.parameters()]
             assert all(gradients) if other == stem else not any(gradients)

@@ -114,7 +114,7 @@ def test_each_expert_processes_its_most_probable_tokens(training, seed, lengths,
     out, stats = apply(layer, x, valid)
     expected, pairs = naive(layer, x, valid)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    assert stats.aux.isfinite()
+    assert stats.z_loss.isfinite()
 
     inputs = [x, *layer.parameters()]
     weights = torch.randn_like(out)
@@ -158,7 +158,7 @@ def test_the_z_loss_is_the_mean_squared_logsumexp_of_the_valid_tokens():
     x, valid = batch_of(0, [4, 2], 4)
     logits = x[valid] @ layer.router.weight_ED.T
     expected = 0.5 * logits.exp().sum(-1).log().square().mean()
-    aux = apply(layer, x, valid)[1].aux
+    aux = apply(layer, x, valid)[1].z_loss
     torch.testing.assert_close(aux, expected, rtol=1e-5, atol=0)
     gradients = (torch.autograd.grad(loss, layer.router.weight_ED)[0] for loss in (aux, expected))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

@@ -316,7 +316,7 @@ def test_a_tasks_objectives_are_summed_with_their_weights(moe):
     expected = 0.25 * parts["image-text"] + 3 * parts["image:label"] + parts["image:tags"] + parts.get("router", 0)
     torch.testing.assert_close(found.total.detach(), expected)
     if moe:
-        aux = [stats.aux for encoded in model.encode_all(batch.tokens).values() for stats in encoded.routing]
+        aux = [stats.z_loss for encoded in model.encode_all(batch.tokens).values() for stats in encoded.routing]
         assert len(aux) == 4
         torch.testing.assert_close(parts["router"], torch.stack(aux).sum().detach() / 2)
     assert found.total.requires_grad

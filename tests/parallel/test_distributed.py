@@ -509,7 +509,7 @@ def prepared(folder: Path, out: Path) -> list[Any]:
     warm = Trainer(set_up(recipe(folder, f"train.init={saved}"), out / "warm"))
     weights = dcp.read(saved / "model")
     same = all(torch.equal(full_tensor(x), weights[name]) for name, x in warm.model.state_dict().items())
-    tokenizer = trainer.modalities["text"].state()
+    tokenizer = trainer.data.modalities["text"].state()
     return distributed.all_gather_object(
         {"fitted": len(fitted), "decoded": len(decoded), "tokenizer": tokenizer, "same weights": same}
     )

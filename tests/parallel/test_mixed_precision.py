@@ -107,7 +107,7 @@ def losses_by_hand(folder: Path, out: Path) -> list[float]:
         weights = {name: w if w in kept else w.bfloat16() for name, w in step.named_parameters()}
         losses = functional_call(step, weights, (trainer.recipe.tasks[loaded.visit.task], loaded.batch))
         losses.total.backward()
-        trainer.updater.step(loaded.visit.step)
+        trainer.updater.queue_update(loaded.visit.step)
         found.append(float(losses.total.detach()))
     return found
 

@@ -73,7 +73,7 @@ def test_flops_are_those_of_the_closed_formula(moe):
     expert_biases = {
         f"encoder.blocks.{i}.mlp.experts.{name}" for i in (1, 2) for name in ("up_bias_EF", "down_bias_ED")
     }
-    assert all(expert_biases <= cost.touched for cost in found.values()) == (moe == MOE)
+    assert all(expert_biases <= cost.params_with_grad for cost in found.values()) == (moe == MOE)
     shares = mixture(recipe, found)["stills"]
     assert shares["flops"] == pytest.approx((by_hand(IMAGE_TOKENS, moe) + 3 * by_hand(DROPPED, moe)) / 4)
     assert shares["examples"] == B
@@ -94,7 +94,7 @@ def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path, moe
                 training.make_step(loaded)
             computed[loaded.visit.task] += counter.get_total_flops()
             tokens[loaded.visit.task] += sum(prod(each.values.shape[:2]) for each in loaded.batch.tokens.values())
-    training.settle()
+    training.confirm_and_gather()
     training.log.metrics.close()
     line = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
     assert {task: totals["flops"] for task, totals in line["totals"].items()} == computed

@@ -29,11 +29,11 @@ from openimp.objectives.losses import task_losses
 from openimp.objectives.nce import sigmoid_nce, softmax_nce
 from openimp.parallel import distributed
 from openimp.parallel.layout import apply_parallelism
-from openimp.planning.costs import empty_batch, meta_model, short
+from openimp.planning.costs import meta_model, short, zero_batch
 from openimp.planning.gpus import GIB, GPUS, peak_flops
 from openimp.planning.layouts import choose_layout
 from openimp.planning.memory import StepMemory, step_memory
-from openimp.planning.plan import Plan, parameter_count, parameters_per_token, plans
+from openimp.planning.plan import Plan, active_parameters, parameter_count, plans
 from openimp.planning.step import SIMILARITY_BYTES, GPUMemory
 from openimp.planning.tables import duration
 from openimp.recipe.schema import Recipe
@@ -59,7 +59,7 @@ def test_parameters_are_the_published_ones(name, in_all, token):
     """
     recipe = Recipe.load(name)
     model = meta_model(recipe, recipe.make_modalities(), {})
-    used = parameters_per_token(model) / 1e6
+    used = active_parameters(model) / 1e6
     assert float(f"{parameter_count(model.encoder) / 1e6:.4g}") == in_all
     assert 0.85 < used / token < 1.01
     width = recipe.model.width
@@ -253,12 +253,12 @@ def measure_received(file: Path, out: Path) -> None:
             param_dtype=torch.bfloat16 if options.train.precision == "bf16" else torch.float32,
             fp32_modules=model.fp32_modules(),
         )
-        batch = empty_batch(options, "named", 0, modalities, CLASSES, device, distributed.world_size())
+        batch = zero_batch(options, "named", 0, modalities, CLASSES, device, distributed.world_size())
         encode = in_chunks(model.encode_all, options.memory.chunk_size)
         updater = Updater(options, model)
         with Received() as received:
             task_losses(model, options.tasks["named"], batch, encode).total.backward()
-            updater.step(0)
+            updater.queue_update(0)
         found[name] = received.bytes
     (out / f"{distributed.rank()}.json").write_text(json.dumps(found))
 
@@ -302,7 +302,7 @@ def test_the_command_prints_the_plan(little_data, capsys):
     first, *others = plans(recipe, recipe.make_modalities(), CLASSES, gpus=2, gpu="a100", utilization=0.5)
     layouts = ["{shard_degree: 1}", "{shard_degree: 1, expert_degree: 2}", "{shard_degree: 2, expert_degree: 2}"]
     assert [str(plan.layout) for plan in (first, *others)] == ["{shard_degree: 2}", *layouts]
-    task, view = first.largest
+    task, view = first.peak_task_view
     step = first.step_needs[task, view]
     row = [f"{task}, {view}", f"{step.cost.examples}", f"{step.cost.tokens}", short(step.cost.flops)]
     row += [f"{1e3 * step.compute_seconds:.1f}", f"{1e3 * step.wait_seconds:.1f}", f"{step.received_bytes / 1e9:.2f}"]
@@ -311,7 +311,7 @@ def test_the_command_prints_the_plan(little_data, capsys):
     for plan in (first, *others):
         assert [str(plan.layout), f"{plan.memory_bytes / GIB:.1f}", "yes"] in [cells[:3] for cells in rows]
     assert ["in all, at most", f"{sum(first.parameters.values()):,}"] in rows
-    assert ["used by a token on average, after its embedding", f"{first.parameters_per_token:,}"] in rows
+    assert ["used by a token on average, after its embedding", f"{first.active_parameters:,}"] in rows
     assert ["activations", f"{step.memory.activations / GIB:.3f}"] in rows
     for line in (
         f"largest step: {task}, view {view}",

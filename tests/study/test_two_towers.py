@@ -150,7 +150,7 @@ def test_the_towers_get_the_examples_of_imp_unpatched(seen, tmp_path):
     training = trainer(recipe, tmp_path)
     modality = recipe.make_modalities()[seen]
     loaded = training.batches[3]
-    unpatched = StepBatches(TaskData(recipe, {**training.modalities, seen: modality}))[3]
+    unpatched = StepBatches(TaskData(recipe, {**training.data.modalities, seen: modality}))[3]
     assert unpatched.rows == loaded.rows
     batch = loaded.batch
     theirs = unpatched.batch
@@ -180,7 +180,7 @@ def test_a_clip_is_the_mean_of_its_frames_and_a_sound_is_a_gray_image(tmp_path):
 def test_padding_does_not_change_a_text(tmp_path):
     training = trainer(recipe_of("image"), tmp_path)
     model = training.model.eval()
-    text = training.modalities["text"]
+    text = training.data.modalities["text"]
     words = ["cat", "dog", "sun", "sea", "sky", "car", "hat", "map", "pen", "cup", "red", "one"]
     full = [" ".join(words), " ".join([words[0], *words[:0:-1]])]
     assert (text.tokenize(full, 12) != 0).all()

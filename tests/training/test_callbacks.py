@@ -22,9 +22,9 @@ class Recorded(openimp.Callback):
         self.evaluations: list[int] = []
         self.checkpoints: list[int] = []
 
-    def on_step(self, step: int, figures: dict[str, Any] | None) -> None:
-        assert figures is None or figures["step"] == step
-        self.steps.append((step, figures is not None))
+    def on_step(self, step: int, metrics: dict[str, Any] | None) -> None:
+        assert metrics is None or metrics["step"] == step
+        self.steps.append((step, metrics is not None))
 
     def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
         assert {result["step"] for result in results} == {step}
@@ -39,7 +39,7 @@ class StopAfter(openimp.Callback):
     def __init__(self, last: int) -> None:
         self.last = last
 
-    def on_step(self, step: int, figures: dict[str, Any] | None) -> None:
+    def on_step(self, step: int, metrics: dict[str, Any] | None) -> None:
         if step == self.last:
             raise openimp.StopTraining
 

@@ -25,7 +25,7 @@ from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
 from openimp.recipe.schema import Recipe
 from openimp.study.variants import SUMMED
-from openimp.training.setup import set_up
+from openimp.training.setup import Variant, set_up
 from openimp.training.stopping import stop_signals
 from openimp.training.trainer import Trainer, train
 
@@ -137,6 +137,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, little_data, tmp_p
     assert not read_lines(run / "skipped.jsonl")
     assert last_step(run) == STEPS
     assert hashes(run) == hashes(whole_run)
+
+
+def test_a_resumed_run_counts_steps_that_were_saved_before_they_were_logged(little_data, tmp_path):
+    """A crash between two lines of metrics, after a checkpoint between them."""
+
+    def crash(_, step):
+        if step == 5:
+            raise RuntimeError
+
+    recipe = recipe_of(little_data, "train.log_every=8", "train.save_every=3", "evaluation={}")
+    assert train(recipe, tmp_path / "whole")
+    with pytest.raises(RuntimeError):
+        train(recipe, tmp_path / "run", variant=Variant(before_step=crash))
+    assert train(recipe, tmp_path / "run", resume=True)
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    assert [line["step"] for line in figures(tmp_path / "run")] == [3, 6, 8, 9, 12]
 
 
 @pytest.mark.slow
@@ -286,14 +302,14 @@ def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
 
 def break_a_gradient(training, monkeypatch):
     """Makes one number of one gradient infinite in step 2."""
-    really_step = training.updater.step
+    really_step = training.updater.queue_update
 
     def step(number):
         if number == 2:
             training.model.encoder.blocks[0].attention.qkv.weight.grad[0, 0] = torch.inf
         return really_step(number)
 
-    monkeypatch.setattr(training.updater, "step", step)
+    monkeypatch.setattr(training.updater, "queue_update", step)
 
 
 def break_a_loss(training, monkeypatch):

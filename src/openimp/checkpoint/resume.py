@@ -32,7 +32,7 @@ def only_evaluates(key: str, recipe: Recipe) -> bool:
 
 def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
     """Raises UserError if another recipe or trainer saved the checkpoint, and names the difference."""
-    _, _, saved_recipe = read_config(folder, None)  # First, because it refuses other formats.
+    _, _, saved_recipe = read_config(folder, None)  # Before `read_state`, because it refuses other formats.
     saved_by = read_state(folder)["trainer"]
     if saved_by != trainer:
         raise UserError(
@@ -49,7 +49,7 @@ def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
 
 
 def changed_sources(folder: Path, sources: Mapping[str, str], allowed: bool) -> list[str]:
-    """The names of the sources whose data has changed since a checkpoint was saved.
+    """Prints and returns the names of the sources whose data has changed since a checkpoint was saved.
 
     `sources` are the present `TaskData.fingerprints`. Unless changes are `allowed`, they are a UserError.
     """

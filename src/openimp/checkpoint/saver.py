@@ -69,7 +69,10 @@ class Saver:
         is_rank_zero = distributed.rank() == 0
 
         def on_rank_zero(work: Callable[[], None]) -> None:
-            """Runs `work` on rank 0. If it fails, all ranks raise."""
+            """Runs `work` on rank 0. If it fails, all ranks raise.
+
+            Unlike `distributed.run_on_rank_zero`, it leaves `works_alone` as it is, which the training thread reads.
+            """
             distributed.run_on_all_ranks(lambda: work() if is_rank_zero else None, self.group)
 
         def write_shards() -> dict[str, Any]:
@@ -125,7 +128,7 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _remove_others(folder: Path, keep: int) -> None:
-    """Removes checkpoints. Of those up to `folder`, the last `keep` and the best one stay; of later ones, none."""
+    """Keeps the best checkpoint, and the last `keep` checkpoints up to and including `folder`; removes all others."""
     run = folder.parents[1]  # `folder` is RUN/checkpoints/step-...
     saved = checkpoints(run)
     best = (folder.parent / BEST).resolve().name

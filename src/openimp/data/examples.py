@@ -66,7 +66,7 @@ class ExampleReader:
                 targets.update(objective.read_texts(example.texts))
         return loaded
 
-    def readable(self, visit: Visit, position: int, loaded: dict[int, Example]) -> Example:
+    def find_readable(self, visit: Visit, position: int, loaded: dict[int, Example]) -> Example:
         """The example at a position or, if that is bad, the next one of its lane (or of the table) that can be read.
 
         So the replacement depends neither on the ranks nor on the workers. Adds the examples that it reads to `loaded`.

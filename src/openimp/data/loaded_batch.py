@@ -60,7 +60,7 @@ class LoadedBatch:
         """All examples, in CPU memory."""
         return Batch.cat(self.batches)
 
-    def to(self, device: torch.device) -> Batch:
+    def batch_on(self, device: torch.device) -> Batch:
         """All examples on a device. They are concatenated there, because only `batches` are in pinned memory."""
         return Batch.cat([batch.to(device) for batch in self.batches])
 

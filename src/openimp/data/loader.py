@@ -67,10 +67,9 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
     torch's SIGCHLD handler raises wherever the training process is. In the middle of an update, that would make the
     model unfit to be saved. So the handler is installed only during the wait.
     """
-    outer_handler = signal.getsignal(signal.SIGCHLD)
+    outer_handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL  # None if it was not installed from Python.
     iterator: Iterator[LoadedBatch | UserError] | None = None
-    # Exactly one `next` per part. An additional `next`, to reach the end, could report a worker that died after its
-    # last part.
+    # The iterator is not exhausted: the `next` that ends it would report a worker that died after its last part.
     for _ in range(len(loader)):
         try:
             iterator = iterator or iter(loader)  # Inside `try`: this starts the workers and installs torch's handler.
@@ -78,12 +77,13 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
             signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
             _error_if_any_worker_fails()  # A worker may have died before the handler was installed.
             part = next(iterator)
-            # Also inside `try`: until here, a dying worker makes the handler raise, which `except` must catch.
+            # Not only in `finally`: what the handler raises must be caught by `except`.
             signal.signal(signal.SIGCHLD, outer_handler)
         # torch raises RuntimeError. Unpickling a part from the dead worker raises the other errors.
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
             if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
                 raise
+            # Without torch's advice, which follows the first sentence.
             reason = str(error).split(". ")[0] or "the connection to it broke"
             raise WorkersFailed(
                 f"train.num_workers: a data worker died: {reason}; if it ran out of memory, lower train.num_workers or "

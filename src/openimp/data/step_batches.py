@@ -35,29 +35,31 @@ class StepBatches(Dataset[LoadedBatch]):
     def __getitem__(self, step: int) -> LoadedBatch:
         return self.part(step, 0, 1)
 
-    def part(self, step: int, part_index: int, parts: int) -> LoadedBatch:
-        """One of `parts` parts, of about equal size, of this rank's examples of a step.
+    def part(self, step: int, part_index: int, part_count: int) -> LoadedBatch:
+        """One of `part_count` parts, of about equal size, of this rank's examples of a step.
 
         A part with the same index reads the same lanes of a stream in every step.
         """
         visit = self.schedule[step]
         task = self.data.recipe.tasks[visit.task]
         source = self.data.source_of_task[visit.task]
-        positions = self._positions(visit, part_index, parts)
+        positions = self._positions(visit, part_index, part_count)
         if not positions:
             return LoadedBatch(visit)
         loaded = self._examples.load(visit, positions)
-        examples = [self._examples.readable(visit, position, loaded) for position in positions]
+        # Adds the replacements of bad examples to `loaded`.
+        examples = [self._examples.find_readable(visit, position, loaded) for position in positions]
         tokens = {}
         for name, spec in task.inputs.items():
             items = np.stack([array for example in examples for array in example.arrays[name]])
-            # One generator per position, because the same example may replace two bad ones of a batch.
+            # The generator of the position, not of its replacement: an example that replaces two bad ones must not drop
+            # the same tokens twice.
             rngs = [loaded[position].rng for position in positions for _ in range(spec.draw)]
             tokens[name] = self.data.modalities[name].tokens(items, task.views[visit.view][name], rngs)
         targets = []
-        for targets_of_objective in zip(*(example.targets for example in examples)):
-            first = targets_of_objective[0]
-            targets.append({key: torch.stack([target[key] for target in targets_of_objective]) for key in first})
+        for example_targets in zip(*(example.targets for example in examples)):  # of one objective
+            names_of_targets = example_targets[0].keys()
+            targets.append({key: torch.stack([target[key] for target in example_targets]) for key in names_of_targets})
         names = [example.name for example in examples]
         # A bad example counts in the part that has its position, not in one that tried it as a replacement.
         at_positions = [loaded[position] for position in positions]
@@ -71,13 +73,14 @@ class StepBatches(Dataset[LoadedBatch]):
             digest=batch_digest(f"{visit.task} {name}" for name in names),
         )
 
-    def _positions(self, visit: Visit, part_index: int, parts: int) -> list[int]:
+    def _positions(self, visit: Visit, part_index: int, part_count: int) -> list[int]:
         """The positions, in the task's order, of the examples of a part.
 
         A batch lists the examples of its first lane, then those of the second, and so on. The task's order takes one
-        example of each lane in turn: position p is in lane p % lanes. A table has as many lanes as examples. A part
-        has whole lanes, unless the lanes are not a multiple of the ranks: then several ranks share a lane, and
-        each takes some of its examples.
+        example of each lane in turn: position p is in lane p % lanes. For example, with 2 lanes and a batch of 4, the
+        batch from position 8 on has the positions 8, 10 (lane 0), 9, 11 (lane 1). A table has as many lanes as
+        examples. A part has whole lanes, unless the lanes are not a multiple of the ranks: then several ranks share a
+        lane, and each takes some of its examples.
         """
         lanes = self.data.source_of_task[visit.task].lanes or visit.batch_size
         lane_size = visit.batch_size // lanes  # examples of a lane in the batch
@@ -86,10 +89,10 @@ class StepBatches(Dataset[LoadedBatch]):
         rank_stop = rank_start + rank_size
         first_lane = rank_start // lane_size
         rank_lanes = -(-rank_stop // lane_size) - first_lane
-        part_start = (first_lane + rank_lanes * part_index // parts) * lane_size
-        part_stop = (first_lane + rank_lanes * (part_index + 1) // parts) * lane_size
+        part_start = (first_lane + rank_lanes * part_index // part_count) * lane_size
+        part_stop = (first_lane + rank_lanes * (part_index + 1) // part_count) * lane_size
         positions = []
-        for index in range(max(rank_start, part_start), min(rank_stop, part_stop)):
-            lane, place = divmod(index, lane_size)
-            positions.append(visit.start + place * lanes + lane)
+        for index_in_batch in range(max(rank_start, part_start), min(rank_stop, part_stop)):
+            lane, index_in_lane = divmod(index_in_batch, lane_size)
+            positions.append(visit.start + index_in_lane * lanes + lane)
         return positions

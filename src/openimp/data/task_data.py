@@ -102,7 +102,7 @@ class TaskData:
             else:
                 if task.teachers:
                     raise UserError(f"tasks.{name}: has a teacher, and source {source.name} is a stream")
-                _require_whole_lanes(name, task, source, self.world_size)
+                _require_lanes_divide_batches(name, task, source, self.world_size)
             self.source_of_task[name] = source
 
     def _tables(self) -> Iterable[Table]:
@@ -110,7 +110,7 @@ class TaskData:
         return dict.fromkeys(source for source in self.source_of_task.values() if isinstance(source, Table))
 
     def columns(self, task: Task) -> set[str]:
-        """The columns that a task reads from its source. Leaves out those that are in `stores` by now."""
+        """The columns that a task reads from its source, without columns that are in `stores` already."""
         columns = target_columns(task)
         for name, spec in task.inputs.items():
             if self.modalities[name].reads_text:
@@ -161,7 +161,7 @@ class TaskData:
         return media_views
 
     def fit(self, fitted_stems: Collection[str] = ()) -> None:
-        """Fits the modalities that read text to the training texts, on rank 0, and gives all ranks what they learned.
+        """Fits the modalities that read text to the training texts, on rank 0, and gives their state to all ranks.
 
         Modalities whose stem is in `fitted_stems` are left as they are.
         """
@@ -173,7 +173,7 @@ class TaskData:
 
         def fit_learners() -> dict[str, dict[str, str]]:
             for name, learner in learners.items():
-                learner.fit(self._corpus(name))
+                learner.fit(self._fitting_texts(name))
             return {name: learner.state() for name, learner in learners.items()}
 
         states = run_on_rank_zero(fit_learners)
@@ -181,8 +181,8 @@ class TaskData:
             for name, learner in learners.items():
                 learner.load_state(states[name])
 
-    def _corpus(self, name: str) -> Iterator[list[str]]:
-        """The texts that a modality learns from, one list per row."""
+    def _fitting_texts(self, name: str) -> Iterator[list[str]]:
+        """The texts that a modality is fitted to, one list per row."""
         for task_name, source in self.source_of_task.items():
             spec = self.recipe.tasks[task_name].inputs.get(name)
             if spec is None:
@@ -198,17 +198,18 @@ class TaskData:
     def embed(self, progress: Progress | None, teachers: Mapping[Teacher, Any]) -> None:
         """Embeds what towers and teachers read. It must be called before the first batch.
 
-        Vectors are stored in openimp's cache. UserError if a source is a stream, which is read only once, or if a
-        teacher's or a column's vectors have another size than the model's embeddings.
+        Vectors are stored in openimp's cache. UserError if a tower reads a stream, or if a teacher's or a column's
+        vectors have another size than the model's embeddings.
         """
         self._check_first_rows()
         self._embed_for_towers(progress)
         size = self.target_sizes.embed_dim
         for teacher, tower in teachers.items():
-            if tower.stem_spec().values != size:
+            teacher_size = tower.stem_spec().values
+            if teacher_size != size:
                 raise UserError(
-                    f"teacher {teacher.model}: has vectors of {tower.stem_spec().values} numbers, and the model of "
-                    f"{size}; set model.embed_dim"
+                    f"teacher {teacher.model}: has vectors of {teacher_size} numbers, and the model of {size}; set "
+                    "model.embed_dim"
                 )
         for task_name, source in self.source_of_task.items():
             task = self.recipe.tasks[task_name]
@@ -220,6 +221,7 @@ class TaskData:
                 if tower.reads_text:
                     vectors[teacher] = EmbeddedRows(source, tower, columns, progress)
                 else:
+                    # A teacher reads in its own view.
                     vectors[teacher] = embed_column(source, tower, columns[0], views=[], progress=progress)
             self.teacher_vectors[task_name] = vectors
 
@@ -244,12 +246,13 @@ class TaskData:
                 modality = self.modalities[name]
                 if isinstance(modality, Towered):
                     store = embed_column(table, modality, column, views, progress)
+                    self._check_bad_rows(table, column, store)
                     self.stores[table.name, name, column] = store
         for name, modality in self.modalities.items():
             if modality.reads_text and isinstance(modality, Towered):
-                self.text_vectors[name] = EmbeddedTexts(modality, self._texts(name), progress)
+                self.text_vectors[name] = EmbeddedTexts(modality, self._texts_to_embed(name), progress)
 
-    def _texts(self, name: str) -> Iterator[str]:
+    def _texts_to_embed(self, name: str) -> Iterator[str]:
         """All texts that training may draw for a modality with a tower."""
         for task_name, source in self.source_of_task.items():
             spec = self.recipe.tasks[task_name].inputs.get(name)
@@ -295,7 +298,7 @@ def _batch_sizes(task: Task) -> list[int]:
     return [view.batch_size or task.batch_size for view in task.views]
 
 
-def _require_whole_lanes(name: str, task: Task, stream: Stream, ranks: int) -> None:
+def _require_lanes_divide_batches(name: str, task: Task, stream: Stream, ranks: int) -> None:
     """Raises UserError if the lanes of a task's stream do not divide one of its batches."""
     unit = lcm(stream.lanes, ranks)
     for batch_size in _batch_sizes(task):
@@ -310,7 +313,7 @@ def _require_whole_lanes(name: str, task: Task, stream: Stream, ranks: int) -> N
 
 def _sample(table: Table, key: int, columns: list[str]) -> Iterator[dict[str, Any]]:
     """All rows of a table, or a random sample of `CORPUS_ROWS` rows in the table's order."""
-    rows = np.arange(min(len(table), CORPUS_ROWS))
+    rows = np.arange(len(table))
     if len(table) > CORPUS_ROWS:
-        rows = np.sort(permute(rows, len(table), key))
+        rows = np.sort(permute(np.arange(CORPUS_ROWS), len(table), key))
     return chain.from_iterable(table.chunks(rows.tolist(), columns))

@@ -44,8 +44,8 @@ class _Batch(NamedTuple):
         """Number of clips, and of tokens per clip."""
         if self.tokens is None:
             return 0, 0
-        rows, length, _ = self.tokens.coords.shape
-        return rows, length
+        clip_count, length, _ = self.tokens.coords.shape
+        return clip_count, length
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class ItemEncoder:
     model: Embedder
     modality: Modality
     view: Any
-    towards: str | None  # vectors are in the space shared with it; None: the encoder's features before any projection
+    towards: str | None  # a modality whose space the vectors are in; None: the encoder's features before any projection
     precision: Precision
-    batch_size: int = 64  # maximum number of clips in a forward pass, unless one item has more
+    batch_size: int = 64  # maximum number of clips in a forward pass, unless one item has more; see also `encode`
     normalize: bool = True  # vectors of clips and of items have length 1
     watch: Progress | None = None  # wraps the forward passes, and may stop them
 
@@ -78,14 +78,15 @@ class ItemEncoder:
 
         All ranks iterate together until the end, because they share the model. Each encodes its own items.
         """
-        passes: Iterable[Any] = in_lockstep(self._batches(ahead(_attempt, items)), lambda batch: batch.shape)
+        results = map_ahead(_attempt, items)
+        passes: Iterable[Any] = in_lockstep(self._batches(results), lambda batch: batch.shape)
         if self.watch:
             passes = self.watch(passes, self.modality.name)
         for batch, shapes in passes:
             batch = batch or _Batch([], [], None)
             # All ranks have tokens of the same shape, as in training. Ranks without an item encode zeros.
-            rows, length = map(max, zip(*shapes))
-            vectors = iter(self._vectors(batch, rows, length) if rows else ())
+            clip_count, length = map(max, zip(*shapes))
+            vectors = iter(self._vectors(batch, clip_count, length) if clip_count else ())
             for key, error in batch.items:
                 yield key, (next(vectors) if error is None else error)
 
@@ -93,7 +94,7 @@ class ItemEncoder:
         """The vectors (Z,) fp32 of one item in the spaces shared with several modalities, from one forward pass."""
         with torch.no_grad():
             features_MD = self._features(self.modality.tokens(clips, self.view, None))
-            return [self._means(self._project(features_MD, other), [len(clips)])[0] for other in towards]
+            return [self._item_vectors(self._project(features_MD, other), [len(clips)])[0] for other in towards]
 
     def encode_tokens(self, tokens: Tokens) -> Tensor:
         """The vectors (M, Z) or (M, D) fp32 of a batch of tokens. They are differentiable."""
@@ -118,15 +119,15 @@ class ItemEncoder:
         for number, (key, result) in enumerate(results):
             item_clips = 0 if isinstance(result, BadMedia) else len(result)
             if batch and (number % self.batch_size == 0 or clip_count + item_clips > self.batch_size):
-                yield self._batch(batch)
+                yield self._make_batch(batch)
                 batch = []
                 clip_count = 0
             batch.append((key, result))
             clip_count += item_clips
         if batch:
-            yield self._batch(batch)
+            yield self._make_batch(batch)
 
-    def _batch(self, results: list[tuple[Any, np.ndarray | BadMedia]]) -> _Batch:
+    def _make_batch(self, results: list[tuple[Any, np.ndarray | BadMedia]]) -> _Batch:
         items = [(key, result if isinstance(result, BadMedia) else None) for key, result in results]
         clips = [result for _, result in results if not isinstance(result, BadMedia)]
         tokens = self.modality.tokens(np.concatenate(clips), self.view, None) if clips else None
@@ -134,13 +135,13 @@ class ItemEncoder:
 
     # Not in inference mode: FSDP2 keeps some of the tensors that it makes for later training steps.
     @torch.no_grad()
-    def _vectors(self, batch: _Batch, rows: int, length: int) -> list[Tensor]:
-        """The vectors of the readable items of a batch, which is padded to `rows` clips of `length` tokens."""
-        tokens = batch.tokens or self.modality.zeros(rows, length)
-        if len(tokens.coords) < rows:
-            tokens = tokens.pad(rows)
+    def _vectors(self, batch: _Batch, clip_count: int, length: int) -> list[Tensor]:
+        """The vectors of the readable items of a batch, which is padded to `clip_count` clips of `length` tokens."""
+        tokens = batch.tokens or self.modality.zeros(clip_count, length)
+        if len(tokens.coords) < clip_count:
+            tokens = tokens.pad(clip_count)
         z_MZ = self._project(self._features(tokens), self.towards)
-        return self._means(z_MZ[: sum(batch.clip_counts)], batch.clip_counts)
+        return self._item_vectors(z_MZ[: sum(batch.clip_counts)], batch.clip_counts)
 
     def _features(self, tokens: Tokens) -> Tensor:
         """The encoder's features (M, D)."""
@@ -155,8 +156,8 @@ class ItemEncoder:
         with mixed_precision(self._device, self.precision):
             return self.model.project(features_MD, self.modality.name, towards, self.normalize)
 
-    def _means(self, z_MZ: Tensor, clip_counts: list[int]) -> list[Tensor]:
-        """The vectors of items: the means of the vectors of their clips."""
+    def _item_vectors(self, z_MZ: Tensor, clip_counts: list[int]) -> list[Tensor]:
+        """The vectors of items: the means of the vectors of their clips, normalized if `normalize`."""
         if not clip_counts:
             return []
         # On a GPU, index_add would sum in another order in each run.
@@ -166,7 +167,7 @@ class ItemEncoder:
         return list(z_NZ)
 
 
-def to_cpu(results: Iterable[tuple[K, Tensor | BadMedia]]) -> Iterator[list[tuple[K, np.ndarray | BadMedia]]]:
+def chunks_on_cpu(results: Iterable[tuple[K, Tensor | BadMedia]]) -> Iterator[list[tuple[K, np.ndarray | BadMedia]]]:
     """The results of `ItemEncoder.encode` with vectors on the CPU, `COPIED_TOGETHER` items at a time."""
     iterator = iter(results)
     while chunk := list(islice(iterator, COPIED_TOGETHER)):
@@ -175,7 +176,7 @@ def to_cpu(results: Iterable[tuple[K, Tensor | BadMedia]]) -> Iterator[list[tupl
         yield [(key, next(vectors_on_cpu) if isinstance(result, Tensor) else result) for key, result in chunk]
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def map_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`map` in a few threads, in order. It works only a few items ahead, because a long clip takes much memory."""
     with ThreadPoolExecutor(THREADS) as pool:
         futures: deque[Future[R]] = deque()

@@ -24,7 +24,7 @@ from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
 from openimp.common.objective import Teacher
 from openimp.common.protocols import Dated, Pictured, Recorded, Segmented, TensorInput
 from openimp.common.schema import Count, RecipePath, Strict, checked
-from openimp.encoding.engine import ahead
+from openimp.encoding.engine import map_ahead
 from openimp.encoding.frozen import CLIPS, FrozenEncoder, Role, open_encoder
 from openimp.recipe.registry import modality_class
 from openimp.recipe.schema import Recipe
@@ -112,7 +112,7 @@ class Tower(Modality):
 
     def embed_all(self, reads: Iterable[Callable[[], Any]]) -> Iterator[np.ndarray | BadMedia]:
         """The vectors (crops, features) fp16 of each item, or why it cannot be read. `reads` return raw values."""
-        attempts = ahead(self._attempt, enumerate(reads))
+        attempts = map_ahead(self._attempt, enumerate(reads))
         batch: list[list[np.ndarray] | BadMedia] = []
         clips = 0
         for item in attempts:

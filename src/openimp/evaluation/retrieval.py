@@ -44,19 +44,19 @@ class RetrievalResult(Predicted):
 
         In a tie, wrong candidates come first, so the best correct candidate is at its `rank`.
         """
-        similar_M = (self.candidate_MZ @ self.query_NZ[query_index]).cpu().numpy()
+        similarity_M = (self.candidate_MZ @ self.query_NZ[query_index]).cpu().numpy()
         correct_candidates = self.correct_pairs[self.correct_pairs[:, 0] == query_index, 1]
-        correct_M = np.zeros(len(similar_M), bool)
+        correct_M = np.zeros(len(similarity_M), bool)
         correct_M[correct_candidates] = True
         # As in `ranks`, NaN counts against the model.
         worst_M = np.where(correct_M, -np.inf, np.inf)
-        score_M = np.where(np.isnan(similar_M), worst_M, similar_M)
+        score_M = np.where(np.isnan(similarity_M), worst_M, similarity_M)
         order = np.lexsort((correct_M, -score_M))  # by descending score; in a tie, wrong candidates first
         chosen = list(order[:k])
         if not correct_M[chosen].any():
             correct_in_order = order[correct_M[order]]
             chosen.append(correct_in_order[0])
-        return [Answer(int(i), float(similar_M[i]), bool(correct_M[i])) for i in chosen]
+        return [Answer(int(i), float(similarity_M[i]), bool(correct_M[i])) for i in chosen]
 
     def metrics(self) -> dict[str, Any]:
         """R@1, R@5, R@10, median rank, mean reciprocal rank, chance, and the 95 % interval of R@1."""
@@ -83,7 +83,10 @@ def retrieve(
     """
     a, b = options.inputs  # the names of two modalities
     # The vectors of each side are in the space that it shares with the other side.
-    encoded_by_side = {side: evaluator.encode(options, side, table, towards=other) for side, other in ((a, b), (b, a))}
+    encoded_by_side = {
+        a: evaluator.encode(options, a, table, towards=b),
+        b: evaluator.encode(options, b, table, towards=a),
+    }
     readable = readable_rows(table, list(encoded_by_side.values()), error_prefix)
     rows = readable.row
     vectors = {}
@@ -123,22 +126,22 @@ def ranks(queries_NZ: Tensor, candidates_MZ: Tensor, pairs: np.ndarray, limit: i
     pairs (query, candidate), distinct, at least one per query. At most `limit` similarities are in memory at once,
     unless a single query has more.
     """
-    block = max(1, limit // len(candidates_MZ))
+    block_size = max(1, limit // len(candidates_MZ))
     pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
-    blocks = []
-    for start in range(0, len(queries_NZ), block):
-        similar_nM = queries_NZ[start : start + block] @ candidates_MZ.T
-        first_pair, end_pair = np.searchsorted(pairs[:, 0], [start, start + len(similar_nM)])
-        block_pairs = torch.from_numpy(pairs[first_pair:end_pair].copy()).to(similar_nM.device)
-        query_e, candidate_e = block_pairs.unbind(1)
-        query_e = query_e - start
-        correct_e = similar_nM[query_e, candidate_e]
-        best_n = similar_nM.new_full((len(similar_nM),), -torch.inf).scatter_reduce(0, query_e, correct_e, "amax")
+    rank_blocks = []
+    for start in range(0, len(queries_NZ), block_size):
+        similarity_nM = queries_NZ[start : start + block_size] @ candidates_MZ.T
+        first_pair, end_pair = np.searchsorted(pairs[:, 0], [start, start + len(similarity_nM)])
+        block_pairs = torch.from_numpy(pairs[first_pair:end_pair]).to(similarity_nM.device)
+        query_e = block_pairs[:, 0] - start  # as an index in the block
+        candidate_e = block_pairs[:, 1]
+        correct_e = similarity_nM[query_e, candidate_e]
+        best_n = similarity_nM.new_full((len(similarity_nM),), -torch.inf).scatter_reduce(0, query_e, correct_e, "amax")
         # `not <` instead of `>=`, so that every comparison with NaN counts against the model.
-        not_below_n = (~(similar_nM < best_n[:, None])).sum(1)
+        not_below_n = (~(similarity_nM < best_n[:, None])).sum(1)
         # Rank = 1 + wrong candidates not below `best_n`
         #      = 1 + all candidates not below `best_n` - correct candidates not below `best_n`.
         not_below_e = ~(correct_e < best_n[query_e])
         correct_not_below_n = torch.zeros_like(not_below_n).index_add(0, query_e, not_below_e.long())
-        blocks.append(1 + not_below_n - correct_not_below_n)
-    return torch.cat(blocks).cpu().numpy()
+        rank_blocks.append(1 + not_below_n - correct_not_below_n)
+    return torch.cat(rank_blocks).cpu().numpy()

@@ -20,7 +20,7 @@ from openimp.common.progress import notice
 from openimp.common.protocols import TextReader
 from openimp.common.texts import text_key
 from openimp.data.batch import head_key
-from openimp.encoding.engine import ItemEncoder, to_cpu
+from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
 from openimp.evaluation.zero_shot import check_prompt
 from openimp.inference.files import File, file_value, find_files, shown_name
 from openimp.inference.model import Model, load
@@ -167,7 +167,7 @@ def classify_files(
     for name, classifier in classifiers.items():
         encoder = classifier.encoder
         items = ((file, partial(_read, encoder, file)) for file in files_by_modality[name])
-        for chunk in to_cpu(encoder.encode(items)):
+        for chunk in chunks_on_cpu(encoder.encode(items)):
             skipped += [f"{shown_name(file)}: {result}" for file, result in chunk if isinstance(result, BadMedia)]
             vectors = {file: result for file, result in chunk if isinstance(result, np.ndarray)}
             count += len(vectors)

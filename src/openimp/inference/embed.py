@@ -15,7 +15,7 @@ from openimp.common.modality import BadMedia
 from openimp.common.progress import Progress, console, track
 from openimp.common.safe_files import replacing
 from openimp.data.files import is_utf8
-from openimp.encoding.engine import ItemEncoder, to_cpu
+from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
 from openimp.inference.files import File, file_value, find_files, parquet_file, shown_name
 from openimp.inference.model import load
 
@@ -82,7 +82,7 @@ def embed(
         for name, modality_files in files_by_modality.items():
             encoder = encoders[name]
             items = ((file, partial(_read, encoder, file)) for file in progress(modality_files, f"embed {name}"))
-            for chunk in to_cpu(encoder.encode(items)):
+            for chunk in chunks_on_cpu(encoder.encode(items)):
                 new_rows = []
                 for file, result in chunk:
                     if isinstance(result, BadMedia):

@@ -15,7 +15,7 @@ from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
-from openimp.encoding.engine import to_cpu
+from openimp.encoding.engine import chunks_on_cpu
 from openimp.encoding.items import raw_value, require_columns
 from openimp.inference.files import parquet_file
 from openimp.inference.model import Model, load
@@ -95,7 +95,7 @@ def embed_rows(
     bad = []
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as draft, pq.ParquetWriter(draft, schema) as writer:
-        for chunk in to_cpu(results):
+        for chunk in chunks_on_cpu(results):
             vectors = [None if isinstance(result, BadMedia) else result for _, result in chunk]
             bad += [f"{table.row_name(row)}: {error}" for row, error in chunk if isinstance(error, BadMedia)]
             first_row = chunk[0][0]

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from openimp.common.modality import BadMedia
 from openimp.common.names import absolute_name, is_url
-from openimp.encoding.engine import COPIED_TOGETHER, to_cpu
+from openimp.encoding.engine import COPIED_TOGETHER, chunks_on_cpu
 from openimp.inference.files import file_value
 from openimp.inference.model import load
 
@@ -75,7 +75,7 @@ class _RowEncoder:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         items = ((None, partial(self._read, value)) for value in rows[self.column].to_pylist())
-        results = [result for chunk in to_cpu(self.encoder.encode(items)) for _, result in chunk]
+        results = [result for chunk in chunks_on_cpu(self.encoder.encode(items)) for _, result in chunk]
         vectors = [None if isinstance(result, BadMedia) else result for result in results]
         errors = [str(result) if isinstance(result, BadMedia) else None for result in results]
         embedding = pa.array(vectors, pa.list_(pa.float32(), self.encoder.model.config.embed_dim))

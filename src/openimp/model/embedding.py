@@ -64,8 +64,9 @@ class Stem(nn.Module):
             x_BLD = _embed_patches(self.embed, tokens.values, self.scale)
         else:
             x_BLD = self.embed(tokens.values)
-        positions = sum(table(index) for table, index in zip(self.positions, tokens.coords.unbind(-1)))
-        return self.before(x_BLD + self.position_norm(positions))
+        coordinates = tokens.coords.unbind(-1)  # (B, L) per axis
+        position_BLD = sum(table(coordinate_BL) for table, coordinate_BL in zip(self.positions, coordinates))
+        return self.before(x_BLD + self.position_norm(position_BLD))
 
 
 class PatchConvolution(nn.Module):
@@ -83,8 +84,8 @@ class PatchConvolution(nn.Module):
         self.frame_shape = (height + 2 * CONV_MARGIN, width_of_patch + 2 * CONV_MARGIN, channels)
         self.convolution = scaled_linear(CONV_KERNEL**2 * channels, spec.conv_channels)
         self.scale = (spec.conv_channels / self.convolution.in_features) ** 0.5
-        places = (height // CONV_STRIDE + 1) * (width_of_patch // CONV_STRIDE + 1)
-        self.out = linear(frames * places * spec.conv_channels, width)
+        windows_per_frame = (height // CONV_STRIDE + 1) * (width_of_patch // CONV_STRIDE + 1)
+        self.out = linear(frames * windows_per_frame * spec.conv_channels, width)
 
     def forward(self, values_BLP: Tensor) -> Tensor:
         """Embeds values (B, L, P) to (B, L, D)."""

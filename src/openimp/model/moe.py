@@ -40,7 +40,7 @@ class Usage(NamedTuple):
     """How one input of a pass uses the experts of one sparse layer.
 
     Attributes:
-        load_E: each expert's share of all filled slots.
+        load_E: each expert's share of all filled slots, which are those that hold a valid token.
         gate_E: each expert's share of the sum of all gates. With expert choice all experts fill equally many slots, so
             only the gates show which experts the router prefers.
         dropped: scalar, the number of this rank's tokens that no expert took, divided by the mean number of tokens per
@@ -56,11 +56,11 @@ class RouterStats(NamedTuple):
     """Statistics of one sparse layer for one input of a pass.
 
     Attributes:
-        aux: scalar, the router's z-loss times `moe.z_loss`.
+        z_loss: scalar, the router's z-loss times `moe.z_loss`.
         usage: None unless the layer is compiled, or `set_usage_collection` asks for it.
     """
 
-    aux: Tensor
+    z_loss: Tensor
     usage: Usage | None
 
     @staticmethod
@@ -70,10 +70,10 @@ class RouterStats(NamedTuple):
         def weighted_mean(values: Sequence[Any]) -> Any:
             return sum(share * value for share, value in zip(token_shares, values))
 
-        aux = weighted_mean([stats.aux for stats in chunks])
+        z_loss = weighted_mean([stats.z_loss for stats in chunks])
         usages = [stats.usage for stats in chunks if stats.usage is not None]
         usage = Usage(*map(weighted_mean, zip(*usages))) if usages else None
-        return RouterStats(aux, usage)
+        return RouterStats(z_loss, usage)
 
 
 def expert_choice(probs_BLE: Tensor, valid_BL: Tensor, capacity_factor: float) -> Routing:
@@ -84,19 +84,14 @@ def expert_choice(probs_BLE: Tensor, valid_BL: Tensor, capacity_factor: float) -
     needed stay empty.
     """
     _, tokens, experts = probs_BLE.shape
-    capacity = min(tokens, _capacity(tokens, capacity_factor / experts))
+    capacity = min(tokens, max(1, int(tokens * (capacity_factor / experts) + 0.5)))
     # Padding has the score -1, so `topk` selects it last, and `gate_BEC > 0` below leaves its slots empty.
     score_BEL = probs_BLE.masked_fill(~valid_BL[..., None], -1.0).transpose(1, 2)
     gate_BEC, token_BEC = score_BEL.topk(capacity, dim=-1)
-    # fp64, like Python's floats in `_capacity`: fp32 could round a half the other way.
-    taken_B = (valid_BL.sum(-1).double() * (capacity_factor / experts) + 0.5).floor().clamp(min=1)
-    filled_BEC = (torch.arange(capacity, device=gate_BEC.device) < taken_B[:, None, None]) & (gate_BEC > 0)
+    # fp64, like Python's floats in `capacity`: fp32 could round a half the other way.
+    capacity_B = (valid_BL.sum(-1).double() * (capacity_factor / experts) + 0.5).floor().clamp(min=1)
+    filled_BEC = (torch.arange(capacity, device=gate_BEC.device) < capacity_B[:, None, None]) & (gate_BEC > 0)
     return Routing(token_BEC, gate_BEC * filled_BEC)
-
-
-def _capacity(tokens: int, share: float) -> int:
-    """Slots of an expert that takes a `share` of the tokens of an example."""
-    return max(1, int(tokens * share + 0.5))
 
 
 def valid_tokens_per_rank(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
@@ -142,12 +137,12 @@ class Router(nn.Module):
     def _route(
         self, probs_BLE: Tensor, z_loss_BL: Tensor, valid_BL: Tensor, mean_token_count: Tensor
     ) -> tuple[Routing, RouterStats]:
-        aux = self.config.z_loss * (z_loss_BL * valid_BL).sum() / mean_token_count
+        z_loss = self.config.z_loss * (z_loss_BL * valid_BL).sum() / mean_token_count
         routing = expert_choice(probs_BLE, valid_BL, self.config.capacity_factor)
         # Compiled layers always collect, because that costs them little and a switch would compile each of them twice.
         collects = torch.compiler.is_compiling() or self.collects_usage
         usage = _usage(routing, valid_BL, mean_token_count) if collects else None
-        return routing._replace(gate_BEC=self.gate_scale * routing.gate_BEC), RouterStats(aux, usage)
+        return routing._replace(gate_BEC=self.gate_scale * routing.gate_BEC), RouterStats(z_loss, usage)
 
 
 def set_usage_collection(model: nn.Module, enabled: bool) -> None:
@@ -163,9 +158,9 @@ def _usage(routing: Routing, valid_BL: Tensor, mean_token_count: Tensor) -> Usag
     filled_BEC = (routing.gate_BEC > 0).float()
     load_E = filled_BEC.sum((0, 2))
     gate_E = routing.gate_BEC.sum((0, 2))
-    taken_BL = torch.zeros_like(valid_BL, dtype=torch.float32)
-    taken_BL = taken_BL.scatter_add(1, routing.token_BEC.flatten(1), filled_BEC.flatten(1))
-    dropped = ((taken_BL == 0) & valid_BL).sum() / mean_token_count
+    expert_count_BL = torch.zeros_like(valid_BL, dtype=torch.float32)
+    expert_count_BL = expert_count_BL.scatter_add(1, routing.token_BEC.flatten(1), filled_BEC.flatten(1))
+    dropped = ((expert_count_BL == 0) & valid_BL).sum() / mean_token_count
     # A batch of padding fills no slot. `clamp` prevents 0 / 0 there.
     return Usage(load_E / load_E.sum().clamp(min=1), gate_E / gate_E.sum().clamp(min=1e-9), dropped)
 
@@ -193,14 +188,13 @@ class Experts(nn.Module):
         if self.bias:
             parameters += [self.up_bias_EF, self.down_bias_ED]
         local = local_experts(parameters)
-        # From `received_ESD` on, E are the experts that this rank holds, and S are their slots for the tokens of all
-        # ranks of `group`.
+        # Below, e are the experts that this rank holds, and s are their slots for the tokens of all ranks of `group`.
         group = local.group
-        up_EDF, down_EFD, *biases = local.weights
-        up_bias_EF, down_bias_ED = biases or (None, None)
-        received_ESD = dispatch_to_experts(x_ESD, group)
-        hidden_ESF = gelu(_linear(received_ESD, up_EDF, up_bias_EF), self.gelu_kind)
-        return combine_from_experts(_linear(hidden_ESF, down_EFD, down_bias_ED), group)
+        up_eDF, down_eFD, *biases = local.weights
+        up_bias_eF, down_bias_eD = biases or (None, None)
+        received_esD = dispatch_to_experts(x_ESD, group)
+        hidden_esF = gelu(_linear(received_esD, up_eDF, up_bias_eF), self.gelu_kind)
+        return combine_from_experts(_linear(hidden_esF, down_eFD, down_bias_eD), group)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -234,32 +228,33 @@ class SparseMLP(nn.Module):
             valid: per input, (B, L), False for padding.
             mean_token_counts: per input, its valid tokens averaged over ranks (`valid_tokens_per_rank`).
         """
-        rows = []  # per input, (E, B C): the rows of `x_TD` that its slots hold
+        token_indices = []  # per input, (E, B C): the token in each slot of the input, as an index into `x_TD`
         gates = []  # per input, (E, B C)
         all_stats = []
         input_start = 0
         for valid_BL, (routing, stats) in zip(valid, self.router(x_TD, valid, mean_token_counts)):
             input_end = input_start + valid_BL.numel()
             example_start_B = torch.arange(input_start, input_end, valid_BL.shape[1], device=x_TD.device)
-            row_BEC = routing.token_BEC + example_start_B[:, None, None]
-            rows.append(row_BEC.transpose(0, 1).flatten(1))
+            index_BEC = routing.token_BEC + example_start_B[:, None, None]
+            token_indices.append(index_BEC.transpose(0, 1).flatten(1))
             gates.append(routing.gate_BEC.transpose(0, 1).flatten(1))
             all_stats.append(stats)
             input_start = input_end
-        row_ES = torch.cat(rows, dim=1)
-        row_U = row_ES.flatten()
+        index_ES = torch.cat(token_indices, dim=1)
+        index_U = index_ES.flatten()
         gate_U1 = torch.cat(gates, dim=1).flatten()[:, None]
-        x_ESD = x_TD.index_select(0, row_U).unflatten(0, row_ES.shape)
+        x_ESD = x_TD.index_select(0, index_U).unflatten(0, index_ES.shape)
         out_UD = self.experts(x_ESD).flatten(0, 1)
         sum_TD = torch.zeros_like(x_TD, dtype=out_UD.dtype)
-        return sum_TD.index_add(0, row_U, out_UD * gate_U1.to(out_UD.dtype)), all_stats
+        return sum_TD.index_add(0, index_U, out_UD * gate_U1.to(out_UD.dtype)), all_stats
 
 
 class ExpertGroups(nn.Module):
     """A router and experts per stem, so that experts specialize on stems (MoMa, arXiv 2407.21770).
 
-    The gates are multiplied by the number of experts of the group, so that they are about 1 at first. With
-    expert parallelism, the experts of each group are divided over all its ranks, so each rank has work in every step.
+    The gates are multiplied by the number of experts of the group, so that they are about 1 at first. With expert
+    parallelism, the experts of each group are divided over all `expert_degree` ranks, so each rank has work in every
+    step.
     """
 
     def __init__(self, width: int, hidden: int, config: MoE, bias: bool = False, gelu_kind: Gelu = "tanh") -> None:
@@ -279,8 +274,8 @@ class ExpertGroups(nn.Module):
         mean_token_counts: Sequence[Tensor],
         stems: Sequence[str],
     ) -> tuple[Tensor, list[RouterStats]]:
-        """Maps (T, D) to (T, D), and returns statistics per input. They list the experts of all groups, in order, with
-        0 for those of other stems.
+        """Maps (T, D) to (T, D), and returns statistics per input. The statistics cover the experts of all groups, in
+        order, with 0 for those of other stems.
 
         Args:
             valid: per input, (B, L), False for padding.
@@ -297,11 +292,11 @@ class ExpertGroups(nn.Module):
             group_valid = [valid[i] for i in indices]
             out_TD, group_stats = self.groups[stem](group_TD, group_valid, [mean_token_counts[i] for i in indices])
             outputs |= zip(indices, out_TD.split([token_counts[i] for i in indices]))
-            all_stats |= zip(indices, (self._among_all(stats, stem) for stats in group_stats))
+            all_stats |= zip(indices, (self._padded_to_all_groups(stats, stem) for stats in group_stats))
         places = range(len(stems))
         return torch.cat([outputs[i] for i in places]), [all_stats[i] for i in places]
 
-    def _among_all(self, stats: RouterStats, stem: str) -> RouterStats:
+    def _padded_to_all_groups(self, stats: RouterStats, stem: str) -> RouterStats:
         """The statistics of a group, with a share of 0 for each expert of the other groups."""
         if stats.usage is None:
             return stats
@@ -311,4 +306,4 @@ class ExpertGroups(nn.Module):
         padding = (sum(sizes[:place]), sum(sizes[place + 1 :]))
         load_E = F.pad(stats.usage.load_E, padding)
         gate_E = F.pad(stats.usage.gate_E, padding)
-        return RouterStats(stats.aux, Usage(load_E, gate_E, stats.usage.dropped))
+        return RouterStats(stats.z_loss, Usage(load_E, gate_E, stats.usage.dropped))

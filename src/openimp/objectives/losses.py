@@ -34,9 +34,10 @@ def task_losses(model: Embedder, task: Task, batch: Batch, encode_all: EncodeAll
         terms = objective.losses(model, task, encoded, targets)
         parts |= {name: loss.detach() for name, loss in terms.items()}
         total = total + objective.weight * torch.stack([*terms.values()]).mean()
-    aux = [torch.stack([stats.aux for stats in item.routing]).sum() for item in encoded.values() if item.routing]
-    if aux:
-        parts["router"] = torch.stack(aux).mean().detach()
-        total = total + torch.stack(aux).mean()
+    z_losses = [torch.stack([stats.z_loss for stats in item.routing]).sum() for item in encoded.values() if item.routing]
+    if z_losses:
+        router_loss = torch.stack(z_losses).mean()
+        parts["router"] = router_loss.detach()
+        total = total + router_loss
     usage = {name: [stats.usage for stats in item.routing if stats.usage] for name, item in encoded.items()}
     return Losses(total, parts, usage)

@@ -25,7 +25,7 @@ from openimp.data.targets import target_sizes
 from openimp.model.build import build_for_training
 from openimp.model.embedder import Embedder, in_chunks
 from openimp.model.learning_rates import freeze, muon_stacks
-from openimp.objectives.losses import Losses, task_losses
+from openimp.objectives.losses import task_losses
 from openimp.parallel.muon import muon_flops
 from openimp.recipe.schema import Recipe
 from openimp.recipe.training import Memory
@@ -34,7 +34,7 @@ META = torch.device("meta")
 UNITS = ("steps", "examples", "tokens", "flops")
 TaskView = tuple[str, int]
 """The name of a task, and the index of one of its views."""
-_cached_costs: dict[str, dict[TaskView, "Cost"]] = {}
+_cached_costs: dict[Any, dict[TaskView, "Cost"]] = {}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Cost:
     forward_flops: int  # of one forward pass
     repeated_flops: int  # of the forward passes that the backward pass repeats, as `memory` asks
     optimizer_flops: int  # of Muon
-    touched: frozenset[str]  # names of the parameters that get a gradient
+    params_with_grad: frozenset[str]  # names of the parameters that get a gradient
 
     @property
     def model_flops(self) -> int:
@@ -69,10 +69,9 @@ def costs(
     classes: Classes,
     *,
     build: Callable[..., Any] = build_for_training,
-    losses: Callable[..., Losses] = task_losses,
     summed: bool = False,
 ) -> dict[TaskView, Cost]:
-    """The cost of a step of each task and view. For a model that is not the recipe's, give its `build` and `losses`.
+    """The cost of a step of each task and view. For a model that is not the recipe's, give its `build`.
 
     With `summed`, one update follows the losses of all tasks, and its FLOPs are divided equally among their steps.
     """
@@ -80,36 +79,38 @@ def costs(
     # Views of evaluation count too, because the context of two towers is as long as the longest view.
     sections = [data[name] for name in ("model", "modalities", "tasks", "memory", "evaluation", "optimizer")]
     class_counts = {name: len(values) for name, values in classes.items()}
-    key = json.dumps([build.__qualname__, summed, sections, class_counts])
+    key = (build, summed, json.dumps([sections, class_counts]))
     if key not in _cached_costs:  # Counting takes seconds, and a study needs the same costs again and again.
         model = meta_model(recipe, modalities, classes, build).train()
-        cost_by_task_view = _count_passes(recipe, modalities, classes, model, losses)
+        cost_by_task_view = _count_passes(recipe, modalities, classes, model)
         cost_by_task_view = _with_optimizer(recipe, model, cost_by_task_view, summed)
         if recipe.memory != Memory():
             plain_recipe = recipe.model_copy(update={"memory": Memory()})
-            plain = costs(plain_recipe, modalities, classes, build=build, losses=losses, summed=summed)
+            plain = costs(plain_recipe, modalities, classes, build=build, summed=summed)
             for task_view, cost in cost_by_task_view.items():
                 cost_by_task_view[task_view] = replace(cost, repeated_flops=cost.flops - plain[task_view].flops)
         _cached_costs[key] = cost_by_task_view
     return _cached_costs[key]
 
 
-def _count_passes(
-    recipe: Recipe, modalities: Modalities, classes: Classes, model: Embedder, losses: Callable[..., Losses]
-) -> dict[TaskView, Cost]:
+def _count_passes(recipe: Recipe, modalities: Modalities, classes: Classes, model: Embedder) -> dict[TaskView, Cost]:
     """The cost of a step of each task and view, without its update."""
     cost_by_task_view = {}
     encode_all = in_chunks(model.encode_all, recipe.memory.chunk_size)
     for task_name, task in recipe.tasks.items():
-        for i, view in enumerate(task.views if task.weight else ()):
+        if not task.weight:
+            continue
+        for i, view in enumerate(task.views):
+            # Tensors on the meta device have no values. Fake tensors may have them, but are slower.
             with FakeTensorMode(allow_non_fake_inputs=True) if model.reads_values else nullcontext():
-                batch = empty_batch(recipe, task_name, i, modalities, classes, device=META)
+                batch = zero_batch(recipe, task_name, i, modalities, classes, device=META)
                 with FlopCounterMode(display=False) as counter:
-                    total = losses(model, task, batch, encode_all).total
+                    total = task_losses(model, task, batch, encode_all).total
                     forward_flops = counter.get_total_flops()
                     if not total.requires_grad:
                         raise UserError(f"tasks.{task_name}: optimizer.lr_scale freezes all that the task trains")
                     total.backward()
+            with_grad = [name for name, weight in model.named_parameters() if weight.grad is not None]
             cost_by_task_view[task_name, i] = Cost(
                 examples=view.batch_size or task.batch_size,
                 tokens=sum(tokens.coords[..., 0].numel() for tokens in batch.tokens.values()),
@@ -117,7 +118,7 @@ def _count_passes(
                 forward_flops=forward_flops,
                 repeated_flops=0,
                 optimizer_flops=0,
-                touched=frozenset(name for name, weight in model.named_parameters() if weight.grad is not None),
+                params_with_grad=frozenset(with_grad),
             )
             model.zero_grad()
     return cost_by_task_view
@@ -133,15 +134,15 @@ def _with_optimizer(recipe: Recipe, model: Embedder, cost_by_task_view: Costs, s
         updated = [parameters[name] for name in names]
         return muon_flops({parameter: stacks[parameter] for parameter in updated if parameter in stacks})
 
+    all_with_grad = frozenset[str]().union(*(cost.params_with_grad for cost in cost_by_task_view.values()))
+    steps_per_update = len({task for task, _ in cost_by_task_view}) if summed else 1
     with_update = {}
     for task_view, cost in cost_by_task_view.items():
-        if summed:
-            touched_by_any = frozenset[str]().union(*(other.touched for other in cost_by_task_view.values()))
-            flops = update_flops(touched_by_any) // len({task for task, _ in cost_by_task_view})
-        elif recipe.optimizer.zero_missing_grads:
-            flops = update_flops(frozenset(parameters))
+        if recipe.optimizer.zero_missing_grads:
+            updated_names = frozenset(parameters)
         else:
-            flops = update_flops(cost.touched)
+            updated_names = all_with_grad if summed else cost.params_with_grad
+        flops = update_flops(updated_names) // steps_per_update
         with_update[task_view] = replace(cost, flops=cost.flops + flops, optimizer_flops=flops)
     return with_update
 
@@ -186,7 +187,7 @@ def short(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def empty_batch(
+def zero_batch(
     recipe: Recipe,
     name: str,
     view: int,

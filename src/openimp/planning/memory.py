@@ -15,7 +15,7 @@ from openimp.common.modality import Classes, Modalities
 from openimp.model.embedder import in_chunks
 from openimp.model.encoder import Attention
 from openimp.objectives.losses import task_losses
-from openimp.planning.costs import empty_batch, meta_model
+from openimp.planning.costs import meta_model, zero_batch
 from openimp.recipe.schema import Recipe
 
 CPU = torch.device("cpu")
@@ -116,7 +116,7 @@ def step_memory(
         model.to_empty(device=CPU)
         if on_gpu:
             _use_gpu_kernels(model, autocasts=not gathered_in_bf16)
-        batch = empty_batch(recipe, task, view, modalities, classes, device=CPU, ranks=gpus)
+        batch = zero_batch(recipe, task, view, modalities, classes, device=CPU, ranks=gpus)
         with StepMemory(model) as memory:
             memory.inputs = sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
             with autocast(CPU, "fp32" if gathered_in_bf16 else precision):

@@ -39,22 +39,22 @@ class Plan:
 
     layout: Layout
     gpu: GPU
-    utilization: float  # assumed share of the bf16 peak, with passes that the recipe's `memory` repeats
+    utilization: float  # assumed HFU: share of the bf16 peak, with passes that the recipe's `memory` repeats
     parameters: dict[str, int]  # number of parameters by part of the model
     frozen: int  # number of frozen parameters
-    parameters_per_token: int | None  # number of parameters that a token uses on average
+    active_parameters: int | None  # number of parameters that a token uses on average
     step_needs: dict[TaskView, StepNeeds]  # what one step of this task and view needs
     step_counts: dict[TaskView, int]  # number of steps in the whole run
 
     @property
-    def largest(self) -> TaskView:
+    def peak_task_view(self) -> TaskView:
         """The task and view whose steps need the most memory."""
         return max(self.step_needs, key=lambda task_view: self.step_needs[task_view].memory.total)
 
     @property
     def memory_bytes(self) -> int:
         """Most bytes that one GPU holds."""
-        return self.step_needs[self.largest].memory.total
+        return self.step_needs[self.peak_task_view].memory.total
 
     @property
     def fits(self) -> bool:
@@ -134,7 +134,7 @@ def plans(
             utilization=utilization,
             parameters=parameters,
             frozen=frozen,
-            parameters_per_token=parameters_per_token(model),
+            active_parameters=active_parameters(model),
             step_needs=step_needs,
             step_counts=step_counts,
         )
@@ -165,7 +165,7 @@ def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def parameters_per_token(model: Embedder) -> int | None:
+def active_parameters(model: Embedder) -> int | None:
     """Number of parameters that a token uses on average, after its embedding and before the mean over the tokens.
 
     These are the encoder without the experts that do not process the token, and the stem's linear layers before and
@@ -177,8 +177,8 @@ def parameters_per_token(model: Embedder) -> int | None:
     # `Stem.before` and `Stem.after` are width x width, with bias. Without an encoder, there are no such layers.
     stem_parameters = 2 * (width * width + width) if model.config.layers else 0
     # A token passes only through the modality-specific blocks of its stem. Those of all stems are equally large.
-    block_sizes = [parameter_count(blocks) for blocks in model.encoder.own.values()]
-    parameters = parameter_count(model.encoder) - sum(block_sizes[1:]) + stem_parameters
+    sizes_by_stem = [parameter_count(blocks) for blocks in model.encoder.own.values()]
+    parameters = parameter_count(model.encoder) - sum(sizes_by_stem[1:]) + stem_parameters
     moe = model.config.moe
     if moe is None:
         return parameters

@@ -61,60 +61,60 @@ class StepNeeds:
 
 
 class StepPlanner:
-    """Plans the steps of a recipe in one layout, at a given MFU."""
+    """Plans the steps of a recipe in one layout, at a given share of the GPU's peak."""
 
-    def __init__(self, recipe: Recipe, sharding: Sharding, gpu: GPU, mfu: float) -> None:
+    def __init__(self, recipe: Recipe, sharding: Sharding, gpu: GPU, utilization: float) -> None:
         self.recipe = recipe
         self.sharding = sharding
         self.gpu = gpu
-        self.mfu = mfu
+        self.utilization = utilization
         self.model = sharding.model
         self.weights = dict(self.model.named_parameters())
         self.trained = {weight for weight in self.weights.values() if weight.requires_grad}
         self.block_weights = [{*block.parameters()} for block in self.model.blocks()]
         self.outside_blocks = {*self.weights.values()}.difference(*self.block_weights)
-        self.by_muon = {*muon_stacks(self.model, recipe.optimizer)}
-        self.muon = MuonWork(sharding, self.by_muon)
+        self.muon_weights = {*muon_stacks(self.model, recipe.optimizer)}
+        self.muon = MuonWork(sharding, self.muon_weights)
         self.ema_bytes = sharding.held_bytes(self.trained) if recipe.optimizer.ema_decay else 0
 
-    def step(self, task: Task, cost: Cost, counted: StepMemory) -> StepNeeds:
-        """Plans a step with these costs. `counted` has the memory of its activations."""
-        touched = {self.weights[name] for name in cost.touched}
-        updated = self.trained if self.recipe.optimizer.zero_missing_grads else touched
+    def step(self, task: Task, cost: Cost, step_memory: StepMemory) -> StepNeeds:
+        """Plans a step with these costs. `step_memory` is the memory of its activations."""
+        with_grad = {self.weights[name] for name in cost.params_with_grad}
+        updated = self.trained if self.recipe.optimizer.zero_missing_grads else with_grad
         by_objective = [objective.compared(task, cost.examples) for objective in task.objectives]
-        compared = Compared(*map(sum, zip(*by_objective)))
+        compared = Compared(*map(sum, zip(*by_objective)))  # Sums each field.
         layout = self.sharding.layout
         local_examples = {name: cost.examples * spec.draw // layout.ranks for name, spec in task.inputs.items()}
         sizes_of_passes = pass_sizes(local_examples, self.recipe.memory.chunk_size)
         passes = [self.model.blocks_of(sizes) for sizes in sizes_of_passes]
         weights_in_passes = [weight for blocks in passes for block in blocks for weight in block.parameters()]
-        # Blocks are gathered while others compute. With one pass, gradients are reduced meanwhile, too. With several
-        # passes (chunks), they are reduced after the last one.
+        # Blocks are gathered while others compute. With one pass, the reduction of gradients overlaps with computation,
+        # too. With several passes (chunks), gradients are reduced after the last one.
         if layout.reshard_after_forward:
-            forward = self.sharding.gather(weights_in_passes)
-            regather = forward
+            forward_traffic = self.sharding.gather(weights_in_passes)
+            regather_traffic = forward_traffic
         else:
-            forward = self.sharding.gather({*weights_in_passes})  # each weight once
-            regather = Traffic()
-        reduced_meanwhile = touched & {*weights_in_passes} if len(passes) == 1 else set()
-        backward = regather + self.sharding.reduce(reduced_meanwhile)
-        # No computation hides this traffic. FSDP2 gathers the weights outside of blocks again for each head.
-        exposed = self.sharding.reduce(touched - reduced_meanwhile)
-        exposed += self.muon.traffic(updated)
-        exposed += self._expert_traffic(cost)
-        for _ in range(1 + compared.heads):
-            exposed += self.sharding.gather(self.outside_blocks)
-        exposed += Group(layout.ranks).all_gather(self._vector_bytes(compared))
+            forward_traffic = self.sharding.gather({*weights_in_passes})  # each weight once
+            regather_traffic = Traffic()
+        overlapped = with_grad & {*weights_in_passes} if len(passes) == 1 else set()
+        backward_traffic = regather_traffic + self.sharding.reduce(overlapped)
+        # No computation hides this traffic.
+        exposed_traffic = self.sharding.reduce(with_grad - overlapped)
+        exposed_traffic += self.muon.traffic(updated)
+        exposed_traffic += self._expert_traffic(cost, is_chunked=len(passes) > 1)
+        for _ in range(1 + compared.heads):  # FSDP2 gathers the weights outside of blocks again for each head.
+            exposed_traffic += self.sharding.gather(self.outside_blocks)
+        exposed_traffic += Group(layout.ranks).all_gather(self._vector_bytes(compared))
 
         forward_seconds = self._seconds(cost.forward_flops / layout.ranks)
         backward_seconds = self._seconds((cost.hardware_flops - cost.forward_flops) / layout.ranks)
-        wait_seconds = exposed.seconds(self.gpu)
-        wait_seconds += max(0.0, forward.seconds(self.gpu) - forward_seconds)
-        wait_seconds += max(0.0, backward.seconds(self.gpu) - backward_seconds)
+        wait_seconds = exposed_traffic.seconds(self.gpu)
+        wait_seconds += max(0.0, forward_traffic.seconds(self.gpu) - forward_seconds)
+        wait_seconds += max(0.0, backward_traffic.seconds(self.gpu) - backward_seconds)
         return StepNeeds(
             cost=cost,
-            memory=self._memory(compared, counted, updated),
-            received_bytes=(forward + backward + exposed).received_bytes,
+            memory=self._memory(compared, step_memory, updated),
+            received_bytes=(forward_traffic + backward_traffic + exposed_traffic).received_bytes,
             compute_seconds=forward_seconds + backward_seconds + self._update_seconds(cost, updated),
             wait_seconds=wait_seconds,
         )
@@ -122,7 +122,7 @@ class StepPlanner:
     def _vector_bytes(self, compared: Compared) -> int:
         return FP32_BYTES * self.model.config.embed_dim * compared.vectors
 
-    def _expert_traffic(self, cost: Cost) -> Traffic:
+    def _expert_traffic(self, cost: Cost, is_chunked: bool) -> Traffic:
         """Traffic of expert parallelism: tokens go to their experts and back, and so do their gradients.
 
         The tokens go there and back again each time that the backward pass repeats the forward pass.
@@ -131,35 +131,35 @@ class StepPlanner:
         if moe is None:
             return Traffic()
         slots = moe.capacity_factor * cost.tokens / self.sharding.layout.ranks * moe.layers
-        memory = self.recipe.memory
-        exchanges = 4 + 2 * (memory.chunk_size is not None) + 2 * memory.activation_checkpointing
+        exchanges = 4 + 2 * is_chunked + 2 * self.recipe.memory.activation_checkpointing
         slot_bytes = self.sharding.gathered_type_bytes * self.recipe.model.width
+        # An all-to-all receives as many bytes as an all-gather of the same size.
         return Group(self.sharding.layout.expert_degree).all_gather(exchanges * slot_bytes * slots)
 
     def _seconds(self, flops: float) -> float:
-        return flops / (self.gpu.flops_per_s * self.mfu)
+        return flops / (self.gpu.flops_per_s * self.utilization)
 
     def _update_seconds(self, cost: Cost, updated: Set[Tensor]) -> float:
         """Time of Muon's matrix products, and of the optimizers' reads from and writes to the GPU's memory."""
-        adamw_parameters = self.sharding.held_bytes(updated - self.by_muon) / FP32_BYTES
+        adamw_parameters = self.sharding.held_bytes(updated - self.muon_weights) / FP32_BYTES
         muon_parameters = self.muon.momentum_bytes(updated) / FP32_BYTES
         ema_parameters = self.ema_bytes / FP32_BYTES
         moved_bytes = ADAMW_BYTES * adamw_parameters + MUON_BYTES * muon_parameters + EMA_BYTES * ema_parameters
         return self._seconds(cost.optimizer_flops / self.muon.owners) + moved_bytes / (1e12 * self.gpu.memory_tb_per_s)
 
-    def _memory(self, compared: Compared, counted: StepMemory, updated: Set[Tensor]) -> GPUMemory:
+    def _memory(self, compared: Compared, step_memory: StepMemory, updated: Set[Tensor]) -> GPUMemory:
         """What one GPU holds at the moment of the step at which it holds most."""
         sharding = self.sharding
         layout = sharding.layout
-        adamw_bytes = 2 * sharding.held_bytes(self.trained - self.by_muon)
+        adamw_bytes = 2 * sharding.held_bytes(self.trained - self.muon_weights)
         before = GPUMemory(
             parameters=sharding.held_bytes(self.weights.values()),
             optimizer_state=adamw_bytes + self.muon.momentum_bytes(self.trained) + self.ema_bytes,
-            inputs=counted.inputs,
+            inputs=step_memory.inputs,
         )
         with_gradients = before._replace(gradients=sharding.held_bytes(updated))
         if layout.ranks == 1:
-            moments = [before._replace(**counted.peak), with_gradients]
+            moments = [before._replace(**step_memory.peak), with_gradients]
         else:
             # All weights outside of blocks are gathered, one block, and the next block if weights are sharded.
             block_bytes = [sharding.gathered_bytes(weights) for weights in self.block_weights]
@@ -175,14 +175,15 @@ class StepPlanner:
             gathered_bytes = weight_bytes + vector_bytes
             units = (*self.block_weights, self.outside_blocks)  # FSDP2 reduces the gradients of one at a time.
             reduced_bytes = max(sharding.reduced_bytes(weights & updated) for weights in units)
-            end_of_forward = before._replace(gathered=gathered_bytes, activations=counted.forward_activations)
+            end_of_forward = before._replace(gathered=gathered_bytes, activations=step_memory.forward_activations)
             end_of_backward = with_gradients._replace(
-                gathered=gathered_bytes + reduced_bytes, activations=counted.final_activations
+                gathered=gathered_bytes + reduced_bytes, activations=step_memory.final_activations
             )
             moments = [end_of_forward, end_of_backward]
         peak = max(moments, key=lambda memory: memory.total)
-        if not self.by_muon:
+        if not self.muon_weights:
             return peak
-        # During an update, only the gradients remain of the passes.
+        # After the passes, only the gradients are left. If they and Muon's buffers need more than the peak of the
+        # passes, the difference is added.
         update_bytes = with_gradients.gradients + self.muon.buffer_bytes(updated)
         return peak._replace(muon_buffers=max(0, update_bytes - peak.temporary))

@@ -7,7 +7,7 @@ from openimp.common.progress import clock, console, number_table
 from openimp.model.build import build_model
 from openimp.planning.costs import META, costs, mixture_table, short
 from openimp.planning.gpus import GIB
-from openimp.planning.plan import Plan, parameter_count, parameters_per_token, recommended
+from openimp.planning.plan import Plan, active_parameters, parameter_count, recommended
 from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
@@ -15,7 +15,7 @@ from openimp.recipe.schema import Recipe
 def print_plan(recipe: Recipe, modalities: Modalities, plans: Sequence[Plan], gpu: str) -> None:
     """Prints the first plan, compares it with the other plans, and says whether it fits on GPUs of the type `gpu`."""
     recipe_plan = plans[0]
-    _print_parameters(recipe_plan.parameters, recipe_plan.parameters_per_token, recipe_plan.frozen, modalities)
+    _print_parameters(recipe_plan.parameters, recipe_plan.active_parameters, recipe_plan.frozen, modalities)
     step_rows = [
         (
             f"{task}, {view}",
@@ -31,7 +31,7 @@ def print_plan(recipe: Recipe, modalities: Modalities, plans: Sequence[Plan], gp
     ]
     head = ("task, view", "examples", "tokens", "FLOPs", "computes\nms", "waits\nms", "receives\nGB", "memory\nGiB")
     console.print(number_table(f"one step, divided by {recipe_plan.layout.ranks}", head, step_rows))
-    task, view = recipe_plan.largest
+    task, view = recipe_plan.peak_task_view
     memory = recipe_plan.step_needs[task, view].memory
     memory_head = (f"largest step: {task}, view {view}", "GiB")
     memory_rows = [(name.replace("_", " "), f"{size / GIB:,.3f}") for name, size in memory._asdict().items()]
@@ -80,7 +80,7 @@ def print_model(config: ModelConfig, modalities: Modalities) -> None:
     with META:
         model = build_model(config, modalities)
     parameters = {name: parameter_count(part) for name, part in model.named_children()}
-    _print_parameters(parameters, parameters_per_token(model), 0, modalities)
+    _print_parameters(parameters, active_parameters(model), 0, modalities)
 
 
 def print_costs(recipe: Recipe, modalities: Modalities, classes: Classes) -> None:
@@ -95,15 +95,15 @@ def print_costs(recipe: Recipe, modalities: Modalities, classes: Classes) -> Non
 
 
 def _print_parameters(
-    parameters: dict[str, int], parameters_per_token: int | None, frozen: int, modalities: Modalities
+    parameters: dict[str, int], active_parameters: int | None, frozen: int, modalities: Modalities
 ) -> None:
     """Prints the parameters by part of the model. The arguments are fields of `Plan`."""
     specs = {name: modality.stem_spec() for name, modality in modalities.items()}
     limits = {name: spec.values for name, spec in specs.items() if spec.is_limit}
     rows = [(name, f"{size:,}") for name, size in parameters.items()]
     totals = [("in all, at most" if limits else "in all", f"{sum(parameters.values()):,}")]
-    if parameters_per_token is not None:
-        totals.append(("used by a token on average, after its embedding", f"{parameters_per_token:,}"))
+    if active_parameters is not None:
+        totals.append(("used by a token on average, after its embedding", f"{active_parameters:,}"))
     if frozen:
         totals.append(("frozen", f"{frozen:,}"))
     console.print(number_table("parameters", ("part", "parameters"), rows, totals))

@@ -13,7 +13,7 @@ from openimp.common.cache import stable_hash
 from openimp.common.modality import BadMedia
 from openimp.common.progress import Progress
 from openimp.common.safe_files import write_text
-from openimp.encoding.engine import ItemEncoder, ahead, to_cpu
+from openimp.encoding.engine import ItemEncoder, chunks_on_cpu, map_ahead
 from openimp.inference.model import Model
 from openimp.search.folder import SKIPPED, read_skipped
 from openimp.search.media import Media, media_state
@@ -93,14 +93,14 @@ class Update:
     def _index(self, encoder: ItemEncoder, group: list[Media], progress_bar: Iterator[Any]) -> None:
         """Embeds the new content of a group of media, and replaces their rows."""
         files = []
-        for file in ahead(partial(self._open, encoder), group):
+        for file in map_ahead(partial(self._open, encoder), group):
             if self._is_duplicate(file):
                 if file.media.path in self.stored:
                     self.gone.add(file.media.path)
             else:
                 files.append(file)
         self._copy_parts(encoder, files)
-        results = to_cpu(encoder.encode(_items(encoder, files, progress_bar)))
+        results = chunks_on_cpu(encoder.encode(_items(encoder, files, progress_bar)))
         for (file, part), result in chain.from_iterable(results):
             if isinstance(result, BadMedia):
                 file.problem = file.problem or str(result)

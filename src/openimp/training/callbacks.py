@@ -18,14 +18,14 @@ class Callback:
     """A program's own part of a training run, for `openimp.train`. Override any of the methods.
 
     With several ranks, each of them calls the callbacks. Steps and results are equal on all ranks, but times in
-    `figures` are not: do not end the training because of them.
+    `metrics` are not: do not end the training because of them.
     """
 
     def on_start(self, recipe: Recipe) -> None:
         """Called before anything is written. A UserError says that the callback does not suit the recipe."""
 
-    def on_step(self, step: int, figures: dict[str, Any] | None) -> None:
-        """Called when the update of a step is confirmed. `step` counts from 1. `figures` is the line of metrics.jsonl,
+    def on_step(self, step: int, metrics: dict[str, Any] | None) -> None:
+        """Called when the update of a step is confirmed. `step` counts from 1. `metrics` is the line of metrics.jsonl,
         if one is written."""
 
     def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
@@ -72,8 +72,8 @@ class Callbacks(Callback):
     def on_start(self, recipe: Recipe) -> None:
         self._call(lambda callback: callback.on_start(recipe))
 
-    def on_step(self, step: int, figures: dict[str, Any] | None) -> None:
-        self._call(lambda callback: callback.on_step(step, figures))
+    def on_step(self, step: int, metrics: dict[str, Any] | None) -> None:
+        self._call(lambda callback: callback.on_step(step, metrics))
 
     def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
         self._call(lambda callback: callback.on_evaluation(step, results))

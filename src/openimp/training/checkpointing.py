@@ -20,13 +20,13 @@ class Checkpointing:
     model: Embedder
     updater: Updater
     text_files: Mapping[str, str]  # configuration, recipe and tokenizer by file name (`checkpoint.folder.text_files`)
-    saved_step: int = 0  # the step of the newest checkpoint, which may still be being written; 0 if there is none
+    newest_step: int = 0  # of the newest checkpoint, which may still be being written; 0 if there is none
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Loads weights, optimizer state and EMA from a checkpoint, and returns the state that was saved with them."""
         ema = self.updater.ema.weights if self.updater.ema else None
         state = load_training_state(folder, self.model, self.updater.optimizers, ema)
-        self.saved_step = state["step"]
+        self.newest_step = state["step"]
         return state
 
     def save(self, state: dict[str, Any]) -> None:
@@ -36,7 +36,7 @@ class Checkpointing:
         `state` is everything besides tensors that the next step depends on, as JSON values. Its "step" is the number of
         steps done.
         """
-        if state["step"] == self.saved_step:
+        if state["step"] == self.newest_step:
             return
         optimizer_tensors = optimizer_state(self.model, self.updater.optimizers)
         tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors}
@@ -44,7 +44,7 @@ class Checkpointing:
             tensors["ema"] = self.updater.ema.weights
         text_files = {**self.text_files, "state.json": json.dumps(state, indent=1)}
         self.saver.start(state["step"], text_files, tensors)
-        self.saved_step = state["step"]
+        self.newest_step = state["step"]
 
     def wait(self) -> None:
         """Waits until the checkpoint that is being written is complete, or raises CheckpointError."""

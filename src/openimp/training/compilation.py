@@ -45,7 +45,7 @@ def signatures(recipe: Recipe, modalities: Modalities, ranks: int) -> set[Signat
     return passes
 
 
-def variants(model: Embedder) -> int:
+def compilations_per_signature(model: Embedder) -> int:
     """The maximum number of times that each class of blocks is compiled per signature.
 
     It is 1 if no part of the model is frozen. Otherwise a block is compiled once per pattern of frozen weights, and

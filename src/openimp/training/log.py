@@ -23,7 +23,7 @@ from openimp.training.step_timer import StepTimer, speed_text
 
 
 class Log:
-    """Records every step, and writes and prints a line every `log_every` steps, and when the run ends or stops.
+    """Records every step, and writes and prints a line when `is_due` says so, and when the run ends or stops.
 
     Only then, and with the first batch of a task, does it read numbers from the device or communicate with other ranks.
     `state` is that of the checkpoint from which the run resumes; it is empty for a new run.
@@ -78,8 +78,18 @@ class Log:
         return {"bad": self.bad_examples.state, "totals": totals}
 
     def is_due(self, steps_done: int) -> bool:
-        """Whether a line is written after `steps_done` steps."""
-        return steps_done % self.recipe.train.log_every == 0 or steps_done == self.recipe.train.steps
+        """Whether a line is written after `steps_done` steps.
+
+        Checkpoints and evaluations also have lines, so that a resumed run writes the lines of an uninterrupted one.
+        """
+        train = self.recipe.train
+        intervals = (train.log_every, train.save_every, self.recipe.evaluation.every)
+        return steps_done == train.steps or any(every and steps_done % every == 0 for every in intervals)
+
+    @property
+    def has_unlogged_steps(self) -> bool:
+        """Whether a step was recorded since the last line."""
+        return bool(self.metrics.steps)
 
     def wants_usage(self, step: int) -> bool:
         """Whether the next line shows how step `step`, which counts from 0, used the experts.

@@ -21,51 +21,50 @@ def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Opt
     Weight decay applies to kernels only, not to embedding and position tables, norms, biases and temperatures. Each
     parameter group keeps its peak learning rate as `peak`. Frozen parameters are in no group.
     """
-    hidden = muon_stacks(model, options)
-    factors = lr_factors(model, options)
-    adamw_parameters = [
-        parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in hidden
-    ]
+    muon_matrices = muon_stacks(model, options)
+    lr_factor_of = lr_factors(model, options)
     # Tables, and the biases of experts, have two dimensions like kernels.
-    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    tables |= {weight for module in model.experts() for weight in module.parameters() if weight.ndim == 2}
+    undecayed = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    undecayed |= {weight for module in model.experts() for weight in module.parameters() if weight.ndim == 2}
     by_options: dict[tuple[float, float], list[nn.Parameter]] = {}  # by weight decay and lr factor
-    for parameter in adamw_parameters:
-        is_kernel = parameter.ndim >= 2 and parameter not in tables
-        decay = options.weight_decay if is_kernel else 0.0
-        by_options.setdefault((decay, factors[parameter]), []).append(parameter)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter not in muon_matrices:
+            is_decayed = parameter.ndim >= 2 and parameter not in undecayed
+            decay = options.weight_decay if is_decayed else 0.0
+            by_options.setdefault((decay, lr_factor_of[parameter]), []).append(parameter)
     groups = []
-    for (decay, factor), parameters in by_options.items():
+    for (decay, lr_factor), parameters in by_options.items():
         for group_parameters in group_by_mesh(parameters):
-            groups.append({"params": group_parameters, "weight_decay": decay, "lr": options.lr * factor})
+            groups.append({"params": group_parameters, "weight_decay": decay, "lr": options.lr * lr_factor})
     betas = (options.betas[0], options.betas[1])
     optimizers: list[torch.optim.Optimizer] = []
     if groups:  # Otherwise all parameters of AdamW are frozen.
         optimizers.append(torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True))
     if options.muon_lr:
-        hidden_factors = {weight: factors[weight] for weight in hidden}
-        optimizers.append(Muon(hidden, options.muon_lr, options.weight_decay, lr_factors=hidden_factors))
+        muon_lr_factors = {weight: lr_factor_of[weight] for weight in muon_matrices}
+        optimizers.append(Muon(muon_matrices, options.muon_lr, options.weight_decay, lr_factors=muon_lr_factors))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
 
 
-def lr_schedule(recipe: Recipe, step: int, flops_before: np.ndarray | None = None) -> float:
+def lr_schedule(recipe: Recipe, step: int, cumulative_flops: np.ndarray | None = None) -> float:
     """Factor of the peak learning rate at a step: linear warm-up, then a cosine until the last step.
 
-    The cosine follows the share of the steps that are done or, with `flops_before` (steps + 1), the share of the FLOPs:
-    `flops_before[i]` are the FLOPs of all steps before step i, so the last entry is those of the whole run.
+    The cosine follows the share of the steps that are done or, if `cumulative_flops` is given, the share of the FLOPs.
+    `cumulative_flops[i]` is the sum of the FLOPs of all steps before step i; the last entry is that of the whole run.
     """
     options = recipe.optimizer
     steps = recipe.train.steps
     warmup = steps // 20 if options.warmup_steps is None else options.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
-    if flops_before is None:
+    if cumulative_flops is None:
         progress = (step - warmup) / max(1, steps - warmup)
     else:
-        progress = float((flops_before[step] - flops_before[warmup]) / (flops_before[steps] - flops_before[warmup]))
+        flops_to_do = cumulative_flops[steps] - cumulative_flops[warmup]
+        progress = float((cumulative_flops[step] - cumulative_flops[warmup]) / flops_to_do)
     return options.min_lr_ratio + (1 - options.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -19,7 +19,6 @@ from openimp.common.modality import Classes, Modalities, Modality
 from openimp.common.objective import Teacher
 from openimp.common.progress import console, track
 from openimp.common.protocols import load_learned
-from openimp.data.batch import Batch
 from openimp.data.step_batches import StepBatches
 from openimp.data.streams import Cursor
 from openimp.data.task_data import TaskData
@@ -27,18 +26,16 @@ from openimp.encoding.frozen import release_encoders
 from openimp.encoding.tower import Tower, make_teachers
 from openimp.evaluation.evaluate import check_sets
 from openimp.model.build import architecture_of, build_for_training
-from openimp.model.embedder import Embedder, EncodeAll
+from openimp.model.embedder import Embedder
 from openimp.model.learning_rates import freeze
-from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel import distributed
 from openimp.parallel.deferred_init import DeferredInit
 from openimp.parallel.layout import apply_parallelism
 from openimp.planning.costs import Costs, costs
 from openimp.planning.layouts import choose_layout, layout_of
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Task
 from openimp.training.checkpointing import Checkpointing
-from openimp.training.compilation import compile_blocks, signatures, variants
+from openimp.training.compilation import compilations_per_signature, compile_blocks, signatures
 from openimp.training.log import Log
 from openimp.training.loggers import check_loggers
 from openimp.training.run_directory import RunDirectory
@@ -52,9 +49,8 @@ class Variant:
 
     Attributes:
         name: stored as `trainer` in checkpoints, which another variant cannot resume; "Trainer" is ordinary training.
-        make_modalities: the modalities by name, not fitted. Their tokens are the model's inputs.
-        build_model: the model with random weights, or a wrapped one, whose weights are loaded.
-        losses: called with the model, a task, its batch and `Trainer.encode_all`; returns the losses of the task.
+        make_modalities: returns the modalities by name, not fitted. Their tokens are the model's inputs.
+        build_model: returns the model with random weights, or a wrapped one with its weights.
         sum_tasks: each update sums the losses of a round, which is one step of each task.
         prints_warnings: whether to print what the objectives warn of in the first batch of each task.
         before_step: called with the trainer and the number of each step, before the step is made.
@@ -63,14 +59,13 @@ class Variant:
     name: str = "Trainer"
     make_modalities: Callable[[Recipe], dict[str, Modality]] = Recipe.make_modalities
     build_model: Callable[[Recipe, Modalities, Classes], Embedder] = build_for_training
-    losses: Callable[[Any, Task, Batch, EncodeAll | None], Losses] = task_losses
     sum_tasks: bool = False
     prints_warnings: bool = True
     before_step: Callable[[Any, int], None] | None = None
 
     def costs(self, recipe: Recipe, modalities: Modalities, classes: Classes) -> Costs:
         """The cost of a step of each (task, view index)."""
-        return costs(recipe, modalities, classes, build=self.build_model, losses=self.losses, summed=self.sum_tasks)
+        return costs(recipe, modalities, classes, build=self.build_model, summed=self.sum_tasks)
 
 
 @dataclass
@@ -120,27 +115,28 @@ def set_up(
     warm_start = open_warm_start(recipe, modalities) if checkpoint is None else None
     saved_classes = None
     if checkpoint is not None:
-        saved_config, learned, _ = read_config(checkpoint, models=None)
+        saved_config, learned_files, _ = read_config(checkpoint, models=None)
         saved_classes = saved_config.classes
-        load_learned(modalities.values(), learned)
+        load_learned(modalities.values(), learned_files)
 
     world_size = distributed.world_size()
     data = distributed.run_first_on_node(lambda: TaskData(recipe, modalities, track, world_size))
     batches = StepBatches(data, distributed.rank())
     fingerprints = distributed.run_on_rank_zero(data.fingerprints)  # Not on all ranks: it reads a part of every file.
-    changed = []
+    changed_source_names = []
     if checkpoint is None:
         data.fit(warm_start.stems if warm_start else ())
     else:
-        changed = changed_sources(checkpoint, fingerprints, allow_changed_data)
+        changed_source_names = changed_sources(checkpoint, fingerprints, allow_changed_data)
         if saved_classes != data.classes:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
-    # The model needs the sizes of the towers. Inside `DeferredInit`, the towers' initialization would be recorded.
+    # Opens the towers, whose sizes the model needs. Inside `DeferredInit`, their initialization would be recorded.
     distributed.run_first_on_node(lambda: [modality.stem_spec() for modality in modalities.values()])
     deferred = DeferredInit(recipe.seed)
     build = partial(variant.build_model, recipe, modalities, data.classes)
-    # The weights of a wrapped model are loaded later, and making it computes buffers, which the meta device cannot.
-    model = deferred.build(build, at_once=not architecture_of(recipe.model).initializes).train()
+    # A wrapped model computes buffers when it is built, which the meta device cannot do. Its weights are loaded later.
+    is_wrapped = not architecture_of(recipe.model).initializes
+    model = deferred.build(build, at_once=is_wrapped).train()
     freeze(model, recipe.optimizer)
     # Before the model is sharded, and before towers and teachers embed the data, which may take hours.
     evaluated_tables = distributed.run_first_on_node(lambda: check_sets(model, recipe, modalities, data.classes))
@@ -154,15 +150,16 @@ def set_up(
     if checkpoint is None:
         deferred.initialize(model)
     if warm_start is not None:
-        console.print(warm_start.load(model, data.classes), soft_wrap=True)
-    updater = Updater(recipe, model, _flops_before(batches, step_costs))
+        report = warm_start.load(model, data.classes)
+        console.print(report, soft_wrap=True)
+    updater = Updater(recipe, model, _cumulative_flops(batches, step_costs))
     checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, model_files)
     state = checkpointing.load(checkpoint) if checkpoint else {}
-    cursors = data.load_cursors(state.get("cursors", {}), changed)
+    cursors = data.load_cursors(state.get("cursors", {}), changed_source_names)
     directory.begin(model_files[CONFIG], model_files[RECIPE])
 
     log = Log(run, batches, step_costs, device, state)
-    log.print_start(model, device, checkpointing.saved_step, signature_count)
+    log.print_start(model, device, checkpointing.newest_step, signature_count)
     return Parts(
         recipe=recipe,
         run=run,
@@ -192,8 +189,8 @@ def _embed(recipe: Recipe, data: TaskData, checkpoint: Path | None) -> dict[str,
     return teacher_states
 
 
-def _flops_before(batches: StepBatches, step_costs: Costs) -> np.ndarray | None:
-    """The FLOPs of all steps before each step, if the learning rate shall follow them.
+def _cumulative_flops(batches: StepBatches, step_costs: Costs) -> np.ndarray | None:
+    """The FLOPs of all steps before each step, if the learning rate shall follow them; see `lr_schedule`.
 
     With views in a sequence, the last steps cost several times as many FLOPs as the first. By the number of steps, the
     learning rate would be near zero for a large share of the FLOPs.
@@ -205,14 +202,11 @@ def _flops_before(batches: StepBatches, step_costs: Costs) -> np.ndarray | None:
 
 
 def _teacher_states(teachers: Mapping[Teacher, Tower], checkpoint: Path | None) -> dict[str, dict[str, str]]:
-    """The states of the teachers. A resumed run has them in its checkpoint.
-
-    It opens no teacher if all vectors are cached.
-    """
+    """The states of the teachers. A resumed run has them in its checkpoint, so it opens no teacher for them."""
     saved = read_state(checkpoint).get("teachers", {}) if checkpoint else {}
-    opened = {teacher: tower for teacher, tower in teachers.items() if teacher.column not in saved}
+    unsaved_teachers = {teacher: tower for teacher, tower in teachers.items() if teacher.column not in saved}
     states = saved | distributed.run_on_rank_zero(
-        lambda: {teacher.column: tower.state() for teacher, tower in opened.items()}
+        lambda: {teacher.column: tower.state() for teacher, tower in unsaved_teachers.items()}
     )
     for teacher, tower in teachers.items():
         tower.load_state(states[teacher.column])
@@ -224,7 +218,7 @@ def _check_ranks(recipe: Recipe, variant: Variant) -> None:
     ranks = distributed.world_size()
     if ranks > 1 and variant != Variant():
         raise UserError(f"{variant.name}: a study trains on one rank; start it without torchrun")
-    layout_of(recipe, ranks, recipe.parallel.shard_degree)
+    layout_of(recipe, ranks, recipe.parallel.shard_degree)  # Raises UserError if the ranks do not divide as asked.
 
 
 def _distribute(recipe: Recipe, model: Embedder, device: torch.device, signature_count: int) -> None:
@@ -232,9 +226,9 @@ def _distribute(recipe: Recipe, model: Embedder, device: torch.device, signature
     signatures."""
     layout = choose_layout(recipe, model, device)
     if signature_count:
-        # Expert parallelism shards the experts of a block as a group of its own, whose hooks divide a graph anyway.
+        # With expert parallelism, FSDP2 wraps a block's experts separately. Its hooks would break the compiled graph.
         uncompiled = model.experts() if layout.expert_degree > 1 else ()
-        compile_blocks(model.blocks(), signature_count * variants(model), uncompiled)
+        compile_blocks(model.blocks(), signature_count * compilations_per_signature(model), uncompiled)
     # All ranks gather in the same type, whatever their processors.
     precisions = distributed.all_gather_object(precision_of(device, recipe.train.precision))
     apply_parallelism(

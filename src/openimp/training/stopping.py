@@ -30,7 +30,7 @@ class Stop:
     def watch(self, items: Iterable[T], _: str = "") -> Iterator[T]:
         """Yields the items, and raises `Interrupted` before the next one once a stop is requested on any rank."""
         for item, reason in self._with_reasons(items):
-            raise_stop_reasons(reason)
+            raise_if_any_rank_stops(reason)
             yield cast(T, item)
 
     def watch_steps(
@@ -44,7 +44,7 @@ class Stop:
         """
         for step, (loaded, reason) in enumerate(self._with_reasons(batches), first_step):
             if distributed.world_size() == 1:
-                raise_stop_reasons(reason)
+                raise_if_any_rank_stops(reason)
             yield replace(loaded or placeholder(step), stop_reason=reason)
 
     def _with_reasons(self, items: Iterable[T]) -> Iterator[tuple[T | None, str | None]]:
@@ -71,7 +71,7 @@ class Stop:
                 yield item, failure
 
 
-def raise_stop_reasons(reason: str | None) -> None:
+def raise_if_any_rank_stops(reason: str | None) -> None:
     """Raises on all ranks if any of them has a reason: `Interrupted`, or a UserError if the reason is not empty.
 
     Every rank must call this.

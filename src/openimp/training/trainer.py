@@ -22,15 +22,15 @@ from openimp.data.order import seed_key
 from openimp.data.streams import Cursor
 from openimp.model.embedder import in_chunks
 from openimp.model.moe import set_usage_collection
-from openimp.objectives.losses import Losses
+from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel import distributed
 from openimp.parallel.layout import mixed_precision
-from openimp.planning.costs import empty_batch
+from openimp.planning.costs import zero_batch
 from openimp.recipe.schema import Recipe
 from openimp.training.callbacks import Callback, Callbacks, StopTraining
 from openimp.training.run_directory import RunDirectory, locked
 from openimp.training.setup import Parts, Variant, set_up
-from openimp.training.stopping import Interrupted, Stop, raise_stop_reasons, stop_signals
+from openimp.training.stopping import Interrupted, Stop, raise_if_any_rank_stops, stop_signals
 
 
 @distributed.report_dead_ranks()
@@ -48,7 +48,7 @@ def train(
         recipe: a recipe, its file, or the name of one that comes with openimp.
         run: directory to write to; with `resume`, that of an interrupted run of the same recipe. None: runs/NAME.
         resume: True requires a checkpoint and resumes from the newest intact one; "auto" starts from step 0 if there is
-            no checkpoint. After torchrun has restarted the job that began the run, any value counts as "auto".
+            no checkpoint. If torchrun restarted this job after the job began the run, any value is treated as "auto".
         variant: what a study changes.
         allow_changed_data: resume even if a source has changed since the checkpoint was saved.
         callbacks: their methods are called at the start, and after steps, evaluations and checkpoints, where they may
@@ -70,9 +70,9 @@ def train(
             complete = True
             console.print(f"{run}: all {recipe.train.steps:,} steps are done and evaluated already", soft_wrap=True)
         else:
-            callbacks = list(callbacks)
-            Callbacks(callbacks).on_start(recipe)  # Before `set_up` writes anything.
-            complete = Trainer(set_up(recipe, run, resume, variant, allow_changed_data), callbacks).train()
+            all_callbacks = Callbacks(callbacks)
+            all_callbacks.on_start(recipe)  # Before `set_up` writes anything.
+            complete = Trainer(set_up(recipe, run, resume, variant, allow_changed_data), all_callbacks).train()
     distributed.shut_down()
     return complete
 
@@ -81,20 +81,22 @@ def train(
 class PendingStep:
     """A step that is not complete yet. It passes through these states:
 
-    1. Begun: its forward pass is queued on the device. If a study sums the losses of all tasks, one step of each task
-       makes a round, and the update comes with the round's last step.
+    1. Begun: its forward pass is queued on the device.
     2. Queued: its gradients and its update are queued on the device, which applies the update only if the gradients are
        finite. The host does not know yet whether they are.
     3. Confirmed: the gradients were finite, so the update was applied. The step counts, and is logged. If they were not
        finite, this state is never reached, and `Trainer.confirm` raises an error before the next update.
     """
 
-    loaded: LoadedBatch  # the batch, without its tensors
+    batch_info: LoadedBatch  # the batch, without its tensors
     losses: Losses
 
 
 class QueuedUpdate(NamedTuple):
-    """An update by one step or a round, in the state Queued. Its gradient norm tells whether it was applied."""
+    """An update whose steps are in the state Queued. Its gradient norm tells whether it was applied.
+
+    It usually has one step. If a study sums the losses of all tasks, it has a *round*, which is one step of each task.
+    """
 
     steps: list[PendingStep]
     grad_norm: HostCopy
@@ -103,7 +105,8 @@ class QueuedUpdate(NamedTuple):
 class Trainer(Parts):
     """The training loop of one rank.
 
-    It has the attributes of `setup.Parts`, such as `model`, `updater`, `log` and `checkpointing`, and these:
+    It inherits from `setup.Parts` only to have its attributes, such as `model`, `updater`, `log` and `checkpointing`.
+    Further attributes are:
 
     Attributes:
         step: the number of confirmed steps; a checkpoint contains no others.
@@ -111,15 +114,14 @@ class Trainer(Parts):
         encode_all: `model.encode_all`, in chunks if the recipe says so.
     """
 
-    def __init__(self, parts: Parts, callbacks: Iterable[Callback] = ()) -> None:
+    def __init__(self, parts: Parts, callbacks: Callbacks | None = None) -> None:
         super().__init__(**vars(parts))
-        self.callbacks = Callbacks(callbacks)
-        self._announced_step = self.checkpointing.saved_step  # of the last checkpoint that the callbacks know
+        self.callbacks = callbacks or Callbacks()
+        self._announced_step = self.checkpointing.newest_step  # of the last checkpoint that the callbacks know
         self._evaluated_step: int | None = None
         self._callback_stops = False  # Whether a callback has raised StopTraining in `on_checkpoint`.
-        self.modalities = self.data.modalities
         self.encode_all = in_chunks(self.model.encode_all, self.recipe.memory.chunk_size)
-        self.step = self.checkpointing.saved_step
+        self.step = self.checkpointing.newest_step
         self.grad_norm = 0.0
         self._bar = StepBar(self.recipe.train.steps, self.step)
         self._begun_steps: list[PendingStep] = []
@@ -136,74 +138,68 @@ class Trainer(Parts):
         """Trains the remaining steps, saves and evaluates. Returns False if a signal stopped it."""
         # The run stops after a signal, or if a checkpoint could not be written.
         with stop_signals(self.checkpointing.saver.failed) as stop, self._bar, closing(self.log.metrics):
-            # StopTraining comes from a callback, and the run is complete. Interrupted comes from a signal or a failed
-            # save, and the run can be resumed.
             try:
-                try:
-                    self._train_steps(stop)
-                except StopTraining:
-                    console.print(f"a callback ended the training after step {self.step}", soft_wrap=True)
-                self.save()
-                self._log_rest()
-                if self._evaluated_step != self.step:
-                    with suppress(StopTraining):
-                        self.evaluate(stop.watch)
-                self.checkpointing.wait()
-                self._announce_checkpoint()
-                self.log.bad_examples.report()
+                self._complete_run(stop)
                 return True
-            except Interrupted:
+            except Interrupted:  # By a signal or a failed save. The run can be resumed.
                 self.save(wait=True)  # If a failed save was the reason to stop, this raises its CheckpointError.
-                self._log_rest()
-                self._print_stopped()
+                self._log_unlogged_steps()
+                outcome = f"saved in {self.run}; resume with --resume" if self.step else "nothing is saved"
+                console.print(f"stopped at step {self.step}, {outcome}", soft_wrap=True)
                 return False
             except CheckpointError:
                 raise  # It is a UserError too, but saving again would not help.
             except UserError:
                 self.save(wait=True)
-                self._log_rest()
+                self._log_unlogged_steps()
                 raise
 
-    def _print_stopped(self) -> None:
-        saved_step = self.checkpointing.saved_step
-        if not saved_step:
-            outcome = "nothing is saved"
-        else:
-            up_to = "" if saved_step == self.step else f" up to step {saved_step}"
-            outcome = f"saved{up_to} in {self.run}; resume with --resume"
-        console.print(f"stopped at step {self.step}, {outcome}", soft_wrap=True)
+    def _complete_run(self, stop: Stop) -> None:
+        """Trains the remaining steps, saves, evaluates, and waits for the checkpoint."""
+        try:
+            self._train_steps(stop)
+        except StopTraining:
+            console.print(f"a callback ended the training after step {self.step}", soft_wrap=True)
+        self.save()
+        self._log_unlogged_steps()
+        if self._evaluated_step != self.step:
+            with suppress(StopTraining):
+                self.evaluate(stop.watch)
+        self.checkpointing.wait()
+        self._announce_checkpoint()
+        self.log.bad_examples.report()
 
     def _train_steps(self, stop: Stop) -> None:
+        """Trains the remaining steps, with checkpoints and evaluations when they are due."""
         save_every = self.recipe.train.save_every
         evaluate_every = self.recipe.evaluation.every
         if self.step == 0 and self.recipe.starts_from_weights:
             self.evaluate(stop.watch)  # The baseline: later results show what was forgotten.
         if self.step and self._is_due(evaluate_every, self.step):
             self.evaluate(stop.watch)  # The interrupted run may have saved this step without evaluating it.
-        batches = self.log.timer.timed(load_batches(self.batches, self.step))
+        loaded_batches = self.log.timer.timed(load_batches(self.batches, self.step))
         try:
-            # The alternation has chosen the task and the view of each batch: `loaded.visit`. On several ranks,
-            # `watch_steps` goes on: it sets `stop_reason`, and replaces a batch that failed to load. A single rank
-            # stops at once.
-            for loaded in stop.watch_steps(batches, self.step, self._placeholder_batch):
+            # The alternation has chosen the task and the view of each batch: `loaded.visit`. If one of several ranks
+            # must stop, `watch_steps` still yields that step, with `loaded.stop_reason`, and with zeros if loading
+            # failed. A single rank stops at once.
+            for loaded in stop.watch_steps(loaded_batches, self.step, self._placeholder_batch):
                 self.make_step(loaded)
                 if self.variant.prints_warnings:
                     self.log.print_warnings_of_objectives(loaded)
                 steps_done = loaded.visit.step + 1
                 must_save = self._is_due(save_every, steps_done)
                 must_evaluate = self._is_due(evaluate_every, steps_done)
-                if must_save or must_evaluate or self.log.is_due(steps_done):
-                    self.settle()
+                if self.log.is_due(steps_done):
+                    self.confirm_and_gather()
                     self.log.bad_examples.check()
                 if must_save:
                     self.save()
                 if must_evaluate:
                     self.evaluate(stop.watch)
                 if self._callback_stops:
-                    self.settle()
                     raise StopTraining
         except (Interrupted, UserError):
-            self.settle()  # If the queued step failed too, its error is raised instead.
+            self.confirm_and_gather()  # If the queued step failed too, its error is raised instead.
             raise
 
     def make_step(self, loaded: LoadedBatch) -> Losses:
@@ -226,30 +222,29 @@ class Trainer(Parts):
         """The losses of a step's task."""
         visit = loaded.visit
         task = self.recipe.tasks[visit.task]
-        logs_usage = self.log.wants_usage(visit.step)
-        set_usage_collection(self.model, enabled=logs_usage)
+        logs_expert_usage = self.log.wants_usage(visit.step)
+        set_usage_collection(self.model, enabled=logs_expert_usage)
         # A resumed run must repeat the model's dropout.
         dropout_seed = seed_key(self.recipe.seed, "dropout", visit.step, distributed.rank())
         torch.manual_seed(dropout_seed % 2**63)
         with mixed_precision(self.device, self.recipe.train.precision):
-            # `task_losses`, unless a study replaces it.
-            losses = self.variant.losses(self.model, task, loaded.to(self.device), self.encode_all)
+            losses = task_losses(self.model, task, loaded.batch_on(self.device), self.encode_all)
         # Drops the experts' usage that compiled layers return on every step.
-        return losses if logs_usage else replace(losses, usage={})
+        return losses if logs_expert_usage else replace(losses, usage={})
 
     def _update(self) -> None:
-        """Queues the update by the steps that have begun: usually one, or all steps of a round (`sum_tasks`)."""
+        """Queues the update by the steps that have begun."""
         steps = self._begun_steps
         self._begun_steps = []
         loss = reduce(torch.add, (step.losses.total for step in steps))
-        has_stop_reason = any(step.loaded.stop_reason is not None for step in steps)
+        has_stop_reason = any(step.batch_info.stop_reason is not None for step in steps)
         # 1, but NaN if the loss is not finite or this rank must stop. No rank applies NaN gradients.
         grad_output = loss.detach() * 0 + (math.nan if has_stop_reason else 1)
         loss.backward(grad_output)
         # Confirms the previous update while the device computes these gradients. If a callback raises StopTraining,
         # these steps are not queued.
         self.confirm()
-        grad_norm = self.updater.step(steps[-1].loaded.visit.step)
+        grad_norm = self.updater.queue_update(steps[-1].batch_info.visit.step)
         for step in steps:
             # Frees the autograd graph. The log still needs the value.
             step.losses = replace(step.losses, total=step.losses.total.detach())
@@ -267,33 +262,33 @@ class Trainer(Parts):
         self._queued_update = None
         self.grad_norm = grad_norm.read()
         if not math.isfinite(self.grad_norm):
-            stop_reasons = (step.loaded.stop_reason for step in steps if step.loaded.stop_reason is not None)
-            raise_stop_reasons(next(stop_reasons, None))
+            stop_reasons = (step.batch_info.stop_reason for step in steps if step.batch_info.stop_reason is not None)
+            raise_if_any_rank_stops(next(stop_reasons, None))
             raise self._not_finite_error(steps)
         if self.updater.ema:
-            self.updater.ema.update(steps[-1].loaded.visit.step)
+            self.updater.ema.update(steps[-1].batch_info.visit.step)
         for step in steps:
-            visit = step.loaded.visit
+            visit = step.batch_info.visit
             self.step = visit.step + 1
-            if step.loaded.cursors:
-                self.cursors[visit.task] = step.loaded.cursors
-            self.log.record(step.loaded, step.losses)
+            if step.batch_info.cursors:
+                self.cursors[visit.task] = step.batch_info.cursors
+            self.log.record(step.batch_info, step.losses)
         self._bar.step(self.step)
-        figures = None
-        if any(self.log.is_due(step.loaded.visit.step + 1) for step in steps):
-            figures = self._log()
-        self.callbacks.on_step(self.step, figures)
+        metrics = None
+        if any(self.log.is_due(step.batch_info.visit.step + 1) for step in steps):
+            metrics = self._log()
+        self.callbacks.on_step(self.step, metrics)
 
     def _log(self) -> dict[str, Any]:
         """Writes and returns a line of metrics, up to the last confirmed step."""
         return self.log.write(self.step, self.updater.lr_factor(self.step - 1), self.grad_norm, self._bar)
 
-    def _log_rest(self) -> None:
-        """Writes a line of metrics if a step was confirmed since the last one, as when the run ended early."""
-        if self.log.metrics.steps:
+    def _log_unlogged_steps(self) -> None:
+        """Writes a line of metrics if a step was confirmed since the last line, as when the run ended early."""
+        if self.log.has_unlogged_steps:
             self._log()
 
-    def settle(self) -> None:
+    def confirm_and_gather(self) -> None:
         """Confirms the queued steps, and gathers bad examples from all ranks.
 
         Afterwards, `state` has everything that a checkpoint needs.
@@ -303,8 +298,8 @@ class Trainer(Parts):
 
     def save(self, wait: bool = False) -> None:
         """Starts saving the confirmed steps, unless they are saved; with `wait`, returns when the files are written."""
-        self.settle()
-        self._announce_checkpoint()  # The previous one: `checkpointing.save` sets `saved_step` to the new one.
+        self.confirm_and_gather()
+        self._announce_checkpoint()  # The checkpoint before the one that starts now.
         self.checkpointing.save(self.state())
         if wait:
             self.checkpointing.wait()
@@ -312,7 +307,7 @@ class Trainer(Parts):
 
     def _announce_checkpoint(self) -> None:
         """Waits for the newest checkpoint and tells the callbacks of it, unless they know it."""
-        step = self.checkpointing.saved_step
+        step = self.checkpointing.newest_step
         if self.callbacks.callbacks and step != self._announced_step:
             self.checkpointing.wait()
             self._announced_step = step
@@ -338,13 +333,13 @@ class Trainer(Parts):
         `evaluation.best` names the set that decides. `watch(passes, description)` wraps the forward passes; with
         `Stop.watch`, a signal stops them.
         """
-        self.settle()
+        self.confirm_and_gather()
         if self.recipe.evaluation.sets:
             self._evaluated_step = self.step
             results = self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
-            self._announce_checkpoint()  # Of `save`.
+            self._announce_checkpoint()  # The checkpoint that `save` may have started.
             self.validation.keep_best(self.step, self.checkpointing, self.state())
-            self._announce_checkpoint()  # Of `keep_best`.
+            self._announce_checkpoint()  # The checkpoint that `keep_best` may have started.
             self.callbacks.on_evaluation(self.step, results)
 
     def _is_due(self, every: int | None, steps_done: int) -> bool:
@@ -359,11 +354,11 @@ class Trainer(Parts):
         No rank applies the step.
         """
         visit = self.batches.schedule[step]
-        batch = empty_batch(
+        batch = zero_batch(
             self.recipe,
             visit.task,
             visit.view,
-            self.modalities,
+            self.data.modalities,
             self.data.classes,
             device=torch.device("cpu"),
             ranks=distributed.world_size(),
@@ -377,10 +372,10 @@ class Trainer(Parts):
         rank whose loss is not finite. If all losses are finite, it names examples of this rank.
         """
         failed_step = next((step for step in steps if not step.losses.total.isfinite()), steps[-1])
-        visit = failed_step.loaded.visit
+        visit = failed_step.batch_info.visit
         loss = failed_step.losses.total
         mean_loss = float(distributed.all_reduce_mean(loss))
-        example_names = failed_step.loaded.names[:8]
+        example_names = failed_step.batch_info.names[:8]
         suspects_by_rank = distributed.all_gather_object([] if loss.isfinite() else example_names)
         suspects = list(chain.from_iterable(suspects_by_rank)) or example_names
         return UserError(

@@ -16,38 +16,39 @@ from openimp.training.optimizers import lr_schedule, make_optimizers, set_learni
 class Updater:
     """Updates a model, which is distributed over the ranks, from the gradients of its backward passes.
 
-    It also makes the EMA of the weights, but `step` does not update it: `Trainer.confirm` does, once it knows that the
-    gradients were finite.
+    It also makes the EMA of the weights, which only `Trainer.confirm` updates, once it knows that the gradients were
+    finite.
 
     The host queues an update before the device has computed the gradients. If they turn out not to be finite, the
     device leaves weights and optimizer state as they are.
     """
 
-    def __init__(self, recipe: Recipe, model: Embedder, flops_before: np.ndarray | None = None) -> None:
+    def __init__(self, recipe: Recipe, model: Embedder, cumulative_flops: np.ndarray | None = None) -> None:
         """Makes the optimizers and the EMA.
 
-        `flops_before[i]` is the sum of the FLOPs of all steps before step i. If it is given, the learning rate follows
-        the share of the FLOPs that are done, instead of the share of the steps (`lr_schedule`).
+        If `cumulative_flops` is given, the learning rate follows the share of the FLOPs that are done, instead of the
+        share of the steps (`lr_schedule`).
         """
         options = recipe.optimizer
         self.recipe = recipe
         self.model = model
-        self.flops_before = flops_before
+        self.cumulative_flops = cumulative_flops
         self.optimizers = make_optimizers(options, model)
         self.ema = EMA(model, options.ema_decay) if options.ema_decay else None
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a step, as a share of the peak."""
-        return lr_schedule(self.recipe, step, self.flops_before)
+        return lr_schedule(self.recipe, step, self.cumulative_flops)
 
-    def step(self, step: int) -> HostCopy:
+    def queue_update(self, step: int) -> HostCopy:
         """Queues the update of step `step`, which counts from 0, and drops the gradients.
 
-        It updates every parameter that has a gradient; with `zero_missing_grads`, all that are trained. Returns the
+        It updates every parameter that has a gradient; with `zero_missing_grads`, every trainable one. Returns the
         Euclidean norm of the gradient before clipping. If it is not finite, nothing is updated. The caller must have
         read the norm of the previous update, and must not update again if it was not finite.
         """
-        reshard(self.model)  # With `parallel.reshard_after_forward: false`, blocks are still gathered.
+        # With `parallel.reshard_after_forward: false`, blocks are still gathered. The update makes these copies stale.
+        reshard(self.model)
         options = self.recipe.optimizer
         if options.zero_missing_grads:
             for parameter in self.model.parameters():
