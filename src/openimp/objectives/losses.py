@@ -34,7 +34,9 @@ def task_losses(model: Embedder, task: Task, batch: Batch, encode_all: EncodeAll
         terms = objective.losses(model, task, encoded, targets)
         parts |= {name: loss.detach() for name, loss in terms.items()}
         total = total + objective.weight * torch.stack([*terms.values()]).mean()
-    z_losses = [torch.stack([stats.z_loss for stats in item.routing]).sum() for item in encoded.values() if item.routing]
+    z_losses = [
+        torch.stack([stats.z_loss for stats in item.routing]).sum() for item in encoded.values() if item.routing
+    ]
     if z_losses:
         router_loss = torch.stack(z_losses).mean()
         parts["router"] = router_loss.detach()
