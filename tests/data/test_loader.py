@@ -222,7 +222,7 @@ def test_a_cached_source_gives_the_same_pictures(little_data, tmp_path, monkeypa
 
 def test_a_short_stream_is_read_once_for_its_texts(streamed):
     folder, changes = streamed
-    texts = [text for (text,) in opened(folder, *changes).data._corpus("text")]
+    texts = [text for (text,) in opened(folder, *changes).data._fitting_texts("text")]
     assert len([text for text in texts if text.endswith("square")]) == 24
 
 

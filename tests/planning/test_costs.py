@@ -84,7 +84,7 @@ def test_flops_are_those_of_the_closed_formula(moe):
 )
 def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path, moe):
     """Counted on the real steps in fp32, where nothing chooses another attention."""
-    changes = ["train.precision=fp32", "train.steps=6", "train.log_every=6", "optimizer.muon_lr=1e-2"]
+    changes = ["train={steps: 6, log_every: 6, num_workers: 0, precision: fp32}", "optimizer.muon_lr=1e-2"]
     recipe = Recipe.load(little_data / "recipe.yaml", [*changes, "model.bias=true", f"model.moe={moe}"])
     training = Trainer(set_up(recipe, tmp_path / "run"))
     computed, tokens = dict.fromkeys(recipe.tasks, 0), dict.fromkeys(recipe.tasks, 0)

@@ -49,7 +49,8 @@ def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
 
 
 def test_numbers_are_read_on_logged_steps_only(little_data, tmp_path):
-    """Steps 4, 5 (with a checkpoint), 8 and 11. Each line shows the use of experts in the last step of either task."""
+    """Every fourth and every fifth step (with a checkpoint), and the last. A line shows the use of experts in the last
+    step of each task that it covers."""
     training = training_of(little_data, tmp_path / "run", "train.steps=11", "train.log_every=4")
     waits = Waits()
     make_step = training.make_step
@@ -64,10 +65,14 @@ def test_numbers_are_read_on_logged_steps_only(little_data, tmp_path):
         training.train()
     waits.waits.pop(-1)  # Before the first step, torch's loader draws its seed.
     assert {step + 1 for step in waits.waits} == {4, 5, 8, 10, 11}
-    assert {step + 1 for step in waits.usages} == {3, 4, 7, 8, 10, 11}
+    assert {step + 1 for step in waits.usages} == {3, 4, 5, 7, 8, 9, 10, 11}
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [4, 8, 11]
-    assert [{*line["experts"]} for line in lines] == [{"image", "text", "audio"}] * 3
+    assert [line["step"] for line in lines] == [4, 5, 8, 10, 11]
+    inputs = {"named": {"image", "text"}, "heard": {"audio", "text"}}
+    assert [{*line["experts"]} for line in lines] == [
+        set().union(*(inputs[task] for task in line["tasks"])) for line in lines
+    ]
+    assert len(lines[0]["tasks"]) == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

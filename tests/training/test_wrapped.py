@@ -177,7 +177,7 @@ def test_one_tower_learns_the_vectors_of_the_other_that_is_frozen(data, name, tm
         learned = not key.startswith(("encoder.visual.", "scale."))
         assert torch.equal(value, after[key]) != (learned and not key.endswith("bias")) or key.endswith("bias"), key
         assert learned or not any(part.startswith(f"{key}|") for part in weights(tmp_path / "run", "optimizer")), key
-    modalities = Trainer(set_up(recipe, tmp_path / "planned")).modalities
+    modalities = Trainer(set_up(recipe, tmp_path / "planned")).data.modalities
     found = next(plans(recipe, modalities, {}, gpus=2, gpu="h100", utilization=0.4))
     assert found.frozen == sum(value.numel() for key, value in before.items() if key.startswith("encoder.visual."))
     memory = {key: step.memory.gradients for key, step in found.step_needs.items()}
