@@ -63,6 +63,13 @@ def test_each_kind_of_media_is_paired_with_the_text():
     ]
 
 
+def test_texts_that_repeat_but_are_missing_in_a_row_are_texts():
+    rows = numbered(60, caption=["a cat", "a dog"] * 30)
+    rows[7]["caption"] = ""
+    (task,) = tasks(rows)
+    assert (task.text.name, task.label) == ("caption", None)
+
+
 @pytest.mark.parametrize(
     ("column", "values"),
     [

@@ -118,6 +118,8 @@ def inspect(
     if chosen_label and label is None:
         raise UserError(f"--label: {'; '.join(notes)}")
     text = next((text for text in texts if text.name not in min_rows_per_class), None)
+    if text is None and label is None:
+        text = next(iter(texts), None)  # It repeats like the names of classes, but not every row has one.
     if not media or not (text or label):
         raise UserError("; ".join([*notes, _what_to_add(candidate, media, plain_columns)]))
     tasks = [

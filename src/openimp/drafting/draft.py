@@ -121,6 +121,9 @@ def find_tasks(
     unused = []
     for candidate in find(paths):
         place = shown(candidate.place)
+        if candidate.problem:
+            unused.append(f"{place}: {candidate.problem}")
+            continue
         if candidate.left_out:
             unused.append(f"{place}: files that are not media, or lie beside its subfolders: {candidate.left_out}")
         if not is_utf8(candidate.place):

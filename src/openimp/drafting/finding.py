@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from openimp.common.errors import UserError, by_extension, printable
 from openimp.common.folders import files_below, subfolders, visible
-from openimp.common.names import HUB, Name
+from openimp.common.names import HUB, HubName, Name
 from openimp.data.folders import CAPTION
 from openimp.data.hub import quiet
 from openimp.data.sources import FORMATS
@@ -36,6 +36,7 @@ class Candidate(NamedTuple):
     held_out: dict[str, Any] | None = None  # its validation or test split, if that is a source of its own
     kind: str = ""  # of the media in a folder
     left_out: str = ""  # other files of the folder: their numbers by extension
+    problem: str = ""  # why it cannot be trained on, for folders beside others that can
 
     @property
     def place(self) -> str:
@@ -49,7 +50,9 @@ def find(paths: list[str]) -> list[Candidate]:
     Raises:
         UserError: a folder has no media, or the hub cannot be read.
     """
-    return _join_splits([candidate for path in paths for candidate in _below(path)])
+    candidates = [candidate for path in paths for candidate in _below(path)]
+    usable = [candidate for candidate in candidates if not candidate.problem]
+    return [*_join_splits(usable), *(candidate for candidate in candidates if candidate.problem)]
 
 
 def _below(path: str) -> list[Candidate]:
@@ -63,30 +66,52 @@ def _below(path: str) -> list[Candidate]:
     return [Candidate({"path": path})]  # Whoever opens it checks it.
 
 
-def _hub_splits(name: str) -> list[Candidate]:
+def _hub_splits(rest: str) -> list[Candidate]:
     from datasets import get_dataset_split_names
 
-    with quiet("data", name):
-        splits = get_dataset_split_names(name)
+    parsed = HubName.parse(rest) or HubName(rest, None)  # Some data sets have no owner.
+    revision = {"revision": parsed.revision} if parsed.revision else {}
+    with quiet("data", rest):
+        splits = get_dataset_split_names(parsed.repository, **revision)
     known = [split for split in splits if split.lower() in ROLES] or splits[:1]
-    return [Candidate({"hub": name, "split": split}) for split in known]
+    return [Candidate({"hub": parsed.repository, **revision, "split": split}) for split in known]
 
 
 def _in_folder(folder: Path) -> list[Candidate]:
     """The tables in a folder and its subfolders. Without any, the media.
 
-    A folder without tables is searched further if its subfolders are splits, or have only subfolders themselves.
+    A folder without tables is searched further if its subfolders are splits, or have only subfolders themselves. Two
+    splits are enough: other subfolders beside them are left out.
     """
     inner_folders = [folder / name for name in subfolders(folder)]
     entries = {inner: visible(inner) for inner in (folder, *inner_folders)}
     files = [Path(entry.path) for inner in entries.values() for entry in inner if _extension(entry) in TABLES]
     if tables := [file for file in files if file.is_file()]:
         return [Candidate({"path": path}) for path in _shards(tables)]
-    are_splits = all(inner.name.lower() in ROLES for inner in inner_folders)
+    splits = [inner for inner in inner_folders if inner.name.lower() in ROLES]
     have_files = any(not entry.is_dir() for inner in inner_folders for entry in entries[inner])
-    if inner_folders and (are_splits or not have_files):
-        return [candidate for inner in inner_folders for candidate in _in_folder(inner)]
+    if inner_folders and (not have_files or len(splits) == len(inner_folders)):
+        return _in_subfolders(inner_folders)
+    if len({ROLES[inner.name.lower()] for inner in splits}) > 1:  # One alone may be a class, such as trains.
+        others = [inner for inner in inner_folders if inner not in splits]
+        beside = "is beside folders of splits; name it on the command line to train on it"
+        return [*_in_subfolders(splits), *(Candidate({"path": str(other)}, problem=beside) for other in others)]
     return _media(folder, inner_folders)
+
+
+def _in_subfolders(folders: list[Path]) -> list[Candidate]:
+    """The candidates in all folders. A folder without any is named, unless none has any: then this is a UserError."""
+    candidates = []
+    errors = []
+    for folder in folders:
+        try:
+            candidates += _in_folder(folder)
+        except UserError as error:
+            errors.append(error)
+            candidates.append(Candidate({"path": str(folder)}, problem=str(error).removeprefix(f"{folder}: ")))
+    if len(errors) == len(folders):
+        raise errors[0]
+    return candidates
 
 
 def _media(folder: Path, classes: list[Path]) -> list[Candidate]:

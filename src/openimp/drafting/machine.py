@@ -1,7 +1,9 @@
 """The hardware that a recipe is drafted for."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -36,9 +38,7 @@ def this_machine() -> Machine:
     """Measures this machine, in a fraction of a second."""
     device = pick_device()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    host_memory = 8 * 2.0**30  # Windows: a small computer is assumed.
-    if hasattr(os, "sysconf"):
-        host_memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    host_memory = _host_memory()
     is_gpu = device.type == "cuda"
     if is_gpu:
         name = torch.cuda.get_device_name(device)
@@ -49,3 +49,30 @@ def this_machine() -> Machine:
         memory = HOST_SHARE * host_memory
         workers = min(4, cores // 4)
     return Machine(name, is_gpu, memory, host_memory, speed=MFU * peak_flops(device, "auto"), workers=max(1, workers))
+
+
+def _host_memory() -> float:
+    """Bytes of the computer's memory, or of the part that its container or cluster job may use."""
+    if not hasattr(os, "sysconf"):
+        return 8 * 2.0**30  # Windows: a small computer is assumed.
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in _limit_files():
+        with suppress(OSError, ValueError):  # "max" means no limit.
+            limits.append(int(file.read_text(encoding="utf-8")))
+    return float(min(limits))
+
+
+def _limit_files() -> list[Path]:
+    """The files that may limit the memory of this process, of Linux' control groups in versions 1 and 2."""
+    files = []
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            root = Path("/sys/fs/cgroup") / controllers
+            folder = root / group.lstrip("/")
+            name = "memory.limit_in_bytes" if controllers else "memory.max"
+            # A group may use at most what each group around it may use.
+            files += [around / name for around in (folder, *folder.parents) if around.is_relative_to(root)]
+    return files

@@ -146,8 +146,10 @@ def rounded(steps: float) -> int:
 def steps_between_evaluations(recipe: Mapping[str, Any], measured_rows: int) -> int | None:
     """Enough for `EVALUATIONS` evaluations before the last one, or fewer if training is short or they would be slow.
 
-    None: there is only the last one. `measured_rows` are those of all evaluation sets together.
+    None: there is only the last one. `measured_rows` are those of all evaluation sets together; without any set, 0.
     """
+    if not measured_rows:
+        return None
     tasks = recipe["tasks"].values()
     total_weight = sum(task["weight"] for task in tasks)
     mean_batch = sum(task["weight"] * task["batch_size"] for task in tasks) / total_weight
