@@ -37,7 +37,7 @@ from openimp.planning.tables import print_costs, print_model, print_plan
 from openimp.recipe.file import RecipeLoader, override
 from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report
-from openimp.search.build import build_index
+from openimp.search.build import build_and_open
 from openimp.search.folder import METADATA, own_index
 from openimp.search.index import open_index
 from openimp.search.query import By, Like, Query
@@ -249,8 +249,10 @@ def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> 
         if own_index(str(what)) is None:
             advice = f"make an index first: openimp index MODEL {what} --out {what}.index"
             raise UserError(f"{what}: is neither an index nor a run with a checkpoint; {advice}")
-        what = build_index(what, allow_sources=allow_sources).folder
-    serve(open_index(what, allow_sources=allow_sources), host, port)
+        index = build_and_open(what, allow_sources)
+    else:
+        index = open_index(what, allow_sources=allow_sources)
+    serve(index, host, port)
 
 
 def run_report(run: Path, out: Path | None, allow_sources: bool) -> None:

@@ -36,6 +36,7 @@ def test_the_type_of_a_file_comes_from_its_content(name):
 def test_what_may_contain_scripts_is_displayed_as_nothing(content):
     for kind in ("image", "video", "audio", "text", ""):
         assert media_type(content, kind) == UNKNOWN
+    assert media_type(b"\0\0\0\x18ftypheic" + bytes(9), "image") == UNKNOWN
 
 
 def opened(thumbnail: bytes) -> np.ndarray:

@@ -6,6 +6,7 @@ import os
 import pkgutil
 import shutil
 import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from datetime import date, datetime, timedelta
@@ -26,6 +27,7 @@ from PIL import ExifTags
 from processes import Process
 
 import openimp
+from openimp.checkpoint.folder import checkpoints
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.common.safe_files import write_text
@@ -34,7 +36,9 @@ from openimp.modalities.image import Image
 from openimp.modalities.video import Video
 from openimp.recipe.schema import Recipe
 from openimp.search import IndexResult, build_index, open_index
+from openimp.search.build import build_and_open
 from openimp.search.folder import METADATA, NEWER_OPTIONS, read_metadata
+from openimp.search.media import media_of_recipe
 from openimp.search.table import Items
 from openimp.training.trainer import train
 
@@ -454,10 +458,12 @@ def test_a_run_indexes_the_media_of_its_recipe_and_new_texts_without_them(own_da
     embedded.clear()
     lines = (own_data / "sounds.jsonl").read_text().splitlines()
     lines[0] = json.dumps(json.loads(lines[0]) | {"caption": "a tone with another name"})
+    lines.append(json.dumps(json.loads(lines[1]) | {"caption": "a second caption"}))
     (own_data / "sounds.jsonl").write_text("\n".join(lines))
     assert (build_index(run).unchanged, embedded) == (39, {})
     texts = {os.path.relpath(row["path"], own_data): row["text"] for row in rows(done.folder).values()}
-    assert (texts["0.wav"], texts["1.wav"]) == ("a tone with another name", "a middle tone")
+    assert (texts["0.wav"], texts["2.wav"]) == ("a tone with another name", "a high tone")
+    assert texts["1.wav"] == "a middle tone; a second caption"
     assert texts["pictures/red/0.png"] == "a red square"
 
     other = tmp_path / "other"
@@ -471,6 +477,60 @@ def test_a_run_indexes_the_media_of_its_recipe_and_new_texts_without_them(own_da
     assert len(index.search("a red square", k=50, under="pictures")) == 23
     assert [hit.path for hit in index.search("a tone", k=50, under=other)] == [str(other / "copy.wav")]
     assert {*index.folders} >= {"pictures", "sounds"}
+
+
+def test_a_run_that_saves_while_its_media_are_indexed_can_be_searched(own_data, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(Recipe.load(own_data / "recipe.yaml"), run)
+    newest = checkpoints(run)[-1]
+    hidden = newest.rename(tmp_path / "hidden")
+    compact = Items.compact
+
+    def compact_after_save(items):
+        hidden.rename(newest)
+        compact(items)
+
+    monkeypatch.setattr(Items, "compact", compact_after_save)
+    index = build_and_open(run, allow_sources=False)
+    assert index.search("a red square", k=3)
+    assert checkpoints(run)[-1] == newest
+
+
+def test_files_of_many_parts_are_written_as_soon_as_they_are_embedded(build, tmp_path, monkeypatch):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / f"{name}.txt").write_text("a red square\n" * 20 + name, encoding="utf-8")
+    written = []
+    replace = Items.replace
+
+    def counted(items, paths, rows):
+        written.append(Counter(Path(row["path"]).name for row in rows))
+        replace(items, paths, rows)
+
+    monkeypatch.setattr(Items, "replace", counted)
+    build(folder, batch_size=4)
+    assert [{*files} for files in written] == [{"a.txt"}, {"b.txt"}, {"c.txt"}]
+
+
+def test_names_of_files_are_found_in_either_form_of_unicode(build, media_folder, tmp_path):
+    names = {form: unicodedata.normalize(form, f"größe {form}.png") for form in ("NFC", "NFD")}
+    for name in names.values():
+        (tmp_path / "in").mkdir(exist_ok=True)
+        shutil.copy(media_folder / "0.png", tmp_path / "in" / name)
+    build(tmp_path / "in")
+    index = open_index(tmp_path / "x.index")
+    for form in names:
+        hits = index.search(unicodedata.normalize(form, "größe"), by="words")
+        assert {Path(hit.path).name for hit in hits} == {*names.values()}
+
+
+def test_the_class_of_a_task_without_texts_is_the_text_of_its_items(own_data, tmp_path):
+    task = "{source: pictures, inputs: {image: file}, batch_size: 8, views: [{image: {size: 16}}], "
+    task += "objectives: [{type: classification, label: label}]}"
+    recipe = Recipe.load(own_data / "recipe.yaml", ["evaluation={}", f"tasks.named={task}"])
+    media = media_of_recipe(recipe, recipe.make_modalities())
+    assert {item.text() for item in media if item.modality == "image"} == {"red", "green", "blue", "white"}
 
 
 def test_a_text_beside_media_is_their_caption_and_no_item(build, media_folder, tmp_path, embedded):

@@ -94,7 +94,7 @@ def file_value(file: File, reads_text: bool) -> str | bytes | Path:
             data = stream.read(limit + 1)
         if len(data) > limit:
             raise BadMedia(f"is larger than {limit:,} bytes")
-        return data.decode().strip() if reads_text else data
+        return data.decode("utf-8-sig").strip() if reads_text else data
     except FileNotFoundError:
         raise BadMedia("no such file") from None
     except PermissionError:
@@ -104,9 +104,9 @@ def file_value(file: File, reads_text: bool) -> str | bytes | Path:
 
 
 def file_text(path: Path) -> str:
-    """The text of a file; BadMedia if it cannot be read."""
+    """The text of a file, without a byte order mark; BadMedia if it cannot be read."""
     try:
-        return read_text(path)
+        return read_text(path).removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError, UserError) as error:
         raise BadMedia(f"no UTF-8 text: {error}") from None
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from openimp.checkpoint.find import find_model
 from openimp.common.errors import UserError, by_extension, counted, escaped
@@ -24,6 +25,7 @@ from openimp.search.folder import (
     own_index,
     read_metadata,
 )
+from openimp.search.index import Index
 from openimp.search.media import Media, media_of_files, media_of_recipe
 from openimp.search.table import ITEMS, Items, import_lancedb
 from openimp.search.update import Update
@@ -59,6 +61,14 @@ class IndexResult:
         return "\n".join(map(escaped, lines))
 
 
+class Built(NamedTuple):
+    """An index that was brought up to date, and the model that embedded it."""
+
+    result: IndexResult
+    model: Model
+    metadata: Metadata
+
+
 def build_index(
     model: str | Path,
     paths: Iterable[str | Path] | None = None,
@@ -86,6 +96,27 @@ def build_index(
     Raises:
         UserError: there are no media, the index was built with other weights or views, or another process writes it.
     """
+    return _build(model, paths, out, batch_size, progress, allow_sources).result
+
+
+def build_and_open(run: str | Path, allow_sources: bool) -> Index:
+    """Brings the index of a run's media up to date, and opens it.
+
+    Unlike `open_index`, it keeps the model that embedded the items: a run that is still being trained may have saved
+    other weights meanwhile.
+    """
+    built = _build(run, allow_sources=allow_sources)
+    return Index(built.result.folder, built.model, built.metadata, allow_sources)
+
+
+def _build(
+    model: str | Path,
+    paths: Iterable[str | Path] | None = None,
+    out: str | Path | None = None,
+    batch_size: int = 64,
+    progress: Progress = track,
+    allow_sources: bool = False,
+) -> Built:
     import_lancedb()  # Fails before the model is loaded and a folder is made.
     name = str(model)
     if paths is None and Name.parse(name).scheme == OPEN_CLIP:
@@ -131,7 +162,7 @@ def build_index(
     counts = {kind: update.counts[kind] for kind in FILE_COUNTS}
     result = IndexResult(folder, **counts, skipped=skipped, unknown=unknown, items=count, approximate=items.approximate)
     console.print(str(result), soft_wrap=True)
-    return result
+    return Built(result, opened, metadata)
 
 
 def _default_folder(model: str, has_paths: bool) -> Path:

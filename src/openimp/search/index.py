@@ -26,6 +26,7 @@ from openimp.encoding.engine import ItemEncoder
 from openimp.inference.model import Model, load
 from openimp.search.folder import INDEX_FILES, Metadata, built_with, own_index, read_metadata
 from openimp.search.media import media_state, row_media, source_table
+from openimp.search.parts import composed
 from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, Space, Words
 from openimp.search.table import Items, any_of, below, between, quoted
 
@@ -286,7 +287,7 @@ class Index:
         wanted = " ".join(part.text for part in encoded if part.text and part.weight > 0)
         unwanted = " ".join(part.text for part in encoded if part.text and part.weight < 0)
         if by != "meaning" and self.has_words and wanted and all(part.text for part in encoded):
-            return Words(wanted, unwanted)
+            return Words(composed(wanted), composed(unwanted))
         return None
 
     def _encode_all(self, parts: Sequence[str | QueryPart]) -> list[EncodedQuery]:

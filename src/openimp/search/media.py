@@ -86,7 +86,7 @@ def media_of_recipe(recipe: Recipe, modalities: Modalities) -> Iterator[Media]:
             seen.add((user.source, column, name))
             table = open_table(user.source)
             require_columns(table, modalities[name], spec, f"sources.{user.source}")
-            text = partial(_input_text, table, *texts[0]) if texts else partial(_label, table, user)
+            text = partial(_input_text, table, *texts[0]) if texts else partial(_label, table, _class_column(user))
             yield from _rows(table, name, column, text)
 
 
@@ -101,6 +101,11 @@ def source_table(recipe: Recipe, name: str) -> Table:
 def media_state(state: str) -> str:
     """The part of `Media.state` that is about the media and not about their text."""
     return state.partition(" ")[0]
+
+
+def joined_texts(texts: Sequence[ReadText]) -> str | None:
+    """The different texts of one medium, separated by semicolons."""
+    return "; ".join(dict.fromkeys(text for read in texts if (text := read()))) or None
 
 
 def row_media(table: Table, row: int, column: str) -> bytes | Path | np.ndarray:
@@ -140,7 +145,7 @@ def _path_as_text(path: str, folders: Set[str]) -> str:
 
 def _caption(path: str, roots: Roots) -> str:
     try:
-        return file_text(_checked(path, roots)).removeprefix("\ufeff").strip()
+        return file_text(_checked(path, roots)).strip()
     except BadMedia as error:
         raise BadMedia(f"{os.path.basename(path)}: {error}") from None
 
@@ -170,8 +175,13 @@ def _input_text(table: Table, modality: Modality, spec: Input, row: int) -> str 
         return None
 
 
-def _label(table: Table, user: Any, row: int) -> str | None:
-    """The name of the class of a row, if a task or an evaluation set reads one."""
-    label = getattr(user, "label", None)
-    value = table.rows([row], [label])[0][label] if label in table.columns else None
+def _class_column(user: Any) -> str | None:
+    """The column with the class of a row, if an evaluation set or a task reads one."""
+    columns = (objective.class_column() for objective in getattr(user, "objectives", ()))
+    return getattr(user, "label", None) or next((column.name for column in columns if column), None)
+
+
+def _label(table: Table, column: str | None, row: int) -> str | None:
+    """The name of the class of a row."""
+    value = table.rows([row], [column])[0][column] if column in table.columns else None
     return value if isinstance(value, str) else None

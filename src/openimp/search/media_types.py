@@ -55,8 +55,8 @@ def media_type(media: bytes | Path, kind: str) -> str:
                 head = file.read(HEAD)
         except OSError as error:
             raise UserError(f"{media.name}: {error.strerror}") from None
-    container_kind = "audio" if kind == "audio" else "video"
     for offset, signature, type_template in SIGNATURES:
-        if head[offset:].startswith(signature):
-            return type_template.format(container_kind)
+        # A picture in such a container is in HEIC, which browsers do not show.
+        if head[offset:].startswith(signature) and ("{}" not in type_template or kind in ("audio", "video")):
+            return type_template.format(kind)
     return UNKNOWN

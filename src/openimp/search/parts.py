@@ -4,6 +4,7 @@ A part is a whole file, a segment of a recording, or a line of a text file. Each
 """
 
 import hashlib
+import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ def open_file(encoder: ItemEncoder, path_of: Mapping[tuple[str, str], str], medi
     """
     file = IndexedFile(media, sha256)
     try:
-        file.text = (media.text() or "")[:MAX_TEXT] or None
+        file.text = composed(media.text() or "")[:MAX_TEXT] or None
     except BadMedia as error:
         file.problem = str(error)
     try:
@@ -75,7 +76,7 @@ def _parts(encoder: ItemEncoder, raw: bytes | Path | np.ndarray, text: str | Non
     modality = encoder.modality
     if modality.reads_text:
         assert isinstance(raw, Path)
-        return [{"part": i, "text": line[:MAX_TEXT]} for i, line in enumerate(_lines(raw)) if line]
+        return [{"part": i, "text": composed(line)[:MAX_TEXT]} for i, line in enumerate(_lines(raw)) if line]
     displayed_type = None if isinstance(raw, np.ndarray) else media_type(raw, kind_of(modality))
     segments = modality.segments(raw, encoder.view) if isinstance(modality, Segmented) else []
     return [
@@ -112,6 +113,11 @@ def _recorded(modality: Modality, raw: bytes | Path | np.ndarray) -> Recorded:
         with suppress(ValueError, OverflowError):  # A file system may hold times far outside of the calendar.
             recorded = recorded._replace(time=datetime.fromtimestamp(int(raw.stat().st_mtime)))
     return recorded
+
+
+def composed(text: str) -> str:
+    """A text in Unicode's composed form (NFC). Names of files are often decomposed, and their words would be split."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _lines(file: Path) -> list[str]:

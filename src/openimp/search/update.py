@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,12 +17,12 @@ from openimp.common.safe_files import write_text
 from openimp.encoding.engine import ItemEncoder, chunks_on_cpu, map_ahead
 from openimp.inference.model import Model
 from openimp.search.folder import SKIPPED, read_skipped
-from openimp.search.media import Media, media_state
+from openimp.search.media import Media, ReadText, joined_texts, media_state
 from openimp.search.parts import IndexedFile, open_file, read_part
 from openimp.search.table import Items
 
 WRITTEN_BATCHES = 4
-"""Files are opened, embedded and written in groups of this many batches."""
+"""Files are embedded and written in groups with about this many batches of parts."""
 
 
 class Update:
@@ -38,7 +39,7 @@ class Update:
         self.model = model
         self.folder = folder
         self.items = items
-        self.wanted = {item.path: item for item in media}
+        self.wanted = _by_path(media)
         self.roots = None if given is None else tuple(os.path.join(os.path.abspath(path), "") for path in given)
         self.stored = items.stored()
         # The path of the first row of a source, by `IndexedFile.content`. Later duplicates are left out.
@@ -67,12 +68,11 @@ class Update:
                 self.counts["unchanged"] += 1
                 if media.row is not None:
                     self.first_row[self.stored[path].sha256, media.modality] = path
-        group_size = batch_size * WRITTEN_BATCHES
         for name, media_of_modality in outdated.items():
             encoder = self.model.item_encoder(name, towards[name], batch_size, f"index {name}")
             progress_bar = iter(progress(media_of_modality, f"index {name}"))
-            for start in range(0, len(media_of_modality), group_size):
-                self._index(encoder, media_of_modality[start : start + group_size], progress_bar)
+            for group in self._groups(encoder, media_of_modality, batch_size * WRITTEN_BATCHES):
+                self._index(encoder, group, progress_bar)
             list(progress_bar)  # Ends it.
         self.items.remove(self.gone)
         self.counts["removed"] = len(self.gone - self.moved)
@@ -90,10 +90,27 @@ class Update:
             return (stored.state, stored.modality) == (media.state, media.modality)
         return media.path in self.skipped and self.skipped[media.path][0] == media.state
 
-    def _index(self, encoder: ItemEncoder, group: list[Media], progress_bar: Iterator[Any]) -> None:
+    def _groups(self, encoder: ItemEncoder, media: list[Media], size: int) -> Iterator[list[IndexedFile]]:
+        """Opens media, and yields groups with at most `size` files and about `size` parts: a film has thousands."""
+        group: list[IndexedFile] = []
+        part_count = 0
+        for file in map_ahead(partial(self._open, encoder), media):
+            if file.copied_from and self.path_of.get(file.content) != file.copied_from:
+                # The rows to copy were replaced after the file had been opened.
+                file = self._open(encoder, file.media)
+            group.append(file)
+            part_count += len(file.parts)
+            if max(len(group), part_count) >= size:
+                yield group
+                group = []
+                part_count = 0
+        if group:
+            yield group
+
+    def _index(self, encoder: ItemEncoder, group: list[IndexedFile], progress_bar: Iterator[Any]) -> None:
         """Embeds the new content of a group of media, and replaces their rows."""
         files = []
-        for file in map_ahead(partial(self._open, encoder), group):
+        for file in group:
             if self._is_duplicate(file):
                 if file.media.path in self.stored:
                     self.gone.add(file.media.path)
@@ -161,6 +178,19 @@ class Update:
 
     def _write_skipped(self) -> None:
         write_text(self.folder / SKIPPED, json.dumps(self.skipped, indent=1))
+
+
+def _by_path(media: Iterable[Media]) -> dict[str, Media]:
+    """The media by path. Media that several rows of a table name, with a caption each, have all the captions."""
+    by_path: dict[str, Media] = {}
+    texts: dict[str, list[ReadText]] = defaultdict(list)
+    for item in media:
+        by_path.setdefault(item.path, item)
+        texts[item.path].append(item.text)
+    for path, texts_of_path in texts.items():
+        if len(texts_of_path) > 1:
+            by_path[path] = replace(by_path[path], text=partial(joined_texts, texts_of_path))
+    return by_path
 
 
 def _items(encoder: ItemEncoder, files: list[IndexedFile], progress_bar: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
