@@ -18,7 +18,7 @@ from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
 from openimp.common.schema import Strict
 from openimp.data import store as store_module
 from openimp.data.sources import open_source
-from openimp.data.store import CHUNK, DecodedStore
+from openimp.data.store import BATCH_BYTES, CHUNK, DecodedStore
 from openimp.data.tables import Table
 from openimp.recipe.tasks import Source
 
@@ -165,6 +165,14 @@ def test_many_rows_in_order(tmp_path):
     pq.write_table(pa.table({"file": [npy(np.full(3, i, np.int16)) for i in range(rows)]}), tmp_path / "x.parquet")
     store = build(opened(tmp_path / "x.parquet"), cache="memory")
     assert [int(store[i][0]) for i in range(rows)] == list(range(rows))
+
+
+def test_large_arrays_are_written_a_few_at_a_time(tmp_path):
+    """Otherwise, a file of 256 clips would be in memory several times."""
+    large = npy(np.zeros((BATCH_BYTES // 16, 8), np.uint8))
+    pq.write_table(pa.table({"file": [large] * 3}), tmp_path / "x.parquet")
+    store = build(opened(tmp_path / "x.parquet"), cache="memory")
+    assert [len(batch) for batch in store._rows.to_batches()] == [2, 1]
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])

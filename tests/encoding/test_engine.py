@@ -8,6 +8,7 @@ import torch
 
 import openimp
 from openimp.common.modality import BadMedia
+from openimp.common.threads import THREADS
 from openimp.encoding import engine
 from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
 
@@ -86,7 +87,7 @@ def test_items_are_read_only_a_few_ahead(model):
     encoder = model.item_encoder("audio", "text", 2, "test")
     results = encoder.encode(numbered(sounds(encoder, [8000] * 60)))
     next(results)
-    assert len(taken) <= 2 + 2 * engine.THREADS + 2
+    assert len(taken) <= 2 + 2 * THREADS + 2
     assert len(list(results)) == 59
 
 

@@ -1,6 +1,9 @@
 import os
 import shutil
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -51,6 +54,32 @@ def test_a_folder_becomes_a_table_of_unit_vectors(tiny_model_folder, folder, tmp
     printed = capsys.readouterr().out
     for part in ("12 embeddings (3 image, 3 text, 3 video, 3 audio)", "2 files could not be read", broken[0]):
         assert part in printed
+
+
+class BreaksOff(SimpleHTTPRequestHandler):
+    """A server that does not send all of 1.png."""
+
+    def do_GET(self):
+        if self.path != "/1.png":
+            return super().do_GET()
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b"\x89PNG")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_download_that_breaks_off_costs_one_row(tiny_model_folder, media_folder, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(BreaksOff, directory=media_folder))
+    Thread(target=server.serve_forever, daemon=True).start()
+    urls = [f"http://127.0.0.1:{server.server_port}/{name}" for name in ("0.png", "1.png")]
+    done = embed(tiny_model_folder, urls, tmp_path / "out.parquet")
+    server.shutdown()
+    assert done.rows == {"image": 1}
+    (skipped,) = done.skipped
+    assert skipped.startswith(f"{urls[1]}: cannot be downloaded: ")
 
 
 def test_a_text_file_that_is_huge_is_skipped(tiny_model_folder, media_folder, tmp_path):

@@ -1,9 +1,9 @@
 """Keeps the decoded arrays of a column, in memory or on disk, so that small data is decoded only once."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from openimp.common.cache import cached, stable_hash
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.progress import Progress
 from openimp.common.protocols import learned_files
+from openimp.common.threads import map_ahead
 from openimp.data.tables import Table
 
 LAYOUT = 3
@@ -26,7 +27,9 @@ ALIGN = 8
 """The bytes of each array are padded to a multiple of this number, so that the next array is aligned."""
 ROWS_FILE = "rows.arrow"
 CHUNK = 256
-"""Number of arrays that are written together."""
+"""Maximum number of arrays that are written together."""
+BATCH_BYTES = 2**26
+"""Bytes of arrays from which on they are written, although they are fewer than `CHUNK`."""
 
 Decoded = np.ndarray | BadMedia
 """What a row was decoded to: an array, or the reason why it cannot be read."""
@@ -101,15 +104,24 @@ def _decode(
     progress_bar: Iterable[int] = row_numbers
     if progress:
         progress_bar = progress(row_numbers, f"decoding {table.name}.{column}")
-    with ThreadPoolExecutor() as pool:
-        decoded = chain.from_iterable(pool.map(decode, chunk) for chunk in table.chunks(row_numbers, [column]))
-        for _, item in zip(progress_bar, decoded):
-            yield item
+    rows = chain.from_iterable(table.chunks(row_numbers, [column]))
+    for _, item in zip(progress_bar, map_ahead(decode, rows, threads=os.cpu_count() or 1)):
+        yield item
 
 
-def _batches(decoded: Iterator[Decoded]) -> Iterator[pa.RecordBatch]:
-    while chunk := list(islice(decoded, CHUNK)):
-        yield pa.RecordBatch.from_pylist([_row(item) for item in chunk], SCHEMA)
+def _batches(decoded: Iterable[Decoded]) -> Iterator[pa.RecordBatch]:
+    """The rows of arrays, in batches of at most `CHUNK` arrays and about `BATCH_BYTES`: a clip may have 40 MB."""
+    batch: list[dict[str, Any]] = []
+    batch_bytes = 0
+    for item in decoded:
+        batch.append(_row(item))
+        batch_bytes += 0 if isinstance(item, BadMedia) else item.nbytes
+        if len(batch) == CHUNK or batch_bytes >= BATCH_BYTES:
+            yield pa.RecordBatch.from_pylist(batch, SCHEMA)
+            batch = []
+            batch_bytes = 0
+    if batch:
+        yield pa.RecordBatch.from_pylist(batch, SCHEMA)
 
 
 def _row(item: Decoded) -> dict[str, Any]:

@@ -216,7 +216,11 @@ class Table(Rows):
     def parts(self, of: int, by: str | None) -> list[int]:
         """The part of each selected row, see `part_of`."""
         part_numbers = []
-        for stored in self._stored_chunks():
+        kind = None if by is None else self._data.column(by).type
+        may_be_media = kind is not None and (
+            pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        )
+        for stored in self._stored_chunks(READ_ROWS if may_be_media else CHUNK):
             values = self._values(by, stored) if by else [None] * len(stored)
             part_numbers += [part_of(value, row, of) for value, row in zip(values, stored)]
         return part_numbers
@@ -235,10 +239,10 @@ class Table(Rows):
         """The stored numbers of selected rows."""
         return indices if self._kept is None else self._kept[np.asarray(indices, dtype=np.int64)].tolist()
 
-    def _stored_chunks(self) -> Iterator[Sequence[int]]:
-        """The stored numbers of all selected rows, `CHUNK` at a time: all texts of a table may not fit into memory."""
-        for start in range(0, len(self), CHUNK):
-            yield self._stored(range(start, min(start + CHUNK, len(self))))
+    def _stored_chunks(self, size: int = CHUNK) -> Iterator[Sequence[int]]:
+        """The stored numbers of all selected rows, `size` at a time: all texts of a table may not fit into memory."""
+        for start in range(0, len(self), size):
+            yield self._stored(range(start, min(start + size, len(self))))
 
     def arrow(self, rows: range) -> Any:
         """Consecutive rows as a pyarrow.Table, with the values of `Table.rows`; unreadable texts are null.

@@ -3,10 +3,7 @@
 Shape suffixes: N items, M clips, D width, Z features of the shared embedding space.
 """
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
@@ -19,15 +16,12 @@ from torch import Tensor
 from openimp.common.device import Precision
 from openimp.common.modality import BadMedia, Modality, Tokens
 from openimp.common.progress import Progress
+from openimp.common.threads import map_ahead
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import in_lockstep
 from openimp.parallel.layout import mixed_precision
 
 K = TypeVar("K")
-T = TypeVar("T")
-R = TypeVar("R")
-THREADS = min(4, os.cpu_count() or 1)
-"""Threads that decode while the model computes. Pillow, FFmpeg and libsndfile release Python's lock."""
 COPIED_TOGETHER = 512
 """Vectors that are copied to the CPU together, because a copy waits for the GPU."""
 
@@ -174,18 +168,6 @@ def chunks_on_cpu(results: Iterable[tuple[K, Tensor | BadMedia]]) -> Iterator[li
         vectors = [result for _, result in chunk if isinstance(result, Tensor)]
         vectors_on_cpu = iter(torch.stack(vectors).cpu().numpy() if vectors else ())
         yield [(key, next(vectors_on_cpu) if isinstance(result, Tensor) else result) for key, result in chunk]
-
-
-def map_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map` in a few threads, in order. It works only a few items ahead, because a long clip takes much memory."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        futures: deque[Future[R]] = deque()
-        for item in items:
-            futures.append(pool.submit(function, item))
-            if len(futures) > 2 * THREADS:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
 
 
 def _attempt(item: tuple[K, Callable[[], np.ndarray]]) -> tuple[K, np.ndarray | BadMedia]:

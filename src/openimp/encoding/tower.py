@@ -24,7 +24,7 @@ from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
 from openimp.common.objective import Teacher
 from openimp.common.protocols import Dated, Pictured, Recorded, Segmented, TensorInput
 from openimp.common.schema import Count, RecipePath, Strict, checked
-from openimp.encoding.engine import map_ahead
+from openimp.common.threads import map_ahead
 from openimp.encoding.frozen import CLIPS, FrozenEncoder, Role, open_encoder
 from openimp.recipe.registry import modality_class
 from openimp.recipe.schema import Recipe

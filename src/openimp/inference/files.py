@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fsspec
 
-from openimp.common.errors import UserError, nearest
+from openimp.common.errors import UserError, nearest, one_line
 from openimp.common.folders import files_below, is_hidden
 from openimp.common.modality import BadMedia, Modalities
 from openimp.common.names import is_url
@@ -69,6 +69,8 @@ def _files_in(file: File) -> Iterator[str] | None:
         return (entry.path for entry in files_below(file)) if file.is_dir() else None
     try:
         system, path = fsspec.core.url_to_fs(file)
+        if os.path.splitext(path)[1] and system.isfile(path):  # Over HTTP, `find` would download the file.
+            return None
         paths = sorted(system.find(path))
     except Exception as error:  # Each file system raises its own errors.
         raise UserError(f"{file}: {str(error).strip() or type(error).__name__}") from None
@@ -82,8 +84,7 @@ def _files_in(file: File) -> Iterator[str] | None:
 def file_value(file: File, reads_text: bool) -> str | bytes | Path:
     """The value that a modality decodes: the text of a file, its path, or its bytes if it is at a URL.
 
-    Raises BadMedia if there is no such file, it is too large, or it is not a text in UTF-8. If the network fails, the
-    error is that of the file system.
+    Raises BadMedia if there is no such file, it cannot be downloaded, it is too large, or it is not a text in UTF-8.
     """
     if isinstance(file, Path):
         return file_text(file).strip() if reads_text else file
@@ -95,12 +96,16 @@ def file_value(file: File, reads_text: bool) -> str | bytes | Path:
         if len(data) > limit:
             raise BadMedia(f"is larger than {limit:,} bytes")
         return data.decode("utf-8-sig").strip() if reads_text else data
-    except FileNotFoundError:
-        raise BadMedia("no such file") from None
+    except FileNotFoundError:  # Also other answers of a web server.
+        raise BadMedia("no such file, or the server refuses it") from None
     except PermissionError:
         raise BadMedia("access is denied") from None
     except UnicodeDecodeError as error:
         raise BadMedia(f"no UTF-8 text: {error}") from None
+    except BadMedia:
+        raise
+    except Exception as error:  # Each file system raises its own errors. One file must not end the embedding of others.
+        raise BadMedia(f"cannot be downloaded: {one_line(error)}") from None
 
 
 def file_text(path: Path) -> str:

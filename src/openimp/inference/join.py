@@ -13,6 +13,7 @@ from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia
 from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
+from openimp.common.schema import checked
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
 from openimp.encoding.engine import chunks_on_cpu
@@ -119,7 +120,7 @@ def _modality(model: Model, name: str | None) -> str:
 
 
 def _open(source: str, to: str) -> Table:
-    table = open_source(Path(source).stem, Source(path=source))
+    table = open_source(Path(source).stem, checked(Source, {"path": source}, "--join"))
     assert isinstance(table, Table)  # Nothing asks for a stream.
     if to in table.columns:
         raise UserError(f"--to: {source} has a column {to!r} already; name another one")

@@ -1,6 +1,7 @@
 """What a model can do: its metrics next to chance, its confusions, and example queries with their answers."""
 
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any
@@ -66,27 +67,27 @@ def _history(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def confusion(name: str, classified: Classified) -> dict[str, Any]:
     """The confusion matrix and the most frequent confusions. With many classes, there is no matrix."""
-    counts_KK = classified.confusion()
     classes = [str(label) for label in classified.classes]
-    total_K1 = counts_KK.sum(1, keepdims=True)
-    wrong_KK = counts_KK - np.diag(counts_KK.diagonal())
-    most_frequent = np.argsort(-wrong_KK, axis=None, kind="stable")[:MAX_CONFUSIONS]
-    cells = [divmod(int(i), len(classes)) for i in most_frequent]
-    form = None
-    if len(classes) <= MAX_TABLE:
-        form = "table"
-    elif len(classes) <= MAX_MATRIX:
-        form = "squares"
-    return {
+    total_K = np.bincount(classified.truth, minlength=len(classes))
+    wrong = classified.truth != classified.predicted
+    wrong_pairs = zip(classified.truth[wrong].tolist(), classified.predicted[wrong].tolist())
+    frequent = sorted(Counter(wrong_pairs).items(), key=lambda pair_and_count: (-pair_and_count[1], pair_and_count[0]))
+    shown = {
         "title": f"{name}: {classified.query} → {classified.target}",
         "classes": classes,
-        "form": form,
+        "form": None,
+        "correct": int((~wrong).sum()),
+        "total": len(wrong),
+        "frequent": [(classes[i], classes[j], count, total_K[i]) for (i, j), count in frequent[:MAX_CONFUSIONS]],
+    }
+    if len(classes) > MAX_MATRIX:  # A matrix of 10,000 classes would need gigabytes.
+        return shown
+    counts_KK = classified.confusion()
+    return shown | {
+        "form": "table" if len(classes) <= MAX_TABLE else "squares",
         "counts": counts_KK.tolist(),
-        "shares": (counts_KK / np.maximum(1, total_K1)).tolist(),
+        "shares": (counts_KK / np.maximum(1, total_K[:, None])).tolist(),
         "cells": np.argwhere(counts_KK).tolist(),
-        "correct": int(counts_KK.trace()),
-        "total": int(counts_KK.sum()),
-        "frequent": [(classes[i], classes[j], wrong_KK[i, j], total_K1[i, 0]) for i, j in cells if wrong_KK[i, j]],
     }
 
 

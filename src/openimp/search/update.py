@@ -14,7 +14,8 @@ from openimp.common.cache import stable_hash
 from openimp.common.modality import BadMedia
 from openimp.common.progress import Progress
 from openimp.common.safe_files import write_text
-from openimp.encoding.engine import ItemEncoder, chunks_on_cpu, map_ahead
+from openimp.common.threads import map_ahead
+from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
 from openimp.inference.model import Model
 from openimp.search.folder import SKIPPED, read_skipped
 from openimp.search.media import Media, ReadText, joined_texts, media_state
