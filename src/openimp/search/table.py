@@ -206,8 +206,9 @@ class Items:
         from lancedb.index import FTS, BTree, IvfSq
 
         indexed = self.indexed()
-        if "id" not in indexed:  # The page looks up dozens of items. Without an index of ids, each scans the table.
-            self.table.create_index("id", config=BTree())
+        for column in ("id", "path"):  # Without an index, each look-up of items or files scans the table.
+            if column not in indexed:
+                self.table.create_index(column, config=BTree())
         if "text" not in indexed:
             self.table.create_index("text", config=FTS())
         if "vector" not in indexed and self.table.count_rows() >= APPROXIMATE_ROWS:
