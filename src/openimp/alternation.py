@@ -52,7 +52,7 @@ class Alternation(Sequence[Visit]):
             else:
                 # Only "random" draws views at random. All other kinds spread them evenly.
                 chosen_views = _draw(view_weights, len(steps_of_task), kind == "random", (recipe.seed, 1, i))
-            batch_size = np.array([view.batch_size or task.batch_size for view in task.views])[chosen_views]
+            batch_size = np.array(task.batch_sizes)[chosen_views]
             self._view_indices[steps_of_task] = chosen_views
             self._batch_size[steps_of_task] = batch_size
             self._start[steps_of_task] = np.cumsum(batch_size) - batch_size

@@ -86,7 +86,7 @@ class TaskData:
         tables: dict[str, Table] = {}
         tasks = {name: task for name, task in self.recipe.tasks.items() if task.weight}
         for name, task in tasks.items():
-            for batch_size in _batch_sizes(task):
+            for batch_size in task.batch_sizes:
                 if batch_size % self.world_size:
                     raise UserError(
                         f"tasks.{name}: batch_size {batch_size} is not a multiple of {self.world_size} ranks"
@@ -293,15 +293,10 @@ class TaskData:
         return target_sizes(self.recipe, self.modalities, self.classes)
 
 
-def _batch_sizes(task: Task) -> list[int]:
-    """The batch size of each view of a task."""
-    return [view.batch_size or task.batch_size for view in task.views]
-
-
 def _require_lanes_divide_batches(name: str, task: Task, stream: Stream, ranks: int) -> None:
     """Raises UserError if the lanes of a task's stream do not divide one of its batches."""
     unit = lcm(stream.lanes, ranks)
-    for batch_size in _batch_sizes(task):
+    for batch_size in task.batch_sizes:
         if batch_size % stream.lanes:
             below = batch_size // unit * unit
             valid_sizes = [str(size) for size in (below, below + unit) if size]

@@ -100,7 +100,7 @@ def _count_passes(recipe: Recipe, modalities: Modalities, classes: Classes, mode
     for task_name, task in recipe.tasks.items():
         if not task.weight:
             continue
-        for i, view in enumerate(task.views):
+        for i, batch_size in enumerate(task.batch_sizes):
             # Tensors on the meta device have no values. Fake tensors may have them, but are slower.
             with FakeTensorMode(allow_non_fake_inputs=True) if model.reads_values else nullcontext():
                 batch = zero_batch(recipe, task_name, i, modalities, classes, device=META)
@@ -112,7 +112,7 @@ def _count_passes(recipe: Recipe, modalities: Modalities, classes: Classes, mode
                     total.backward()
             with_grad = [name for name, weight in model.named_parameters() if weight.grad is not None]
             cost_by_task_view[task_name, i] = Cost(
-                examples=view.batch_size or task.batch_size,
+                examples=batch_size,
                 tokens=sum(tokens.coords[..., 0].numel() for tokens in batch.tokens.values()),
                 flops=counter.get_total_flops(),
                 forward_flops=forward_flops,
@@ -198,7 +198,7 @@ def zero_batch(
 ) -> Batch:
     """A batch of zeros of a task, with the shapes that the loader makes, for one of `ranks` ranks that share it."""
     task = recipe.tasks[name]
-    examples = (task.views[view].batch_size or task.batch_size) // ranks
+    examples = task.batch_sizes[view] // ranks
     tokens = {}
     with device:
         for modality, spec in task.inputs.items():

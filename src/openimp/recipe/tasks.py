@@ -150,6 +150,11 @@ class Task(Strict):
     """The task is visited once per this many rounds (alternation intervals)."""
 
     @property
+    def batch_sizes(self) -> list[int]:
+        """The batch size of each view."""
+        return [view.batch_size or self.batch_size for view in self.views]
+
+    @property
     def teachers(self) -> list[Teacher]:
         """The models that the objectives learn from."""
         return [teacher for objective in self.objectives if (teacher := objective.taught_by())]

@@ -30,8 +30,7 @@ def signatures(recipe: Recipe, modalities: Modalities, ranks: int) -> set[Signat
     for task in recipe.tasks.values():
         if not task.weight:
             continue
-        for view in task.views:
-            batch_size = view.batch_size or task.batch_size
+        for view, batch_size in zip(task.views, task.batch_sizes):
             rows = {name: batch_size * spec.draw // ranks for name, spec in task.inputs.items()}
             for sizes in pass_sizes(rows, recipe.memory.chunk_size):
                 inputs = []

@@ -338,7 +338,7 @@ class Trainer(Parts):
             self._evaluated_step = self.step
             results = self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
             self._announce_checkpoint()  # The checkpoint that `save` may have started.
-            self.validation.keep_best(self.step, self.checkpointing, self.state())
+            self.validation.keep_best(self.step, self.checkpointing, self.state)
             self._announce_checkpoint()  # The checkpoint that `keep_best` may have started.
             self.callbacks.on_evaluation(self.step, results)
 

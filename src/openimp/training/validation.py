@@ -1,5 +1,6 @@
 """Evaluation during a training run and at its end, and the choice of the best checkpoint."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +62,10 @@ class Validation:
             raise failure
         return results
 
-    def keep_best(self, step: int, checkpointing: Checkpointing, state: dict[str, Any]) -> None:
+    def keep_best(self, step: int, checkpointing: Checkpointing, state: Callable[[], dict[str, Any]]) -> None:
         """Saves a checkpoint if the evaluation after `step` steps is the best so far, and links to the best one.
 
-        `state` is that of the checkpoint; see `Checkpointing.save`.
+        `state` returns what the checkpoint stores; see `Checkpointing.save`. All ranks call it, or none.
         """
         name = self.data.recipe.evaluation.best
         if name is None:
@@ -73,7 +74,7 @@ class Validation:
         saved = {step, *map(step_of, checkpoints(self.run))}
         best = distributed.run_on_rank_zero(lambda: best_step(self.run / "results.jsonl", name, saved))
         if best == step:
-            checkpointing.save(state)
+            checkpointing.save(state())
             checkpointing.wait()
         if distributed.rank() == 0:
             mark_best(self.run, best)
