@@ -409,9 +409,10 @@ def study(
 
 def _has_workers(name: str, overrides: list[str]) -> bool:
     """Whether the training of a recipe, or of data, has processes that read data; a guess if the recipe is drafted."""
+    from openimp.common.threads import core_count
     from openimp.recipe.file import read_recipe
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = core_count()
     if Path(name).exists() and Path(name).suffix not in (".yaml", ".yml"):
         return cores >= MANY_CORES
     try:

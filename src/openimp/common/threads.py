@@ -1,4 +1,4 @@
-"""Work in threads, in order."""
+"""The number of cores, and work in threads."""
 
 import os
 from collections import deque
@@ -8,7 +8,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-THREADS = min(4, os.cpu_count() or 1)
+
+
+def core_count() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+THREADS = min(4, core_count())
 """Threads that decode while a model computes. Pillow, FFmpeg and libsndfile release Python's lock."""
 
 

@@ -1,6 +1,5 @@
 """Keeps the decoded arrays of a column, in memory or on disk, so that small data is decoded only once."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import chain
@@ -14,7 +13,7 @@ from openimp.common.cache import cached, stable_hash
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.progress import Progress
 from openimp.common.protocols import learned_files
-from openimp.common.threads import map_ahead
+from openimp.common.threads import core_count, map_ahead
 from openimp.data.tables import Table
 
 LAYOUT = 3
@@ -105,7 +104,7 @@ def _decode(
     if progress:
         progress_bar = progress(row_numbers, f"decoding {table.name}.{column}")
     rows = chain.from_iterable(table.chunks(row_numbers, [column]))
-    for _, item in zip(progress_bar, map_ahead(decode, rows, threads=os.cpu_count() or 1)):
+    for _, item in zip(progress_bar, map_ahead(decode, rows, threads=core_count())):
         yield item
 
 

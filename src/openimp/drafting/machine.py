@@ -9,6 +9,7 @@ import torch
 
 from openimp.common.device import pick_device
 from openimp.common.errors import counted
+from openimp.common.threads import core_count
 from openimp.planning.gpus import USABLE, peak_flops
 
 MFU = 0.2
@@ -37,7 +38,7 @@ class Machine:
 def this_machine() -> Machine:
     """Measures this machine, in a fraction of a second."""
     device = pick_device()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = core_count()
     host_memory = _host_memory()
     is_gpu = device.type == "cuda"
     if is_gpu:

@@ -13,6 +13,7 @@ import torch
 from openimp.common.errors import counted
 from openimp.common.modality import Modalities
 from openimp.common.protocols import Towered
+from openimp.common.threads import core_count
 from openimp.data.loaded_batch import LoadedBatch
 from openimp.parallel.distributed import all_gather
 from openimp.planning.costs import short
@@ -104,8 +105,7 @@ def advice(recipe: Recipe, modalities: Modalities, name: str, rare_waits: bool) 
     task = recipe.tasks[name]
     workers = recipe.train.num_workers
     source = recipe.sources[task.source]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     inputs = [modalities[modality] for modality in task.inputs]
     # What a tower reads is embedded before the first step, and what is cached is decoded.
     decodes = source.cache == "none" and any(not (each.reads_text or isinstance(each, Towered)) for each in inputs)
