@@ -33,8 +33,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import openimp
+from openimp.common.threads import THREADS
 from openimp.common.versions import openimp_version, processor
-from openimp.encoding.engine import THREADS, chunks_on_cpu
+from openimp.encoding.engine import chunks_on_cpu
 
 BATCH, REQUIRED = 64, 0.95
 

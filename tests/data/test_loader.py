@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from batches import assert_same
+from little import write_tar
 from messages import refuses
 from recordings import animation, counting, sound_file
 
@@ -43,6 +44,33 @@ def opened(folder: Path, *changes: str) -> StepBatches:
 
 def loaded(folder: Path, *changes: str, first: int = 0) -> list[LoadedBatch]:
     return list(load_batches(opened(folder, *changes), first))
+
+
+def test_of_several_columns_one_that_is_not_empty_is_read(own_data):
+    files = [str(path.relative_to(own_data)) for path in sorted((own_data / "pictures").rglob("*.png"))]
+    rows = [
+        {"front": file, "back": None if number % 2 else file, "label": file.split("/")[1]}
+        for number, file in enumerate(files)
+    ]
+    (own_data / "views.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for cache in ("none", "memory"):
+        changes = [f"sources.pictures={{path: views.jsonl, cache: {cache}}}", "tasks.named.inputs.image=[front, back]"]
+        changes += ["tasks.heard.weight=0", NO_EVALUATION, "train.num_workers=0", "train.max_bad_fraction=0.5"]
+        batches = loaded(own_data, *changes)
+        assert not any(item.bad for item in batches)
+
+
+def test_a_row_of_a_stream_without_a_class_is_a_bad_example(own_data):
+    members = {}
+    for i, file in enumerate(sorted((own_data / "pictures").rglob("*.png"))):
+        members[f"{i}.png"] = file.read_bytes()
+        members[f"{i}.json"] = json.dumps({"label": None if i == 3 else file.parent.name}).encode()
+    write_tar(own_data / "x.tar", members)
+    source = "sources.pictures={path: x.tar, stream: true, lanes: 1, window: 1}"
+    objective = "tasks.named.objectives=[{type: classification, label: json.label, classes: [red, green, blue, white]}]"
+    changes = [source, objective, "tasks.named.inputs={image: png}", "tasks.named.views=[{image: {size: 16}}]"]
+    batches = loaded(own_data, *changes, "tasks.heard.weight=0", NO_EVALUATION, "train.num_workers=0")
+    assert {reason for item in batches for _, reason in item.bad} == {"column 'json.label': no class"}
 
 
 @pytest.mark.slow

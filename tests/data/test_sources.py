@@ -25,10 +25,13 @@ from PIL import Image
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
+from openimp.common.objective import ClassColumn
 from openimp.data import files, hub, parquet
+from openimp.data.manifests import BLOCK_BYTES
 from openimp.data.sources import open_source
 from openimp.data.streams import Stream
 from openimp.data.tables import Rows, Table, Unreadable, matches
+from openimp.data.targets import classes_of
 from openimp.recipe.tasks import Source
 
 
@@ -224,6 +227,17 @@ def test_paths_are_those_of_files_that_are_not_embedded(tmp_path):
     cells = [{"bytes": b"1", "path": "a.png"}, {"bytes": None, "path": "b.png"}]
     pq.write_table(pa.table({"x": cells}), tmp_path / "x.parquet")
     assert opened(tmp_path / "x.parquet").paths("x") == ["b.png"]
+    pq.write_table(pa.table({"x": [{"path": "c.png", "width": 3}]}), tmp_path / "y.parquet")
+    assert opened(tmp_path / "y.parquet").paths("x") == ["c.png"]
+
+
+def test_classes_are_texts_or_numbers_that_a_checkpoint_can_store(tmp_path):
+    columns = {"name": [b"cat", b"dog"], "day": [datetime.date(2026, 1, 1), datetime.date(2026, 1, 2)]}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    table = opened(tmp_path / "x.parquet")
+    assert classes_of(table, ClassColumn("name", False, None), "tasks.a") == ["cat", "dog"]
+    with refuses():
+        classes_of(table, ClassColumn("day", False, None), "tasks.a")
 
 
 def test_class_numbers_become_their_names(tmp_path):
@@ -278,7 +292,7 @@ def test_json_manifests(tmp_path, form):
         ("x.csv", bytes(range(256))),
         ("x.csv", b""),
         ("x.csv", b'a,b\n\n"1\n1",2\n\n"1\n1",2,3\n'),
-        ("x.csv", b"a,b\n\n1\n" + b"x" * 200_000),
+        ("x.csv", b"a,b\n\n1\n" + b"x" * (BLOCK_BYTES + 1)),
         ("x.csv", b"a,a\n1,2\n"),
         ("x.csv", b"file;n\na.png;1,5\n"),
         ("x.jsonl", b'{"a": 1}\n\n \n{"a": nonsense}\n'),
@@ -295,6 +309,11 @@ def test_json_manifests(tmp_path, form):
 def test_corrupt_manifests(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     fails(path=f"{tmp_path}/{name}")
+
+
+def test_a_long_text_is_read_beside_a_row_with_fewer_cells(tmp_path):
+    (tmp_path / "x.csv").write_text(f"file,text\na.jpg\nb.jpg,{'x' * 200_000}\n")
+    assert [len(row["text"] or "") for row in all_rows(opened(tmp_path / "x.csv"))] == [0, 200_000]
 
 
 # Selected rows

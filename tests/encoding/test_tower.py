@@ -321,6 +321,8 @@ def test_a_model_of_timm_reads_pictures(data, tmp_path):
     tower = open_encoder(name, "image")
     found = F.normalize(tower.embed(np.concatenate([tower.read(file) for file in files])), dim=-1)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    clear = PIL.Image.new("RGBA", (40, 40), (0, 0, 0, 0))  # It is seen on white, not black.
+    torch.testing.assert_close(tower.read(clear), tower.read(PIL.Image.new("RGB", (40, 40), "white")))
 
     recipe = recipe_of(
         data,

@@ -1,4 +1,5 @@
 import io
+import struct
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -51,6 +52,15 @@ def test_pictures_of_phones_are_read_and_turned_upright(tmp_path):
         decoded = IMAGE.decode(path, [Image.View()])
         assert decoded.shape == seen.shape, path
         assert np.abs(decoded.astype(int) - seen).mean() < 3, path
+
+
+def test_exif_data_of_a_wrong_type_do_not_make_a_picture_unreadable(tmp_path):
+    # Two tags: an orientation to be turned clockwise, and as the width a text.
+    tags = struct.pack("<H HHII HHI4s I", 2, 0x0112, 3, 1, 6, 0x0100, 2, 4, b"six", 0)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + tags
+    seen = smooth(40, 60)
+    PIL.Image.fromarray(np.rot90(seen).copy()).save(tmp_path / "x.jpg", exif=exif, quality=95)
+    assert IMAGE.decode(tmp_path / "x.jpg", [Image.View()]).shape == seen.shape
 
 
 def test_what_heic_pictures_need_is_said(tmp_path):

@@ -38,7 +38,7 @@ from openimp.recipe.schema import Recipe
 from openimp.search import IndexResult, build_index, open_index
 from openimp.search.build import build_and_open
 from openimp.search.folder import METADATA, NEWER_OPTIONS, read_metadata
-from openimp.search.media import media_of_recipe
+from openimp.search.media import Media, joined, media_of_recipe, media_state
 from openimp.search.table import Items
 from openimp.training.trainer import train
 
@@ -177,7 +177,7 @@ def test_only_new_and_changed_files_are_embedded(build, folder, tmp_path, embedd
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_as_if_undisturbed(build, tiny_model_folder, folder, tmp_path):
-    for lines in (3, 7, 11):  # Four files at a time are written.
+    for lines in (3, 7, 11):  # About four parts at a time are written.
         process = Process("-c", WRITE, tiny_model_folder, folder, tmp_path / "x.index", lines)
         for _ in range(lines):
             process.stdout.readline()
@@ -523,6 +523,17 @@ def test_names_of_files_are_found_in_either_form_of_unicode(build, media_folder,
     for form in names:
         hits = index.search(unicodedata.normalize(form, "größe"), by="words")
         assert {Path(hit.path).name for hit in hits} == {*names.values()}
+
+
+def test_a_file_that_two_sources_name_changes_with_the_text_of_either():
+    def item(state, text):
+        return Media("a.png", "image", state, bytes, lambda: text)
+
+    both = joined([item("S one", "a cat"), item("S two", "a pet"), item("S two", "a cat")])
+    changed = joined([item("S one", "a cat"), item("S three", "a dog")])
+    assert (both.text(), changed.text()) == ("a cat; a pet", "a cat; a dog")
+    assert both.state != changed.state
+    assert media_state(both.state) == "S"
 
 
 def test_the_class_of_a_task_without_texts_is_the_text_of_its_items(own_data, tmp_path):

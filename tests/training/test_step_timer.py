@@ -17,7 +17,7 @@ def test_waiting_for_data_is_told_once_with_what_could_be_done(own_data, tmp_pat
     for i, file in enumerate(sorted((own_data / "pictures").rglob("*.png"))):
         PIL.Image.new("RGB", (900 + i, 900), (i, 9 * i, 90)).save(file)
     recipe = own_data / "recipe.yaml"
-    changes = ["--set=evaluation={}", "--set=train.log_every=4"]
+    changes = ["--set=evaluation={}", "--set=train.log_every=4", "--set=train.save_every=100"]
     done = run("-m", "openimp", "train", recipe, "--run-dir", tmp_path / "run", *changes, check=True)
     assert done.stderr == ""
     *_, first, second, warning, third = done.stdout.splitlines()

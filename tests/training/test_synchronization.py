@@ -78,7 +78,7 @@ def test_numbers_are_read_on_logged_steps_only(little_data, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("more", [[], ["model.moe.experts={vision: 2, text: 2, audio: 2}"], ["model.moe=null"]])
 def test_the_host_never_waits_for_a_gpu_between_two_logged_steps(little_data, tmp_path, more):
-    training = training_of(little_data, tmp_path / "run", "train.log_every=100", *more)
+    training = training_of(little_data, tmp_path / "run", "train.log_every=100", "train.save_every=100", *more)
     batches = [*load_batches(training.batches, 0, 8)]
     for loaded in batches[:4]:  # Libraries and optimizer state are initialized in the first steps.
         training.make_step(loaded)

@@ -128,7 +128,7 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _remove_others(folder: Path, keep: int) -> None:
-    """Keeps the best checkpoint, and the last `keep` checkpoints up to and including `folder`; removes all others."""
+    """Removes checkpoints. Up to and including `folder`, the last `keep` and the best one stay; after it, none."""
     run = folder.parents[1]  # `folder` is RUN/checkpoints/step-...
     saved = checkpoints(run)
     best = (folder.parent / BEST).resolve().name

@@ -21,11 +21,14 @@ THREADS = min(4, core_count())
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int = THREADS) -> Iterator[R]:
     """`map` in threads, in order. It works only a few items ahead, because a long clip takes much memory."""
-    with ThreadPoolExecutor(threads) as pool:
-        futures: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    futures: deque[Future[R]] = deque()
+    try:
         for item in items:
             futures.append(pool.submit(function, item))
             if len(futures) > 2 * threads:
                 yield futures.popleft().result()
         while futures:
             yield futures.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -30,6 +30,9 @@ CHUNK = 256
 BATCH_BYTES = 2**26
 """Bytes of arrays from which on they are written, although they are fewer than `CHUNK`."""
 
+MAX_THREADS = 16
+"""Maximum number of threads that decode. Each may hold three items."""
+
 Decoded = np.ndarray | BadMedia
 """What a row was decoded to: an array, or the reason why it cannot be read."""
 
@@ -104,7 +107,7 @@ def _decode(
     if progress:
         progress_bar = progress(row_numbers, f"decoding {table.name}.{column}")
     rows = chain.from_iterable(table.chunks(row_numbers, [column]))
-    for _, item in zip(progress_bar, map_ahead(decode, rows, threads=core_count())):
+    for _, item in zip(progress_bar, map_ahead(decode, rows, threads=min(MAX_THREADS, core_count()))):
         yield item
 
 

@@ -142,8 +142,10 @@ class Table(Rows):
         """The paths of media files in a column of the selected rows. Media that the table itself holds have no path."""
         values = self._data.column(column)
         if pa.types.is_struct(values.type) and values.type.get_field_index("path") >= 0:
-            embedded = pc.is_valid(pc.struct_field(values, "bytes"))
-            values = pc.if_else(embedded, None, pc.struct_field(values, "path"))
+            paths = pc.struct_field(values, "path")
+            if values.type.get_field_index("bytes") >= 0:
+                paths = pc.if_else(pc.is_valid(pc.struct_field(values, "bytes")), None, paths)
+            values = paths
         if not _is_text(values.type):
             return []
         if self._kept is not None:

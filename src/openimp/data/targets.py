@@ -60,6 +60,11 @@ def find_classes(table: Table, column: str, values: list[Any], has_lists: bool, 
         for label in labels:
             if label is None or label != label:
                 rows_without_class.append(row)
+            elif not isinstance(label, str | int | float):
+                raise UserError(
+                    f"{column_prefix} has values of type {type(label).__name__}, which cannot be stored as classes; "
+                    "convert them to texts"
+                )
             else:
                 row_by_class.setdefault(label, row)
     if rows_without_class:
@@ -85,6 +90,8 @@ def row_classes(value: Any, has_lists: bool) -> list[Any]:
     if has_lists and value is None:
         return []
     labels = value if isinstance(value, list) else [value]
+    # Some programs write texts to Parquet without saying that they are texts.
+    labels = [label.decode() if isinstance(label, bytes) else label for label in labels]
     if isinstance(value, list) != has_lists or any(isinstance(label, list | dict) for label in labels):
         raise ValueError(f"expected {'a list of classes' if has_lists else 'one class'}, found {value!r:.60}")
     return labels

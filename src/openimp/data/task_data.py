@@ -135,7 +135,7 @@ class TaskData:
                 self.stores[table.name, name, column] = store
 
     def _check_bad_rows(self, table: Table, column: str, store: DecodedStore) -> None:
-        """Raises UserError if more rows of a cached column are bad than `train.max_bad_fraction` allows."""
+        """Raises UserError if more rows of a cached or embedded column are bad than `train.max_bad_fraction` allows."""
         errors = store.errors()
         limit = self.recipe.train.max_bad_fraction
         if len(errors) > limit * len(table):
@@ -222,7 +222,9 @@ class TaskData:
                     vectors[teacher] = EmbeddedRows(source, tower, columns, progress)
                 else:
                     # A teacher reads in its own view.
-                    vectors[teacher] = embed_column(source, tower, columns[0], views=[], progress=progress)
+                    store = embed_column(source, tower, columns[0], views=[], progress=progress)
+                    self._check_bad_rows(source, columns[0], store)
+                    vectors[teacher] = store
             self.teacher_vectors[task_name] = vectors
 
     def _check_first_rows(self) -> None:
@@ -308,7 +310,6 @@ def _require_lanes_divide_batches(name: str, task: Task, stream: Stream, ranks: 
 
 def _sample(table: Table, key: int, columns: list[str]) -> Iterator[dict[str, Any]]:
     """All rows of a table, or a random sample of `CORPUS_ROWS` rows in the table's order."""
-    rows = np.arange(len(table))
-    if len(table) > CORPUS_ROWS:
-        rows = np.sort(permute(np.arange(CORPUS_ROWS), len(table), key))
+    positions = np.arange(min(len(table), CORPUS_ROWS))
+    rows = positions if len(table) <= CORPUS_ROWS else np.sort(permute(positions, len(table), key))
     return chain.from_iterable(table.chunks(rows.tolist(), columns))

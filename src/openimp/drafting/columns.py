@@ -119,7 +119,9 @@ def inspect(
         raise UserError(f"--label: {'; '.join(notes)}")
     text = next((text for text in texts if text.name not in min_rows_per_class), None)
     if text is None and label is None:
-        text = next(iter(texts), None)  # It repeats like the names of classes, but not every row has one.
+        # It repeats like the names of classes, but not every row has one.
+        text = next((text for text in texts if text.items > 1), None)
+        notes = [note for note in notes if text is None or not note.startswith(f"{shown(text.name)}: ")]
     if not media or not (text or label):
         raise UserError("; ".join([*notes, _what_to_add(candidate, media, plain_columns)]))
     tasks = [

@@ -122,7 +122,7 @@ def find_tasks(
     for candidate in find(paths):
         place = shown(candidate.place)
         if candidate.problem:
-            unused.append(f"{place}: {candidate.problem}")
+            unused.append(f"{place}: {shown(candidate.problem, limit=1000)}")
             continue
         if candidate.left_out:
             unused.append(f"{place}: files that are not media, or lie beside its subfolders: {candidate.left_out}")

@@ -94,7 +94,7 @@ def _in_folder(folder: Path) -> list[Candidate]:
         return _in_subfolders(inner_folders)
     if len({ROLES[inner.name.lower()] for inner in splits}) > 1:  # One alone may be a class, such as trains.
         others = [inner for inner in inner_folders if inner not in splits]
-        beside = "is beside folders of splits; name it on the command line to train on it"
+        beside = "is beside folders of splits"
         return [*_in_subfolders(splits), *(Candidate({"path": str(other)}, problem=beside) for other in others)]
     return _media(folder, inner_folders)
 

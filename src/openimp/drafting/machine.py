@@ -25,7 +25,7 @@ class Machine:
     name: str
     is_gpu: bool
     memory: float  # bytes for the tensors of a step
-    host_memory: float  # bytes of the computer's memory
+    host_memory: float  # bytes of the computer's memory that this process may use
     speed: float  # FLOP/s of training, roughly
     workers: int  # processes that can read data
 
@@ -68,8 +68,8 @@ def _limit_files() -> list[Path]:
     files = []
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers not in ("", "memory"):
+            _, controllers, group = line.split(":", 2)  # None in version 2.
+            if controllers and "memory" not in controllers.split(","):
                 continue
             root = Path("/sys/fs/cgroup") / controllers
             folder = root / group.lstrip("/")

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -37,7 +37,7 @@ def find_files(
     given = [str(file) if is_url(str(file)) else Path(file) for file in files]
     unknown = Counter[str]()
     for file in given:
-        files_in_folder = _files_in(file)
+        files_in_folder = _files_in(file, modality_of)
         if files_in_folder is None:
             extension = os.path.splitext(file)[1].lower()
             name = only or modality_of.get(extension)
@@ -61,15 +61,19 @@ def find_files(
     return {name: list(unique_files) for name, unique_files in files_by_modality.items()}, unknown
 
 
-def _files_in(file: File) -> Iterator[str] | None:
-    """The paths of the files in a folder and its subfolders, sorted; see `common/folders.py`. None for a file."""
+def _files_in(file: File, extensions: Container[str]) -> Iterator[str] | None:
+    """The paths of the files in a folder and its subfolders, sorted; see `common/folders.py`. None for a file.
+
+    A URL with one of the `extensions` is taken for a file if there is one.
+    """
     if isinstance(file, Path):
         if not file.exists():
             raise UserError(f"{file}: no such file or folder")
         return (entry.path for entry in files_below(file)) if file.is_dir() else None
     try:
         system, path = fsspec.core.url_to_fs(file)
-        if os.path.splitext(path)[1] and system.isfile(path):  # Over HTTP, `find` would download the file.
+        # Over HTTP, `find` would download the file, and `isfile` takes a folder for one.
+        if os.path.splitext(path)[1].lower() in extensions and system.isfile(path):
             return None
         paths = sorted(system.find(path))
     except Exception as error:  # Each file system raises its own errors.
@@ -96,8 +100,10 @@ def file_value(file: File, reads_text: bool) -> str | bytes | Path:
         if len(data) > limit:
             raise BadMedia(f"is larger than {limit:,} bytes")
         return data.decode("utf-8-sig").strip() if reads_text else data
-    except FileNotFoundError:  # Also other answers of a web server.
-        raise BadMedia("no such file, or the server refuses it") from None
+    except FileNotFoundError:
+        # fsspec raises it for each answer of a web server but success.
+        refused = ", or the server refuses it" if file.startswith("http") else ""
+        raise BadMedia(f"no such file{refused}") from None
     except PermissionError:
         raise BadMedia("access is denied") from None
     except UnicodeDecodeError as error:

@@ -6,7 +6,8 @@ inputs, for example one per modality. The router treats each of them separately,
 all of them at once.
 
 Shape suffixes: B examples, L tokens per example, T tokens of all inputs, E experts, C slots per expert and example
-(capacity), S slots of an expert, U = E S slots of all experts, D width, F hidden width, 1 a dimension of size 1.
+(capacity), S slots of an expert, U = E S slots of all experts, D width, F hidden width, 1 a dimension of size 1; e
+experts of this rank, s slots of such an expert for the tokens of all ranks.
 """
 
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ def expert_choice(probs_BLE: Tensor, valid_BL: Tensor, capacity_factor: float) -
     # Padding has the score -1, so `topk` selects it last, and `gate_BEC > 0` below leaves its slots empty.
     score_BEL = probs_BLE.masked_fill(~valid_BL[..., None], -1.0).transpose(1, 2)
     gate_BEC, token_BEC = score_BEL.topk(capacity, dim=-1)
-    # fp64, like Python's floats in `capacity`: fp32 could round a half the other way.
+    # fp64, like Python's floats above: fp32 could round a half the other way.
     capacity_B = (valid_BL.sum(-1).double() * (capacity_factor / experts) + 0.5).floor().clamp(min=1)
     filled_BEC = (torch.arange(capacity, device=gate_BEC.device) < capacity_B[:, None, None]) & (gate_BEC > 0)
     return Routing(token_BEC, gate_BEC * filled_BEC)
@@ -188,7 +189,6 @@ class Experts(nn.Module):
         if self.bias:
             parameters += [self.up_bias_EF, self.down_bias_ED]
         local = local_experts(parameters)
-        # Below, e are the experts that this rank holds, and s are their slots for the tokens of all ranks of `group`.
         group = local.group
         up_eDF, down_eFD, *biases = local.weights
         up_bias_eF, down_bias_eD = biases or (None, None)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from openimp.common.device import full_precision
 from openimp.common.errors import UserError
+from openimp.common.modality import BadMedia
 from openimp.common.objective import ClassColumn, Objective, Row, TargetSizes, Tensors
 from openimp.common.schema import PartialShare
 from openimp.data.batch import head_key
@@ -64,6 +65,8 @@ class Classification(Objective):
             classes = row_classes(row[self.label], self.loss == "sigmoid")
         except ValueError as error:
             raise UserError(f"{location}: {error}") from None
+        if any(label is None or label != label for label in classes):  # Only in a stream, which is not read ahead.
+            raise BadMedia(f"column {self.label!r}: no class")
         numbers = [index_of(label, index, location) for label in classes]
         if self.loss == "softmax":
             return {"label": torch.tensor(numbers[0])}

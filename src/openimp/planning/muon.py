@@ -10,11 +10,11 @@ from openimp.planning.sharding import BF16_BYTES, FP32_BYTES, Group, Sharding, T
 
 
 class MuonWork:
-    """Memory and communication of Muon's updates of the weights `by_muon`."""
+    """Memory and communication of Muon's updates of the weights `muon_weights`."""
 
-    def __init__(self, sharding: Sharding, by_muon: Set[Tensor]) -> None:
+    def __init__(self, sharding: Sharding, muon_weights: Set[Tensor]) -> None:
         self.sharding = sharding
-        self.by_muon = by_muon
+        self.muon_weights = muon_weights
         self.node = Group(min(sharding.layout.ranks, GPUS_PER_NODE))
         self.owners = self.node.size if sharding.layout.shard_degree == 1 else sharding.layout.shard_degree
 
@@ -26,7 +26,7 @@ class MuonWork:
         """Bytes of the momentum of these weights that a GPU keeps: of its shards, and of replicated matrices that it
         owns."""
         held_bytes = 0
-        for weight in weights & self.by_muon:
+        for weight in weights & self.muon_weights:
             kept_by = self.node.size if self.is_replicated(weight) else 1
             held_bytes += self.sharding.held_bytes([weight]) // kept_by
         return held_bytes
@@ -35,7 +35,7 @@ class MuonWork:
         """Traffic of updates in bf16. Shards go to the owner of their matrix and back. The update of a replicated
         matrix goes from its owner to the other GPUs of the node."""
         traffic = Traffic()
-        for weight in updated & self.by_muon:
+        for weight in updated & self.muon_weights:
             update_bytes = BF16_BYTES * self.sharding.numbers(weight)
             if self.is_replicated(weight):
                 traffic += self.node.all_gather(update_bytes)

@@ -39,7 +39,7 @@ class Plan:
 
     layout: Layout
     gpu: GPU
-    utilization: float  # assumed HFU: share of the bf16 peak, with passes that the recipe's `memory` repeats
+    utilization: float  # assumed share of the bf16 peak; passes that the recipe's `memory` repeats count as use
     parameters: dict[str, int]  # number of parameters by part of the model
     frozen: int  # number of frozen parameters
     active_parameters: int | None  # number of parameters that a token uses on average

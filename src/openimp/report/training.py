@@ -1,6 +1,5 @@
 """What metrics.jsonl says about a training run: losses, throughput, the mixture of tasks, and the use of experts."""
 
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -58,11 +57,11 @@ def optimization(metrics: list[MetricsLine]) -> list[dict[str, Any]]:
 
 
 def experts(metrics: list[MetricsLine]) -> dict[str, Any] | None:
-    """How each modality uses the experts of each sparse layer, averaged over the last quarter of the lines.
+    """How each modality uses the experts of each sparse layer, averaged over the last quarter of the steps.
 
     The maps are of the gate weights, because experts that choose have equal loads.
     """
-    last_lines = metrics[-ceil(len(metrics) / 4) :]
+    last_lines = [line for line in metrics if line.step >= 0.75 * metrics[-1].step]
     modalities = list(dict.fromkeys(name for line in last_lines for name in line.experts))
     if not modalities:
         return None

@@ -30,6 +30,8 @@ from openimp.search.media import Media, media_of_files, media_of_recipe
 from openimp.search.table import ITEMS, Items, import_lancedb
 from openimp.search.update import Update
 
+BATCH_SIZE = 64
+"""Default of the maximum number of clips per forward pass."""
 FILE_COUNTS = ("new", "changed", "moved", "unchanged", "removed")
 """The fields of `IndexResult` that count files."""
 
@@ -73,7 +75,7 @@ def build_index(
     model: str | Path,
     paths: Iterable[str | Path] | None = None,
     out: str | Path | None = None,
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
     progress: Progress = track,
     allow_sources: bool = False,
 ) -> IndexResult:
@@ -105,18 +107,19 @@ def build_and_open(run: str | Path, allow_sources: bool) -> Index:
     Unlike `open_index`, it keeps the model that embedded the items: a run that is still being trained may have saved
     other weights meanwhile.
     """
-    built = _build(run, allow_sources=allow_sources)
+    built = _build(run, None, None, BATCH_SIZE, track, allow_sources)
     return Index(built.result.folder, built.model, built.metadata, allow_sources)
 
 
 def _build(
     model: str | Path,
-    paths: Iterable[str | Path] | None = None,
-    out: str | Path | None = None,
-    batch_size: int = 64,
-    progress: Progress = track,
-    allow_sources: bool = False,
+    paths: Iterable[str | Path] | None,
+    out: str | Path | None,
+    batch_size: int,
+    progress: Progress,
+    allow_sources: bool,
 ) -> Built:
+    """`build_index`, whose docstring explains the arguments."""
     import_lancedb()  # Fails before the model is loaded and a folder is made.
     name = str(model)
     if paths is None and Name.parse(name).scheme == OPEN_CLIP:

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modalities, Modality
 from openimp.common.safe_files import file_state
@@ -103,9 +104,19 @@ def media_state(state: str) -> str:
     return state.partition(" ")[0]
 
 
-def joined_texts(texts: Sequence[ReadText]) -> str | None:
-    """The different texts of one medium, separated by semicolons."""
-    return "; ".join(dict.fromkeys(text for read in texts if (text := read()))) or None
+def joined(items: Sequence[Media]) -> Media:
+    """One medium that several rows name, with all their texts, which are separated by semicolons."""
+    first = items[0]
+    same = [item for item in items if item.modality == first.modality]
+    if len(same) == 1:
+        return first
+    states = dict.fromkeys(item.state for item in same)
+    state = first.state if len(states) == 1 else f"{media_state(first.state)} {stable_hash([*states])}"
+    return replace(first, state=state, text=partial(_all_texts, same))
+
+
+def _all_texts(items: Sequence[Media]) -> str | None:
+    return "; ".join(dict.fromkeys(text for item in items if (text := item.text()))) or None
 
 
 def row_media(table: Table, row: int, column: str) -> bytes | Path | np.ndarray:

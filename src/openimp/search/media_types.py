@@ -56,7 +56,8 @@ def media_type(media: bytes | Path, kind: str) -> str:
         except OSError as error:
             raise UserError(f"{media.name}: {error.strerror}") from None
     for offset, signature, type_template in SIGNATURES:
-        # A picture in such a container is in HEIC, which browsers do not show.
-        if head[offset:].startswith(signature) and ("{}" not in type_template or kind in ("audio", "video")):
-            return type_template.format(kind)
+        if head[offset:].startswith(signature):
+            if "{}" in type_template and kind == "image":
+                return UNKNOWN  # A picture in such a container is in HEIC, which browsers do not show.
+            return type_template.format("audio" if kind == "audio" else "video")
     return UNKNOWN

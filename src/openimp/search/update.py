@@ -4,7 +4,6 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,7 +17,7 @@ from openimp.common.threads import map_ahead
 from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
 from openimp.inference.model import Model
 from openimp.search.folder import SKIPPED, read_skipped
-from openimp.search.media import Media, ReadText, joined_texts, media_state
+from openimp.search.media import Media, joined, media_state
 from openimp.search.parts import IndexedFile, open_file, read_part
 from openimp.search.table import Items
 
@@ -96,11 +95,11 @@ class Update:
         group: list[IndexedFile] = []
         part_count = 0
         for file in map_ahead(partial(self._open, encoder), media):
-            if file.copied_from and self.path_of.get(file.content) != file.copied_from:
-                # The rows to copy were replaced after the file had been opened.
+            if file.copied_from != self.path_of.get(file.content, ""):
+                # An earlier group has replaced the rows to copy, or has the content now.
                 file = self._open(encoder, file.media)
             group.append(file)
-            part_count += len(file.parts)
+            part_count += self.stored[file.copied_from].parts if file.copied_from in self.stored else len(file.parts)
             if max(len(group), part_count) >= size:
                 yield group
                 group = []
@@ -182,16 +181,11 @@ class Update:
 
 
 def _by_path(media: Iterable[Media]) -> dict[str, Media]:
-    """The media by path. Media that several rows of a table name, with a caption each, have all the captions."""
-    by_path: dict[str, Media] = {}
-    texts: dict[str, list[ReadText]] = defaultdict(list)
+    """The media by path. A file that several rows name, with a caption each, has all the captions."""
+    items: dict[str, list[Media]] = defaultdict(list)
     for item in media:
-        by_path.setdefault(item.path, item)
-        texts[item.path].append(item.text)
-    for path, texts_of_path in texts.items():
-        if len(texts_of_path) > 1:
-            by_path[path] = replace(by_path[path], text=partial(joined_texts, texts_of_path))
-    return by_path
+        items[item.path].append(item)
+    return {path: joined(items_of_path) for path, items_of_path in items.items()}
 
 
 def _items(encoder: ItemEncoder, files: list[IndexedFile], progress_bar: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
