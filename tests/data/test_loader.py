@@ -46,20 +46,6 @@ def loaded(folder: Path, *changes: str, first: int = 0) -> list[LoadedBatch]:
     return list(load_batches(opened(folder, *changes), first))
 
 
-def test_of_several_columns_one_that_is_not_empty_is_read(own_data):
-    files = [str(path.relative_to(own_data)) for path in sorted((own_data / "pictures").rglob("*.png"))]
-    rows = [
-        {"front": file, "back": None if number % 2 else file, "label": file.split("/")[1]}
-        for number, file in enumerate(files)
-    ]
-    (own_data / "views.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for cache in ("none", "memory"):
-        changes = [f"sources.pictures={{path: views.jsonl, cache: {cache}}}", "tasks.named.inputs.image=[front, back]"]
-        changes += ["tasks.heard.weight=0", NO_EVALUATION, "train.num_workers=0", "train.max_bad_fraction=0.5"]
-        batches = loaded(own_data, *changes)
-        assert not any(item.bad for item in batches)
-
-
 def test_a_row_of_a_stream_without_a_class_is_a_bad_example(own_data):
     members = {}
     for i, file in enumerate(sorted((own_data / "pictures").rglob("*.png"))):

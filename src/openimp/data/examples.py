@@ -104,26 +104,13 @@ class ExampleReader:
                 text = write(spec.columns, example.values, rng)
                 example.texts.setdefault(modality_name, []).append(text)
                 return modality.decode(text, [view]) if vectors is None else vectors[text]
-            columns = spec.columns
-            if len(columns) > 1:
-                # A row may have only some of the columns. Then the next one is read.
-                start = int(rng.integers(len(columns)))
-                columns = columns[start:] + columns[:start]
-                columns = [column for column in columns if not is_empty(example, column)] or columns
-            store = self.data.stores.get((source.name, modality_name, columns[0]))
+            column = spec.columns[0]
+            if len(spec.columns) > 1:
+                column = spec.columns[int(rng.integers(len(spec.columns)))]
+            store = self.data.stores.get((source.name, modality_name, column))
             if store is not None:
                 return store[example.row]
-            return modality.decode(source.media(example.values[columns[0]]), [view], rng)
-
-        def is_empty(example: Example, column: str) -> bool:
-            store = self.data.stores.get((source.name, modality_name, column))
-            if store is None:
-                return example.values[column] in (None, "", b"", [])
-            try:
-                store[example.row]
-            except BadMedia:
-                return True
-            return False
+            return modality.decode(source.media(example.values[column]), [view], rng)
 
         for example in examples:
             if example.bad:

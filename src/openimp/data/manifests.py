@@ -124,7 +124,7 @@ def _csv_rows(file: str) -> Iterator[dict[str, Any]]:
     A row that spans several lines has the number of its first line.
     """
     with open(file, encoding="utf-8-sig", newline="") as handle:
-        csv.field_size_limit(BLOCK_BYTES)  # As large as Arrow's cells. Otherwise 128 KiB.
+        csv.field_size_limit(max(BLOCK_BYTES, csv.field_size_limit()))  # As large as Arrow's cells.
         lines = csv.reader(handle)
         try:
             header = _csv_header(lines)

@@ -31,8 +31,7 @@ BATCH_BYTES = 2**26
 """Bytes of arrays from which on they are written, although they are fewer than `CHUNK`."""
 
 MAX_THREADS = 16
-"""Maximum number of threads that decode. Each may hold three items."""
-
+"""Maximum number of threads that decode. About twice as many items are in memory."""
 Decoded = np.ndarray | BadMedia
 """What a row was decoded to: an array, or the reason why it cannot be read."""
 

@@ -34,6 +34,13 @@ def classes_of(source: Table | Stream, column: ClassColumn, error_prefix: str) -
             )
         return list(column.classes)
     row_by_class = find_classes(source, column.name, source.column(column.name), column.has_lists, error_prefix)
+    for label in row_by_class:
+        if not isinstance(label, str | int | float):  # A checkpoint stores classes as JSON, and compares them later.
+            column_prefix = _column_prefix(source, column.name, error_prefix)
+            kind = type(label).__name__
+            raise UserError(
+                f"{column_prefix} has values of type {kind}, which a checkpoint cannot store; convert them to texts"
+            )
     if column.classes is None:
         return sort_classes(row_by_class)
     index = {label: i for i, label in enumerate(column.classes)}
@@ -60,11 +67,6 @@ def find_classes(table: Table, column: str, values: list[Any], has_lists: bool, 
         for label in labels:
             if label is None or label != label:
                 rows_without_class.append(row)
-            elif not isinstance(label, str | int | float):
-                raise UserError(
-                    f"{column_prefix} has values of type {type(label).__name__}, which cannot be stored as classes; "
-                    "convert them to texts"
-                )
             else:
                 row_by_class.setdefault(label, row)
     if rows_without_class:
@@ -90,8 +92,6 @@ def row_classes(value: Any, has_lists: bool) -> list[Any]:
     if has_lists and value is None:
         return []
     labels = value if isinstance(value, list) else [value]
-    # Some programs write texts to Parquet without saying that they are texts.
-    labels = [label.decode() if isinstance(label, bytes) else label for label in labels]
     if isinstance(value, list) != has_lists or any(isinstance(label, list | dict) for label in labels):
         raise ValueError(f"expected {'a list of classes' if has_lists else 'one class'}, found {value!r:.60}")
     return labels

@@ -68,7 +68,7 @@ def _limit_files() -> list[Path]:
     files = []
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, group = line.split(":", 2)  # None in version 2.
+            _, controllers, group = line.split(":", 2)  # Version 2 names no controllers.
             if controllers and "memory" not in controllers.split(","):
                 continue
             root = Path("/sys/fs/cgroup") / controllers

@@ -44,9 +44,6 @@ CLIPS = 64
 LONGEST_SIDE = 2048
 """Largest side, in pixels, of a picture that is given to a library, which shrinks it further."""
 
-PICTURES = 2
-"""Version of what `_picture` makes of a file."""
-
 _OPENING = Lock()
 """Held while a model is opened, so that several threads do not load it at once."""
 
@@ -168,7 +165,7 @@ class TimmEncoder(FrozenEncoder):
 def _picture(value: Any, rng: Rng | None) -> PIL.Image.Image:
     """A picture for a library; with `rng`, a random crop of it. BadMedia if it cannot be read."""
     with decoder_errors(), upright(value) as opened:
-        picture = to_rgb(opened)
+        picture = to_rgb(opened).copy()  # The caller's picture must not be shrunk below.
     if picture.mode == "RGBA":  # What is transparent is white, as for openimp's own models.
         background = PIL.Image.new("RGB", picture.size, "white")
         background.paste(picture, mask=picture.getchannel("A"))
@@ -226,7 +223,7 @@ def _open_timm(name: str) -> tuple[Any, Any, str]:
 
         trunk = timm.create_model(Name.parse(name).rest, pretrained=True, num_classes=0).eval().requires_grad_(False)
     config = timm.data.resolve_data_config(model=trunk)
-    fingerprint = stable_hash([PICTURES, weights_hash(trunk).hexdigest(), sorted(config.items())])[:16]
+    fingerprint = stable_hash([weights_hash(trunk).hexdigest(), sorted(config.items())])[:16]
     return trunk.to(pick_device()), timm.data.create_transform(**config), fingerprint
 
 
@@ -252,7 +249,7 @@ def _open_library(name: str) -> tuple[Any, str]:
     except Exception as error:  # The libraries raise many kinds.
         raise UserError(f"{name}: sentence-transformers cannot open it: {one_line(error)}") from None
     options = [(file.relative_to(folder).as_posix(), sha256(file)) for file in files]
-    return library, stable_hash([PICTURES, weights_hash(library).hexdigest(), *options])[:16]
+    return library, stable_hash([weights_hash(library).hexdigest(), *options])[:16]
 
 
 def _refuse_kernels(name: str, file: Path) -> None:

@@ -37,7 +37,7 @@ def find_files(
     given = [str(file) if is_url(str(file)) else Path(file) for file in files]
     unknown = Counter[str]()
     for file in given:
-        files_in_folder = _files_in(file, modality_of)
+        files_in_folder = _files_in(file, None if only else modality_of)
         if files_in_folder is None:
             extension = os.path.splitext(file)[1].lower()
             name = only or modality_of.get(extension)
@@ -61,10 +61,10 @@ def find_files(
     return {name: list(unique_files) for name, unique_files in files_by_modality.items()}, unknown
 
 
-def _files_in(file: File, extensions: Container[str]) -> Iterator[str] | None:
+def _files_in(file: File, extensions: Container[str] | None) -> Iterator[str] | None:
     """The paths of the files in a folder and its subfolders, sorted; see `common/folders.py`. None for a file.
 
-    A URL with one of the `extensions` is taken for a file if there is one.
+    A URL with one of the `extensions` (None: any) is that of a file, unless there is none.
     """
     if isinstance(file, Path):
         if not file.exists():
@@ -73,7 +73,8 @@ def _files_in(file: File, extensions: Container[str]) -> Iterator[str] | None:
     try:
         system, path = fsspec.core.url_to_fs(file)
         # Over HTTP, `find` would download the file, and `isfile` takes a folder for one.
-        if os.path.splitext(path)[1].lower() in extensions and system.isfile(path):
+        extension = os.path.splitext(path)[1].lower()
+        if extension and (extensions is None or extension in extensions) and system.isfile(path):
             return None
         paths = sorted(system.find(path))
     except Exception as error:  # Each file system raises its own errors.
@@ -102,7 +103,7 @@ def file_value(file: File, reads_text: bool) -> str | bytes | Path:
         return data.decode("utf-8-sig").strip() if reads_text else data
     except FileNotFoundError:
         # fsspec raises it for each answer of a web server but success.
-        refused = ", or the server refuses it" if file.startswith("http") else ""
+        refused = ", or the server refuses it" if file.lower().startswith("http") else ""
         raise BadMedia(f"no such file{refused}") from None
     except PermissionError:
         raise BadMedia("access is denied") from None

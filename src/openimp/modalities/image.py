@@ -187,7 +187,7 @@ def upright(raw: Any, views: Sequence[Any] = ()) -> Iterator[PIL.Image.Image]:
 
 
 def _turned(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """The picture as its EXIF data say that it is to be seen; EXIF data that cannot be read say nothing.
+    """The picture as its EXIF data say that it is to be seen. EXIF data that cannot be read are ignored, but for TIFF.
 
     Pillow's `exif_transpose` also writes the EXIF data again, and fails if a program has written a tag of a wrong type.
     """
@@ -195,7 +195,12 @@ def _turned(picture: PIL.Image.Image) -> PIL.Image.Image:
     method = None
     with suppress(Exception):  # Pillow raises many kinds.
         method = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    return picture if method is None else picture.transpose(method)
+    if method is None:
+        return picture
+    turned = picture.transpose(method)
+    for key in ("exif", "xmp", "XML:com.adobe.xmp"):  # They have the orientation. Nothing may turn the picture again.
+        turned.info.pop(key, None)
+    return turned
 
 
 def _check_progressive(picture: PIL.Image.Image, media_file: MediaFile) -> None:

@@ -34,7 +34,8 @@ class Media:
     path: str  # absolute; SOURCE/ROW/COLUMN for a row. Unique in an index.
     modality: str
     # Of a row: the source's fingerprint. Of a file: "FILE_STATE", or "FILE_STATE TEXT_STATE" if it has a text.
-    # TEXT_STATE is the caption's FILE_STATE, or the fingerprint of the source that names the file.
+    # TEXT_STATE is the caption's FILE_STATE, or the fingerprint of the source that names the file, or, if several
+    # sources name it, a hash.
     state: str
     raw: Callable[[], bytes | Path | np.ndarray]  # raises BadMedia if the media cannot be read
     text: ReadText = lambda: None  # its caption or the text of its row
@@ -105,7 +106,10 @@ def media_state(state: str) -> str:
 
 
 def joined(items: Sequence[Media]) -> Media:
-    """One medium that several rows name, with all their texts, which are separated by semicolons."""
+    """One medium that several rows name, with all their texts, which are separated by semicolons.
+
+    If they name it as different modalities, the first one counts.
+    """
     first = items[0]
     same = [item for item in items if item.modality == first.modality]
     if len(same) == 1:

@@ -52,6 +52,7 @@ class Update:
         self.path_of = {
             (stored.sha256, stored.modality): path for path, stored in self.stored.items() if path not in self.skipped
         }
+        self.part_counts = {path: stored.parts for path, stored in self.stored.items()}
         self.counts: Counter[str] = Counter()
 
     def run(self, towards: dict[str, str], batch_size: int, progress: Progress) -> None:
@@ -97,9 +98,9 @@ class Update:
         for file in map_ahead(partial(self._open, encoder), media):
             if file.copied_from != self.path_of.get(file.content, ""):
                 # An earlier group has replaced the rows to copy, or has the content now.
-                file = self._open(encoder, file.media)
+                file = self._open(encoder, file.media, file.sha256)
             group.append(file)
-            part_count += self.stored[file.copied_from].parts if file.copied_from in self.stored else len(file.parts)
+            part_count += self.part_counts.get(file.copied_from, len(file.parts))
             if max(len(group), part_count) >= size:
                 yield group
                 group = []
@@ -131,8 +132,7 @@ class Update:
         if self.skipped != skipped_before:
             self._write_skipped()
 
-    def _open(self, encoder: ItemEncoder, media: Media) -> IndexedFile:
-        sha256 = ""
+    def _open(self, encoder: ItemEncoder, media: Media, sha256: str = "") -> IndexedFile:
         stored = self.stored.get(media.path)
         if stored and media_state(stored.state) == media_state(media.state):
             sha256 = stored.sha256  # Only the text of the media has changed.
@@ -166,6 +166,7 @@ class Update:
             del self.path_of[stored.sha256, stored.modality]
         if not any("vector" in part for part in file.parts):
             return
+        self.part_counts[path] = len(file.parts)
         if not file.problem:
             self.path_of[file.content] = path
         if stored:
