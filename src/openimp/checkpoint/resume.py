@@ -49,7 +49,7 @@ def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
 
 
 def changed_sources(folder: Path, sources: Mapping[str, str], allowed: bool) -> list[str]:
-    """Prints and returns the names of the sources whose data has changed since a checkpoint was saved.
+    """Prints and returns the names of sources with other data than when a checkpoint was saved.
 
     `sources` are the present `TaskData.fingerprints`. Unless changes are `allowed`, they are a UserError.
     """

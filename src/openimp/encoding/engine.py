@@ -49,7 +49,7 @@ class ItemEncoder:
     model: Embedder
     modality: Modality
     view: Any
-    towards: str | None  # a modality whose space the vectors are in; None: the encoder's features before any projection
+    towards: str | None  # the modality to compare with; None: vectors are the encoder's features before projection
     precision: Precision
     batch_size: int = 64  # maximum number of clips in a forward pass, unless one item has more; see also `encode`
     normalize: bool = True  # vectors of clips and of items have length 1

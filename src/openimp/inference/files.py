@@ -89,7 +89,7 @@ def _files_in(file: File, extensions: Container[str] | None) -> Iterator[str] | 
 def file_value(file: File, reads_text: bool) -> str | bytes | Path:
     """The value that a modality decodes: the text of a file, its path, or its bytes if it is at a URL.
 
-    Raises BadMedia if there is no such file, it cannot be downloaded, it is too large, or it is not a text in UTF-8.
+    Raises BadMedia if the file is missing, cannot be downloaded or is too large, or if a text is not in UTF-8.
     """
     if isinstance(file, Path):
         return file_text(file).strip() if reads_text else file
