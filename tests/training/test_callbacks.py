@@ -1,5 +1,6 @@
 """Callbacks of `openimp.train`."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,18 @@ def test_callbacks_are_told_of_steps_evaluations_and_checkpoints(recipe, tmp_pat
     assert openimp.train(recipe, tmp_path / "run", callbacks=[recorded])
     assert recorded.steps == [(step, step % 2 == 0) for step in range(1, 7)]
     assert recorded.evaluations == [2, 4, 6]
+    assert recorded.checkpoints == [2, 4, 6]
+
+
+def test_a_training_in_a_thread_with_workers_runs_like_one_in_the_main_thread(recipe, tmp_path):
+    """Python lets only the main thread handle signals."""
+    with_workers = recipe.to_dict()
+    with_workers["train"]["num_workers"] = 1
+    recorded = Recorded()
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(openimp.train, openimp.Recipe.build(with_workers), tmp_path / "run", callbacks=[recorded])
+        assert work.result()
+    assert [step for step, _ in recorded.steps] == [1, 2, 3, 4, 5, 6]
     assert recorded.checkpoints == [2, 4, 6]
 
 

@@ -1,6 +1,7 @@
 """The number of cores, and work in threads."""
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,3 +33,8 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int = THR
             yield futures.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def in_main_thread() -> bool:
+    """Whether this is the main thread of the process, the only one that can handle signals."""
+    return threading.current_thread() is threading.main_thread()

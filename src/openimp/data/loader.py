@@ -1,7 +1,7 @@
 """Loads batches in worker processes. The number of workers does not change the batches.
 
-Each worker makes its part of every batch. So a prefetched item is a part of a batch, not a whole one, and each worker
-reads only some lanes (sequences of shards) of a stream. torch's DataLoader gives item i to worker i % workers and
+Each worker makes its part of every batch, so that it reads the same lanes (sequences of shards) of a stream in every
+step. So an item of torch's DataLoader is a part of a batch. The DataLoader gives item i to worker i % workers and
 returns the items in order: item i is part i % workers of step i // workers.
 """
 
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 
 from openimp.common.errors import UserError
+from openimp.common.threads import in_main_thread
 from openimp.data.loaded_batch import LoadedBatch
 from openimp.data.step_batches import StepBatches
 
@@ -50,7 +51,7 @@ def load_batches(batches: StepBatches, start: int, stop: int | None = None) -> I
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         pin_memory=torch.cuda.is_available(),
     )
-    can_watch = workers and hasattr(signal, "SIGCHLD")
+    can_watch = workers and hasattr(signal, "SIGCHLD") and in_main_thread()
     parts_of_batch = []
     for part in _watch_workers(loader) if can_watch else loader:
         if isinstance(part, UserError):
@@ -67,9 +68,9 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
     torch's SIGCHLD handler raises wherever the training process is. In the middle of an update, that would make the
     model unfit to be saved. So the handler is installed only during the wait.
     """
-    outer_handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL  # None if it was not installed from Python.
+    outer_handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL  # `getsignal` returns None for C code.
     iterator: Iterator[LoadedBatch | UserError] | None = None
-    # The iterator is not exhausted: the `next` that ends it would report a worker that died after its last part.
+    # A counted loop, because the `next` that ends the iterator would report a worker that died after its last part.
     for _ in range(len(loader)):
         try:
             iterator = iterator or iter(loader)  # Inside `try`: this starts the workers and installs torch's handler.
@@ -77,7 +78,7 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
             signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
             _error_if_any_worker_fails()  # A worker may have died before the handler was installed.
             part = next(iterator)
-            # Not only in `finally`: what the handler raises must be caught by `except`.
+            # Not only in `finally`: until the handler is removed, it may raise, and `except` catches that only here.
             signal.signal(signal.SIGCHLD, outer_handler)
         # torch raises RuntimeError. Unpickling a part from the dead worker raises the other errors.
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from openimp.common.errors import UserError
+from openimp.common.threads import in_main_thread
 from openimp.data.loaded_batch import LoadedBatch
 from openimp.data.loader import WorkersFailed
 from openimp.parallel import distributed
@@ -85,8 +86,14 @@ def raise_if_any_rank_stops(reason: str | None) -> None:
 
 @contextmanager
 def stop_signals(must_stop: Callable[[], bool]) -> Iterator[Stop]:
-    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a stop after the step. A second Ctrl-C interrupts at once."""
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a stop after the step. A second Ctrl-C interrupts at once.
+
+    Only the main thread of a process can handle signals. In another thread, only `must_stop` stops the training.
+    """
     stop = Stop(must_stop)
+    if not in_main_thread():
+        yield stop
+        return
 
     def request_stop(number: int, _: Any) -> None:
         if stop.requested and number == signal.SIGINT:
