@@ -247,6 +247,38 @@ def test_class_numbers_become_their_names(tmp_path):
     assert opened(file, where={"label": "cat"}).column("n") == [1]
 
 
+def test_lists_of_class_numbers_become_their_names(tmp_path):
+    file = tmp_path / "x.parquet"
+    features = datasets.Features({"labels": datasets.Sequence(datasets.ClassLabel(names=["cat", "dog"]))})
+    datasets.Dataset.from_dict({"labels": [[1, 0], [], None, [1]]}, features=features).to_parquet(file)
+    for stream in (False, True):
+        rows = first_rows(opened(file, **in_order(stream)), 4)
+        assert [row["labels"] for row in rows] == [["dog", "cat"], [], None, ["dog"]]
+    table = opened(file)
+    assert table.arrow(range(4)).column("labels").to_pylist() == [["dog", "cat"], [], None, ["dog"]]
+    assert len(opened(file, where={"labels": "cat"})) == 1
+    assert classes_of(table, ClassColumn("labels", True, None), "tasks.a") == ["cat", "dog"]
+
+
+def test_files_with_different_columns_are_one_table(tmp_path):
+    """As shards that were converted one by one, without knowing what the others hold."""
+    first = pa.table({"name": ["a"], "n": [1], "tags": pa.nulls(1)})
+    second = pa.table({"name": ["b"], "n": [0.5], "tags": [["x"]], "caption": ["a dog"]})
+    expected = [
+        {"name": "a", "n": 1, "tags": None, "caption": None},
+        {"name": "b", "n": 0.5, "tags": ["x"], "caption": "a dog"},
+    ]
+    for order in ((first, second), (second, first)):
+        for number, part in enumerate(order):
+            pq.write_table(part, tmp_path / f"{number}.parquet")
+        for stream in (False, True):
+            rows = first_rows(opened(tmp_path / "*.parquet", **in_order(stream)), 2)
+            assert sorted(rows, key=lambda row: row["name"]) == expected
+    pq.write_table(pa.table({"name": [3]}), tmp_path / "0.parquet")
+    with refuses():
+        opened(tmp_path / "*.parquet")
+
+
 def test_bundled(monkeypatch, tmp_path):
     monkeypatch.setattr(files, "DEMO", tmp_path)
     write_parquet(tmp_path, rows=4, shards=1)
@@ -540,6 +572,14 @@ def test_hub(tmp_path, hub_cache, stream, monkeypatch):
     fails(**options, split="valid")
 
 
+def test_slices_of_a_hub_data_set_are_different_data(tmp_path, hub_cache):
+    """`datasets` tells the same files for all of them, and openimp's cache would give one the pictures of another."""
+    write_parquet(tmp_path / "data" / "train", shards=1)
+    tables = [open_source("h", Source(hub=str(tmp_path), split=f"train{part}")) for part in ("", "[:50%]", "[50%:]")]
+    assert [table.column("name")[0] for table in tables] == ["n0", "n0", "n20"]
+    assert len({table.fingerprint for table in tables}) == 3
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_hub_media_are_not_decoded(tmp_path, hub_cache, stream):
     for i, name in enumerate(["cat/a.png", "dog/b.png"]):
@@ -615,6 +655,7 @@ def hostile_folder(tmp_path_factory) -> Path:
         "x" * 300,
         "loop.png",
         "https://example.com/a.png",
+        "zip://a.png::data/train.zip",
         "",
     ],
 )
@@ -624,6 +665,15 @@ def test_paths_stay_inside(hostile_folder, path):
         table.media(path.format(outside=hostile_folder.parent))
     assert colour(table.media("inner.png")) == 0
     assert colour(table.media(f"{hostile_folder}/dog/../cat/a.png")) == 0
+
+
+def test_a_folder_with_brackets_in_its_name(tmp_path):
+    for name in ("birds [2]", "birds"):
+        write_parquet(tmp_path / name)
+    table = opened(tmp_path / "birds [2]" / "part-*.parquet")
+    assert len(table) == 40
+    assert table.root == tmp_path / "birds [2]"
+    assert len(opened(tmp_path / "birds" / "part-[01].parquet")) == 40
 
 
 def test_lists_of_numbers_are_arrays(tmp_path):

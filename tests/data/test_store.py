@@ -207,6 +207,17 @@ def test_a_change_makes_it_anew(tmp_path, changes, options):
     np.testing.assert_array_equal(store[0], build(table, modality, "memory", sizes)[0])
 
 
+def test_a_change_of_other_columns_and_files_makes_nothing_anew(tmp_path):
+    write_manifest(tmp_path)
+    build(opened(tmp_path / "m.csv"))
+    lines = (tmp_path / "m.csv").read_text().splitlines()
+    changed = [f"{lines[0]},caption", *(f"{line},a caption" for line in lines[1:])]
+    (tmp_path / "m.csv").write_text("\n".join(changed))
+    modality = Numbers()
+    check(build(opened(tmp_path / "m.csv"), modality))
+    assert modality.decoded == 0
+
+
 def test_another_version_makes_it_anew(folder, monkeypatch):
     build(opened(folder / "m.csv"))
     monkeypatch.setattr(store_module, "version", lambda name: "99.0")

@@ -81,6 +81,13 @@ def test_bytes_are_text_if_they_can_be():
         fill(["x"], {"x": b"\xff"})
 
 
+@pytest.mark.parametrize("cell", [{"raw": "a dog"}, [{"raw": "a dog"}], [["a dog"]]])
+def test_objects_are_no_texts(cell):
+    """Otherwise a model would learn the text of a Python dict."""
+    with refuses():
+        fill(["x"], {"x": cell})
+
+
 @pytest.mark.parametrize("template", ["{", "a }", "{}", "{*}", "{a{b}}", "{a**}", "{ a }", "{a} {", "{{a}}", "{a}}"])
 def test_malformed(template):
     with pytest.raises(UserError, match=re.escape(repr(template))):

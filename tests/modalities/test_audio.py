@@ -87,6 +87,23 @@ def test_a_long_sound_is_read_where_evaluation_hears_it():
         assert min(shifts) < 1e-4
 
 
+def test_lists_of_numbers_in_tables_become_integers_of_another_type():
+    samples = rng().integers(-9999, 9999, 2 * RATE).astype(np.int16)
+    np.testing.assert_array_equal(AUDIO.decode(samples.astype(np.int64), [SHORT]), AUDIO.decode(samples, [SHORT]))
+
+
+def test_clips_of_a_long_sound_that_ends_before_its_header_claims():
+    """The sound of a film, whose pictures go on in silence."""
+    samples = rng().integers(-9999, 9999, 305 * 8000).astype(np.int16) / 32767
+    raw = film(counting(8, 16, 16), "matroska", "ffv1", "gray", times=[*range(7), 25 * 400], sound=samples,
+               audio="pcm_s16le", rate=8000)  # fmt: skip
+    view = Audio.View(seconds=1.024, clips=3)
+    parts = AUDIO.decode(raw, [view]).reshape(3, -1)
+    loudness = np.abs(parts).mean(axis=1)
+    assert loudness[:2].min() > 1000
+    assert loudness[2] < 1
+
+
 WAV = file(sine(440, seconds=0.2))
 
 
@@ -97,7 +114,7 @@ NO_SOUND = {
     "no samples": file(np.zeros(0)),
     "NaN": file(np.array([0, np.nan, 0]), subtype="FLOAT"),
     "infinite": np.array([np.inf, 0.0]),
-    "whole numbers": np.zeros(9, np.int64),
+    "large whole numbers": np.full(9, 40_000, np.int64),
     "an empty array": np.zeros(0),
     "channels first": np.zeros((2, 9000)),
     "a WAV cut short": file(sine(440))[:-200],

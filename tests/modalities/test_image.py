@@ -54,6 +54,13 @@ def test_pictures_of_phones_are_read_and_turned_upright(tmp_path):
         assert np.abs(decoded.astype(int) - seen).mean() < 3, path
 
 
+def test_lists_of_numbers_in_tables_become_integers_of_another_type():
+    seen = pixels()
+    np.testing.assert_array_equal(IMAGE.decode(seen.astype(np.int64), [Image.View()]), seen)
+    with refuses(BadMedia):
+        IMAGE.decode(seen.astype(np.int64) + 1, [Image.View()])
+
+
 def test_exif_data_of_a_wrong_type_do_not_make_a_picture_unreadable(tmp_path):
     # Two tags: an orientation to be turned clockwise, and as the width a text.
     tags = struct.pack("<H HHII HHI4s I", 2, 0x0112, 3, 1, 6, 0x0100, 2, 4, b"six", 0)

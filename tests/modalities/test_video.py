@@ -88,6 +88,22 @@ def test_a_long_film_is_read_where_evaluation_sees_it():
     np.testing.assert_array_equal(VIDEO.transform(part, view, None), VIDEO.transform(frames, view, None))
 
 
+def test_clips_of_a_long_film_with_fewer_frames_than_its_header_claims():
+    """Here the sound is longer than the picture. No clip mixes frames of different moments."""
+    grey = np.arange(500)[:, None, None, None] // 2
+    frames = np.broadcast_to(grey, (500, 16, 16, 3)).astype(np.uint8)
+    view = Video.View(size=16, frames=4, stride=2, clips=3)
+    sound = np.zeros(22 * 8000)  # The frames take 20 s.
+    raw = film(frames, "matroska", "ffv1", "gray", gop=5, sound=sound, audio="pcm_s16le", rate=8000)
+    part = VIDEO.decode(raw, [view])
+    assert len(part) == 3 * 7
+    first, middle, last = (greys(clip, 1) for clip in VIDEO.transform(part, view, None))
+    assert first == [0, 1, 2, 3]
+    assert middle == list(range(middle[0], middle[0] + 4))
+    assert 120 < middle[0] < 150
+    assert last == [249] * 4
+
+
 def test_a_variable_frame_rate_is_no_trouble():
     raw = film(counting(8, step=30), "matroska", "ffv1", "gray", times=[0, 1, 2, 3, 40, 41, 42, 90])
     for seed in (None, *range(6)):

@@ -163,8 +163,8 @@ def refuse_links(folder: Path, patterns: Iterable[str] = RUN_FILES) -> None:
                 raise UserError(f"{path}: is not a regular file")
 
 
-LARGEST_TEXT = 2**25
-"""Maximum size in bytes of a file with a configuration or a tokenizer."""
+LARGEST_TEXT = 2**26
+"""Maximum size in bytes of a file with a configuration or a tokenizer. The tokenizer of SigLIP 2 has 34 MB."""
 
 
 def read_text(file: Path, limit: int = LARGEST_TEXT) -> str:

@@ -18,10 +18,11 @@ from openimp.common.protocols import Towered
 from openimp.data.store import (
     ROWS_FILE,
     DecodedStore,
+    decoding_key,
     decoding_of,
     read_part,
     read_store,
-    store_key,
+    row_states,
     write_store,
 )
 from openimp.data.tables import Table
@@ -36,13 +37,14 @@ Readers = Iterable[Callable[[], Any]]
 
 def embed_column(table: Table, modality: Any, column: str, views: list[Any], progress: Progress | None) -> DecodedStore:
     """The vectors of the media in a table's column, by row."""
-    column_key = store_key(table, modality, column, views)
+    code = decoding_key(modality, views)
+    states = row_states(table, column)
 
     def readers_of(rows: range) -> Readers:
         return (partial(table.media, row[column]) for chunk in table.chunks(rows, [column]) for row in chunk)
 
     def part_key(rows: range) -> str:
-        return stable_hash([column_key, rows])
+        return stable_hash([*code, *(states[row] for row in rows)])
 
     return _embed(modality, f"{table.name}.{column}", len(table), readers_of, part_key, progress=progress)
 

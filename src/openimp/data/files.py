@@ -31,6 +31,8 @@ BUNDLED_LICENSES = {
 
 BLOCK = 2**18
 """Bytes that are read at once from a file that is read forward. Each lane of a stream has a file open."""
+LONGEST_SHOWN_PATH = 300
+"""Most characters of a path in a message."""
 READ_AHEAD = 2**22
 """Bytes that fsspec requests at once. Some file systems would request, and hold, 50 MB per file."""
 
@@ -55,7 +57,11 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
         path = str(DEMO / file_name)
     if os.path.isdir(path):
         return Path(path), [path]
+    wildcards = r"[*?\[]"
     files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    if not files:  # The folder may be called "birds [2]".
+        wildcards = r"[*?]"
+        files = sorted(glob.glob(path.replace("[", "[[]"), recursive=True))
     if not files:
         raise UserError(f"source {name}: {path}: no such file or folder")
     for file in files:
@@ -63,7 +69,7 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
             raise UserError(f"source {name}: {file}: is not a regular file")
     if files == [path]:
         return Path(path).parent, files
-    before_pattern = re.split(r"[*?\[]", path)[0]
+    before_pattern = re.split(wildcards, path)[0]
     return Path(before_pattern + "_").parent, files
 
 
@@ -100,17 +106,20 @@ def inside(root: Path, path: str) -> Path:
 
     Only a regular file is accepted, because reading a pipe would never end.
     """
+    if "::" in path and path.startswith("zip://"):  # So `datasets` names a file in a zip.
+        raise BadMedia(f"{path} is in an archive, which openimp does not open; unpack it, or store bytes in Parquet")
+    shown_path = path if len(path) <= LONGEST_SHOWN_PATH else f"{path[:LONGEST_SHOWN_PATH]}..."  # It may be base64.
     try:
         # Not as Path objects, which take longer to resolve and to compare. This is called for each example.
         folder = str(root)
         real_root = _real_folder(folder) if os.path.isabs(folder) else os.path.realpath(folder)
         real_path = os.path.realpath(os.path.join(real_root, path))
         if real_path != real_root and not real_path.startswith(os.path.join(real_root, "")):
-            raise BadMedia(f"{path} leaves the folder {root}")
+            raise BadMedia(f"{shown_path} leaves the folder {root}")
         if not stat.S_ISREG(os.stat(real_path).st_mode):
-            raise BadMedia(f"{path} is not a regular file")
+            raise BadMedia(f"{shown_path} is not a regular file")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise BadMedia(f"{path}: {getattr(error, 'strerror', None) or error} in {root}") from None
+        raise BadMedia(f"{shown_path}: {getattr(error, 'strerror', None) or error} in {root}") from None
     return Path(real_path)
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError, one_line
 from openimp.data.files import fingerprint
 from openimp.data.streams import NamedRow
@@ -77,20 +78,33 @@ def hub_root(source: Source) -> Path:
 def as_table(name: str, path: str, data: Any, row_prefix: str, root: Path) -> Table:
     """Converts a `datasets.Dataset` to a table. Rows are named by `row_prefix` and their number."""
     files = [file["filename"] for file in data.cache_files]
-    content = partial(fingerprint, Path(files[0]).parent if files else Path(), files)
+    content = partial(_content, files, row_prefix, len(data))
     text_functions = class_texts(data.features)
     return Table(name, path, data.data, content, root, files=[(row_prefix, len(data))], text_functions=text_functions)
 
 
+def _content(files: list[str], row_prefix: str, rows: int) -> str:
+    """Hash of a data set: of its files, and of the slice of them that a split such as `train[:90%]` names."""
+    content = fingerprint(Path(files[0]).parent if files else Path(), files)
+    return stable_hash([content, row_prefix, rows]) if "[" in row_prefix else content
+
+
 def class_texts(features: Any) -> dict[str, Callable[[Any], Any]]:
-    """For each column of class numbers, the function from a number to the name of the class."""
+    """For each column of class numbers, or of lists of them, the function from a value to names of classes."""
     from datasets import ClassLabel
 
-    return {
-        column: partial(_class_name, feature.names)
-        for column, feature in features.items()
-        if isinstance(feature, ClassLabel)
-    }
+    text_functions: dict[str, Callable[[Any], Any]] = {}
+    for column, feature in features.items():
+        items = getattr(feature, "feature", None)  # of a list
+        if isinstance(feature, ClassLabel):
+            text_functions[column] = partial(_class_name, feature.names)
+        elif isinstance(items, ClassLabel):
+            text_functions[column] = partial(_class_names, items.names)
+    return text_functions
+
+
+def _class_names(names: list[str], numbers: list[int | None] | None) -> list[str | None] | None:
+    return None if numbers is None else [_class_name(names, number) for number in numbers]
 
 
 def _class_name(names: list[str], number: int | None) -> str | None:

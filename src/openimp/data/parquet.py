@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from datasets import Features
 from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 
@@ -56,9 +57,12 @@ def load(name: str, path: str, files: list[str], streaming: bool) -> Any:
         if "::" in file and not is_url(file):
             raise UserError(f"source {name}: `datasets` would read {file} as a chain of URLs; rename it")
 
+    with quiet(name, path):
+        features = _common_features(files)
+
     # `load_dataset` would report each call to a server and wait for it, even for local files.
     def builder(folder: str | Path) -> BoundedParquet:
-        return BoundedParquet(cache_dir=str(folder), data_files={"train": names})
+        return BoundedParquet(cache_dir=str(folder), data_files={"train": names}, features=features)
 
     with quiet(name, path):
         if streaming:
@@ -70,6 +74,19 @@ def load(name: str, path: str, files: list[str], streaming: bool) -> Any:
             lambda folder: builder(folder).as_dataset(split="train"),
             lambda folder: builder(folder).download_and_prepare(),
         )
+
+
+def _common_features(files: list[str]) -> Any:
+    """The columns of local files that differ: a file may lack a column, or have no value in it. None if all are equal.
+
+    `datasets` would expect the columns and types of the first file.
+    """
+    if len(files) == 1 or is_url(files[0]):
+        return None
+    schemas = [pq.read_schema(file) for file in files]
+    if all(schema.equals(schemas[0]) for schema in schemas):
+        return None
+    return Features.from_arrow_schema(pa.unify_schemas(schemas, promote_options="permissive"))
 
 
 class BoundedParquet(Parquet):

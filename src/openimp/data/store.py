@@ -84,7 +84,7 @@ class DecodedStore:
         decoded = _decode(table, modality, column, views, progress)  # A generator: nothing is decoded yet.
         if cache == "memory":
             return cls(pa.Table.from_batches(_batches(decoded), SCHEMA))
-        key = store_key(table, modality, column, views)
+        key = stable_hash([*decoding_key(modality, views), *row_states(table, column)])
         return cached(
             "decoded", key, lambda folder: read_store(folder / ROWS_FILE), lambda folder: write_store(folder, decoded)
         )
@@ -159,11 +159,21 @@ def read_part(file: Path) -> pa.Table:
     return rows
 
 
-def store_key(table: Table, modality: Modality, column: str, views: list[Any]) -> str:
-    """A hash of everything that decides on what a column's rows are decoded to."""
-    view_options = sorted({view.model_dump_json() for view in views})
-    files = [(path, table.file_state(path)) for path in table.paths(column)]
-    return stable_hash([*decoding_of(modality), table.fingerprint, column, view_options, files])
+def decoding_key(modality: Modality, views: list[Any]) -> list[Any]:
+    """What decides on how a column is decoded that these views read."""
+    return [*decoding_of(modality), sorted({view.model_dump_json() for view in views})]
+
+
+def row_states(table: Table, column: str) -> list[Any]:
+    """For each row, a value that changes if the row's media change.
+
+    If the rows have paths, other columns and rows do not count: who corrects a caption need not decode again.
+    """
+    paths = table.path_of_rows(column)
+    if paths is None:
+        return [(table.fingerprint, column, row) for row in range(len(table))]
+    state_of = {path: table.file_state(path) for path in paths if path}
+    return [path and (path, state_of[path]) for path in paths]
 
 
 def decoding_of(modality: Any) -> list[Any]:

@@ -69,6 +69,8 @@ class Rows:
         if isinstance(value, Unreadable):
             raise BadMedia(value.reason)
         if isinstance(value, dict):
+            if not {"bytes", "path"} & value.keys():
+                raise BadMedia(f"expected bytes or a path, found the keys {', '.join(map(str, value)):.200}")
             value = value.get("bytes") or value.get("path")
         if value is None or value in (b"", "", []):
             raise BadMedia("the column is empty here")
@@ -140,6 +142,18 @@ class Table(Rows):
 
     def paths(self, column: str) -> list[str]:
         """The paths of media files in a column of the selected rows. Media that the table itself holds have no path."""
+        values = self._paths(column)
+        return [] if values is None else [path for path in values.to_pylist() if path]
+
+    def path_of_rows(self, column: str) -> list[str | None] | None:
+        """The path of the media file of each selected row. None if the table itself holds media."""
+        values = self._data.column(column)
+        if not _is_text(values.type):
+            return None
+        return self._paths(column).to_pylist()
+
+    def _paths(self, column: str) -> Any:
+        """The column's paths in the selected rows, as an Arrow array. None if the column has no paths."""
         values = self._data.column(column)
         if pa.types.is_struct(values.type) and values.type.get_field_index("path") >= 0:
             paths = pc.struct_field(values, "path")
@@ -147,10 +161,8 @@ class Table(Rows):
                 paths = pc.if_else(pc.is_valid(pc.struct_field(values, "bytes")), None, paths)
             values = paths
         if not _is_text(values.type):
-            return []
-        if self._kept is not None:
-            values = values.take(pa.array(self._kept))
-        return [path for path in values.to_pylist() if path]
+            return None
+        return values if self._kept is None else values.take(pa.array(self._kept))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -255,8 +267,11 @@ class Table(Rows):
         data = self._data.slice(rows.start, len(rows))
         data = getattr(data, "table", data)  # `datasets` wraps its tables.
         for column in self._text_functions:
-            texts = [value if isinstance(value, str) else None for value in self._values(column, rows)]
-            data = data.set_column(data.column_names.index(column), column, pa.array(texts, pa.string()))
+            index = data.column_names.index(column)
+            is_list = pa.types.is_nested(data.schema.field(index).type)
+            texts = [None if isinstance(value, Unreadable) else value for value in self._values(column, rows)]
+            text_type = pa.list_(pa.string()) if is_list else pa.string()
+            data = data.set_column(index, column, pa.array(texts, text_type))
         return data.replace_schema_metadata(None)
 
     def _values(self, column: str, stored: Sequence[int]) -> list[Any]:

@@ -103,6 +103,9 @@ def _values(pieces: Iterable[Piece], row: dict[str, Any]) -> dict[str, list[str]
 def _text(value: Any, column: str) -> str:
     if isinstance(value, Unreadable):
         raise BadMedia(value.reason)
+    if isinstance(value, dict | list):
+        kind = "objects" if isinstance(value, dict) else "lists of lists"
+        raise UserError(f"column {column} holds {kind}, not texts")
     if isinstance(value, bytes):
         try:
             value = value.decode()

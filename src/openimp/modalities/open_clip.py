@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -91,10 +91,15 @@ def checked_files(json_files: Mapping[str, str]) -> dict[str, str]:
     if text.get("hf_model_name") and TEXT_CONFIG not in files:
         raise UserError(f"{TEXT_CONFIG}: missing, so the text tower cannot be built")
     if "tokenizer.json" in files:
-        open_tokenizer("tokenizer.json", lambda: files["tokenizer.json"])
+        _check_tokenizer(files["tokenizer.json"])
     elif text.get("hf_tokenizer_name"):
         raise UserError("tokenizer.json: missing, so texts cannot be read")
     return files
+
+
+@lru_cache(maxsize=1)  # Three modalities have the same tokenizer, and that of SigLIP 2 takes ten seconds.
+def _check_tokenizer(text: str) -> None:
+    open_tokenizer("tokenizer.json", lambda: text)
 
 
 def check_config(config: Any) -> None:

@@ -27,7 +27,10 @@ SOUNDFILE = re.compile(rb"RIFF|RIFX|RF64|riff|FORM|fLaC|OggS|caff|\.snd|ID3|\xff
 
 
 def array_samples(raw: np.ndarray) -> np.ndarray:
-    """Checks an array of samples, and converts it to float in -1..1."""
+    """Checks an array of samples, and converts it to float in -1..1. Integers must fit into int16."""
+    limits = np.iinfo(np.int16)
+    if np.issubdtype(raw.dtype, np.integer) and raw.size and raw.min() >= limits.min and raw.max() <= limits.max:
+        raw = raw.astype(np.int16, copy=False)
     if raw.ndim not in (1, 2) or not (raw.dtype == np.int16 or np.issubdtype(raw.dtype, np.floating)):
         raise BadMedia(f"expected int16 or float samples (N,) or (N, channels), found {raw.dtype} {list(raw.shape)}")
     if raw.ndim == 2 and raw.shape[1] > MAX_CHANNELS:
@@ -152,8 +155,12 @@ def _read_soundfile(media_file: MediaFile, file: soundfile.SoundFile, plan: Read
 def _read_container(media_file: MediaFile, plan: ReadPlan) -> tuple[np.ndarray, int]:
     with open_container(media_file, "audio") as (container, stream, seconds):
         blocks = [np.empty(0, np.float32)]
-        for start, count in _checked(plan, int(seconds * stream.rate), stream.rate):
-            blocks += _samples_from(media_file, container, stream, start, count)
+        parts = _checked(plan, int(seconds * stream.rate), stream.rate)
+        for start, count in parts:
+            part = [*_samples_from(media_file, container, stream, start, count)]
+            if len(parts) > 1:  # The header may claim too much. Several parts are cut where they should end.
+                part.append(np.zeros(max(0, count - sum(map(len, part))), np.float32))
+            blocks += part
         return np.concatenate(blocks), stream.rate
 
 

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
+from itertools import repeat
 from typing import Any, ClassVar
 
 import numpy as np
@@ -307,7 +308,8 @@ def _read_container(
         size = _shrunk_size(stream.height or 1, stream.width or 1, views)  # 0 if the header does not contain the size.
         if segment:
             total = max(1, round((segment[1] - segment[0]) * float(rate)))
-        for start, count in _parts_to_read(total, size, views, rng):
+        parts = _parts_to_read(total, size, views, rng)
+        for start, count in parts:
             begin = start / rate if start else 0
             if segment:
                 begin = segment[0] + float(begin)
@@ -324,8 +326,15 @@ def _read_container(
                 frames = at_rate(timed, float(begin), fps, count)
             else:
                 frames = _frames_from(media_file, container, stream, begin, count)
+            missing = count
+            pixels = None
             for frame in frames:
-                yield _pixels(frame, views)
+                pixels = _pixels(frame, views)
+                missing -= 1
+                yield pixels
+            # A header may claim more frames than there are. `transform` cuts several parts where they should end.
+            if len(parts) > 1 and pixels is not None:
+                yield from repeat(pixels, missing)
 
 
 def _frames_from(media_file: media.MediaFile, container: Any, stream: Any, seconds: Any, count: int) -> Iterator[Any]:
