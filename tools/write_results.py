@@ -33,7 +33,7 @@ TITLES = {
     "unseen_concept": "still of an unseen concept by a seen artist",
     "unseen_concept_and_artist": "still of an unseen concept by an unseen artist",
     "unseen_artist": "still of a seen concept by an unseen artist",
-    "unseen_icon_set": "icon of a seen name from an unseen set",
+    "unseen_icon_set": "icon from an unseen set, of a seen name",
     "clips": "clip of an unseen concept",
     "notes": "unseen note of a seen instrument",
 }

@@ -106,7 +106,7 @@ def test_training_continues_while_a_checkpoint_is_written(little_data, tmp_path,
     buffers = {kind: {**tensors} for kind, tensors in training.checkpointing.saver._buffers.items()}
     for step in range(3, 6):
         training.make_step(training.batches[step])
-    training.confirm_and_gather()
+    training.confirm_and_gather_bad_examples()
     assert training.step == 6
     assert not checkpoints(run)
     after = tensors_of(training)

@@ -377,7 +377,7 @@ def test_blocks_of_similarities_change_nothing_but_what_is_held(kind, monkeypatc
     model = small()
     found = []
     for block in (2**24, 40, 1):
-        monkeypatch.setattr("openimp.objectives.nce.BLOCK", block)
+        monkeypatch.setattr("openimp.objectives.nce.MAX_SIMILARITIES", block)
         torch.manual_seed(0)
         features = {name: torch.randn(rows, 16, requires_grad=True) for name, rows in (("image", 5), ("text", 15))}
         encoded = {name: Encoded(x, []) for name, x in features.items()}

@@ -94,7 +94,7 @@ def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path, moe
                 training.make_step(loaded)
             computed[loaded.visit.task] += counter.get_total_flops()
             tokens[loaded.visit.task] += sum(prod(each.values.shape[:2]) for each in loaded.batch.tokens.values())
-    training.confirm_and_gather()
+    training.confirm_and_gather_bad_examples()
     training.log.metrics.close()
     line = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
     assert {task: totals["flops"] for task, totals in line["totals"].items()} == computed

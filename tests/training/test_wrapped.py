@@ -118,7 +118,7 @@ def test_a_run_that_was_killed_resumes_exactly_without_the_public_model(whole, d
     for step in range(12):  # The run dies after a checkpoint of an earlier step.
         part.make_step(part.batches[step])
         if step == 6:
-            part.confirm_and_gather()
+            part.confirm_and_gather_bad_examples()
             part.save(wait=True)
     part.log.metrics.close()
     folder.rename(tmp_path / "gone")

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.folder import BEST, MANIFEST, checkpoint_folder, checkpoints, manifest_entry
+from openimp.checkpoint.folder import BEST, MANIFEST, checkpoint_folder, checkpoints, manifest_entry, step_of
 from openimp.common.errors import UserError
 from openimp.common.safe_files import sync
 from openimp.parallel import distributed
@@ -71,7 +71,8 @@ class Saver:
         def on_rank_zero(work: Callable[[], None]) -> None:
             """Runs `work` on rank 0. If it fails, all ranks raise.
 
-            Unlike `distributed.run_on_rank_zero`, it leaves `works_alone` as it is, which the training thread reads.
+            Not `distributed.run_on_rank_zero`: it enters `distributed.alone()`, which is global, so the training thread
+            would take its rank for the only one.
             """
             distributed.run_on_all_ranks(lambda: work() if is_rank_zero else None, self.group)
 
@@ -104,8 +105,9 @@ class Saver:
 
 
 def _begin(draft: Path, text_files: Mapping[str, str]) -> None:
-    for old_draft in draft.parent.glob(".step-*"):  # A process that was killed left it.
-        shutil.rmtree(old_draft)
+    # Drafts (.tmp) and half-removed checkpoints (.old) of a process that was killed.
+    for leftover in draft.parent.glob(".step-*"):
+        shutil.rmtree(leftover)
     draft.mkdir(parents=True)
     for name, text in text_files.items():
         (draft / name).write_text(text, encoding="utf-8")
@@ -128,12 +130,12 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _remove_others(folder: Path, keep: int) -> None:
-    """Removes checkpoints. Up to and including `folder`, the last `keep` and the best one stay; after it, none."""
+    """Keeps `folder`, the `keep` - 1 checkpoints before it, and the best one. Removes all others, also later ones."""
     run = folder.parents[1]  # `folder` is RUN/checkpoints/step-...
     saved = checkpoints(run)
     best = (folder.parent / BEST).resolve().name
     # Later checkpoints are damaged; otherwise the run would have resumed from them. They must not stay the newest.
-    up_to_this = [path for path in saved if path <= folder]
+    up_to_this = [path for path in saved if step_of(path) <= step_of(folder)]
     kept = {path for path in up_to_this if path.name == best} | set(up_to_this[-keep:])
     for path in saved:
         if path not in kept:

@@ -54,11 +54,11 @@ class Teacher(NamedTuple):
         return f"{self.modality} by {self.model}"
 
 
-class Compared(NamedTuple):
-    """What a loss compares in one step, over all GPUs."""
+class LossSizes(NamedTuple):
+    """What a loss needs in one step, over all GPUs."""
 
     heads: int  # passes of features through a head
-    vectors: int = 0  # that all GPUs get, and gradients that they return
+    vectors: int = 0  # vectors that each GPU receives from all, and their gradients
     similarities: int = 0
 
 
@@ -148,10 +148,10 @@ class Objective(Strict, ABC):
         A modality with `draw: k` has k consecutive rows of features per example.
         """
 
-    def compared(self, task: Task, examples: int) -> Compared:
-        """What the loss compares in a step with this many examples, for `openimp plan`."""
+    def loss_sizes(self, task: Task, examples: int) -> LossSizes:
+        """What the loss needs in a step with this many examples, for `openimp plan`."""
         classified = self.modalities(task) if self.class_column() else []
-        return Compared(heads=2 * len(self.compared_pairs(task)) + len(self.projected(task)) + len(classified))
+        return LossSizes(heads=2 * len(self.compared_pairs(task)) + len(self.projected(task)) + len(classified))
 
     def warning(self, task: Task, tokens: Mapping[str, Tokens], targets: Tensors) -> str | None:
         """A sentence for the user if the task's first batch does not suit the objective. All ranks call it."""

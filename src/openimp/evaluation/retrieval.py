@@ -42,13 +42,13 @@ class RetrievalResult(Predicted):
     def answers(self, query_index: int, k: int) -> list[Answer]:
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.
 
-        In a tie, wrong candidates come first, so the best correct candidate is at its `rank`.
+        In a tie, wrong candidates come first, and NaN counts against the model. So the best correct candidate is at its
+        `rank`, unless the similarity of another correct one is NaN.
         """
         similarity_M = (self.candidate_MZ @ self.query_NZ[query_index]).cpu().numpy()
         correct_candidates = self.correct_pairs[self.correct_pairs[:, 0] == query_index, 1]
         correct_M = np.zeros(len(similarity_M), bool)
         correct_M[correct_candidates] = True
-        # As in `ranks`, NaN counts against the model.
         worst_M = np.where(correct_M, -np.inf, np.inf)
         score_M = np.where(np.isnan(similarity_M), worst_M, similarity_M)
         order = np.lexsort((correct_M, -score_M))  # by descending score; in a tie, wrong candidates first
@@ -82,24 +82,24 @@ def retrieve(
     242 notes with the names of 109 instruments make 109 texts, and all notes of an instrument are correct for its name.
     """
     a, b = options.inputs  # the names of two modalities
-    # The vectors of each side are in the space that it shares with the other side.
-    encoded_by_side = {
+    # `towards`, because a modality may share a different space with each other modality.
+    encoded_by_modality = {
         a: evaluator.encode(options, a, table, towards=b),
         b: evaluator.encode(options, b, table, towards=a),
     }
-    readable = readable_rows(table, list(encoded_by_side.values()), error_prefix)
+    readable = readable_rows(table, list(encoded_by_modality.values()), error_prefix)
     rows = readable.row
     vectors = {}
     first_row_of_item = {}  # for each item, the first row of the source that has it
     item_of_row = {}  # for each readable row, the index of its item in `vectors`
-    for side, encoded in encoded_by_side.items():
+    for modality, encoded in encoded_by_modality.items():
         # Items that occur in unreadable rows only are neither queries nor candidates.
         indices, first_index, inverse = np.unique(
             encoded.embedding_of_row[rows], return_index=True, return_inverse=True
         )
-        vectors[side] = encoded.embeddings[torch.from_numpy(indices)]
-        first_row_of_item[side] = rows[first_index]
-        item_of_row[side] = inverse
+        vectors[modality] = encoded.embeddings[torch.from_numpy(indices)]
+        first_row_of_item[modality] = rows[first_index]
+        item_of_row[modality] = inverse
     pairs = np.unique(np.stack([item_of_row[a], item_of_row[b]], axis=1), axis=0)
     directions = [
         RetrievalResult(

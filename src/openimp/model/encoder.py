@@ -97,12 +97,12 @@ class Block(nn.Module):
         x_TD: Tensor,
         shapes: Shapes,
         masks: Masks,
-        mean_token_counts: Sequence[Tensor] = (),
+        tokens_per_rank: Sequence[Tensor] = (),
         stems: Sequence[str] = (),
     ) -> tuple[Tensor, list[RouterStats]]:
         """Maps (T, D) to (T, D), and returns router statistics per input if the block is sparse.
 
-        A sparse block needs `mean_token_counts`: per input, its valid tokens averaged over ranks
+        A sparse block needs `tokens_per_rank`: per input, its valid tokens averaged over ranks
         (`valid_tokens_per_rank`). If stems have their own experts, it needs `stems`: per input, the stem that made it.
         """
         x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
@@ -130,7 +130,7 @@ class SparseBlock(Block):
         x_TD: Tensor,
         shapes: Shapes,
         masks: Masks,
-        mean_token_counts: Sequence[Tensor] = (),
+        tokens_per_rank: Sequence[Tensor] = (),
         stems: Sequence[str] = (),
     ) -> tuple[Tensor, list[RouterStats]]:
         x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
@@ -140,7 +140,7 @@ class SparseBlock(Block):
         ]
         # Experts get bf16 tokens, also where CUDA's autocast lets the norm return fp32.
         groups = (stems,) if stems else ()
-        y_TD, stats = self.mlp(self.norm2(x_TD).type_as(x_TD), valid, mean_token_counts, *groups)
+        y_TD, stats = self.mlp(self.norm2(x_TD).type_as(x_TD), valid, tokens_per_rank, *groups)
         return x_TD + y_TD, stats
 
 
@@ -188,17 +188,17 @@ class Encoder(nn.Module):
         shapes = [x_BLD.shape[:2] for x_BLD in inputs]
         x_TD = torch.cat([x_BLD.flatten(0, 1) for x_BLD in inputs])
         routing: list[list[RouterStats]] = [[] for _ in inputs]
-        mean_token_counts = []
+        tokens_per_rank = []
         if sparse := any(block.sparse for block in blocks.children()):
             # Computed once for all blocks, because it takes an all-reduce.
-            mean_token_counts = [valid_tokens_per_rank(*one_input) for one_input in zip(inputs, masks)]
+            tokens_per_rank = [valid_tokens_per_rank(*one_input) for one_input in zip(inputs, masks)]
         if not sparse or not self.has_expert_groups:
             stems = ()  # The other layers do not depend on stems.
         for block in blocks.children():
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_TD, stats = checkpoint(block, x_TD, shapes, masks, mean_token_counts, stems, use_reentrant=False)
+                x_TD, stats = checkpoint(block, x_TD, shapes, masks, tokens_per_rank, stems, use_reentrant=False)
             else:
-                x_TD, stats = block(x_TD, shapes, masks, mean_token_counts, stems)
+                x_TD, stats = block(x_TD, shapes, masks, tokens_per_rank, stems)
             for input_routing, input_stats in zip(routing, stats):
                 input_routing.append(input_stats)
         return x_TD, routing

@@ -41,9 +41,9 @@ class Usage(NamedTuple):
     """How one input of a pass uses the experts of one sparse layer.
 
     Attributes:
-        load_E: each expert's share of all filled slots, which are those that hold a valid token.
-        gate_E: each expert's share of the sum of all gates. With expert choice all experts fill equally many slots, so
-            only the gates show which experts the router prefers.
+        load_E: each expert's share of all filled slots, which are those that hold a valid token. It is about equal
+            within a group of experts, and shows how much each group is used.
+        gate_E: each expert's share of the sum of all gates. It shows which experts of a group the router prefers.
         dropped: scalar, the number of this rank's tokens that no expert took, divided by the mean number of tokens per
             rank. Its mean over ranks is the share of all tokens that no expert took.
     """
@@ -113,7 +113,10 @@ def split_tokens(x_TD: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 
 
 class Router(nn.Module):
-    """One linear layer in fp32 without bias, followed by expert choice."""
+    """One linear layer in fp32 without bias, followed by expert choice.
+
+    `gate_scale` multiplies the gates (see `ExpertGroups`). `Usage` has the gates before that.
+    """
 
     def __init__(self, width: int, experts: int, config: MoE, gate_scale: float) -> None:
         super().__init__()
@@ -124,25 +127,30 @@ class Router(nn.Module):
         nn.init.normal_(self.weight_ED, std=0.02)
 
     def forward(
-        self, x_TD: Tensor, valid: Sequence[Tensor], mean_token_counts: Sequence[Tensor]
+        self, x_TD: Tensor, valid: Sequence[Tensor], tokens_per_rank: Sequence[Tensor]
     ) -> list[tuple[Routing, RouterStats]]:
-        """Routes the tokens of each example of each input. See `SparseMLP.forward`."""
+        """Routes the tokens of each example of each input.
+
+        Args:
+            valid: per input, (B, L), False for padding.
+            tokens_per_rank: per input, its valid tokens averaged over ranks (`valid_tokens_per_rank`).
+        """
         # bf16 logits cause ties and coarse gates. Training is more stable with fp32 (ST-MoE, arXiv 2202.08906).
         with full_precision(x_TD.device):
             logits_TE = F.linear(x_TD.float(), self.weight_ED.float())
         shapes = [valid_BL.shape for valid_BL in valid]
         probs = split_tokens(logits_TE.softmax(-1), shapes)
         z_losses = split_tokens(logits_TE.logsumexp(-1).square(), shapes)
-        return [self._route(*one_input) for one_input in zip(probs, z_losses, valid, mean_token_counts)]
+        return [self._route(*one_input) for one_input in zip(probs, z_losses, valid, tokens_per_rank)]
 
     def _route(
-        self, probs_BLE: Tensor, z_loss_BL: Tensor, valid_BL: Tensor, mean_token_count: Tensor
+        self, probs_BLE: Tensor, z_loss_BL: Tensor, valid_BL: Tensor, tokens_per_rank: Tensor
     ) -> tuple[Routing, RouterStats]:
-        z_loss = self.config.z_loss * (z_loss_BL * valid_BL).sum() / mean_token_count
+        z_loss = self.config.z_loss * (z_loss_BL * valid_BL).sum() / tokens_per_rank
         routing = expert_choice(probs_BLE, valid_BL, self.config.capacity_factor)
         # Compiled layers always collect, because that costs them little and a switch would compile each of them twice.
         collects = torch.compiler.is_compiling() or self.collects_usage
-        usage = _usage(routing, valid_BL, mean_token_count) if collects else None
+        usage = _usage(routing, valid_BL, tokens_per_rank) if collects else None
         return routing._replace(gate_BEC=self.gate_scale * routing.gate_BEC), RouterStats(z_loss, usage)
 
 
@@ -155,13 +163,13 @@ def set_usage_collection(model: nn.Module, enabled: bool) -> None:
 
 
 @torch.no_grad()
-def _usage(routing: Routing, valid_BL: Tensor, mean_token_count: Tensor) -> Usage:
+def _usage(routing: Routing, valid_BL: Tensor, tokens_per_rank: Tensor) -> Usage:
     filled_BEC = (routing.gate_BEC > 0).float()
     load_E = filled_BEC.sum((0, 2))
     gate_E = routing.gate_BEC.sum((0, 2))
     expert_count_BL = torch.zeros_like(valid_BL, dtype=torch.float32)
     expert_count_BL = expert_count_BL.scatter_add(1, routing.token_BEC.flatten(1), filled_BEC.flatten(1))
-    dropped = ((expert_count_BL == 0) & valid_BL).sum() / mean_token_count
+    dropped = ((expert_count_BL == 0) & valid_BL).sum() / tokens_per_rank
     # A batch of padding fills no slot. `clamp` prevents 0 / 0 there.
     return Usage(load_E / load_E.sum().clamp(min=1), gate_E / gate_E.sum().clamp(min=1e-9), dropped)
 
@@ -220,19 +228,14 @@ class SparseMLP(nn.Module):
         self.experts = Experts(experts, width, hidden, bias, gelu_kind)
 
     def forward(
-        self, x_TD: Tensor, valid: Sequence[Tensor], mean_token_counts: Sequence[Tensor]
+        self, x_TD: Tensor, valid: Sequence[Tensor], tokens_per_rank: Sequence[Tensor]
     ) -> tuple[Tensor, list[RouterStats]]:
-        """Maps (T, D) to (T, D), and returns statistics per input.
-
-        Args:
-            valid: per input, (B, L), False for padding.
-            mean_token_counts: per input, its valid tokens averaged over ranks (`valid_tokens_per_rank`).
-        """
+        """Maps (T, D) to (T, D), and returns statistics per input. The arguments are those of `Router.forward`."""
         token_indices = []  # per input, (E, B C): the token in each slot of the input, as an index into `x_TD`
         gates = []  # per input, (E, B C)
         all_stats = []
         input_start = 0
-        for valid_BL, (routing, stats) in zip(valid, self.router(x_TD, valid, mean_token_counts)):
+        for valid_BL, (routing, stats) in zip(valid, self.router(x_TD, valid, tokens_per_rank)):
             input_end = input_start + valid_BL.numel()
             example_start_B = torch.arange(input_start, input_end, valid_BL.shape[1], device=x_TD.device)
             index_BEC = routing.token_BEC + example_start_B[:, None, None]
@@ -252,9 +255,9 @@ class SparseMLP(nn.Module):
 class ExpertGroups(nn.Module):
     """A router and experts per stem, so that experts specialize on stems (MoMa, arXiv 2407.21770).
 
-    The gates are multiplied by the number of experts of the group, so that they are about 1 at first. With expert
-    parallelism, the experts of each group are divided over all `expert_degree` ranks, so each rank has work in every
-    step.
+    A stem is the layers that embed the tokens of one or several modalities. The gates are multiplied by the number of
+    experts of the group, so that they are about 1 at first. With expert parallelism, the experts of each group are
+    divided over all `expert_degree` ranks, so each rank has work in every step.
     """
 
     def __init__(self, width: int, hidden: int, config: MoE, bias: bool = False, gelu_kind: Gelu = "tanh") -> None:
@@ -271,16 +274,13 @@ class ExpertGroups(nn.Module):
         self,
         x_TD: Tensor,
         valid: Sequence[Tensor],
-        mean_token_counts: Sequence[Tensor],
+        tokens_per_rank: Sequence[Tensor],
         stems: Sequence[str],
     ) -> tuple[Tensor, list[RouterStats]]:
         """Maps (T, D) to (T, D), and returns statistics per input. The statistics cover the experts of all groups, in
         order, with 0 for those of other stems.
 
-        Args:
-            valid: per input, (B, L), False for padding.
-            mean_token_counts: per input, its valid tokens averaged over ranks (`valid_tokens_per_rank`).
-            stems: per input, the stem that made its tokens.
+        `stems` are, per input, the stem that made its tokens. The other arguments are those of `Router.forward`.
         """
         token_counts = [valid_BL.numel() for valid_BL in valid]
         inputs = x_TD.split(token_counts)
@@ -290,11 +290,10 @@ class ExpertGroups(nn.Module):
             indices = [i for i, other in enumerate(stems) if other == stem]
             group_TD = torch.cat([inputs[i] for i in indices])
             group_valid = [valid[i] for i in indices]
-            out_TD, group_stats = self.groups[stem](group_TD, group_valid, [mean_token_counts[i] for i in indices])
+            out_TD, group_stats = self.groups[stem](group_TD, group_valid, [tokens_per_rank[i] for i in indices])
             outputs |= zip(indices, out_TD.split([token_counts[i] for i in indices]))
             all_stats |= zip(indices, (self._padded_to_all_groups(stats, stem) for stats in group_stats))
-        places = range(len(stems))
-        return torch.cat([outputs[i] for i in places]), [all_stats[i] for i in places]
+        return torch.cat([outputs[i] for i in range(len(stems))]), [all_stats[i] for i in range(len(stems))]
 
     def _padded_to_all_groups(self, stats: RouterStats, stem: str) -> RouterStats:
         """The statistics of a group, with a share of 0 for each expert of the other groups."""
@@ -302,8 +301,8 @@ class ExpertGroups(nn.Module):
             return stats
         stems = list(self.experts_by_stem)
         sizes = list(self.experts_by_stem.values())
-        place = stems.index(stem)
-        padding = (sum(sizes[:place]), sum(sizes[place + 1 :]))
+        group_index = stems.index(stem)
+        padding = (sum(sizes[:group_index]), sum(sizes[group_index + 1 :]))
         load_E = F.pad(stats.usage.load_E, padding)
         gate_E = F.pad(stats.usage.gate_E, padding)
         return RouterStats(stats.z_loss, Usage(load_E, gate_E, stats.usage.dropped))

@@ -16,7 +16,7 @@ from torch import Tensor
 from openimp.common.device import full_precision
 from openimp.common.errors import UserError
 from openimp.common.modality import Tokens
-from openimp.common.objective import Compared, Objective, Row, TargetSizes, Tensors
+from openimp.common.objective import LossSizes, Objective, Row, TargetSizes, Tensors
 from openimp.data.tables import item_id, value_id
 from openimp.model.embedder import Embedder, EncodedAll
 from openimp.objectives.nce import both_ways, mean_by_blocks, sigmoid_nce, softmax_nce
@@ -158,7 +158,7 @@ class Contrastive(Objective):
                 ids.append(targets["values"].repeat_interleave(draws, dim=0))
         return torch.cat(ids, dim=1)
 
-    def compared(self, task: Task, examples: int) -> Compared:
+    def loss_sizes(self, task: Task, examples: int) -> LossSizes:
         """The sigmoid loss uses each pair of items once, and gathers the vectors of one modality."""
         pairs = self.compared_pairs(task)
         heads = 2 * len(pairs)  # one per modality of a pair
@@ -170,7 +170,7 @@ class Contrastive(Objective):
         else:
             vectors = sum(2 * m for _, m in sizes)
             similarities = sum(n * m for n, m in sizes)
-        return Compared(heads, vectors, similarities)
+        return LossSizes(heads, vectors, similarities)
 
     def warning(self, task: Task, tokens: Mapping[str, Tokens], targets: Tensors) -> str | None:
         """Suggests `positives_by` if the loss separates many texts of the global batch that are equal.

@@ -12,7 +12,7 @@ from pydantic import model_validator
 from openimp.common.device import full_precision
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
-from openimp.common.objective import Compared, Objective, Row, TargetSizes, Teacher, Tensors
+from openimp.common.objective import LossSizes, Objective, Row, TargetSizes, Teacher, Tensors
 from openimp.common.schema import Positive, RecipePath
 from openimp.data.tables import item_id, number_array
 from openimp.model.embedder import Embedder, EncodedAll
@@ -138,10 +138,10 @@ class Distill(Objective):
                 )
         return {f"{self.of}:{self.to}" if self.to else f"{self.of} by teacher": loss}
 
-    def compared(self, task: Task, examples: int) -> Compared:
+    def loss_sizes(self, task: Task, examples: int) -> LossSizes:
         if self.loss == "cosine":
-            return Compared(heads=1)
-        return Compared(heads=1, vectors=examples, similarities=examples**2 * task.inputs[self.of].draw)
+            return LossSizes(heads=1)
+        return LossSizes(heads=1, vectors=examples, similarities=examples**2 * task.inputs[self.of].draw)
 
 
 def unit_vector(value: Any, size: int, column: str) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-BLOCK = 2**26
+MAX_SIMILARITIES = 2**26
 """Largest number of similarities that a loss holds at once: 256 MiB per tensor that is saved for its gradient. One
 process fits a batch of 8,192, as towers allow. In smaller blocks, that step would take twice as long."""
 
@@ -21,14 +21,13 @@ def mean_by_blocks(
 ) -> Tensor:
     """The mean over N of `loss_of`. A candidate is a positive of an embedding if they share an id.
 
-    Above `BLOCK` similarities, the loss is computed in blocks of rows, and each block is recomputed in the backward
-    pass.
+    Above `MAX_SIMILARITIES`, the loss is computed in blocks of rows, and each block is recomputed in the backward pass.
     """
 
     def rows_loss(z_RZ: Tensor, ids_RI: Tensor, candidate_MZ: Tensor) -> Tensor:
         return loss_of(z_RZ @ candidate_MZ.T, share_an_id(ids_RI, candidate_ids_MJ))
 
-    rows = max(1, BLOCK // len(candidate_MZ))
+    rows = max(1, MAX_SIMILARITIES // len(candidate_MZ))
     if len(z_NZ) <= rows:
         return rows_loss(z_NZ, ids_NI, candidate_MZ).mean()
     blocks = zip(z_NZ.split(rows), ids_NI.split(rows))
@@ -46,7 +45,7 @@ def both_ways(
 
     Similarities that fit into one block are computed once for both.
     """
-    if len(z_NZ) * len(z_MZ) > BLOCK:
+    if len(z_NZ) * len(z_MZ) > MAX_SIMILARITIES:
         forth = mean_by_blocks(loss_of, z_NZ, ids_NI, z_MZ, ids_MJ)
         back = mean_by_blocks(loss_of, z_MZ, ids_MJ, z_NZ, ids_NI)
         return (forth + back) / 2

@@ -16,7 +16,7 @@ class MuonWork:
         self.sharding = sharding
         self.muon_weights = muon_weights
         self.node = Group(min(sharding.layout.ranks, GPUS_PER_NODE))
-        self.owners = self.node.size if sharding.layout.shard_degree == 1 else sharding.layout.shard_degree
+        self.owner_count = self.node.size if sharding.layout.shard_degree == 1 else sharding.layout.shard_degree
 
     def is_replicated(self, weight: Tensor) -> bool:
         """Whether all GPUs of a node have the whole weight."""

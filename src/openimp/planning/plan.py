@@ -39,7 +39,7 @@ class Plan:
 
     layout: Layout
     gpu: GPU
-    utilization: float  # assumed share of the bf16 peak; passes that the recipe's `memory` repeats count as use
+    utilization: float  # assumed HFU (recomputed forward passes count): the share of the GPU's bf16 peak that is used
     parameters: dict[str, int]  # number of parameters by part of the model
     frozen: int  # number of frozen parameters
     active_parameters: int | None  # number of parameters that a token uses on average
@@ -112,7 +112,8 @@ def plans(
         raise UserError(f"--gpus: {gpus} GPUs do not divide a batch evenly: {', '.join(uneven)}")
     model = meta_model(recipe, modalities, classes)
     if recipe.parallel.shard_degree is None:
-        recipe_layout = default_layout(recipe, model, gpus, min(gpus, GPUS_PER_NODE), GPUS[gpu].memory_gib * GIB)
+        total_memory = GPUS[gpu].memory_gib * GIB
+        recipe_layout = default_layout(recipe, model, gpus, min(gpus, GPUS_PER_NODE), total_memory)
     precision: Precision = "fp32" if recipe.train.precision == "fp32" else "bf16"
 
     step_memories = {
@@ -143,9 +144,9 @@ def plans(
 def recommended(all_plans: Sequence[Plan]) -> Plan:
     """The plan of the fastest run that fits, or the one that needs the least memory if none fits.
 
-    Plans with shards over several nodes are candidates only if no other plan fits, because their planned time lacks the
-    latency of collectives. The first plan, which is for the recipe's layout, stays if it
-    is a candidate and no other candidate is faster by more than both `MIN_SPEEDUP` and `MIN_GAIN_SECONDS`.
+    Plans with shards over several nodes are candidates only if no other plan fits, because planned times lack the
+    latencies of collectives, which are large between nodes. The first plan, which is for the recipe's layout, stays if
+    it is a candidate and no other candidate is faster by more than both `MIN_SPEEDUP` and `MIN_GAIN_SECONDS`.
     """
     fitting = [plan for plan in all_plans if plan.fits]
     if not fitting:
@@ -166,10 +167,10 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def active_parameters(model: Embedder) -> int | None:
-    """Number of parameters that a token uses on average, after its embedding and before the mean over the tokens.
+    """Number of parameters that a token uses on average; None for a model of open_clip.
 
-    These are the encoder without the experts that do not process the token, and the stem's linear layers before and
-    after the encoder. On average, `capacity_factor` experts process a token. None for a wrapped model.
+    It counts the encoder, with only the experts that process the token (`capacity_factor` of them on average), and the
+    two linear layers of the token's stem. It does not count embeddings and heads.
     """
     if not isinstance(model, IMP):
         return None
@@ -182,6 +183,7 @@ def active_parameters(model: Embedder) -> int | None:
     moe = model.config.moe
     if moe is None:
         return parameters
+    # `experts` returns modules of several experts. The first one has those of the first group.
     expert_size = parameter_count(model.experts()[0]) / moe.group_sizes[0]
     # A token uses at most all experts of its group. If the groups differ in size, the largest counts.
     experts_per_token = min(moe.capacity_factor, max(moe.group_sizes))

@@ -64,7 +64,7 @@ class Sharding:
     def __init__(self, layout: Layout, model: Embedder, precision: Precision = "fp32") -> None:
         self.layout = layout
         self.model = model
-        self.gathered_type_bytes = FP32_BYTES if precision == "fp32" else BF16_BYTES
+        self.compute_type_bytes = FP32_BYTES if precision == "fp32" else BF16_BYTES
         self.experts = {weight for module in model.experts() for weight in module.parameters()}
 
     def shards(self, weight: Tensor) -> Group:
@@ -83,11 +83,11 @@ class Sharding:
 
     def gathered_bytes(self, weights: Iterable[Tensor]) -> int:
         """Bytes of gathered weights, in the type that the model computes with."""
-        return self.gathered_type_bytes * sum(map(self.numbers, weights))
+        return self.compute_type_bytes * sum(map(self.numbers, weights))
 
     def reduced_bytes(self, weights: Iterable[Tensor]) -> int:
         """Bytes of the gradients of gathered weights, and of their fp32 copy for the reduction."""
-        return (self.gathered_type_bytes + FP32_BYTES) * sum(map(self.numbers, weights))
+        return (self.compute_type_bytes + FP32_BYTES) * sum(map(self.numbers, weights))
 
     def gather(self, weights: Iterable[Tensor]) -> Traffic:
         """Traffic of an all-gather of weights."""

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from openimp.common.objective import Compared
+from openimp.common.objective import LossSizes
 from openimp.model.embedder import pass_sizes
 from openimp.model.learning_rates import muon_stacks
-from openimp.objectives.nce import BLOCK
+from openimp.objectives.nce import MAX_SIMILARITIES
 from openimp.planning.costs import Cost
 from openimp.planning.gpus import GPU
 from openimp.planning.memory import StepMemory
@@ -19,7 +19,7 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
 SIMILARITY_BYTES = 21
-"""Bytes that the sigmoid loss holds at its peak per similarity. The softmax loss holds fewer."""
+"""Bytes that the sigmoid loss holds at its peak per similarity, as measured. The softmax loss holds fewer."""
 
 # Bytes of a GPU's memory that an update reads and writes per parameter, in fp32.
 CLIPPING_BYTES = 12  # The norm reads the gradient; clipping reads and writes it.
@@ -35,7 +35,7 @@ class GPUMemory(NamedTuple):
     optimizer_state: int
     inputs: int
     gradients: int = 0
-    gathered: int = 0
+    collective_buffers: int = 0  # gathered weights and vectors, similarities with them, gradients that are reduced
     activations: int = 0
     muon_buffers: int = 0
 
@@ -45,7 +45,7 @@ class GPUMemory(NamedTuple):
 
     @property
     def temporary(self) -> int:
-        """Bytes that are allocated only during the step."""
+        """Bytes that are allocated only during the step. The batch was there before."""
         return self.total - self.parameters - self.optimizer_state - self.inputs
 
 
@@ -81,30 +81,33 @@ class StepPlanner:
         """Plans a step with these costs. `step_memory` is the memory of its activations."""
         with_grad = {self.weights[name] for name in cost.params_with_grad}
         updated = self.trained if self.recipe.optimizer.zero_missing_grads else with_grad
-        by_objective = [objective.compared(task, cost.examples) for objective in task.objectives]
-        compared = Compared(*map(sum, zip(*by_objective)))  # Sums each field.
+        by_objective = [objective.loss_sizes(task, cost.examples) for objective in task.objectives]
+        loss_sizes = LossSizes(*map(sum, zip(*by_objective)))  # Sums each field.
         layout = self.sharding.layout
+        # `draw` inputs per example.
         local_examples = {name: cost.examples * spec.draw // layout.ranks for name, spec in task.inputs.items()}
         sizes_of_passes = pass_sizes(local_examples, self.recipe.memory.chunk_size)
         passes = [self.model.blocks_of(sizes) for sizes in sizes_of_passes]
         weights_in_passes = [weight for blocks in passes for block in blocks for weight in block.parameters()]
-        # Blocks are gathered while others compute. With one pass, the reduction of gradients overlaps with computation,
-        # too. With several passes (chunks), gradients are reduced after the last one.
+        # Blocks are gathered while others compute. A chunk that is encoded again in the backward pass is gathered once
+        # for both.
         if layout.reshard_after_forward:
             forward_traffic = self.sharding.gather(weights_in_passes)
             regather_traffic = forward_traffic
         else:
             forward_traffic = self.sharding.gather({*weights_in_passes})  # each weight once
             regather_traffic = Traffic()
+        # With one pass, the reduction of gradients overlaps with computation, too. With several passes (chunks),
+        # gradients are reduced after the last one.
         overlapped = with_grad & {*weights_in_passes} if len(passes) == 1 else set()
         backward_traffic = regather_traffic + self.sharding.reduce(overlapped)
         # No computation hides this traffic.
         exposed_traffic = self.sharding.reduce(with_grad - overlapped)
         exposed_traffic += self.muon.traffic(updated)
         exposed_traffic += self._expert_traffic(cost, is_chunked=len(passes) > 1)
-        for _ in range(1 + compared.heads):  # FSDP2 gathers the weights outside of blocks again for each head.
+        for _ in range(1 + loss_sizes.heads):  # FSDP2 gathers the weights outside of blocks again for each head.
             exposed_traffic += self.sharding.gather(self.outside_blocks)
-        exposed_traffic += Group(layout.ranks).all_gather(self._vector_bytes(compared))
+        exposed_traffic += Group(layout.ranks).all_gather(self._vector_bytes(loss_sizes))
 
         forward_seconds = self._seconds(cost.forward_flops / layout.ranks)
         backward_seconds = self._seconds((cost.hardware_flops - cost.forward_flops) / layout.ranks)
@@ -113,14 +116,14 @@ class StepPlanner:
         wait_seconds += max(0.0, backward_traffic.seconds(self.gpu) - backward_seconds)
         return StepNeeds(
             cost=cost,
-            memory=self._memory(compared, step_memory, updated),
+            memory=self._memory(loss_sizes, step_memory, updated),
             received_bytes=(forward_traffic + backward_traffic + exposed_traffic).received_bytes,
             compute_seconds=forward_seconds + backward_seconds + self._update_seconds(cost, updated),
             wait_seconds=wait_seconds,
         )
 
-    def _vector_bytes(self, compared: Compared) -> int:
-        return FP32_BYTES * self.model.config.embed_dim * compared.vectors
+    def _vector_bytes(self, loss_sizes: LossSizes) -> int:
+        return FP32_BYTES * self.model.config.embed_dim * loss_sizes.vectors
 
     def _expert_traffic(self, cost: Cost, is_chunked: bool) -> Traffic:
         """Traffic of expert parallelism: tokens go to their experts and back, and so do their gradients.
@@ -132,7 +135,7 @@ class StepPlanner:
             return Traffic()
         slots = moe.capacity_factor * cost.tokens / self.sharding.layout.ranks * moe.layers
         exchanges = 4 + 2 * is_chunked + 2 * self.recipe.memory.activation_checkpointing
-        slot_bytes = self.sharding.gathered_type_bytes * self.recipe.model.width
+        slot_bytes = self.sharding.compute_type_bytes * self.recipe.model.width
         # An all-to-all receives as many bytes as an all-gather of the same size.
         return Group(self.sharding.layout.expert_degree).all_gather(exchanges * slot_bytes * slots)
 
@@ -145,9 +148,11 @@ class StepPlanner:
         muon_parameters = self.muon.momentum_bytes(updated) / FP32_BYTES
         ema_parameters = self.ema_bytes / FP32_BYTES
         moved_bytes = ADAMW_BYTES * adamw_parameters + MUON_BYTES * muon_parameters + EMA_BYTES * ema_parameters
-        return self._seconds(cost.optimizer_flops / self.muon.owners) + moved_bytes / (1e12 * self.gpu.memory_tb_per_s)
+        return self._seconds(cost.optimizer_flops / self.muon.owner_count) + moved_bytes / (
+            1e12 * self.gpu.memory_tb_per_s
+        )
 
-    def _memory(self, compared: Compared, step_memory: StepMemory, updated: Set[Tensor]) -> GPUMemory:
+    def _memory(self, loss_sizes: LossSizes, step_memory: StepMemory, updated: Set[Tensor]) -> GPUMemory:
         """What one GPU holds at the moment of the step at which it holds most."""
         sharding = self.sharding
         layout = sharding.layout
@@ -159,9 +164,11 @@ class StepPlanner:
         )
         with_gradients = before._replace(gradients=sharding.held_bytes(updated))
         if layout.ranks == 1:
-            moments = [before._replace(**step_memory.peak), with_gradients]
+            snapshots = [before._replace(**step_memory.peak), with_gradients]
         else:
-            # All weights outside of blocks are gathered, one block, and the next block if weights are sharded.
+            # With sharded gradients, the peak is at the end of the forward or of the backward pass.
+            # The weights outside of blocks are gathered. So are all blocks or, with resharding, the current block and,
+            # if weights are sharded, the next one, which is prefetched.
             block_bytes = [sharding.gathered_bytes(weights) for weights in self.block_weights]
             weight_bytes = sharding.gathered_bytes(self.outside_blocks)
             if not layout.reshard_after_forward:
@@ -169,18 +176,21 @@ class StepPlanner:
             elif block_bytes:
                 gathered_blocks = 2 if layout.shard_degree > 1 else 1
                 weight_bytes += gathered_blocks * max(block_bytes)
-            # The vectors of all GPUs and their gradients, and similarities with the vectors of other GPUs.
-            similarities = compared.similarities * (layout.ranks - 1) // layout.ranks**2
-            vector_bytes = self._vector_bytes(compared) + SIMILARITY_BYTES * min(BLOCK, similarities)
+            # A GPU compares its vectors, 1 / ranks of all, with those of all GPUs. The similarities of its vectors with
+            # each other are in the activations already.
+            similarities = loss_sizes.similarities * (layout.ranks - 1) // layout.ranks**2
+            vector_bytes = self._vector_bytes(loss_sizes) + SIMILARITY_BYTES * min(MAX_SIMILARITIES, similarities)
             gathered_bytes = weight_bytes + vector_bytes
             units = (*self.block_weights, self.outside_blocks)  # FSDP2 reduces the gradients of one at a time.
             reduced_bytes = max(sharding.reduced_bytes(weights & updated) for weights in units)
-            end_of_forward = before._replace(gathered=gathered_bytes, activations=step_memory.forward_activations)
-            end_of_backward = with_gradients._replace(
-                gathered=gathered_bytes + reduced_bytes, activations=step_memory.final_activations
+            end_of_forward = before._replace(
+                collective_buffers=gathered_bytes, activations=step_memory.forward_activations
             )
-            moments = [end_of_forward, end_of_backward]
-        peak = max(moments, key=lambda memory: memory.total)
+            end_of_backward = with_gradients._replace(
+                collective_buffers=gathered_bytes + reduced_bytes, activations=step_memory.final_activations
+            )
+            snapshots = [end_of_forward, end_of_backward]
+        peak = max(snapshots, key=lambda memory: memory.total)
         if not self.muon_weights:
             return peak
         # After the passes, only the gradients are left. If they and Muon's buffers need more than the peak of the

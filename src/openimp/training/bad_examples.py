@@ -51,7 +51,7 @@ class BadExamples:
         if count := len({(line["task"], line["where"]) for line in lines}):
             console.print(f"{counted(count, 'example')} could not be read; {self.file} lists them", soft_wrap=True)
 
-    def check(self) -> None:
+    def raise_if_too_many(self) -> None:
         """Raises UserError if more examples of a task are bad than `train.max_bad_fraction` allows.
 
         It judges only tasks with a bad example since the last call.

@@ -48,7 +48,8 @@ def train(
         recipe: a recipe, its file, or the name of one that comes with openimp.
         run: directory to write to; with `resume`, that of an interrupted run of the same recipe. None: runs/NAME.
         resume: True requires a checkpoint and resumes from the newest intact one; "auto" starts from step 0 if there is
-            no checkpoint. If torchrun restarted this job after the job began the run, any value is treated as "auto".
+            no checkpoint. If torchrun restarts the ranks of a job that began this run, the run resumes as with "auto",
+            even if `resume` is False.
         variant: what a study changes.
         allow_changed_data: resume even if a source has changed since the checkpoint was saved.
         callbacks: their methods are called at the start, and after steps, evaluations and checkpoints, where they may
@@ -163,7 +164,7 @@ class Trainer(Parts):
         self.save()
         self._log_unlogged_steps()
         if self._evaluated_step != self.step:
-            with suppress(StopTraining):
+            with suppress(StopTraining):  # The training is over already.
                 self.evaluate(stop.watch)
         self.checkpointing.wait()
         self._announce_checkpoint()
@@ -179,27 +180,27 @@ class Trainer(Parts):
             self.evaluate(stop.watch)  # The interrupted run may have saved this step without evaluating it.
         loaded_batches = self.log.timer.timed(load_batches(self.batches, self.step))
         try:
-            # The alternation has chosen the task and the view of each batch: `loaded.visit`. If one of several ranks
-            # must stop, `watch_steps` still yields that step, with `loaded.stop_reason`, and with zeros if loading
-            # failed. A single rank stops at once.
+            # The alternation has chosen the task and the view of each batch: `loaded.visit`.
+            # A rank that must stop still makes the next step, because the other ranks wait for it in collectives:
+            # `watch_steps` sets `loaded.stop_reason`, and replaces a batch that could not be loaded with zeros. In a
+            # run of one rank, `watch_steps` raises at once.
             for loaded in stop.watch_steps(loaded_batches, self.step, self._placeholder_batch):
                 self.make_step(loaded)
                 if self.variant.prints_warnings:
                     self.log.print_warnings_of_objectives(loaded)
                 steps_done = loaded.visit.step + 1
-                must_save = self._is_due(save_every, steps_done)
-                must_evaluate = self._is_due(evaluate_every, steps_done)
-                if self.log.is_due(steps_done):
-                    self.confirm_and_gather()
-                    self.log.bad_examples.check()
-                if must_save:
+                if self.log.is_due(steps_done):  # Also before each checkpoint and evaluation.
+                    self.confirm_and_gather_bad_examples()
+                    self.log.bad_examples.raise_if_too_many()
+                if self._is_due(save_every, steps_done):
                     self.save()
-                if must_evaluate:
+                if self._is_due(evaluate_every, steps_done):
                     self.evaluate(stop.watch)
                 if self._callback_stops:
                     raise StopTraining
         except (Interrupted, UserError):
-            self.confirm_and_gather()  # If the queued step failed too, its error is raised instead.
+            with suppress(StopTraining):  # The reason to stop here goes before a callback's.
+                self.confirm_and_gather_bad_examples()  # If the queued step failed too, its error is raised instead.
             raise
 
     def make_step(self, loaded: LoadedBatch) -> Losses:
@@ -233,7 +234,7 @@ class Trainer(Parts):
         return losses if logs_expert_usage else replace(losses, usage={})
 
     def _update(self) -> None:
-        """Queues the update by the steps that have begun."""
+        """Queues the backward pass of the begun steps, and the update from their gradients."""
         steps = self._begun_steps
         self._begun_steps = []
         loss = reduce(torch.add, (step.losses.total for step in steps))
@@ -270,7 +271,7 @@ class Trainer(Parts):
         for step in steps:
             visit = step.batch_info.visit
             self.step = visit.step + 1
-            if step.batch_info.cursors:
+            if step.batch_info.cursors:  # Of a stream: where each lane (sequence of shards) resumes.
                 self.cursors[visit.task] = step.batch_info.cursors
             self.log.record(step.batch_info, step.losses)
         self._bar.step(self.step)
@@ -288,7 +289,7 @@ class Trainer(Parts):
         if self.log.has_unlogged_steps:
             self._log()
 
-    def confirm_and_gather(self) -> None:
+    def confirm_and_gather_bad_examples(self) -> None:
         """Confirms the queued steps, and gathers bad examples from all ranks.
 
         Afterwards, `state` has everything that a checkpoint needs.
@@ -298,7 +299,7 @@ class Trainer(Parts):
 
     def save(self, wait: bool = False) -> None:
         """Starts saving the confirmed steps, unless they are saved; with `wait`, returns when the files are written."""
-        self.confirm_and_gather()
+        self.confirm_and_gather_bad_examples()
         self._announce_checkpoint()  # The checkpoint before the one that starts now.
         self.checkpointing.save(self.state())
         if wait:
@@ -333,7 +334,7 @@ class Trainer(Parts):
         `evaluation.best` names the set that decides. `watch(passes, description)` wraps the forward passes; with
         `Stop.watch`, a signal stops them.
         """
-        self.confirm_and_gather()
+        self.confirm_and_gather_bad_examples()
         if self.recipe.evaluation.sets:
             self._evaluated_step = self.step
             results = self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
@@ -368,8 +369,9 @@ class Trainer(Parts):
     def _not_finite_error(self, steps: list[PendingStep]) -> UserError:
         """The error of steps that were not applied. Every rank must call this.
 
-        It is about the first step whose loss is not finite, or else the last step. It names up to 8 examples of each
-        rank whose loss is not finite. If all losses are finite, it names examples of this rank.
+        It is about the first step whose loss is not finite on this rank, or else the last step. (In a round, ranks may
+        name different steps.) It names up to 8 examples of each rank whose loss is not finite. If all losses are
+        finite, it names examples of this rank.
         """
         failed_step = next((step for step in steps if not step.losses.total.isfinite()), steps[-1])
         visit = failed_step.batch_info.visit

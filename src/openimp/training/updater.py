@@ -47,7 +47,8 @@ class Updater:
         Euclidean norm of the gradient before clipping. If it is not finite, nothing is updated. The caller must have
         read the norm of the previous update, and must not update again if it was not finite.
         """
-        # With `parallel.reshard_after_forward: false`, blocks are still gathered. The update makes these copies stale.
+        # With `parallel.reshard_after_forward: false`, ranks still hold the gathered weights of blocks. They are freed,
+        # because the update changes only the shards.
         reshard(self.model)
         options = self.recipe.optimizer
         if options.zero_missing_grads:
