@@ -7,11 +7,7 @@ BIN    := $(VENV)/bin
 .PHONY: demo serve test check install constraints docs dist site clean
 
 demo: $(VENV)/.installed
-	@if [ -e runs/demo/results.jsonl ]; then \
-	  echo "runs/demo is there already; its results (remove the folder to train again):"; $(BIN)/openimp info runs/demo; \
-	elif ls -d runs/demo/checkpoints/step-* >/dev/null 2>&1; then \
-	  $(BIN)/openimp train demo --resume && $(BIN)/openimp info runs/demo; \
-	else rm -rf runs/demo; $(BIN)/openimp demo; fi
+	$(BIN)/openimp demo
 
 serve: $(VENV)/.search
 	$(BIN)/openimp serve openimp:base

@@ -140,7 +140,7 @@ def test_pipes_and_huge_files_in_a_model_folder_are_refused_and_not_read(refused
     if name.endswith(".json"):
         with (folder / name).open("wb") as file:
             file.truncate(2**40)  # It takes no room on the disk.
-        assert f"{name}: is larger than 33,554,432 bytes" in refused("embed", folder, image)
+        assert f"{name}: is larger than 67,108,864 bytes" in refused("embed", folder, image)
         (folder / name).unlink()
     os.mkfifo(folder / name)
     assert f"{name}: is not a regular file" in refused("embed", folder, image)
@@ -412,6 +412,7 @@ def test_demo_is_the_bundled_recipe(succeeded, tmp_path):
     out = succeeded("demo", "--run", tmp_path / "run", *changes)
     assert f"The run is in {tmp_path / 'run'}" in out.replace("\n", "")
     assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "tokenizer.json").exists()
+    assert "all 2 steps are done and evaluated already" in succeeded("demo", "--run", tmp_path / "run", *changes)
 
 
 DISTILLED = """

@@ -49,10 +49,10 @@ MAX_TEXT = 100
 
 
 def run_demo(overrides: list[str], run: Path | None) -> None:
-    """Trains the bundled recipe and says what to do next."""
+    """Trains the bundled recipe, or resumes its training, and says what to do next."""
     recipe = Recipe.load("demo", overrides, Path.cwd())
     run = run or Path("runs") / recipe.name
-    if not train(recipe, run):
+    if not train(recipe, run, resume="auto"):
         return
     console.print(
         f"\nThe run is in {run}: results.jsonl, metrics.jsonl, tensorboard/, checkpoints/.\n"

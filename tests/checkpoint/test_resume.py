@@ -266,6 +266,38 @@ def test_the_best_checkpoint_is_kept_and_found(little_data, tmp_path):
     assert (run / "checkpoints" / "best").resolve().name == expected[1]
 
 
+def test_files_that_macos_adds_to_a_run_are_ignored(run, little_data, tmp_path):
+    newest = checkpoints(run)[-1]
+    for file in (newest / "config.json", newest / "model" / "model.safetensors", newest / "manifest.json"):
+        file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7" + bytes(range(256)))
+    openimp.load(run)
+    started = recipe_of(little_data, "train.steps=1", f"train.init={run}")
+    assert train(started, tmp_path / "tuned")
+    shutil.rmtree(checkpoints(run)[-2])
+    shutil.rmtree(checkpoints(run)[-2])
+    assert train(recipe_of(little_data, "evaluation.every=12"), run, resume=True)
+
+
+def test_a_copy_of_a_run_whose_links_became_folders_goes_on(little_data, tmp_path):
+    """As scp makes it."""
+    changes = ["evaluation={every: 4, best: colours, sets: {colours: COLOURS}}"]
+    colours = json.dumps(Recipe.load(little_data / "recipe.yaml").to_dict()["evaluation"]["sets"]["colours"])
+    changes = [changes[0].replace("COLOURS", colours)]
+
+    class StopAfter6(openimp.Callback):
+        def on_step(self, step, metrics):
+            if step == 6:
+                raise openimp.StopTraining
+
+    assert train(recipe_of(little_data, *changes), tmp_path / "run", callbacks=[StopAfter6()])
+    copy = Path(shutil.copytree(tmp_path / "run", tmp_path / "copy"))  # Follows links.
+    best = copy / "checkpoints" / "best"
+    assert not best.is_symlink()
+    assert train(recipe_of(little_data, *changes), copy, resume=True)
+    assert best.is_symlink()
+    openimp.load(best)
+
+
 def test_the_best_checkpoint_is_so_by_the_mean_of_both_ways(little_data, tmp_path):
     """Of the steps that are saved. Of equally good ones the first counts."""
     file = tmp_path / "results.jsonl"

@@ -11,14 +11,29 @@ from messages import refuses
 import openimp
 from openimp.checkpoint.folder import checkpoints
 from openimp.commands import run_eval
-from openimp.common import safe_files
+from openimp.common import json_lines, safe_files
 from openimp.common.cache import cache_folder
-from openimp.common.json_lines import append, forget_after, read_lines
+from openimp.common.json_lines import append, forget_after, own_lines, read_lines
 from openimp.common.safe_files import private_folder, replacing, write_text
 from openimp.inference.embed import embed
 from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report
 from openimp.training.trainer import train
+
+
+def test_a_run_forgets_lines_of_a_file_of_any_size(tmp_path, monkeypatch):
+    """Only what may come from a stranger has a limit."""
+    monkeypatch.setattr(json_lines, "MAX_BYTES", 100)
+    file = tmp_path / "metrics.jsonl"
+    for step in range(50):
+        append(file, {"step": step, "name": "Zoë\u2028"})
+    with file.open("a") as stream:
+        stream.write('{"step": 50')
+    with refuses():
+        read_lines(file)
+    forget_after(file, 20)
+    assert [line["step"] for line in own_lines(file)] == list(range(21))
+    assert {line["name"] for line in own_lines(file)} == {"Zoë\u2028"}
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_a_text_file_that_is_huge_is_skipped(tiny_model_folder, media_folder, tm
         file.truncate(2**40)  # A sparse file, which takes no space on the disk.
     done = embed(tiny_model_folder, [tmp_path / "huge.txt", media_folder / "0.txt"], tmp_path / "out.parquet")
     assert done.rows == {"text": 1}
-    assert "is larger than 33,554,432 bytes" in done.skipped[0]
+    assert "is larger than 67,108,864 bytes" in done.skipped[0]
 
 
 def test_a_file_whose_name_is_not_utf8_is_skipped_and_named(tiny_model_folder, media_folder, tmp_path, capsys):

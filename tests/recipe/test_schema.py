@@ -221,6 +221,33 @@ def test_overrides_reach_everything(file, tmp_path):
     assert Recipe.load(tmp_path / "saved.yaml", ["model.moe.experts=4", "model.moe.layers=1"]).model.moe.experts == 4
 
 
+def test_an_override_of_a_part_with_an_alias_leaves_the_other_parts(tmp_path):
+    file = tmp_path / "aliases.yaml"
+    file.write_text(
+        """
+sources: {pictures: {path: pictures}}
+tasks:
+  first: &task
+    {source: pictures, inputs: {image: file, text: label}, objectives: [{type: contrastive}], batch_size: 8,
+     views: &views [{image: {size: 32}}]}
+  second: *task
+  third: {source: pictures, inputs: {image: file, text: label}, objectives: [{type: contrastive}], batch_size: 8,
+          views: *views}
+"""
+    )
+    tasks = Recipe.load(file, ["tasks.first.views.0.image.size=64", "tasks.second.batch_size=4"]).tasks
+    assert [task.views[0]["image"].size for task in tasks.values()] == [64, 32, 32]
+    assert [task.batch_size for task in tasks.values()] == [8, 4, 8]
+
+
+def test_a_task_that_is_not_trained_does_not_choose_the_view_of_inference(file):
+    task = "source: pictures, inputs: {image: file, text: label}, objectives: [{type: contrastive}], batch_size: 8"
+    other = f"tasks.other={{{task}, views: [{{image: {{size: 48}}}}]}}"
+    recipe = Recipe.load(file, [other, "tasks.named.weight=0"])
+    assert recipe.inference_view("image").size == 48
+    assert Recipe.load(file, [other]).inference_view("image").size == 16
+
+
 def test_a_model_sees_its_inputs_in_the_first_view_or_in_the_last_of_a_sequence(file):
     views = "tasks.named.views=[{image: {size: 16}}, {image: {size: 24}}]"
     assert Recipe.load(file, [views]).inference_view("image").size == 16

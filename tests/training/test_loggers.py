@@ -9,6 +9,7 @@ import little
 import pytest
 from messages import refuses
 
+import openimp
 from openimp.common.json_lines import read_lines
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
@@ -52,6 +53,22 @@ def test_trackio_on_this_machine(data, tmp_path):
     rows = tables.execute("select step, metrics from metrics order by step").fetchall()
     assert {step for step, _ in rows} == {2, 4}
     assert any("loss/named" in str(metrics) for _, metrics in rows)
+
+
+def test_tensorboard_keeps_the_figures_of_the_step_from_which_a_run_resumes(data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = Recipe.load(str(data / "recipe.yaml"), [*CHANGES, "evaluation={}"])
+
+    class StopAfter2(openimp.Callback):
+        def on_step(self, step, metrics):
+            if step == 2:
+                raise openimp.StopTraining
+
+    train(recipe, tmp_path / "run", callbacks=[StopAfter2()])
+    train(recipe, tmp_path / "run", resume=True)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/named")] == [2, 4]
 
 
 def test_without_loggers_the_figures_are_in_the_runs_files_only(data, tmp_path):

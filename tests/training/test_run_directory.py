@@ -9,6 +9,8 @@ import pytest
 from messages import refuses
 from processes import Process
 
+import openimp
+from openimp.checkpoint.folder import checkpoints, verify
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.recipe.schema import Recipe
@@ -58,6 +60,33 @@ def test_a_finished_run_is_resumed_without_its_data(little_data, little_run, tmp
     (run / "results.jsonl").unlink()
     with pytest.raises(UserError, match=str(data)):  # It was not evaluated, and for that it needs the data.
         train(recipe, run, resume=True)
+
+
+def test_what_may_change_when_a_run_is_resumed(little_data, little_run, tmp_path):
+    """The list of loggers, and the paths of files that only the start of a run reads."""
+    run = Path(shutil.copytree(little_run, tmp_path / "run", symlinks=True))
+    for changes in (["train.loggers=[]"], ["train.loggers=[tensorboard]", "train.log_every=7"]):
+        assert train(Recipe.load(little_data / "recipe.yaml", changes), run, resume=True)
+    started = [f"train.init={little_run}", "train.steps=1", "evaluation={}"]
+    assert train(Recipe.load(little_data / "recipe.yaml", started), tmp_path / "tuned")
+    started[0] = f"train.init={tmp_path / 'elsewhere' / little_run.name}"
+    assert train(Recipe.load(little_data / "recipe.yaml", started), tmp_path / "tuned", resume=True)
+    with refuses():
+        started[0] = "train.init=another"
+        train(Recipe.load(little_data / "recipe.yaml", started), tmp_path / "tuned", resume=True)
+
+
+def test_a_set_that_is_added_to_a_finished_run_can_be_measured_again(little_data, tmp_path):
+    run = tmp_path / "run"
+    sets = Recipe.load(little_data / "recipe.yaml").to_dict()["evaluation"]["sets"]
+    short = ["train.steps=2", "evaluation={}"]
+    assert train(Recipe.load(little_data / "recipe.yaml", short), run)
+    with refuses():
+        openimp.evaluate(run)
+    added = [*short, f"evaluation.sets={json.dumps({'colours': sets['colours']})}"]
+    assert train(Recipe.load(little_data / "recipe.yaml", added), run, resume=True)
+    assert openimp.evaluate(run) == read_lines(run / "results.jsonl")
+    verify(checkpoints(run)[-1])
 
 
 def test_a_resumed_run_may_be_evaluated_on_another_source(little_data, little_run, tmp_path):

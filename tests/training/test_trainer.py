@@ -237,6 +237,24 @@ def test_a_terminal_that_is_closed_asks_for_a_stop_unless_nohup_was_asked_for():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_an_interrupt_asks_for_a_stop_although_nobody_reads_the_errors():
+    """As with `2>&1 | tee log`: the terminal interrupts tee, too, which ends."""
+    unread, errors = os.pipe()
+    os.close(unread)
+    stderr = os.dup(2)
+    try:
+        with stop_signals(lambda: False) as stop:
+            os.dup2(errors, 2)
+            signal.raise_signal(signal.SIGINT)
+            assert stop.requested
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(errors)
+        os.close(stderr)
+
+
 @pytest.mark.slow
 def test_a_training_goes_on_when_nobody_reads_what_it_prints(little_data, tmp_path):
     """As in a pipe to `head`."""

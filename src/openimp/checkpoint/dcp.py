@@ -120,11 +120,9 @@ def _whole_file(folder: Path) -> Path:
 
 def _metadata(folder: Path) -> dict[str, Any]:
     """The `TensorStorageMetadata` of each tensor of a folder: its size, data type and shards."""
-    import torch.distributed.checkpoint as torch_dcp
-
     saved: dict[str, Any]
     with _damage_as_user_error(folder):
-        saved = dict(torch_dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+        saved = dict(_storage_reader(folder).read_metadata().state_dict_metadata)
         # Where a shard is missing, DCP would leave uninitialized memory, and a false offset would make the tensor huge.
         for name, info in saved.items():
             if not _complete(info.size, info.chunks):
@@ -156,7 +154,20 @@ def fill(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
     with _damage_as_user_error(folder), _first_rank_error(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # `no_dist` is intended.
-        torch_dcp.load(dict(tensors), storage_reader=torch_dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+        torch_dcp.load(dict(tensors), storage_reader=_storage_reader(folder), no_dist=True)
+
+
+def _storage_reader(folder: Path) -> Any:
+    """DCP's reader of a folder of safetensors files, without hidden ones.
+
+    macOS adds files with names such as ._model.safetensors to archives and to some disks.
+    """
+    import torch.distributed.checkpoint as torch_dcp
+
+    reader: Any = torch_dcp.HuggingFaceStorageReader(str(folder))
+    list_files = reader.fs.ls
+    reader.fs.ls = lambda path: [file for file in list_files(path) if not Path(file).name.startswith(".")]
+    return reader
 
 
 @contextmanager

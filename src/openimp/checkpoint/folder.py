@@ -16,6 +16,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -176,7 +177,9 @@ def read_config(
             f"{folder}: holds {model_class}, expected {expected}; only the study that trained it can load it"
         )
     not_learned = (CONFIG, "state.json", MANIFEST)
-    learned = {path.name: _read_text(path) for path in folder.glob("*.json") if path.name not in not_learned}
+    # macOS adds files with names such as ._config.json to archives and to some disks.
+    files = (path for path in folder.glob("*.json") if path.name not in not_learned and not path.name.startswith("."))
+    learned = {path.name: _read_text(path) for path in files}
     return checked(ModelConfig, data, str(file), folder), learned, recipe
 
 
@@ -221,7 +224,10 @@ def mark_best(run: Path, step: int) -> None:
         draft = folder.with_name(f".{BEST}.tmp")
         draft.unlink(missing_ok=True)
         draft.symlink_to(folder.name)
-        os.replace(draft, folder.with_name(BEST))
+        best = folder.with_name(BEST)
+        if best.is_dir() and not best.is_symlink():  # The run was copied by a program that follows links.
+            shutil.rmtree(best)
+        os.replace(draft, best)
 
 
 def verify(folder: Path) -> None:

@@ -24,6 +24,10 @@ FREE = {
 """Keys that may change when a run is resumed, in addition to `parallel` and those of `only_evaluates`."""
 
 
+ONLY_AT_START = {"train.init", "modalities.text.tokenizer"}
+"""Keys with paths that a resumed run does not open. The files may have moved, but not been renamed."""
+
+
 def only_evaluates(key: str, recipe: Recipe) -> bool:
     """Whether a key changes nothing but evaluation: it is in `evaluation`, or in a source that no task reads."""
     trained_sources = tuple(f"sources.{task.source}." for task in recipe.tasks.values())
@@ -41,7 +45,10 @@ def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
     for key, theirs, ours in differences(saved_recipe.validated().to_dict(), recipe.to_dict()):
         # Data may have moved. `changed_sources` compares its content instead of its path.
         is_location = key.startswith("sources.") and key.endswith((".path", ".root", ".license"))
-        if not (is_location or key in FREE or key.startswith("parallel.") or only_evaluates(key, recipe)):
+        if key in ONLY_AT_START and isinstance(theirs, str) and isinstance(ours, str):
+            is_location = Path(theirs).name == Path(ours).name
+        is_free = any(key == free_key or key.startswith(f"{free_key}.") for free_key in FREE)  # Loggers are a list.
+        if not (is_location or is_free or key.startswith("parallel.") or only_evaluates(key, recipe)):
             raise UserError(
                 f"{folder}: made by another recipe: {key} is {theirs!r} there, {ours!r} here; repeat "
                 "the --set options of the first start"

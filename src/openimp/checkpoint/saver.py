@@ -119,14 +119,15 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     # All other files are synced already.
     for path in (draft / MANIFEST, *filter(Path.is_dir, draft.iterdir()), draft):
         sync(path)
-    if folder.exists():  # It is damaged; otherwise the run would have resumed from it.
-        _remove(folder)
     # After a power failure, the run's logs must not be older than its checkpoint.
     for log in run.glob("*.jsonl"):
         sync(log)
+    replaced = _renamed(folder) if folder.exists() else None  # It is damaged, or has an old recipe.
     os.replace(draft, folder)
     sync(folder.parent)
     sync(run)
+    if replaced:
+        shutil.rmtree(replaced)
 
 
 def _remove_others(folder: Path, keep: int) -> None:
@@ -144,6 +145,11 @@ def _remove_others(folder: Path, keep: int) -> None:
 
 def _remove(folder: Path) -> None:
     """Removes a checkpoint. It is renamed first, so that a crash leaves no half of it."""
+    shutil.rmtree(_renamed(folder))
+
+
+def _renamed(folder: Path) -> Path:
+    """Gives a checkpoint a name under which nobody finds it, and returns the new path."""
     renamed = folder.with_name(f".{folder.name}.old")
     os.replace(folder, renamed)
-    shutil.rmtree(renamed)
+    return renamed

@@ -1,12 +1,14 @@
 """Files of JSON lines, such as metrics.jsonl."""
 
+import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from openimp.common.errors import UserError
-from openimp.common.safe_files import read_text, write_text
+from openimp.common.safe_files import read_text, replacing
 
 MAX_BYTES = 2**28
 """Largest file in bytes that is read."""
@@ -22,19 +24,30 @@ def append(file: Path, line: dict[str, Any]) -> None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Reads all complete lines. A last line that a crash cut short is skipped; a missing file has no lines."""
+    """Reads all complete lines of a file that may come from a stranger. A missing file has no lines."""
     if not file.exists():
         return []
-    lines = []
-    for number, text in enumerate(read_text(file, MAX_BYTES).split("\n")[:-1], 1):
+    return [*_parsed(file, io.StringIO(read_text(file, MAX_BYTES), newline="\n"))]
+
+
+def own_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of a file of this run, of any size, one at a time. A missing file has no lines."""
+    if file.exists():
+        with file.open(encoding="utf-8", newline="\n") as stream:
+            yield from _parsed(file, stream)
+
+
+def _parsed(file: Path, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for number, text in enumerate(texts, 1):
+        if not text.endswith("\n"):
+            return  # A crash cut it short.
         try:
             line = json.loads(text)
         except ValueError:
             raise UserError(f"{file}: line {number} is not JSON") from None
         if not isinstance(line, dict) or not isinstance(line.get("step", ""), int | None):
             raise UserError(f"{file}: line {number} is not an object with a step")
-        lines.append(line)
-    return lines
+        yield line
 
 
 def forget_after(file: Path, step: int) -> None:
@@ -45,5 +58,7 @@ def forget_after(file: Path, step: int) -> None:
 
 def replace_after(file: Path, step: int, lines: Iterable[dict[str, Any]]) -> None:
     """Replaces the lines after `step`, all at once."""
-    kept = [line for line in read_lines(file) if (line["step"] or 0) <= step]
-    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (*kept, *lines)))
+    kept = (line for line in own_lines(file) if (line["step"] or 0) <= step)
+    with replacing(file) as draft:
+        for line in chain(kept, lines):
+            draft.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())

@@ -51,6 +51,15 @@ def parse_mapping(text: str, file: Path, what: str) -> dict[str, Any]:
         raise UserError(f"{file}: not valid YAML: {reason}") from None
     if not isinstance(data, dict):
         raise UserError(f"{file}: a {what} is a mapping of keys, found {type(data).__name__}")
+    return _without_aliases(data)
+
+
+def _without_aliases(data: Any) -> Any:
+    """A copy of plain data in which no part occurs twice: an override of one part must not change the others."""
+    if isinstance(data, dict):
+        return {key: _without_aliases(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_without_aliases(value) for value in data]
     return data
 
 

@@ -212,12 +212,13 @@ class Recipe(Strict):
         return columns[options.label]
 
     def inference_view(self, modality: str) -> Any:
-        """The view of a modality for inference, of the first task that reads it.
+        """The view of a modality for inference, of the first task that reads it and is trained.
 
         It is the task's first view or, if the task trains its views one after the other, the last.
         """
         index = -1 if self.alternation.views == "sequence" else 0
-        return next(task.views[index][modality] for task in self.tasks.values() if modality in task.inputs)
+        tasks = sorted(self.tasks.values(), key=lambda task: task.weight == 0)  # Without changing the order otherwise.
+        return next(task.views[index][modality] for task in tasks if modality in task.inputs)
 
     def to_config(self, classes: Classes) -> ModelConfig:
         """The configuration of the recipe's model. `classes` has the classes of each classification head."""

@@ -5,7 +5,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from openimp.common.errors import UserError, counted
-from openimp.common.json_lines import append, forget_after, read_lines
+from openimp.common.json_lines import append, forget_after, own_lines
 from openimp.common.progress import console
 from openimp.parallel.distributed import all_gather_object, rank
 from openimp.recipe.training import tolerant_fraction
@@ -47,7 +47,7 @@ class BadExamples:
 
     def report(self) -> None:
         """Prints how many examples could not be read in the whole run, and the file that lists them."""
-        lines = read_lines(self.file) if rank() == 0 else []
+        lines = own_lines(self.file) if rank() == 0 else ()
         if count := len({(line["task"], line["where"]) for line in lines}):
             console.print(f"{counted(count, 'example')} could not be read; {self.file} lists them", soft_wrap=True)
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.folder import load_training_state, optimizer_state
+from openimp.checkpoint.folder import RECIPE, load_training_state, optimizer_state
 from openimp.checkpoint.saver import Saver
+from openimp.common.safe_files import read_text
 from openimp.model.embedder import Embedder
+from openimp.parallel.distributed import run_on_rank_zero
 from openimp.training.updater import Updater
 
 
@@ -21,23 +23,27 @@ class Checkpointing:
     updater: Updater
     text_files: Mapping[str, str]  # configuration, recipe and tokenizer by file name (`checkpoint.folder.text_files`)
     newest_step: int = 0  # of the newest checkpoint, which may still be being written; 0 if there is none
+    _has_old_recipe: bool = False  # whether the newest checkpoint has another recipe than this run, as it may on resume
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Loads weights, optimizer state and EMA from a checkpoint, and returns the state that was saved with them."""
         ema = self.updater.ema.weights if self.updater.ema else None
         state = load_training_state(folder, self.model, self.updater.optimizers, ema)
         self.newest_step = state["step"]
+        # Evaluation may have changed, and data may have moved. `openimp eval` reads the checkpoint's recipe.
+        self._has_old_recipe = run_on_rank_zero(lambda: read_text(folder / RECIPE) != self.text_files[RECIPE])
         return state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Does nothing if this step has a checkpoint. Otherwise, starts writing one, or raises CheckpointError if the
-        previous save failed.
+        """Does nothing if this step has a checkpoint with the run's recipe. Otherwise, starts writing one, or raises
+        CheckpointError if the previous save failed.
 
         `state` is everything besides tensors that the next step depends on, as JSON values. Its "step" is the number of
         steps done.
         """
-        if state["step"] == self.newest_step:
+        if state["step"] == self.newest_step and not self._has_old_recipe:
             return
+        self._has_old_recipe = False
         optimizer_tensors = optimizer_state(self.model, self.updater.optimizers)
         tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors}
         if self.updater.ema:

@@ -27,7 +27,7 @@ class TensorBoard:
     def __init__(self, run: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         for name, value in figures.items():

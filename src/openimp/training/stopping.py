@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -101,7 +101,8 @@ def stop_signals(must_stop: Callable[[], bool]) -> Iterator[Stop]:
         stop.requested = True
         if number == signal.SIGINT:
             # Not print: the signal may have interrupted one.
-            os.write(2, b"\nstopping after this step; press Ctrl-C again to exit at once\n")
+            with suppress(OSError):  # A `tee` behind a pipe has received the signal, too, and may have ended.
+                os.write(2, b"\nstopping after this step; press Ctrl-C again to exit at once\n")
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it.
