@@ -43,8 +43,15 @@ from openimp.training.trainer import Trainer
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "gpu.md"
 CUDA = torch.cuda.is_available()
-PICTURES, SIDE, BATCH, STEPS, SKIPPED = (4096, 256, 256, 40, 10) if CUDA else (32, 32, 8, 4, 2)
-"""Number of pictures, their pixels per side, examples per rank and step, steps, and steps that are not measured."""
+PICTURES, SIDE, STEPS, SKIPPED = (4096, 256, 40, 10) if CUDA else (32, 32, 4, 2)
+"""Number of pictures, their pixels per side, steps, and steps that are not measured."""
+BYTES_PER_EXAMPLE = 41 * 2**30 // 256
+"""Planned peak memory per example of the largest training here."""
+BATCH = 8
+"""Examples per rank and step: on GPUs, the largest power of two, up to 256, that fits into 90 % of the memory."""
+if CUDA:
+    memory = torch.cuda.get_device_properties(0).total_memory
+    BATCH = max(8, min(256, 2 ** int(math.log2(0.9 * memory / BYTES_PER_EXAMPLE))))
 TOLERANCE = 0.03
 """Largest relative difference of first losses, which are computed in bf16."""
 WORDS = ["red", "green", "blue", "old", "new", "small", "large", "round", "flat", "bright", "dark", "plain"]

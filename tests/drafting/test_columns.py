@@ -100,6 +100,15 @@ def test_numbers_as_classes_make_no_texts():
         assert (task.text, task.label.classes) == (None, list(label))
 
 
+@pytest.mark.parametrize("species", ["a species {}", ["owl", "hen", "jay"]])
+def test_a_chosen_text_is_read_although_it_could_be_the_class(species):
+    rows = numbered(30, species=species, label=["wild", "tame"], caption="a caption {}")
+    (task,) = tasks(rows, text="species")
+    assert (task.text.name, task.label.name) == ("species", "label")
+    (task,) = tasks(numbered(30, species=["owl", "hen", "jay"]), text="species")
+    assert (task.text.name, task.label.name) == ("species", "species")
+
+
 def test_a_chosen_column_may_have_any_name():
     rows = numbered(6, **{"what it shows": "text {}", "colour": ["a", "b"]})
     (task,) = tasks(rows, "what it shows", "colour")

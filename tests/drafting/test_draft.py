@@ -16,7 +16,7 @@ from PIL import Image
 from recordings import picture_file
 
 from openimp.common.json_lines import read_lines
-from openimp.drafting.assembling import assemble
+from openimp.drafting.assembling import ChosenTower, assemble
 from openimp.drafting.draft import find_tasks, fit, recipe_name
 from openimp.drafting.machine import Machine
 from openimp.drafting.sizing import steps_between_evaluations, text
@@ -174,8 +174,27 @@ def test_names_of_classes_are_short_texts_and_classify_with_full_weight():
     assert [objective.get("weight", 1) for objective in drafted["objectives"]] == [1, 1]
     for view in drafted["views"]:
         assert view["image"]["jitter"] == 0, "the pictures are small"
-    named = text(["red", "dark green", "blue"] * 2, rows=1000)
-    assert named == ({"vocab_size": 8192, "min_df": 2, "positions": 8}, 3), "two words and the end token"
+        assert view["text"]["length"] <= 8
+    assert drafted["views"][-1]["text"]["length"] == 8, "queries may be longer than names"
+    names = ["red", "blue"] * 40 + ["dark green", "dark grey"]
+    assert text(names, 1000, are_classes=True)[1] == 3, "two words and the end token, so that no two names are equal"
+    assert text(names, 1000, are_classes=False) == ({"vocab_size": 8192, "min_df": 2, "positions": 8}, 2)
+
+
+def test_a_picture_whose_text_names_a_side_is_not_mirrored_with_a_tower_for_texts_either(media_folder):
+    tasks = tasks_of_kinds(media_folder, "png")
+    tasks[0].task.text.sample.append("a bird on the left")
+    for towers in ({}, {"text": ChosenTower("sentence_transformers:a/b", 24)}):
+        (task,) = assemble("all", tasks, CPU, towers).recipe["tasks"].values()
+        assert [view["image"]["flip"] for view in task["views"]] == [False, False]
+
+
+def test_the_caches_of_all_sources_together_are_bounded(media_folder):
+    tasks = tasks_of_kinds(media_folder, "png")
+    small = replace(CPU, host_memory=CPU.host_memory / 100)
+    many = [tasks[0]._replace(name=f"all_{number}") for number in range(40)]
+    caches = [source["cache"] for source in assemble("all", many, small, {}).recipe["sources"].values()]
+    assert 1 < caches.count("memory") < 40
 
 
 @pytest.mark.slow

@@ -87,6 +87,8 @@ def test_figures_and_confusion_of_answers_known_by_hand():
         ([True, False], {"classes": [True, False]}, ["true", "false"], [0, 1]),
         ([2, 1], {"classes": [1, 2]}, ["1", "2"], [1, 0]),
         (["{sea}", "tree"], {"prompts": ["a {}"]}, ["tree", "{sea}"], [1, 0]),
+        # Equal texts are one class: otherwise, their vectors would be equal, and each row wrong.
+        (["sea", "Tree", "Sea ", "tree"], {}, ["Sea ", "Tree"], [0, 1, 0, 1]),
     ],
 )
 def test_labels_become_the_texts_of_classes(labelled, labels, options, classes, truth):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from little import png, write_tar
 from messages import refuses
 from PIL import Image
 from processes import Process
@@ -136,6 +137,48 @@ def test_a_summed_round_takes_every_task_once(little_data):
     schedule = Alternation(part_recipe(study, study.arms["b"][0], 0))
     tasks = [visit.task for visit in schedule]
     assert tasks == (["named", "heard"] * len(tasks))[: len(tasks)]
+
+
+CONTRASTIVE = "objectives: [{type: contrastive}]"
+CLASSES = "objectives: [{type: classification, label: label}]"
+
+
+def test_a_small_recipe_has_the_classes_and_words_of_the_whole(little_data, tmp_path):
+    write_tar(
+        tmp_path / "a.tar", {f"{i}.{end}": data for i in range(8) for end, data in (("png", png(i)), ("txt", b"a"))}
+    )
+    changes = [
+        "modalities.text.min_df=2",
+        f"sources.stream={{path: {tmp_path}/a.tar, stream: true, lanes: 8}}",
+        f"tasks.streamed={{source: stream, inputs: {{image: png, text: txt}}, {CONTRASTIVE}, batch_size: 24}}",
+    ]
+    study, _ = read_study(str(write_study(little_data, arms={"a": {}, "b": {}}, set=changes)), smoke=True)
+    write_study(little_data)
+    small = part_recipe(study, study.arms["a"][0], 0, smoke=True)
+    assert {name: source.limit for name, source in small.sources.items()} == {
+        "pictures": None,
+        "sounds": SMOKE_ROWS,
+        "stream": None,
+    }
+    assert small.modalities["text"].min_df == 1
+    assert small.tasks["streamed"].batch_size == 24
+
+
+def test_a_model_for_some_tasks_is_not_measured_with_the_heads_of_others(little_data):
+    reads = "inputs: {image: file}, label: label"
+    changes = [
+        f"sources.again={{path: {little_data}/pictures}}",
+        f"tasks.other={{source: again, inputs: {{image: file}}, {CLASSES}, batch_size: 8}}",
+        f"""evaluation={{best: other_classes, sets: {{
+          named_classes: {{type: classification, task: named, source: pictures, {reads}}},
+          other_classes: {{type: classification, task: other, source: again, {reads}}}}}}}""",
+    ]
+    arms = {"whole": {}, "each": [{"tasks": ["named"]}, {"tasks": ["other"]}]}
+    study, _ = read_study(str(write_study(little_data, arms=arms, set=changes)), smoke=False)
+    write_study(little_data)
+    named, other = (part_recipe(study, part, 0, smoke=True).evaluation for part in study.arms["each"])
+    assert (list(named.sets), named.best) == (["named_classes"], None)
+    assert (list(other.sets), other.best) == (["other_classes"], "other_classes")
 
 
 def test_finished_runs_are_not_trained_again(done):

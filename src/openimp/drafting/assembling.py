@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,11 +80,13 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mappin
             crops = {"crops": sizing.CROPS} if kind == "image" and not mentions_sides else {}
             modalities[modality_class(kind).stem] = {"tower": towers[kind].name, **crops}
             views[kind] = {}
+    text_length = 0
     if texts and "text" not in towers:
-        modalities["text"], length = sizing.text(texts, rows)
-        views["text"] = {"length": length}
-        if "size" in views.get("image", {}) and mentions_sides:
-            views["image"]["flip"] = False  # A mirrored picture would contradict its text.
+        has_classes = any(task.text and not task.text.items for _, task, _ in tasks)
+        modalities["text"], text_length = sizing.text(texts, rows, has_classes)
+        views["text"] = {"length": modalities["text"]["positions"]}
+    if "size" in views.get("image", {}) and mentions_sides:
+        views["image"]["flip"] = False  # A mirrored picture would contradict its text.
     recipe: dict[str, Any] = {
         "name": name,
         "model": sizing.adapters(towers, kinds) if towers.keys() >= {*kinds} else sizing.model(rows, machine),
@@ -99,9 +102,14 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mappin
     comments = dict(COMMENTS)
     if not any(views[kind] for kind in samples):  # Towers read all media, in one view and from openimp's cache.
         comments |= {"sources": "", "alternation": ""}
+    cached_bytes = 0.0
     for named in tasks:
         split = named.split
-        _add(recipe, named, views, machine)
+        media = named.task.media
+        size = sizing.decoded_bytes(media.sample, views[media.kind], split.rows) if views[media.kind] else inf
+        is_cached = cached_bytes + size <= sizing.CACHE_SHARE * machine.host_memory
+        cached_bytes += size if is_cached else 0
+        _add(recipe, named, views, machine, is_cached, text_length)
         count = f"{counted(split.rows, 'row')}, and {split.test_rows:,} for evaluation"
         comments["sources"] += f"\n{named.name}: {count} ({split.why})."
     comments["sources"] = comments["sources"].strip()
@@ -117,16 +125,27 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mappin
     return Draft(recipe, comments)
 
 
-def _add(recipe: dict[str, Any], named: NamedTask, views: dict[str, Any], machine: Machine) -> None:
-    """Adds a task, its sources, and its evaluation sets: zero-shot or else retrieval, and the trained classes."""
+def _add(
+    recipe: dict[str, Any],
+    named: NamedTask,
+    views: dict[str, Any],
+    machine: Machine,
+    is_cached: bool,
+    text_length: int,
+) -> None:
+    """Adds a task, its sources, and its evaluation sets: zero-shot or else retrieval, and the trained classes.
+
+    `text_length` is the length of texts in the first view. The last view, in which the model is used, reads whole
+    queries.
+    """
     name, task, split = named
     kind = task.media.kind
     inputs = {kind: task.media.name}
     text_input = {"text": task.text.name} if task.text else {}
     text_view = {"text": views["text"]} if task.text else {}
+    short_text_view = {"text": {"length": text_length}} if text_view and text_length else text_view
     view = views[kind]
-    fits = view and sizing.fits_cache(task.media.sample, view, split.rows, machine)
-    recipe["sources"][name] = {**split.train, "cache": "memory" if fits else "none"}
+    recipe["sources"][name] = {**split.train, "cache": "memory" if is_cached else "none"}
     if split.test:
         recipe["sources"][f"{name}_test"] = split.test
     objectives = []
@@ -140,7 +159,7 @@ def _add(recipe: dict[str, Any], named: NamedTask, views: dict[str, Any], machin
         "objectives": objectives,
         "batch_size": sizing.batch_size(kind, split.rows, machine, bool(view)),
         "views": [
-            {kind: {**view, "drop_tokens": 0.75}, **text_view, "weight": 7},
+            {kind: {**view, "drop_tokens": 0.75}, **short_text_view, "weight": 7},
             {kind: view, **text_view, "weight": 1},
         ],
     }

@@ -109,7 +109,8 @@ def inspect(
     texts = _text_columns(table, [chosen_text] if chosen_text else by_use["text"])
     if chosen_text and not texts:
         raise UserError(f"--text {shown(chosen_text)}: the column holds no texts")
-    min_rows_per_class = dict.fromkeys([chosen_label] if chosen_label else by_use["class"], ROWS_PER_CLASS)
+    class_columns = [name for name in by_use["class"] if name != chosen_text] or by_use["class"]
+    min_rows_per_class = dict.fromkeys([chosen_label] if chosen_label else class_columns, ROWS_PER_CLASS)
     if not chosen:
         # Texts that repeat often are the names of classes.
         repeated = (text.name for text in texts if ROWS_PER_NAME * text.items <= len(text.sample))

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from math import ceil
+from math import ceil, inf
 from statistics import mean, median
 from typing import Any
 
@@ -23,7 +23,7 @@ SHORT_SOUND = 2.048
 WORD_ROWS = 50_000
 """Most rows for which the tokenizer uses whole words; see `min_df` in docs/recipe.md."""
 CACHE_SHARE = 0.1
-"""Decoded media are cached if they take at most this share of the computer's memory."""
+"""Decoded media of all sources together are cached in at most this share of the computer's memory."""
 MARGIN = 1.15**2
 """Pixels of a cached picture per pixel of its view."""
 SMALL_PICTURE = 32
@@ -74,10 +74,12 @@ def stems(views: dict[str, dict[str, Any]], machine: Machine) -> dict[str, Any]:
     return options
 
 
-def text(texts: Sequence[str], rows: int) -> tuple[dict[str, Any], int]:
-    """The options of the tokenizer, and the length of a text with its end token, which is enough for 95 % of the texts.
+def text(texts: Sequence[str], rows: int, are_classes: bool) -> tuple[dict[str, Any], int]:
+    """The options of the tokenizer, and the length of a text with its end token in most steps of the training.
 
-    `positions` is a power of two, so that queries may be longer. The number of subwords is only estimated.
+    The length is enough for 95 % of the texts or, if there are names of classes among them, for all: a class that is
+    cut could be equal to another one. `positions` is a power of two, so that queries may be longer. The number of
+    subwords is only estimated.
     """
     words_by_text = [re.findall(r"\w+", text.lower()) for text in texts]
     counts = Counter(word for words in words_by_text for word in {*words})
@@ -89,7 +91,7 @@ def text(texts: Sequence[str], rows: int) -> tuple[dict[str, Any], int]:
         options = {"vocab_size": 2048 if rows <= WORD_ROWS else 8192 if rows <= 500_000 else 32_768}
         # A subword has about three bytes: half of an English word, or a Chinese letter.
         lengths = sorted(len(text.encode()) // 3 + 1 for text in texts)
-    longest = lengths[int(0.95 * (len(lengths) - 1))]
+    longest = lengths[-1 if are_classes else int(0.95 * (len(lengths) - 1))]
     positions = next((count for count in (8, 16, 32, 64) if longest <= count), 128)
     length = min(longest, positions) if "min_df" in options else positions
     return {**options, "positions": positions}, length
@@ -159,12 +161,12 @@ def steps_between_evaluations(recipe: Mapping[str, Any], measured_rows: int) -> 
     return every if every < steps else None
 
 
-def fits_cache(sample: Sequence[MediaInfo], view: dict[str, Any], rows: int, machine: Machine) -> bool:
-    """Whether the decoded media of a source are few and short enough to be kept in memory."""
+def decoded_bytes(sample: Sequence[MediaInfo], view: dict[str, Any], rows: int) -> float:
+    """The memory that the decoded media of a source take. Infinite if some are too long to be kept whole."""
     if "seconds" in view:
-        longest = max(probed.seconds for probed in sample) / LONG_SOUND
+        is_long = max(probed.seconds for probed in sample) > LONG_SOUND
         size = 2 * 16_000 * mean(probed.seconds for probed in sample)
     else:
-        longest = max(probed.frames for probed in sample) / LONG_CLIP
+        is_long = max(probed.frames for probed in sample) > LONG_CLIP
         size = 3 * MARGIN * view["size"] ** 2 * mean(max(1, probed.frames) for probed in sample)
-    return longest <= 1 and rows * size <= CACHE_SHARE * machine.host_memory
+    return inf if is_long else rows * size

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from openimp.common.errors import UserError
 from openimp.common.schema import as_text
+from openimp.common.texts import text_key
 from openimp.data.batch import head_key
 from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import find_classes, index_of, sort_classes
@@ -120,6 +121,8 @@ def read_labels(evaluator: Evaluator, options: ZeroShot | ClassHead, error_prefi
             raise UserError(
                 f"{column}: class {label!r} and another one are both {as_text(label)!r} as text; rename one"
             )
+    if isinstance(options, ZeroShot) and known_classes is None:
+        classes, index = _merged(classes)
     remedy = None
     if isinstance(options, ClassHead):
         remedy = f"list all classes in the objective of tasks.{options.task}, or leave the row out with where"
@@ -133,6 +136,18 @@ def read_labels(evaluator: Evaluator, options: ZeroShot | ClassHead, error_prefi
     splits = _read_splits(options.splits, error_prefix, table) if options.splits else {}
     names = zero_shot.class_names(classes, options, f"{error_prefix}: source {table.name}")
     return Labels(names, index, has_lists, splits)
+
+
+def _merged(labels: list[Any]) -> tuple[list[Any], dict[str, int]]:
+    """The classes of labels that are known by name only, and the class of each label, as in `Labels.class_index`.
+
+    Labels are one class if their texts have equal `text_key`s: "Pizza" and "pizza " would have the same vector.
+    """
+    label_by_key: dict[str, Any] = {}
+    for label in labels:
+        label_by_key.setdefault(text_key(as_text(label)), label)
+    keys = list(label_by_key)
+    return list(label_by_key.values()), {as_text(label): keys.index(text_key(as_text(label))) for label in labels}
 
 
 def classify(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openimp.common.errors import UserError
 from openimp.common.schema import as_text
+from openimp.common.texts import text_key
 from openimp.evaluation.evaluator import Evaluator
 from openimp.parallel.distributed import all_gather_uneven, own_part
 from openimp.recipe.evaluation import ZeroShot
@@ -21,10 +22,11 @@ from openimp.recipe.evaluation import ZeroShot
 def class_names(labels: list[Any], options: ZeroShot, error_prefix: str) -> list[str]:
     """The names of classes, which fill the prompts.
 
-    A class without a name, two classes with the same name, or a prompt without a place for the name is a UserError,
-    which begins with `error_prefix`.
+    A class without a name, two classes with equal names (`text_key`), or a prompt without a place for the name is a
+    UserError, which begins with `error_prefix`.
     """
-    label_of: dict[str, Any] = {}
+    names: list[str] = []
+    label_of: dict[str, Any] = {}  # by the `text_key` of the name
     for label in labels:
         name = (options.classes or {}).get(as_text(label), label)
         if options.words and name == label and isinstance(name, str):
@@ -32,13 +34,15 @@ def class_names(labels: list[Any], options: ZeroShot, error_prefix: str) -> list
         if not isinstance(name, str) or not name.strip():
             hint = f"name it in classes as {as_text(label)!r}"
             raise UserError(f"{error_prefix}: class {label!r} of column {options.label!r} has no text; {hint}")
-        if name in label_of:
-            both = f"classes {label_of[name]!r} and {label!r}"
+        key = text_key(name)
+        if key in label_of:
+            both = f"classes {label_of[key]!r} and {label!r}"
             raise UserError(f"{error_prefix}: {both} have the same text, {name!r}; rename one")
-        label_of[name] = label
+        label_of[key] = label
+        names.append(name)
     for prompt in options.prompts:
         check_prompt(prompt, error_prefix)
-    return list(label_of)
+    return names
 
 
 def check_prompt(prompt: str, error_prefix: str) -> None:

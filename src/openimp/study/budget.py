@@ -44,7 +44,8 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     If its FLOPs allow fewer than `MIN_STEPS` or more than `MAX_STEPS`, that is a UserError; `smoke` allows 1 step.
     """
     changes = [*study.set, *part.set]
-    data = Recipe.load(study.recipe, [*changes, f"seed={seed}"], Path.cwd()).to_dict()
+    original = Recipe.load(study.recipe, [*changes, f"seed={seed}"], Path.cwd())
+    data = original.to_dict()
     for change in changes:
         _refuse_derived(change)
     if part.summed:
@@ -52,7 +53,7 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
         for task in data["tasks"].values():
             task["interval"] = 1
     if smoke:
-        _make_small(data)
+        _make_small(data, original)
     share = 1.0
     if part.tasks is not None:
         # The share is computed without the part's own changes, which may change the cost of a step of its tasks.
@@ -87,11 +88,22 @@ def _refuse_derived(change: str) -> None:
         raise UserError(f"{min(derived)} follows from the study's FLOPs and seeds, so it cannot be set")
 
 
-def _make_small(data: dict[str, Any]) -> None:
-    for source in data["sources"].values():
-        source.update(limit=SMOKE_ROWS, cache="none")
+def _make_small(data: dict[str, Any], original: Recipe) -> None:
+    """Makes the data of a recipe small. Classes and words stay those of the whole data."""
+    needs_all_rows = {
+        task.source
+        for task in original.tasks.values()
+        if any(objective.class_column() for objective in task.objectives)
+    }
+    for name, source in data["sources"].items():
+        source["cache"] = "none"
+        if not source["stream"] and name not in needs_all_rows:
+            source["limit"] = SMOKE_ROWS
     for task in data["tasks"].values():
-        task["batch_size"] = SMOKE_BATCH
+        if not data["sources"][task["source"]]["stream"]:  # The lanes of a stream divide its batches.
+            task["batch_size"] = SMOKE_BATCH
+    if (data["modalities"].get("text") or {}).get("min_df"):
+        data["modalities"]["text"]["min_df"] = 1  # In few rows, words do not repeat.
     data["train"]["num_workers"] = 0
 
 
@@ -112,9 +124,11 @@ def _keep_tasks(data: dict[str, Any], names: list[str], common: Recipe) -> None:
         needed = {*options["inputs"]}
         if "reader" in options:
             needed.add(options["reader"])
-        if needed <= used:
+        if needed <= used and options.get("task", names[0]) in names:
             kept_sets[name] = options
     data["evaluation"]["sets"] = kept_sets
+    if data["evaluation"]["best"] not in kept_sets:
+        data["evaluation"]["best"] = None
 
 
 def flops_per_step(recipe: Recipe, variant: Variant | None = None) -> dict[str, float]:

@@ -23,7 +23,7 @@ from openimp.study.budget import part_recipe, variant_of
 from openimp.study.outcome import Outcome
 from openimp.study.schema import Part, Study, file_name, read_study
 from openimp.study.variants import peak_memory
-from openimp.training.setup import set_up
+from openimp.training.setup import Variant, set_up
 from openimp.training.trainer import Trainer, train
 
 
@@ -70,15 +70,21 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
             return False
         outcome.add(run, study.score)
         if seed == first_seed:
-            with TemporaryDirectory() as folder, console.capture():
-                trainer = Trainer(set_up(training.recipe, Path(folder), variant=variant))
-                outcome.parameters += sum(parameter.numel() for parameter in trainer.model.parameters())
-                outcome.memory = max(outcome.memory, peak_memory(trainer))
+            parameters, memory = _size(training.recipe, variant)
+            outcome.parameters += parameters
+            outcome.memory = max(outcome.memory, memory)
     command = f"openimp study {shlex.quote(name)}{' --smoke' if smoke else ''}"
     by_arm = {arm: list(by_seed.values()) for arm, by_seed in outcomes.items()}
     write_results(study, by_arm, out, title, command)
     console.print(f"\nThe results are in {out / title}.md", soft_wrap=True)
     return True
+
+
+def _size(recipe: Recipe, variant: Variant) -> tuple[int, int]:
+    """The number of parameters of a model, and the peak memory of its training in bytes."""
+    with TemporaryDirectory() as folder, console.capture():
+        trainer = Trainer(set_up(recipe, Path(folder), variant=variant))
+        return sum(parameter.numel() for parameter in trainer.model.parameters()), peak_memory(trainer)
 
 
 def _trainings(study: Study, name: str, smoke: bool) -> list[Training]:
