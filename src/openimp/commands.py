@@ -18,7 +18,7 @@ from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.errors import UserError, escaped
 from openimp.common.json_lines import append
 from openimp.common.modality import Modality
-from openimp.common.names import has_scheme, is_bundled
+from openimp.common.names import HUB, has_scheme, is_bundled, is_url
 from openimp.common.progress import clock, console, notice, number_table, track
 from openimp.common.safe_files import refuse_links
 from openimp.data.batch import head_key
@@ -36,6 +36,7 @@ from openimp.planning.plan import plans
 from openimp.planning.tables import print_costs, print_model, print_plan
 from openimp.recipe.file import RecipeLoader, override
 from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Source
 from openimp.report.write import write_report
 from openimp.search.build import build_and_open
 from openimp.search.folder import METADATA, own_index
@@ -94,7 +95,13 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
     run = run or Path("runs") / recipe_name(data)
     if resume is not None and (run / "recipe.yaml").exists():
         refuse_links(run)
-        return load_run_recipe(run, overrides, Path.cwd())
+        saved_recipe = load_run_recipe(run, overrides, Path.cwd())
+        if not any(_is_in(source, data) for source in saved_recipe.sources.values()):
+            raise UserError(
+                f"{run}: holds a run on other data than {data}; name another directory with --run-dir, or resume that "
+                f"run with openimp train {shlex.quote(str(run / 'recipe.yaml'))} --resume"
+            )
+        return saved_recipe
     distributed.start()
     drafted = distributed.run_on_rank_zero(lambda: draft_recipe([data]))
     if distributed.rank() == 0:
@@ -105,6 +112,15 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
     for text in overrides:
         override(recipe, text, Path.cwd())
     return Recipe.build(recipe, Path.cwd(), f"recipe for {data}")
+
+
+def _is_in(source: Source, data: str) -> bool:
+    """Whether a source of a recipe is the data that a user names, or lies in that folder."""
+    if has_scheme(data) or is_url(data):
+        return data in (source.path, f"{HUB}:{source.hub}", f"{HUB}:{source.hub}@{source.revision}")
+    places = (os.path.abspath(data), os.path.realpath(data))
+    paths = [Path(path) for path in (source.path, source.root) if path]
+    return any(path.is_relative_to(place) for path in paths for place in places)
 
 
 def run_eval(

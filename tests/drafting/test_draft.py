@@ -140,6 +140,12 @@ def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
     assert Recipe.load("runs/classes/recipe.yaml").sources.keys() == {"classes", "classes_test"}
     code, out, _ = openimp("train", "classes", "--resume")
     assert (code, "all 3 steps are done" in out) == (0, True)
+    Path("other").mkdir()
+    Path("classes").rename("other/classes")
+    code, _, err = openimp("train", "other/classes", "--resume", "auto")
+    assert code == 2
+    assert "runs/classes: holds a run on other data than other/classes; name another directory" in err
+    Path("other/classes").rename("classes")
     Path("mine").symlink_to("classes")
     assert recipe_name("mine") == "mine"
     code, _, err = openimp("train", "runs/classes")

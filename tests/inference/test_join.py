@@ -1,5 +1,6 @@
 """`openimp embed --join`: rows keep their columns and media, and get a column of vectors."""
 
+import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -68,4 +69,11 @@ def test_what_cannot_be_joined_is_refused_and_leaves_no_file(tiny_model_folder, 
     (tmp_path / "rows.csv").write_text("file\nmissing.png\n../outside.png\n")
     with refuses():
         embed_rows(tiny_model_folder, str(tmp_path / "rows.csv"), tmp_path / "out.parquet", "image", "file")
+    rows = [json.dumps({"file": str(media_folder / "0.png"), "meta": {}})]
+    (media_folder / "rows.jsonl").write_text(rows[0])
+    try:
+        with refuses():
+            embed_rows(tiny_model_folder, str(media_folder / "rows.jsonl"), tmp_path / "out.parquet", "image", "file")
+    finally:
+        (media_folder / "rows.jsonl").unlink()
     assert not Path(tmp_path / "out.parquet").exists()

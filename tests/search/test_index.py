@@ -227,15 +227,84 @@ def test_stopped_after_any_write_it_ends_as_if_undisturbed(build, folder, tmp_pa
     assert_equal(tmp_path / "x.index", tmp_path / "whole.index")
 
 
-def test_an_open_index_is_read_as_it_was_although_it_is_old_and_all_of_it_changes(build, folder, tmp_path):
+def test_items_of_folders_that_are_renamed_emptied_or_gone_are_removed(build, folder, tmp_path):
     index = tmp_path / "x.index"
-    build(folder / "0.png")
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        shutil.copy(folder / f"{'abc'.index(name)}.png", tmp_path / name / "0.png")
+    roots = [tmp_path / name for name in "abc"]
+    build(*roots)
+    roots[0].rename(tmp_path / "d")
+    (roots[1] / "0.png").unlink()
+    done = build(*roots, tmp_path / "d")
+    assert (done.moved, done.removed, done.unchanged, done.items) == (1, 1, 1, 2)
+    shutil.rmtree(roots[2])
+    assert build(roots[2]).removed == 1
+    assert paths(index) == {str(tmp_path / "d" / "0.png")}
+    with refuses():
+        build(roots[2])  # Nothing of it is indexed.
+    shutil.rmtree(tmp_path / "d")
+    assert build(tmp_path / "d").items == 0
+
+
+def test_a_file_that_could_not_be_read_is_tried_again_by_other_decoders(build, folder, tmp_path):
+    build(folder)
+    file = tmp_path / "x.index" / "skipped.json"
+    skipped = json.loads(file.read_text())
+    assert skipped["decoders"]["pillow"]
+    for decoders, tried in ((skipped["decoders"], False), ({"pillow": "1.0"}, True)):
+        old = {path: [state, "an older message"] for path, (state, _) in skipped["files"].items()}
+        file.write_text(json.dumps({"decoders": decoders, "files": old}))
+        assert (build(folder).skipped[str(folder / "broken.png")] != "an older message") == tried
+    file.write_text(json.dumps(old))  # As older versions of openimp wrote it.
+    assert build(folder).skipped[str(folder / "broken.png")] != "an older message"
+
+
+def test_captions_are_found_although_only_their_media_are_named(build, media_folder, tmp_path):
+    build(*media_folder.glob("*.png"))
+    assert {row["text"] for row in rows(tmp_path / "x.index").values()} == {*TEXTS[:3]}
+
+
+def test_many_groups_of_files_are_merged_on_the_way(build, folder, tmp_path, monkeypatch):
+    build(folder, index="whole.index")
+    monkeypatch.setattr("openimp.search.update.GROUPS_PER_MERGE", 1)
+    build(folder, batch_size=1)
+    assert_equal(tmp_path / "x.index", tmp_path / "whole.index")
+
+
+def test_an_index_that_is_open_for_days_is_opened_again(build, folder, tmp_path):
+    """Its version is removed by the second update after a day."""
+    index = tmp_path / "x.index"
+    build(folder)
+    make_old(index)
+    old = open_index(index)
+    for name in ("1.png", "2.png"):
+        shutil.copy(folder / name, folder / "0.png")
+        build(folder)
+        make_old(index)
+    (folder / "1.wav").unlink()
+    build(folder)
+    assert old.counts["audio"] == 5
+    assert len(old.search("noise", k=50)) == len(open_index(index).search("noise", k=50))
+    assert old.counts["audio"] == 4
+    assert old.hits(hit.id for hit in old.search("noise", k=2))
+
+
+def make_old(index: Path) -> None:
+    """Makes all versions of an index seem three days older."""
+    versions = Items(index).table.list_versions()
     for file in (index / "items.lance" / "_versions").glob("*.manifest"):
         content = file.read_bytes()
-        for version in Items(index).table.list_versions():  # Make it seem three days old.
+        for version in versions:
             written = int(version["timestamp"].timestamp())
             content = content.replace(varint(written), varint(written - 3 * 24 * 3600))
         file.write_bytes(content)
+
+
+def test_an_open_index_is_read_as_it_was_although_it_is_old_and_all_of_it_changes(build, folder, tmp_path):
+    index = tmp_path / "x.index"
+    build(folder / "0.png")
+    make_old(index)
     old = open_index(index)
     ages = [datetime.now() - version["timestamp"] for version in Items(index).table.list_versions()]
     assert min(ages) > timedelta(days=2)
@@ -442,7 +511,7 @@ def test_bad_input_is_one_sentence(tiny_model_folder, tmp_path, monkeypatch):
     assert Path("full/mine.txt").read_text(encoding="utf-8") == "mine"
 
 
-def test_a_run_indexes_the_media_of_its_recipe_and_new_texts_without_them(own_data, tmp_path, embedded):
+def test_a_run_indexes_the_media_of_its_recipe_and_new_texts_without_them(own_data, tmp_path, embedded, capsys):
     """Files of sources are indexed as files, and equal rows only once."""
     run = tmp_path / "run"
     train(Recipe.load(own_data / "recipe.yaml", ["train.steps=1"]), run)
@@ -477,6 +546,32 @@ def test_a_run_indexes_the_media_of_its_recipe_and_new_texts_without_them(own_da
     assert len(index.search("a red square", k=50, under="pictures")) == 23
     assert [hit.path for hit in index.search("a tone", k=50, under=other)] == [str(other / "copy.wav")]
     assert {*index.folders} >= {"pictures", "sounds"}
+
+    moved = run.rename(tmp_path / "moved")
+    assert open_index(moved).search("a red square")
+    assert open_index(moved / "search.index").search("a red square")
+    train(Recipe.load(own_data / "recipe.yaml", ["train.steps=2", "train.save_every=1"]), tmp_path / "new")
+    shutil.copytree(moved / "search.index", tmp_path / "new" / "search.index")
+    capsys.readouterr()
+    assert build_index(tmp_path / "new").items == 38
+    assert "new/search.index: 1 file of folders had other weights" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_all_captions_of_a_row_are_searched_whatever_reads_it_first(own_data, tmp_path):
+    lines = [json.loads(line) for line in (own_data / "sounds.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line["captions"] = [line["caption"], f"a second caption {i}"]
+    (own_data / "sounds.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tasks = """tasks={
+      classes: {source: sounds, inputs: {audio: sound}, objectives: [{type: classification, label: caption}],
+                batch_size: 4, views: [{audio: {seconds: 0.512}}]},
+      heard: {source: sounds, inputs: {audio: sound, text: captions}, objectives: [{type: contrastive}], batch_size: 4,
+              views: [{audio: {seconds: 0.512}}]}}"""
+    modalities = "modalities={audio: {window: 512, hop: 256, bins: 32}, text: {vocab_size: 300, positions: 16}}"
+    changes = [tasks, modalities, "train.steps=1", "evaluation={}"]
+    train(Recipe.load(own_data / "recipe.yaml", changes), tmp_path / "run")
+    index = open_index(build_index(tmp_path / "run").folder)
+    assert {row["text"] for row in rows(index.folder).values()} >= {f"{lines[0]['caption']}; a second caption 0"}
 
 
 def test_a_run_that_saves_while_its_media_are_indexed_can_be_searched(own_data, tmp_path, monkeypatch):

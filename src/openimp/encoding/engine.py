@@ -16,6 +16,7 @@ from torch import Tensor
 from openimp.common.device import Precision
 from openimp.common.modality import BadMedia, Modality, Tokens
 from openimp.common.progress import Progress
+from openimp.common.protocols import TextReader
 from openimp.common.threads import map_ahead
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import in_lockstep
@@ -58,6 +59,12 @@ class ItemEncoder:
     def read(self, value: Any) -> np.ndarray:
         """The clips of a value that `Modality.decode` takes; BadMedia if it cannot be read."""
         return self.modality.encode_input(value, self.view)
+
+    def read_known(self, value: Any) -> np.ndarray:
+        """Like `read`. A text without a word that the model knows is BadMedia, because its vector would be zero."""
+        if isinstance(self.modality, TextReader) and not self.modality.knows(value, self.view):
+            raise BadMedia("has no word that the model knows")
+        return self.read(value)
 
     def encode(self, items: Iterable[tuple[K, Callable[[], np.ndarray]]]) -> Iterator[tuple[K, Tensor | BadMedia]]:
         """Yields the key of each item, in order, with its vector or the reason why it cannot be read.

@@ -102,4 +102,4 @@ def embed(
 def _read(encoder: ItemEncoder, file: File) -> np.ndarray:
     if not is_utf8(str(file)):
         raise BadMedia("its name is not UTF-8, so the table cannot hold it")
-    return encoder.read(file_value(file, encoder.modality.reads_text))
+    return encoder.read_known(file_value(file, encoder.modality.reads_text))

@@ -1,6 +1,8 @@
 """`openimp embed --join`: adds a column of embeddings to the rows of a source, for example to distill the model."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from openimp.common.errors import UserError, counted
+from openimp.common.errors import UserError, counted, one_line
 from openimp.common.modality import BadMedia
 from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
@@ -86,7 +88,7 @@ def embed_rows(
     require_columns(table, encoder.modality, spec, f"embed {name}")
 
     def read(row: int) -> np.ndarray:
-        return encoder.read(raw_value(table, encoder.modality, spec, row))
+        return encoder.read_known(raw_value(table, encoder.modality, spec, row))
 
     embedding = pa.field(to, pa.list_(pa.float32()))
     metadata = {"openimp": json.dumps({"model": str(run), "recipe": model.config.name})}
@@ -95,7 +97,7 @@ def embed_rows(
     results = encoder.encode((row, partial(read, row)) for row in rows)
     bad = []
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as draft, pq.ParquetWriter(draft, schema) as writer:
+    with _storage_errors(), replacing(out) as draft, pq.ParquetWriter(draft, schema) as writer:
         for chunk in chunks_on_cpu(results):
             vectors = [None if isinstance(result, BadMedia) else result for _, result in chunk]
             bad += [f"{table.row_name(row)}: {error}" for row, error in chunk if isinstance(error, BadMedia)]
@@ -108,6 +110,15 @@ def embed_rows(
     joined = Joined(out, column=to, size=model.imp.config.embed_dim, rows=len(table), bad=bad, root=table.root)
     console.print(str(joined), soft_wrap=True)
     return joined
+
+
+@contextmanager
+def _storage_errors() -> Iterator[None]:
+    """Turns an error of Arrow into a UserError: Parquet cannot store objects without any key."""
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise UserError(f"--join: the rows cannot be written to Parquet: {one_line(error)}") from None
 
 
 def _modality(model: Model, name: str | None) -> str:

@@ -1,6 +1,7 @@
 """`openimp index`: brings an index up to date with folders, or with the media of a run's recipe."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from openimp.checkpoint.find import find_model
 from openimp.common.errors import UserError, by_extension, counted, escaped
 from openimp.common.modality import Modalities
 from openimp.common.names import OPEN_CLIP, Name, absolute_name, is_bundled
-from openimp.common.progress import Progress, console, track
+from openimp.common.progress import Progress, console, notice, track
 from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
 from openimp.inference.files import find_files
@@ -27,7 +28,7 @@ from openimp.search.folder import (
 )
 from openimp.search.index import Index
 from openimp.search.media import Media, media_of_files, media_of_recipe
-from openimp.search.table import ITEMS, Items, import_lancedb
+from openimp.search.table import ITEMS, Items, Stored, import_lancedb
 from openimp.search.update import Update
 
 BATCH_SIZE = 64
@@ -136,7 +137,10 @@ def _build(
         media = _recipe_media(name, opened, modalities, allow_sources)
         unknown: dict[str, int] = {}
     else:
-        files_by_modality, unknown = find_files(given, modalities)
+        # Of folders that are gone or empty now, an index may still have items, which are to be removed.
+        is_update = read_metadata(folder) is not None
+        present = [path for path in given if path.exists() or not is_update]
+        files_by_modality, unknown = find_files(present, modalities, may_be_none=is_update)
         media = list(media_of_files(files_by_modality, given, modalities))
     metadata = Metadata(
         format=FORMAT,
@@ -148,6 +152,9 @@ def _build(
         _write_metadata(folder, metadata, opened, replace=given is None)
         items = Items(folder, opened.imp.config.embed_dim)
         update = Update(opened, folder, items, media, given)
+        for root in given or ():
+            if not root.exists() and not update.has_items_in(root):
+                raise UserError(f"{root}: no such file or folder")
         try:
             update.run(metadata.towards, batch_size, progress)
         except KeyboardInterrupt:
@@ -158,7 +165,7 @@ def _build(
             raise
         skipped = {path: reason for path, (_, reason) in update.skipped.items()}
         count = items.table.count_rows()
-        if not count:
+        if not count and not update.counts["removed"]:
             path, reason = next(iter(skipped.items()), ("nothing", "there are no media"))
             raise UserError(f"no file can be read; the first: {escaped(path)}: {reason}")
         items.compact()
@@ -200,6 +207,11 @@ def _write_metadata(folder: Path, metadata: Metadata, model: Model, replace: boo
             raise UserError(
                 f"{folder}: was built with other weights or views than {metadata.model} has; name a new folder"
             )
+        old_files: Iterable[Stored] = ()
+        with suppress(UserError):  # Damage is replaced, too.
+            old_files = Items(folder, model.imp.config.embed_dim).stored().values()
+        if count := sum(file.source is None for file in old_files):
+            notice(f"{folder}: {counted(count, 'file')} of folders had other weights; index these folders again")
         import_lancedb().connect(folder).drop_table(ITEMS, ignore_missing=True)
         (folder / SKIPPED).unlink(missing_ok=True)
     write_text(folder / METADATA, metadata.model_dump_json(indent=1))

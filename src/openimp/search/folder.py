@@ -1,7 +1,7 @@
 """The folder of an index, its lock and its JSON files.
 
 index.json     the model, and a fingerprint of its weights and views
-skipped.json   files that could not be read, so that they are tried again only after they change
+skipped.json   files that could not be read; they are tried again if they or the versions of decoders have changed
 items.lance/   a LanceDB table with one row per item
 .lock          held by the process that writes the index
 """
@@ -10,10 +10,10 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
-from pydantic import RootModel
+from pydantic import Field
 
 from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import CHECKPOINTS
@@ -97,11 +97,22 @@ def read_metadata(folder: Path) -> Metadata | None:
     return checked(Metadata, data, str(file))
 
 
-def read_skipped(folder: Path) -> dict[str, tuple[str, str]]:
+class Skipped(Strict):
+    """The content of skipped.json."""
+
+    decoders: dict[str, str]
+    """The versions of the packages that could not read the files."""
+    files: dict[str, Annotated[tuple[str, str], Field(strict=False)]]  # JSON has lists only
     """The (`file_state`, reason) of each file that could not be read, by path."""
+
+
+def read_skipped(folder: Path) -> Skipped:
+    """The content of skipped.json, or nothing if there is no such file."""
     file = folder / SKIPPED
     data = _read_json(file) if file.exists() else {}
-    return checked(RootModel[dict[str, tuple[str, str]]], data, f"{file}: damaged").root
+    if isinstance(data, dict) and "decoders" not in data:  # Older versions wrote only the files.
+        data = {"decoders": {}, "files": data}
+    return checked(Skipped, data, f"{file}: damaged")
 
 
 def fingerprint(model: Model) -> str:

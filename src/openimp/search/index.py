@@ -9,7 +9,7 @@ from datetime import date
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ import torch
 from openimp.checkpoint.find import find_model
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
+from openimp.common.names import has_scheme
 from openimp.common.protocols import TextReader
 from openimp.common.safe_files import file_state, refuse_links
 from openimp.data.tables import Table
@@ -28,7 +29,9 @@ from openimp.search.folder import INDEX_FILES, Metadata, built_with, own_index, 
 from openimp.search.media import media_state, row_media, source_table
 from openimp.search.parts import composed
 from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, Space, Words
-from openimp.search.table import Items, any_of, below, between, quoted
+from openimp.search.table import IndexChanged, Items, any_of, below, between, quoted
+
+T = TypeVar("T")
 
 RANKED = 500
 """Items in each ranking before rankings are merged, unless `k` is larger. So up to this `k`, the order of the results
@@ -58,7 +61,8 @@ class Ranked(NamedTuple):
 class Index:
     """An open index. Its methods may be called from any thread; calls that encode a query take turns.
 
-    It shows the state of the index at the time when it was opened.
+    It shows the state of the index at the time when it was opened. A day after the index has changed, that version may
+    be removed; then it shows the newest.
 
     Attributes:
         model: the model that embedded the items. It encodes queries.
@@ -191,7 +195,8 @@ class Index:
 
     def hits(self, ids: Iterable[str]) -> dict[str, Hit]:
         """Items by their ids. Ids that are not indexed are left out."""
-        return {row["id"]: Hit(**row) for row in self._items.rows("id", ids, self._items.hit_columns)}
+        wanted = list(ids)
+        return {row["id"]: Hit(**row) for row in self._read(lambda items: items.rows("id", wanted, items.hit_columns))}
 
     def hit(self, id: str) -> Hit:
         """An item by its id. UserError if it is not indexed."""
@@ -245,7 +250,8 @@ class Index:
         filters = self._filters((), under, since, until)
         if modalities:
             filters.append(any_of("modality", modalities))
-        return [Hit(**row) for row in self._items.sample(count, " AND ".join(filters) or None)]
+        where = " AND ".join(filters) or None
+        return [Hit(**row) for row in self._read(lambda items: items.sample(count, where))]
 
     def encode(self, query: Query) -> EncodedQuery:
         """Encodes a part of a query, for all spaces that its modality is in. UserError if it cannot be read.
@@ -293,7 +299,8 @@ class Index:
     def _encode_all(self, parts: Sequence[str | QueryPart]) -> list[EncodedQuery]:
         """The parts with their vectors. Items have their stored vectors."""
         likes = [part.id for part in parts if isinstance(part, Like)]
-        stored = {row["id"]: row for row in self._items.rows("id", likes, ["id", "modality", "vector"])}
+        columns = ["id", "modality", "vector"]
+        stored = {row["id"]: row for row in self._read(lambda items: items.rows("id", likes, columns))}
         encoded = []
         for part in parts:
             if isinstance(part, str):
@@ -325,6 +332,19 @@ class Index:
                     check_uses(Path(self._metadata.model), folder, self.model.recipe, [("the index", name)])
                 self._sources[name] = source_table(self.model.recipe, name)
             return self._sources[name]
+
+    def _read(self, read: Callable[[Items], T]) -> T:
+        """What `read` returns of the table. The table is opened again if its version was removed."""
+        try:
+            return read(self._items)
+        except IndexChanged:
+            metadata = read_metadata(self.folder)
+            if metadata is None or metadata.fingerprint != self._metadata.fingerprint:
+                raise  # The model would not fit.
+            self._items = Items(self.folder)
+            for name in ("counts", "folders"):
+                self.__dict__.pop(name, None)
+            return read(self._items)
 
     def _check_modalities(self, modalities: Sequence[str] | None) -> None:
         for name in modalities or ():
@@ -379,7 +399,7 @@ class Index:
     def _nearest(self, vector: np.ndarray, where: str | None, count: int) -> list[Hit]:
         """The `count` items that are closest to a vector (Z,)."""
         hits = []
-        for row in self._items.nearest(vector, count, where):
+        for row in self._read(lambda items: items.nearest(vector, count, where)):
             distance = row.pop("_distance")
             hits.append(Hit(score=1 - distance, found_by="meaning", **row))
         return hits
@@ -391,7 +411,7 @@ class Index:
 
         All segments of a file have its caption, so the closest one stands for the file.
         """
-        rows, item_vectors = self._items.with_words(words, all_words, count, where)
+        rows, item_vectors = self._read(lambda items: items.with_words(words, all_words, count, where))
         cosines = [None] * len(rows) if vector is None else (item_vectors @ vector).tolist()
         bm25 = [row.pop("_score") for row in rows]
         order = sorted(range(len(rows)), key=lambda i: (-bm25[i], -(cosines[i] or 0)))
@@ -490,6 +510,10 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
             raise UserError(f"{path}: its data is not indexed yet: openimp index {path}")
         reason = "is not an index" if folder.exists() else "no such index"
         raise UserError(f"{folder}: {reason}; openimp index makes one")
+    run = folder.parent
+    is_moved = not has_scheme(metadata.model) and not Path(metadata.model).exists()
+    if is_moved and own_index(str(run)) == folder:  # The run was moved with its index.
+        metadata = metadata.model_copy(update={"model": str(run)})
     try:
         model = load(metadata.model, device)
     except UserError as error:

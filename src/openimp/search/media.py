@@ -11,12 +11,13 @@ import numpy as np
 
 from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError
-from openimp.common.modality import BadMedia, Modalities, Modality
+from openimp.common.modality import BadMedia, Modalities
 from openimp.common.safe_files import file_state
 from openimp.data.files import is_utf8
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
-from openimp.encoding.items import raw_value, require_columns
+from openimp.data.templates import all_texts, columns_of
+from openimp.encoding.items import require_columns
 from openimp.inference.files import File, file_text, shown_name
 from openimp.recipe.inputs import Input
 from openimp.recipe.schema import Recipe
@@ -58,10 +59,14 @@ def media_of_files(
     texts = [(path, name) for path, name in files if modalities[name].reads_text]
     caption_of = {os.path.splitext(path)[0]: path for path, _ in texts}
     used_captions = set()
+    text_endings = [ending for modality in modalities.values() if modality.reads_text for ending in modality.extensions]
     for path, name in files:
         if modalities[name].reads_text:
             continue
-        caption = caption_of.get(os.path.splitext(path)[0])
+        stem = os.path.splitext(path)[0]
+        caption = caption_of.get(stem)
+        if caption is None:  # The files may be named by a pattern such as photos/*.jpg.
+            caption = next((stem + ending for ending in text_endings if os.path.isfile(stem + ending)), None)
         if caption is None:
             yield _file(path, name, roots, partial(_path_as_text, path, folders))
         else:
@@ -77,10 +82,14 @@ def media_of_recipe(recipe: Recipe, modalities: Modalities) -> Iterator[Media]:
     because their rows have no numbers."""
     open_table = cache(partial(source_table, recipe))
     seen = set()
-    for user in (*recipe.tasks.values(), *recipe.evaluation.sets.values()):
+    users = [
+        (user, [spec for name, spec in user.inputs.items() if modalities[name].reads_text])
+        for user in (*recipe.tasks.values(), *recipe.evaluation.sets.values())
+    ]
+    users.sort(key=lambda user_and_texts: not user_and_texts[1])  # Texts say more than classes.
+    for user, texts in users:
         if recipe.sources[user.source].stream:
             continue
-        texts = [(modalities[name], spec) for name, spec in user.inputs.items() if modalities[name].reads_text]
         for name, spec in user.inputs.items():
             column = spec.columns[0]
             if modalities[name].reads_text or (user.source, column, name) in seen:
@@ -88,7 +97,7 @@ def media_of_recipe(recipe: Recipe, modalities: Modalities) -> Iterator[Media]:
             seen.add((user.source, column, name))
             table = open_table(user.source)
             require_columns(table, modalities[name], spec, f"sources.{user.source}")
-            text = partial(_input_text, table, *texts[0]) if texts else partial(_label, table, _class_column(user))
+            text = partial(_input_text, table, texts[0]) if texts else partial(_label, table, _class_column(user))
             yield from _rows(table, name, column, text)
 
 
@@ -182,12 +191,11 @@ def _rows(table: Table, modality: str, column: str, text: Callable[[int], str | 
         yield Media(name, modality, table.fingerprint, raw, row_text, source=table.name, row=row, column=column)
 
 
-def _input_text(table: Table, modality: Modality, spec: Input, row: int) -> str | None:
-    """The text of a row that an input of a modality reads."""
-    try:
-        return str(raw_value(table, modality, spec, row))
-    except BadMedia:
-        return None
+def _input_text(table: Table, spec: Input, row: int) -> str | None:
+    """The texts of a row, separated by semicolons: the first template of an input that fits, with all its values."""
+    rows = table.rows([row], columns_of(spec.columns))
+    texts = next((texts for template in spec.columns for texts in all_texts([template], rows)), [])
+    return "; ".join(dict.fromkeys(texts)) or None
 
 
 def _class_column(user: Any) -> str | None:

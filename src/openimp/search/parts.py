@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from openimp.common.modality import BadMedia, Modality
-from openimp.common.protocols import Dated, Recorded, Segmented, TextReader
+from openimp.common.protocols import Dated, Recorded, Segmented
 from openimp.common.safe_files import sha256
 from openimp.encoding.engine import ItemEncoder
 from openimp.inference.files import file_text
@@ -92,9 +92,7 @@ def read_part(encoder: ItemEncoder, file: IndexedFile, part: Mapping[str, Any]) 
     try:
         if modality.reads_text:
             error_prefix = f"line {part['part'] + 1}: "
-            if isinstance(modality, TextReader) and not modality.knows(part["text"], encoder.view):
-                raise BadMedia("has no word that the model knows")
-            return encoder.read(part["text"])
+            return encoder.read_known(part["text"])
         if part["end"] is None or not isinstance(modality, Segmented):
             return encoder.read(file.media.raw())
         error_prefix = f"from {part['start']:.1f} to {part['end']:.1f} s: "

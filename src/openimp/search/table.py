@@ -197,9 +197,13 @@ class Items:
             self.table.delete(any_of("path", chunk))
 
     @_write_errors()
+    def merge(self) -> None:
+        """Merges the small files that many writes leave, and adds new rows to the indexes."""
+        self.table.optimize(cleanup_older_than=timedelta(days=9999))
+
+    @_write_errors()
     def compact(self) -> None:
-        """Merges the small files that many writes leave, builds the indexes or adds new rows to them, and removes
-        old versions.
+        """Builds the indexes, merges the small files that many writes leave, and removes old versions.
 
         A process reads the version that was the newest when it opened the index. So a version is kept until
         `KEEP_VERSIONS` seconds after a newer one was written.
@@ -214,7 +218,7 @@ class Items:
             self.table.create_index("text", config=FTS())
         if "vector" not in indexed and self.table.count_rows() >= APPROXIMATE_ROWS:
             self.table.create_index("vector", config=IvfSq(distance_type="cosine"))
-        self.table.optimize(cleanup_older_than=timedelta(days=9999))  # Only merges, which may take long.
+        self.merge()  # It may take long.
         # Lance removes versions by the time when they were written. The version that readers have may be years old: it
         # is the last one that was written before the limit.
         now = time.time()
@@ -224,13 +228,17 @@ class Items:
         self.table.optimize(cleanup_older_than=timedelta(seconds=now - oldest_kept + 60))
 
 
+class IndexChanged(UserError):
+    """The version of the table that was opened is gone, or the table is damaged."""
+
+
 @contextmanager
 def _read_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # For example, a writer has removed a version that was opened long ago.
         advice = "the index has changed since it was opened, or is damaged; open it again"
-        raise UserError(f"{advice}: {one_line(error)}") from None
+        raise IndexChanged(f"{advice}: {one_line(error)}") from None
 
 
 def any_of(column: str, values: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """Brings the table of an index up to date with the media that it should hold."""
 
-import json
+import errno
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -14,13 +14,17 @@ from openimp.common.modality import BadMedia
 from openimp.common.progress import Progress
 from openimp.common.safe_files import write_text
 from openimp.common.threads import map_ahead
+from openimp.common.versions import library_version
 from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
 from openimp.inference.model import Model
-from openimp.search.folder import SKIPPED, read_skipped
+from openimp.search.folder import SKIPPED, Skipped, read_skipped
 from openimp.search.media import Media, joined, media_state
 from openimp.search.parts import IndexedFile, open_file, read_part
 from openimp.search.table import Items
 
+GROUPS_PER_MERGE = 32
+"""Groups of files that are written before the indexes of the table learn of them. A search for the paths of a group
+scans the rows that they do not know."""
 WRITTEN_BATCHES = 4
 """Files are embedded and written in groups with about this many batches of parts."""
 
@@ -46,7 +50,11 @@ class Update:
         self.first_row: dict[tuple[str, str], str] = {}
         self.gone = {path for path in self.stored if self._is_gone(path)}
         self.moved: set[str] = set()  # the paths in `gone` whose content now has another path
-        self.skipped = read_skipped(folder)
+        self.decoders = _decoder_versions(model)
+        skipped = read_skipped(folder)
+        self.skipped = dict(skipped.files)
+        if skipped.decoders != self.decoders:  # They may read the files now.
+            self.skipped = {path: skip for path, skip in skipped.files.items() if path in self.stored}
         # The path of an indexed file with the same content, by `IndexedFile.content`. A file with unreadable parts is
         # left out and read again, so that its problem is reported under each of the file's names.
         self.path_of = {
@@ -72,12 +80,20 @@ class Update:
         for name, media_of_modality in outdated.items():
             encoder = self.model.item_encoder(name, towards[name], batch_size, f"index {name}")
             progress_bar = iter(progress(media_of_modality, f"index {name}"))
-            for group in self._groups(encoder, media_of_modality, batch_size * WRITTEN_BATCHES):
+            groups = self._groups(encoder, media_of_modality, batch_size * WRITTEN_BATCHES)
+            for number, group in enumerate(groups, 1):
                 self._index(encoder, group, progress_bar)
+                if number % GROUPS_PER_MERGE == 0:
+                    self.items.merge()
             list(progress_bar)  # Ends it.
         self.items.remove(self.gone)
         self.counts["removed"] = len(self.gone - self.moved)
         self._write_skipped()
+
+    def has_items_in(self, path: Path) -> bool:
+        """Whether a file, or a file in a folder, was indexed before."""
+        root = os.path.join(os.path.abspath(path), "")
+        return any(os.path.join(stored, "").startswith(root) for stored in self.stored)
 
     def _is_gone(self, path: str) -> bool:
         if path in self.wanted:
@@ -89,7 +105,11 @@ class Update:
     def _is_current(self, media: Media) -> bool:
         if stored := self.stored.get(media.path):
             return (stored.state, stored.modality) == (media.state, media.modality)
-        return media.path in self.skipped and self.skipped[media.path][0] == media.state
+        if media.path not in self.skipped:
+            return False
+        state, reason = self.skipped[media.path]
+        # Opening a file that is forbidden costs nothing, and permissions are no part of its state.
+        return state == media.state and reason != os.strerror(errno.EACCES)
 
     def _groups(self, encoder: ItemEncoder, media: list[Media], size: int) -> Iterator[list[IndexedFile]]:
         """Opens media, and yields groups with at most `size` files and about `size` parts: a film has thousands."""
@@ -178,7 +198,14 @@ class Update:
             self.counts["new"] += 1
 
     def _write_skipped(self) -> None:
-        write_text(self.folder / SKIPPED, json.dumps(self.skipped, indent=1))
+        skipped = Skipped(decoders=self.decoders, files=self.skipped)
+        write_text(self.folder / SKIPPED, skipped.model_dump_json(indent=1))
+
+
+def _decoder_versions(model: Model) -> dict[str, str]:
+    """The version of each package that reads files."""
+    packages = {"pillow-heif", *(package for modality in model.modalities.values() for package in modality.decoders)}
+    return {package: library_version(package) or "" for package in sorted(packages)}
 
 
 def _by_path(media: Iterable[Media]) -> dict[str, Media]:
