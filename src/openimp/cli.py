@@ -305,6 +305,10 @@ def serve(
     what: Annotated[Path, typer.Argument(help="An index; or a run or openimp:base, then its data are indexed first.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0: any free port.")] = 8000,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="A name of this machine in browsers, such as search.example.org. Can be repeated."),
+    ] = None,
     allow_sources: AllowSourcesOption = False,
 ) -> None:
     """Serve a web page to search an index with texts, files and recordings."""
@@ -312,7 +316,7 @@ def serve(
     from openimp.common.versions import warn_of_vulnerable_libraries
 
     warn_of_vulnerable_libraries()
-    run_serve(what, host, port, allow_sources)
+    run_serve(what, host, port, name or [], allow_sources)
 
 
 @app.command()

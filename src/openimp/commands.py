@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -86,8 +87,10 @@ def run_train(name: str, overrides: list[str], run: Path | None, resume: str | N
         for line in chain.from_iterable(comparison(recipe, results, task) for task in recipe.tasks):
             console.print(line, soft_wrap=True)
         has_classes = any(objective.class_column() for task in recipe.tasks.values() for objective in task.objectives)
-        classify = f"openimp classify {run} FILES...   |   " if has_classes else ""
-        console.print(f"Next:  {classify}openimp serve {run}   |   openimp report {run}", soft_wrap=True)
+        commands = [f"openimp classify {run} FILES..."] if has_classes else []
+        if recipe.to_config({}).pairs:
+            commands.append(f"openimp serve {run}")
+        console.print(f"Next:  {'   |   '.join([*commands, f'openimp report {run}'])}", soft_wrap=True)
 
 
 def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str | None) -> Recipe:
@@ -251,7 +254,7 @@ def run_embed(
     embed(run, files, out, modality, towards, batch_size=batch_size)
 
 
-def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:
+def run_serve(what: Path, host: str, port: int, names: Sequence[str] = (), allow_sources: bool = False) -> None:
     """Serves the search page of an index, or of the media of a run's recipe."""
     if (has_scheme(what) and not is_bundled(what)) or (what / CONFIG).exists():
         raise UserError(f"{what}: comes without media; index some first: openimp index {what} FOLDER --out my.index")
@@ -268,7 +271,7 @@ def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> 
         index = build_and_open(what, allow_sources)
     else:
         index = open_index(what, allow_sources=allow_sources)
-    serve(index, host, port)
+    serve(index, host, port, names)
 
 
 def run_report(run: Path, out: Path | None, allow_sources: bool) -> None:
@@ -343,8 +346,12 @@ def _classes(recipe: Recipe) -> dict[str, list[Any]]:
             if column.classes:
                 classes[head] = list(column.classes)
                 continue
+            options = recipe.sources[task.source]
+            is_remote = is_url(options.path or "") or (options.hub is not None and not Path(options.hub).is_dir())
             try:
-                source = open_source(task.source, recipe.sources[task.source])
+                if is_remote:
+                    raise UserError(f"source {task.source} is not downloaded for this; list the classes in the recipe")
+                source = open_source(task.source, options)
                 classes[head] = classes_of(source, column, f"tasks.{name}")
             except UserError as error:
                 classes[head] = [None]

@@ -302,6 +302,15 @@ def test_csv_cells_are_text(tmp_path):
     assert table.row_name(1) == "m.csv[1]"
 
 
+def test_cells_between_tabs_are_text_with_any_quotes(tmp_path):
+    (tmp_path / "x.tsv").write_text('path\tsentence\ta"b\n1.mp3\t"He said\t\n2.mp3\tyes, "no"\t3\n')
+    assert all_rows(opened(tmp_path / "x.tsv")) == [
+        {"path": "1.mp3", "sentence": '"He said', 'a"b': None},
+        {"path": "2.mp3", "sentence": 'yes, "no"', 'a"b': "3"},
+    ]
+    fails(path=str(tmp_path / "none.tsv"))
+
+
 @pytest.mark.parametrize("form", ["lines.jsonl", "lines.json", "list.json"])
 def test_json_manifests(tmp_path, form):
     rows = [{"file": "a.png", "n": 1}, {"file": "b.png", "tags": ["x", "y"], "date": "2020-01-01"}]
@@ -371,6 +380,7 @@ def test_where(shards, where, kept):
         ([[1, 2], [3]], 2, [0]),
         ([{"split": 1}, {"split": 3}], "{'split': 3}", [1]),
         ([True, None, False], False, [2]),
+        ([1.0, None, 2.0, 1.5], 1, [0]),  # Integers with a gap, as pandas writes them.
     ],
 )
 def test_where_compares_values_of_any_type_as_text(tmp_path, cells, wanted, expected):

@@ -141,6 +141,26 @@ def test_rows_without_a_file_or_a_text_are_counted():
     assert (task.media.bad, task.text.bad) == (1 / 8, 1 / 4)
 
 
+def test_of_folders_with_the_same_names_the_one_named_like_the_table_is_read():
+    for folder in ("augmented", "test", "train"):
+        for number in range(12 if folder == "train" else 6):
+            copy("0.png", f"data/{folder}/{number}.png")
+    for table in ("train", "test"):
+        write([{"file": f"{i}.png", "text": f"a {i}"} for i in range(6)], f"data/{table}.jsonl")
+    write([{"file": f"{i}.png", "text": f"a {i}"} for i in range(12)], "data/all.jsonl")
+    roots = {}
+    for table in ("train", "test", "all"):
+        ((task,), _) = inspect(Candidate({"path": f"data/{table}.jsonl"}), None, None)
+        roots[table] = task.source["root"]
+    assert roots == {"train": "data/train", "test": "data/test", "all": "data/train"}
+    write([{"file": "0.png", "text": "a"}] * 6, "shards/1/a.jsonl")
+    copy("0.png", "shards/images/0.png")
+    write([{"file": "0.png", "text": "a b"}] * 6, "shards/a-1.jsonl")
+    write([{"file": "0.png", "text": "a c"}] * 6, "shards/a-2.jsonl")
+    ((task,), _) = inspect(Candidate({"path": "shards/a-*.jsonl"}), None, None)
+    assert task.source["root"] == "shards/images"
+
+
 def test_paths_may_start_at_a_folder_beside_the_table_also_of_a_test_split():
     for part in ("train", "test"):
         copy("0.png", f"set/{part}/images/0.png")

@@ -55,8 +55,9 @@ def test_paths_that_differ_in_the_name_of_a_split_are_one_source(touch, test):
 
 def test_the_validation_split_is_evaluated_and_the_test_split_is_left(touch):
     touch("train.csv", "val.csv", "test.csv")
-    (candidate,) = find(["."])
+    candidate, test = find(["."])
     assert candidate.held_out == {"path": "val.csv"}
+    assert (test.place, test.problem) == ("test.csv", "is left for a last test")
 
 
 def test_subfolders_that_have_only_subfolders_are_sources_of_their_own(touch):
@@ -75,6 +76,16 @@ def test_folders_beside_splits_and_folders_without_media_are_named(touch, folder
     assert c.source["path"] == "c"
     assert {other.place for other in others} == {"a/annotations", "a/unlabeled", "b/__MACOSX", "b/empty"}
     assert all(other.problem for other in others)
+
+
+def test_further_splits_are_neither_trained_on_nor_measured(touch):
+    for name in ("train", "val", "valid", "test", "eval"):
+        touch(f"a/{name}/cat/0.jpg", f"a/{name}/dog/0.jpg")
+    train, *others = find(["a"])
+    assert (train.source["path"], train.held_out) == ("a/train", {"path": "a/val"})
+    assert {other.place: other.problem for other in others} == dict.fromkeys(
+        ("a/eval", "a/test", "a/valid"), "is left for a last test"
+    )
 
 
 def test_each_kind_of_media_in_a_folder_is_a_source_and_other_files_are_counted(touch):

@@ -61,6 +61,18 @@ def test_paths_stay_valid_and_captions_are_read(tiny_model_folder, media_folder,
     assert len(first["embedding"]) == 32
 
 
+def test_the_source_that_a_first_join_prints_can_be_joined_again(tiny_model_folder, media_folder, tmp_path, capsys):
+    (media_folder / "rows.csv").write_text("file,caption\n0.png,noise\n")
+    try:
+        out = tmp_path / "first.parquet"
+        embed_rows(tiny_model_folder, str(media_folder / "rows.csv"), out, "text", "caption", to="text")
+        source = capsys.readouterr().out.partition("as a source: ")[2].strip()
+        second = embed_rows(tiny_model_folder, source, tmp_path / "b" / "second.parquet", "image", "file", to="image")
+    finally:
+        (media_folder / "rows.csv").unlink()
+    assert (second.root, second.bad) == (media_folder, [])
+
+
 def test_what_cannot_be_joined_is_refused_and_leaves_no_file(tiny_model_folder, media_folder, tmp_path):
     with tarfile.open(tmp_path / "rows.tar", "w") as tar:
         tar.add(media_folder / "0.png", "0.png")

@@ -18,6 +18,7 @@ from messages import refuses
 import openimp
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.errors import UserError
+from openimp.data.trust import trained_here
 from openimp.inference.model import Model
 
 ENDINGS = {"image": "png", "video": "mp4", "audio": "wav"}
@@ -332,3 +333,14 @@ def test_unknown_public_names_are_refused(model):
         model.encode_smell("rose")
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = openimp.lode
+
+
+def test_a_model_of_this_user_that_is_saved_with_another_view_is_still_its_own(little_run, tmp_path, monkeypatch):
+    model = openimp.load(little_run)
+    model.views["image"].size = (24, 24)
+    model.save(tmp_path / "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    again = openimp.load("~/mine")
+    assert again.views["image"].size == (24, 24)
+    assert trained_here(tmp_path / "mine")
+    assert openimp.load(little_run).views["image"].size != (24, 24)

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import yaml
 from conftest import TEXTS
 from filelock import FileLock
 from messages import refuses
@@ -34,6 +35,7 @@ from openimp.common.safe_files import write_text
 from openimp.encoding.engine import ItemEncoder
 from openimp.modalities.image import Image
 from openimp.modalities.video import Video
+from openimp.recipe.file import RecipeLoader
 from openimp.recipe.schema import Recipe
 from openimp.search import IndexResult, build_index, open_index
 from openimp.search.build import build_and_open
@@ -555,6 +557,27 @@ def test_a_run_indexes_the_media_of_its_recipe_and_new_texts_without_them(own_da
     capsys.readouterr()
     assert build_index(tmp_path / "new").items == 38
     assert "new/search.index: 1 file of folders had other weights" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_a_modality_that_is_compared_with_no_other_is_not_indexed(own_data, tmp_path):
+    """Here pictures have classes only."""
+    classes = "named: {source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label}]}"
+    heard = "heard: {source: sounds, inputs: {audio: sound, text: caption}, objectives: [{type: contrastive}]}"
+    for name, tasks in (("both", f"{{{classes}, {heard}}}"), ("classes", f"{{{classes}}}")):
+        recipe = yaml.load((own_data / "recipe.yaml").read_text(), RecipeLoader)
+        recipe |= {"tasks": yaml.safe_load(tasks), "modalities": {}, "train": {"steps": 1}, "evaluation": {}}
+        train(Recipe.build(recipe, own_data), tmp_path / name)
+    assert build_index(tmp_path / "both").items == 15
+    with refuses():
+        build_index(tmp_path / "classes")
+
+
+def test_one_folder_may_be_given_as_a_string(tiny_model_folder, media_folder, tmp_path):
+    index = open_index(build_index(tiny_model_folder, str(media_folder), tmp_path / "x.index").folder)
+    assert {hit.modality for hit in index.search("noise", modalities="image")} == {"image"}
+    assert index.search("noise", since=datetime(2020, 1, 1), until=date.today() + timedelta(days=1))
+    with refuses():
+        index.search("noise", by="word")
 
 
 def test_all_captions_of_a_row_are_searched_whatever_reads_it_first(own_data, tmp_path):

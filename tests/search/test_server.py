@@ -27,7 +27,7 @@ from starlette.datastructures import QueryParams
 from openimp.commands import run_serve
 from openimp.search import build_index, open_index
 from openimp.search.answers import answer
-from openimp.search.guard import HEADERS, POLICY
+from openimp.search.guard import HEADERS, POLICY, Guard
 from openimp.search.page import TemporaryResponse
 from openimp.search.query import EncodedQuery
 from openimp.search.state import MAX_PARTS, State
@@ -104,6 +104,24 @@ def test_other_names_of_the_server_are_refused(server: Server):
     port = urlsplit(server.url).port
     for host in ("localhost", f"LOCALHOST:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"):
         assert server.ask("/", Host=host).status == 200, host
+
+
+def test_a_server_goes_by_the_names_that_it_is_given():
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    guard = Guard(app, "0.0.0.0", ["Search.Example.org"])
+    statuses = {}
+    for host in ("search.example.org", "search.example.org:8000", "192.168.0.7", "evil.example.org"):
+        sent = []
+
+        async def send(message, sent=sent):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", host.encode())]}
+        anyio.run(guard, scope, None, send)
+        statuses[host] = sent[0]["status"]
+    assert list(statuses.values()) == [200, 200, 200, 421]
 
 
 def test_uploads_from_other_sites_are_refused(server: Server, media_folder: Path):

@@ -92,6 +92,14 @@ def test_early_stopping_waits_for_a_gain(recipe, tmp_path):
     assert {line["step"] for line in read_lines(tmp_path / "run" / "results.jsonl")} == {2, 4}
 
 
+def test_early_stopping_begins_anew_in_each_training(recipe, tmp_path):
+    frozen = openimp.Recipe.build({**recipe.to_dict(), "optimizer": {"lr": 1e-30, "warmup_steps": 1}})
+    stopping = openimp.EarlyStopping("colours", patience=1)
+    for name in ("first", "second"):
+        openimp.train(frozen, tmp_path / name, callbacks=[stopping])
+        assert {line["step"] for line in read_lines(tmp_path / name / "results.jsonl")} == {2, 4}
+
+
 def test_early_stopping_that_would_never_stop_is_refused_before_the_first_step(recipe, tmp_path):
     with refuses():
         openimp.train(recipe, tmp_path / "run", callbacks=iter([openimp.EarlyStopping("colors")]))

@@ -29,9 +29,10 @@ def find_model(name: str | Path) -> Path:
         return _find_local(download(str(name), ("*.json", "*.safetensors", RECIPE)))
     if scheme is not None:
         raise UserError(f"{name}: expected a folder, openimp:NAME, hub:OWNER/NAME or open_clip:NAME/TAG for a model")
-    if not Path(name).exists():
+    folder = Path(name).expanduser()
+    if not folder.exists():
         raise UserError(f"{name}: no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME")
-    return _find_local(Path(name))
+    return _find_local(folder)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -27,6 +27,7 @@ PYTHON_ROWS = 10_000
 """Rows that Python reads and converts to Arrow at once. The first ones determine the types of a JSON Lines file."""
 BLOCK_BYTES = 2**24
 """Bytes that Arrow parses at once, and so the longest row that it reads."""
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 CACHED_BYTES = 2**26
 """Bytes of manifests from which on their table is kept in the cache folder. Smaller manifests are read faster than
 `datasets`, which opens a cached table, is imported."""
@@ -35,7 +36,7 @@ CACHE_VERSION = 3
 
 
 def read_manifests(name: str, path: str, files: list[str]) -> tuple[Any, list[int]]:
-    """The rows of CSV files, or of JSON Lines or JSON lists of objects, and the number of rows of each file.
+    """The rows of CSV or TSV files, or of JSON Lines or JSON lists of objects, and the number of rows of each file.
 
     The cells of a CSV file are text, and an empty one is missing. Large tables are memory-mapped, so that opening them
     again takes no time, and processes share their memory.
@@ -79,8 +80,8 @@ def _read_all(name: str, path: str, files: list[str]) -> tuple[pa.Table, list[in
     tables = []
     for file in files:
         try:
-            is_csv = Path(file).suffix.lower() == ".csv"
-            tables.append(_read_csv(file) if is_csv else _read_json(file))
+            delimiter = DELIMITERS.get(Path(file).suffix.lower())
+            tables.append(_read_csv(file, delimiter) if delimiter else _read_json(file))
         except UnicodeDecodeError:
             raise UserError(f"source {name}: {file}: is not UTF-8 text") from None
         except (ValueError, RecursionError) as error:
@@ -91,43 +92,50 @@ def _read_all(name: str, path: str, files: list[str]) -> tuple[pa.Table, list[in
         raise UserError(f"source {name}: {path}: {error}") from None
 
 
-def _read_csv(file: str) -> pa.Table:
+def _csv_options(delimiter: str) -> dict[str, Any]:
+    """The options of `csv.reader`. Tabs separate plain texts, in which quotes are ordinary characters."""
+    return {"delimiter": delimiter, "quoting": csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL}
+
+
+def _read_csv(file: str, delimiter: str) -> pa.Table:
     with suppress(csv.Error, pa.ArrowException):
         with open(file, encoding="utf-8-sig", newline="") as lines:  # -sig: Excel writes a byte order mark first.
-            header = _csv_header(csv.reader(lines))
+            header = _csv_header(csv.reader(lines, **_csv_options(delimiter)), delimiter)
         table = pyarrow.csv.read_csv(
             file,
             pyarrow.csv.ReadOptions(block_size=BLOCK_BYTES),
-            pyarrow.csv.ParseOptions(newlines_in_values=True),
+            pyarrow.csv.ParseOptions(
+                delimiter=delimiter, quote_char=False if delimiter == "\t" else '"', newlines_in_values=delimiter == ","
+            ),
             pyarrow.csv.ConvertOptions(
                 column_types=dict.fromkeys(header, pa.string()), null_values=[""], strings_can_be_null=True
             ),
         )
         if table.column_names == header:
             return table
-    return _to_arrow(_csv_rows(file))
+    return _to_arrow(_csv_rows(file, delimiter))
 
 
-def _csv_header(lines: Any) -> list[str]:
+def _csv_header(lines: Any, delimiter: str) -> list[str]:
     """The first line of a `csv.reader`; ValueError if it cannot be the header of a table."""
     header: list[str] = next(lines, [])
-    if len(header) == 1 and re.search("[;\t|]", header[0]):
+    if delimiter == "," and len(header) == 1 and re.search("[;\t|]", header[0]):
         raise ValueError(f"the header {header[0]!r} has no comma; write the columns separated by commas")
     if len(set(header)) < len(header):
         raise ValueError(f"the header names a column twice: {', '.join(header)}")
     return header
 
 
-def _csv_rows(file: str) -> Iterator[dict[str, Any]]:
-    """The rows of a CSV file with a header. Any other file is a ValueError, whose message names the line.
+def _csv_rows(file: str, delimiter: str) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV or TSV file with a header. Any other file is a ValueError, whose message names the line.
 
     A row that spans several lines has the number of its first line.
     """
     with open(file, encoding="utf-8-sig", newline="") as handle:
         csv.field_size_limit(max(BLOCK_BYTES, csv.field_size_limit()))  # As large as Arrow's cells.
-        lines = csv.reader(handle)
+        lines = csv.reader(handle, **_csv_options(delimiter))
         try:
-            header = _csv_header(lines)
+            header = _csv_header(lines, delimiter)
             end = lines.line_num
             for cells in lines:
                 line = end + 1  # A row begins on the line after the end of the row before it.
@@ -158,7 +166,7 @@ def _read_json(file: str) -> pa.Table:
 
 def _is_list(file: str) -> bool:
     with open(file, encoding="utf-8-sig") as handle:
-        return handle.read(1) == "["
+        return handle.read(1024).lstrip()[:1] == "["
 
 
 def _json_rows(file: str) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,11 @@ from openimp.data.tables import Table
 from openimp.data.tars import TarShards
 from openimp.recipe.tasks import Source
 
-FORMATS = {".csv": "manifest", ".json": "manifest", ".jsonl": "manifest", ".parquet": "parquet", ".tar": "webdataset"}
+FORMATS = {
+    **dict.fromkeys((".csv", ".tsv", ".json", ".jsonl"), "manifest"),
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+}
 
 
 def open_source(name: str, source: Source, seed: int = 0) -> Table | Stream:

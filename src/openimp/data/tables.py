@@ -363,13 +363,18 @@ def part_of(value: Any, row: int, of: int) -> int:
 def matches(cell: Any, wanted: Any) -> bool:
     """Whether a cell is a wanted value or, if it is a list, contains one. An `UnreadableRest` always matches.
 
-    Values are compared as text, because the cells of a CSV file have no type.
+    Values are compared as text, because the cells of a CSV file have no type. 1.0 is 1, because pandas makes floats of
+    integers if one is missing.
     """
     if isinstance(cell, UnreadableRest):
         return True
     cells = cell if isinstance(cell, list) else [cell]
     texts = _as_texts(wanted)
-    return any(item is not None and as_text(item) in texts for item in cells)
+    return any(
+        item is not None
+        and (as_text(item) in texts or (isinstance(item, float) and item.is_integer() and str(int(item)) in texts))
+        for item in cells
+    )
 
 
 def _as_texts(wanted: Any) -> list[str]:

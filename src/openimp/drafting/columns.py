@@ -171,10 +171,16 @@ def with_root(source: dict[str, Any], table: Table, first_rows: dict[str, list[A
         return source
     columns = [values for values in first_rows.values() if _are_paths(values)]
     paths = [value for values in columns for value in values if isinstance(value, str)]
-    for folder in (None, *subfolders(table.root)[:MAX_ROOTS]):
-        if any(_exists(table.root / (folder or ""), path) for path in paths):
-            return source if folder is None else {**source, "root": str(Path(source["path"]).parent / folder)}
-    return source
+    folders = ["", *subfolders(table.root)[:MAX_ROOTS]]
+    found = {folder: sum(_exists(table.root / folder, path) for path in paths) for folder in folders}
+    best = [folder for folder in folders if found[folder] and found[folder] == max(found.values())]
+    if not best or "" in best:
+        return source
+    # The same names may be in several folders: train.csv then names the files in train/.
+    words = re.split(r"\W+|_", Path(source["path"]).stem.lower())
+    folder = next((folder for folder in best if folder.lower() in words), best[0])
+    before_pattern = Path(f"{re.split('[*?]', source['path'])[0]}_").parent
+    return {**source, "root": str(before_pattern / folder)}
 
 
 def _exists(root: Path, path: str) -> bool:

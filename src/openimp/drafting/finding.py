@@ -51,8 +51,9 @@ def find(paths: list[str]) -> list[Candidate]:
         UserError: a folder has no media, or the hub cannot be read.
     """
     candidates = [candidate for path in paths for candidate in _below(path)]
-    usable = [candidate for candidate in candidates if not candidate.problem]
-    return [*_join_splits(usable), *(candidate for candidate in candidates if candidate.problem)]
+    joined = _join_splits([candidate for candidate in candidates if not candidate.problem])
+    unusable = [candidate for candidate in candidates if candidate.problem]
+    return sorted([*joined, *unusable], key=lambda candidate: bool(candidate.problem))
 
 
 def _below(path: str) -> list[Candidate]:
@@ -162,10 +163,15 @@ def _join_splits(candidates: list[Candidate]) -> list[Candidate]:
         groups.setdefault(key, []).append((role, candidate))
     joined = []
     for group in groups.values():
-        by_role = dict(group)
-        held_out = by_role.get("val") or by_role.get("test")
-        if "train" in by_role and held_out and len(by_role) == len(group):
-            joined.append(by_role["train"]._replace(held_out=held_out.source))
+        by_role: dict[str, list[Candidate]] = {}
+        for role, candidate in group:
+            by_role.setdefault(role, []).append(candidate)
+        held_out = [*by_role.get("val", []), *by_role.get("test", [])]
+        if len(by_role.get("train", [])) == 1 and held_out and "" not in by_role:
+            joined.append(by_role["train"][0]._replace(held_out=held_out[0].source))
+            for candidate in held_out[1:]:
+                split = f"split {candidate.source['split']} " if "hub" in candidate.source else ""
+                joined.append(candidate._replace(problem=f"{split}is left for a last test"))
         else:
             joined += [candidate for _, candidate in group]
     return joined

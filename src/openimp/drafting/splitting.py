@@ -48,6 +48,8 @@ def split(task: TaskDraft) -> Split:
         why = f"column {shown(column)} says so"
         if values_by_role["val"] and values_by_role["test"]:
             why += "; its test rows are left for a last test"
+        if others := values_by_role[""]:
+            why += f"; rows with {', '.join(shown(other) or 'nothing' for other in others[:3])} are not used"
         train = {**task.source, "where": {column: values_by_role["train"]}}
         test = {**task.source, "where": {column: held_out}}
         try:

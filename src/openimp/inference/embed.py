@@ -42,7 +42,7 @@ class Embedded:
 
 def embed(
     run: str | Path,
-    files: Iterable[File],
+    files: File | Iterable[File],
     out: str | Path,
     modality: str | None = None,
     towards: str | None = None,
@@ -58,7 +58,7 @@ def embed(
 
     Args:
         run: a run, a model folder or a model on the Hugging Face Hub, as `openimp.load` takes it.
-        files: files, and folders to search, on disk or at URLs that fsspec opens, such as `s3://bucket/photos`.
+        files: a file or folder to search, or several, on disk or at URLs that fsspec opens, such as `s3://bucket/photos`.
         out: the table, a file that ends with .parquet. An existing file is replaced.
         modality: the modality of all files. By default, the extension of each file decides.
         towards: see `Model.encode`.
@@ -68,6 +68,7 @@ def embed(
     out = parquet_file(out)
     model = load(run)
     hint = "; if it is one of these, use --modality; to embed the rows of a table, use --join"
+    files = [files] if isinstance(files, str | Path) else files
     files_by_modality, unknown = find_files(files, model.modalities, modality, hint)
     encoders = {name: model.item_encoder(name, towards, batch_size, f"embed {name}") for name in files_by_modality}
     columns = dict.fromkeys(("path", "modality", "towards"), pa.string())

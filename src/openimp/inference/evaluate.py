@@ -20,7 +20,7 @@ from openimp.recipe.schema import Recipe
 
 def evaluate(
     model: str | Path,
-    sets: Iterable[str] | None = None,
+    sets: str | Iterable[str] | None = None,
     recipe: str | Path | None = None,
     overrides: Iterable[str] = (),
     allow_sources: bool = False,
@@ -30,7 +30,7 @@ def evaluate(
 
     Args:
         model: a run, a checkpoint, a model folder, or the name of a model, as `openimp.load` takes it.
-        sets: names of evaluation sets. None: all of them.
+        sets: the name of an evaluation set, or several. None: all of them.
         recipe: the recipe that has the evaluation sets and their sources. None: the recipe of the model's training.
         overrides: changes of sources and evaluation sets, as `--set` takes them: `["sources.photos.limit=100"]`.
         allow_sources: whether the recipe of a model that was not trained here may read any source.
@@ -49,7 +49,8 @@ def evaluate(
     imp, (config, modalities, saved_recipe) = load_model(folder)
     measured = saved_recipe.validated()
     overrides = list(overrides)
-    sets = None if sets is None else list(sets)
+    if sets is not None:
+        sets = [sets] if isinstance(sets, str) else list(sets)
     user_sources: Collection[str] = ()  # the names of the sources in the recipe that the user names
     reasons: list[str] = []  # why sets do not fit the model
     if recipe or overrides:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from openimp.common.errors import UserError, counted, one_line
 from openimp.common.modality import BadMedia
@@ -69,7 +70,8 @@ def embed_rows(
 
     Args:
         run: a run, a model folder or a model on the Hugging Face Hub, as `openimp.load` takes it.
-        source: what the `path` of a recipe's source names, if it is a table and no stream.
+        source: what the `path` of a recipe's source names, if it is a table and no stream; or a source as in a recipe,
+            such as "{path: rows.parquet, root: photos}".
         out: a Parquet file, which openimp reads as a source. An existing one is replaced.
         modality: the modality to embed. It may be None if the model has only one.
         column: the column or text template that the modality reads.
@@ -131,7 +133,8 @@ def _modality(model: Model, name: str | None) -> str:
 
 
 def _open(source: str, to: str) -> Table:
-    table = open_source(Path(source).stem, checked(Source, {"path": source}, "--join"))
+    options = yaml.safe_load(source) if source.startswith("{") else {"path": source}
+    table = open_source("rows", checked(Source, options, "--join", Path.cwd()))
     assert isinstance(table, Table)  # Nothing asks for a stream.
     if to in table.columns:
         raise UserError(f"--to: {source} has a column {to!r} already; name another one")

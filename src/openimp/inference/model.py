@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from openimp.checkpoint.find import find_model
-from openimp.checkpoint.folder import NO_RECIPE, SavedRecipe, load_model, save_model
+from openimp.checkpoint.folder import CONFIG, NO_RECIPE, SavedRecipe, load_model, save_model
 from openimp.common.device import Precision, pick_device, precision_of
 from openimp.common.errors import UserError, nearest
 from openimp.common.folders import require_empty
@@ -20,6 +20,7 @@ from openimp.common.modality import BadMedia, Modalities, Modality
 from openimp.common.names import HUB, HubName
 from openimp.common.progress import notice
 from openimp.common.protocols import PictureReader, Tensors, TextReader
+from openimp.data.trust import record_training, trained_here
 from openimp.encoding.engine import ItemEncoder
 from openimp.encoding.items import require_pair
 from openimp.model.embedder import Embedder
@@ -81,7 +82,7 @@ class Model(nn.Module):
         self.precision = precision
         self.saved_recipe = saved_recipe
         self.folder = folder
-        self.views = dict(config.views)
+        self.views = {name: view.model_copy() for name, view in config.views.items()}
         self._picture_modality = next(
             (modality for modality in modalities.values() if isinstance(modality, PictureReader)), None
         )
@@ -242,7 +243,11 @@ class Model(nn.Module):
         folder = Path(folder)
         require_empty(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(folder, self.imp, self.config, self.modalities, self.saved_recipe.text())
+        config = self.config.model_copy(update={"views": self.views})
+        recipe = self.saved_recipe.text()
+        save_model(folder, self.imp, config, self.modalities, recipe)
+        if recipe and self.folder and trained_here(self.folder):
+            record_training((folder / CONFIG).read_text(encoding="utf-8"), recipe)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """`save`, as users of Hugging Face call it."""

@@ -146,8 +146,9 @@ class Vision(Modality):
         return TensorInput(
             (CHANNELS, height, width),
             torch.float32,
-            "RGB pixels divided by 127.5, minus 1. Put transparent pixels on white. Cut out the center: the largest "
-            f"box of {height} x {width} in proportion, its sides times {view.crop_pct:.6g}. Resize it to {height} "
+            "RGB pixels divided by 127.5, minus 1. Turn the picture as its EXIF data say. Put transparent pixels on "
+            f"white. Cut out the center: the largest box of {height} x {width} in proportion, its sides times "
+            f"{view.crop_pct:.6g}. Resize it to {height} "
             f"pixels in height and {width} in width, with Pillow's bilinear filter.",
         )
 

@@ -11,7 +11,7 @@ from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Modality
 from openimp.common.schema import FolderName, Strict, base_folder, checked, unknown_key
 from openimp.recipe.model import Model
-from openimp.recipe.registry import modality_class, tower_class
+from openimp.recipe.registry import known_stems, modality_class, tower_class
 
 TwoNames = Annotated[tuple[str, str], Field(strict=False)]
 
@@ -92,13 +92,14 @@ def fill_stems(stems: dict[str, Any], names: Iterable[str], model: Model, locati
         configs = {modality_class(name).stem: class_for(name, model, stems).Config for name in names}
     except UserError as error:
         raise UserError(f"{location}: {error}") from None
-    for stem in stems:
-        if stem not in configs:
-            raise UserError(f"modalities: {unknown_key(stem, configs)}")
     experts = model.moe.experts_by_stem if model.moe else {}
-    for stem in experts:
-        if stem not in configs:
-            raise UserError(f"model.moe.experts: {unknown_key(stem, configs)}")
+    for key, named_stems in (("modalities", stems), ("model.moe.experts", experts)):
+        for stem in named_stems:
+            if stem in configs:
+                continue
+            if stem in known_stems():
+                raise UserError(f"{key}.{stem}: no input reads this modality; remove the key")
+            raise UserError(f"{key}: {unknown_key(stem, configs)}")
     for stem in configs if experts else ():
         if stem not in experts:
             raise UserError(f"model.moe.experts: no number of experts for the stem {stem}")

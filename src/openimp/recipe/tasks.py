@@ -47,7 +47,7 @@ class Source(Strict):
     """Data from exactly one `path` or `hub`. Several tasks may share a source."""
 
     path: RecipePath | None = None
-    """A folder (of files, or one subfolder per class), a manifest (.csv, .json or .jsonl), a .parquet or a .tar file,
+    """A folder (of files, or one subfolder per class), a manifest (.csv, .tsv, .json, .jsonl), a .parquet or .tar file,
     several such files by a pattern with `*`, a URL that fsspec opens, `openimp:NAME` for bundled data, or
     `hub:OWNER/NAME`. Relative to the recipe's folder; `~` is the home directory."""
     hub: str | None = None

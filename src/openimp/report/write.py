@@ -48,6 +48,8 @@ def write_report(
     if has_scheme(run):
         run = find_model(run)
         out = out or Path(f"{read_config(run)[0].name}.html")
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder")
     refuse_links(run)
     metrics = read_metrics(run / "metrics.jsonl")
     has_model = (run / "config.json").exists() or bool(checkpoints(run))

@@ -74,7 +74,7 @@ class Built(NamedTuple):
 
 def build_index(
     model: str | Path,
-    paths: Iterable[str | Path] | None = None,
+    paths: str | Path | Iterable[str | Path] | None = None,
     out: str | Path | None = None,
     batch_size: int = BATCH_SIZE,
     progress: Progress = track,
@@ -88,8 +88,8 @@ def build_index(
 
     Args:
         model: a run, a model folder, `openimp:base` or a model on the Hugging Face Hub, as `openimp.load` takes it.
-        paths: files and folders. None: the media of all sources of the model's recipe; an index that was built with
-            other weights is then replaced.
+        paths: a file or folder, or several. None: the media of all sources of the model's recipe; an index that was
+            built with other weights is then replaced.
         out: the index, a folder. Default: `search.index` in the run `model`; for `openimp:base` without `paths`, a
             folder in openimp's cache.
         batch_size: maximum number of clips per forward pass; a picture or a text is one clip.
@@ -99,6 +99,7 @@ def build_index(
     Raises:
         UserError: there are no media, the index was built with other weights or views, or another process writes it.
     """
+    paths = [paths] if isinstance(paths, str | Path) else paths
     return _build(model, paths, out, batch_size, progress, allow_sources).result
 
 
@@ -133,6 +134,10 @@ def _build(
         for modality_name, modality in opened.modalities.items()
         if any(opened.imp.share_a_space(modality_name, other) for other in opened.modalities)
     }
+    if not modalities:
+        raise UserError(
+            f"{name}: no task compares two modalities, so there is nothing to search by; see openimp classify"
+        )
     if given is None:
         media = _recipe_media(name, opened, modalities, allow_sources)
         unknown: dict[str, int] = {}

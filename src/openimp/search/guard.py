@@ -6,6 +6,7 @@ that it could also read the answers. But its requests have its own name in their
 
 import ipaddress
 import socket
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -36,11 +37,11 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware. `host` is the address that the server listens on."""
+    """ASGI middleware. `host` is the address that the server listens on, and `names` are further names of it."""
 
-    def __init__(self, app: ASGIApp, host: str) -> None:
+    def __init__(self, app: ASGIApp, host: str, names: Iterable[str] = ()) -> None:
         self.app = app
-        self.host_names = {*LOOPBACK, host.lower()}
+        self.host_names = {*LOOPBACK, host.lower(), *(name.lower() for name in names)}
         self.is_public = not is_loopback(host)
         if self.is_public:
             self.host_names.add(socket.gethostname().lower())
@@ -58,7 +59,8 @@ class Guard:
 
         app = self.app
         if not self._is_known(headers.get("host", "")):
-            app = PlainTextResponse("This server does not go by the name in the Host header.", 421)
+            advice = "Start it with --name and the name of the page's address."
+            app = PlainTextResponse(f"This server does not go by the name in the Host header. {advice}", 421)
         elif scope["method"] not in ("GET", "HEAD") and not _is_same_origin(headers):
             app = PlainTextResponse("This request does not come from the page of this server.", 403)
         await app(scope, receive, send_with_headers)

@@ -5,11 +5,11 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from datetime import date
+from datetime import date, datetime
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -113,7 +113,7 @@ class Index:
         self,
         queries: str | QueryPart | Sequence[str | QueryPart],
         k: int = 20,
-        modalities: Sequence[str] | None = None,
+        modalities: str | Sequence[str] | None = None,
         under: str | Path | None = None,
         min_score: float | None = None,
         by: By = "both",
@@ -134,7 +134,7 @@ class Index:
         Args:
             queries: one part of the query or several. A string is a text. Items in the query are not returned.
             k: maximum number of results.
-            modalities: only items of these modalities. None: all that can be compared with the queries.
+            modalities: only items of this modality, or of these. None: all that can be compared with the queries.
             under: only this file, files in this folder, or rows of the source of this name.
             min_score: only items with at least this cosine; none that was found by its words and has no cosine.
             by: "both", "meaning" or "words". A query that has anything but texts is always ranked by meaning. Items
@@ -149,6 +149,9 @@ class Index:
         parts = [queries] if isinstance(queries, str | QueryPart) else queries
         if not parts:
             raise UserError("the query is empty: give a text or a file")
+        if by not in get_args(By):
+            raise UserError(f"by must be {' or '.join(get_args(By))}, found {by!r}")
+        modalities = [modalities] if isinstance(modalities, str) else modalities
         self._check_modalities(modalities)
         filters = self._filters(parts, under, since, until)
         encoded = self._encode_all(parts)
@@ -422,6 +425,8 @@ def _day(name: str, value: str | date | None) -> date | None:
     """A day; None if there is none. UserError if it is something else."""
     if not value:
         return None
+    if isinstance(value, datetime):
+        return value.date()
     if isinstance(value, date):
         return value
     try:

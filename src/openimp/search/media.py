@@ -79,11 +79,11 @@ def media_of_files(
 
 def media_of_recipe(recipe: Recipe, modalities: Modalities) -> Iterator[Media]:
     """The media in the sources that the tasks and evaluation sets read. Streamed sources are skipped,
-    because their rows have no numbers."""
+    because their rows have no numbers. So are media that are in no `modalities`."""
     open_table = cache(partial(source_table, recipe))
     seen = set()
     users = [
-        (user, [spec for name, spec in user.inputs.items() if modalities[name].reads_text])
+        (user, [spec for name, spec in user.inputs.items() if name in modalities and modalities[name].reads_text])
         for user in (*recipe.tasks.values(), *recipe.evaluation.sets.values())
     ]
     users.sort(key=lambda user_and_texts: not user_and_texts[1])  # Texts say more than classes.
@@ -92,7 +92,7 @@ def media_of_recipe(recipe: Recipe, modalities: Modalities) -> Iterator[Media]:
             continue
         for name, spec in user.inputs.items():
             column = spec.columns[0]
-            if modalities[name].reads_text or (user.source, column, name) in seen:
+            if name not in modalities or modalities[name].reads_text or (user.source, column, name) in seen:
                 continue
             seen.add((user.source, column, name))
             table = open_table(user.source)

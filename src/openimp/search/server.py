@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 
 import uvicorn
@@ -17,8 +18,8 @@ from openimp.search.index import Index
 from openimp.search.page import Page
 
 
-def create_app(index: Index, host: str = "127.0.0.1") -> Guard:
-    """The page as an ASGI application. `host` is the address that it is served at."""
+def create_app(index: Index, host: str = "127.0.0.1", names: Sequence[str] = ()) -> Guard:
+    """The page as an ASGI application. `host` is the address that it is served at, and `names` are its other names."""
     page = Page(index)
     routes = [
         Route("/", page.search),
@@ -32,10 +33,10 @@ def create_app(index: Index, host: str = "127.0.0.1") -> Guard:
     ]
     app = Starlette(routes=routes, exception_handlers={UserError: page.refuse, HTTPException: page.refuse})
     app.router.redirect_slashes = False
-    return Guard(app, host)
+    return Guard(app, host, names)
 
 
-def serve(index: Index, host: str, port: int) -> None:
+def serve(index: Index, host: str, port: int, names: Sequence[str] = ()) -> None:
     """Serves the page until Ctrl-C."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -51,7 +52,7 @@ def serve(index: Index, host: str, port: int) -> None:
         console.print("Everybody who reaches this machine over the network can see all indexed items.")
     console.print("Stop it with Ctrl-C.")
     options = uvicorn.Config(
-        create_app(index, host),
+        create_app(index, host, names),
         log_level="error",
         server_header=False,
         limit_concurrency=256,

@@ -102,7 +102,7 @@ def _make_small(data: dict[str, Any], original: Recipe) -> None:
     for task in data["tasks"].values():
         if not data["sources"][task["source"]]["stream"]:  # The lanes of a stream divide its batches.
             task["batch_size"] = SMOKE_BATCH
-    if (data["modalities"].get("text") or {}).get("min_df"):
+    if (data["modalities"].get("text") or {}).get("min_df") and not data["train"]["init"]:
         data["modalities"]["text"]["min_df"] = 1  # In few rows, words do not repeat.
     data["train"]["num_workers"] = 0
 

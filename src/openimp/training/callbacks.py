@@ -54,6 +54,8 @@ class EarlyStopping(Callback):
             raise UserError(f"EarlyStopping: no evaluation set is called {self.set!r}{nearest(self.set, sets)}")
         if recipe.evaluation.every is None:
             raise UserError("EarlyStopping: evaluation.every is null, so sets are evaluated only at the end; set it")
+        self._best = float("-inf")  # Of an earlier training with this callback.
+        self._without_gain = 0
 
     def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
         metric = fmean(main_metric(result) for result in results if result["set"] == self.set)

@@ -31,8 +31,11 @@ class Checkpointing:
         state = load_training_state(folder, self.model, self.updater.optimizers, ema)
         self.newest_step = state["step"]
         # Evaluation may have changed, and data may have moved. `openimp eval` reads the checkpoint's recipe.
-        self._has_old_recipe = run_on_rank_zero(lambda: read_text(folder / RECIPE) != self.text_files[RECIPE])
+        self._has_old_recipe = run_on_rank_zero(lambda: self._is_old(folder / RECIPE))
         return state
+
+    def _is_old(self, recipe: Path) -> bool:
+        return not recipe.exists() or read_text(recipe) != self.text_files[RECIPE]  # Format 6 has no recipe.yaml.
 
     def save(self, state: dict[str, Any]) -> None:
         """Does nothing if this step has a checkpoint with the run's recipe. Otherwise, starts writing one, or raises
