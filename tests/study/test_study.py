@@ -22,7 +22,7 @@ from openimp.data.files import locate
 from openimp.inference.join import embed_rows
 from openimp.recipe.file import find_file
 from openimp.recipe.schema import Recipe
-from openimp.study.budget import SMOKE_ROWS, part_recipe
+from openimp.study.budget import MIN_STEPS, SMOKE_ROWS, part_recipe
 from openimp.study.outcome import Outcome
 from openimp.study.results import curves_of, write_results
 from openimp.study.run import run_study
@@ -33,6 +33,8 @@ STUDIES = sorted(
     {path.stem for path in Path(find_file("moe", "studies")).parent.glob("*.yaml")} - {"photos_and_speech"}
 )
 """The bundled studies of bundled data. recipe/test_photos_and_speech.py runs the other one."""
+TRAINED = ["alternation", "conflict", "distillation", "moe", "peer", "tower"]
+"""Studies that differ in more than the keys of their recipes."""
 LITTLE = {
     "title": "Little arms",
     "question": "Which is better?",
@@ -345,7 +347,17 @@ def test_a_mistake_in_a_study_is_reported_before_training(own_data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", [name for name in STUDIES if name not in TRAINED])
+def test_the_arms_of_other_bundled_studies_can_be_trained(name):
+    """Each recipe is built, and the FLOPs of its steps are counted."""
+    study, _ = read_study(name, smoke=False)
+    for parts in study.arms.values():
+        for part in parts:
+            assert part_recipe(study, part, 0).train.steps >= MIN_STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
 def test_bundled_studies_run(name, tiny_recipe, tiny_model, tmp_path, monkeypatch):
     """In their --smoke setting, on a part of the bundled data."""
     if name == "distillation":
