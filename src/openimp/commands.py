@@ -100,9 +100,12 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
         refuse_links(run)
         saved_recipe = load_run_recipe(run, overrides, Path.cwd())
         if not any(_is_in(source, data) for source in saved_recipe.sources.values()):
+            command = (
+                f"openimp train {shlex.quote(str(run / 'recipe.yaml'))} --run-dir {shlex.quote(str(run))} --resume"
+            )
             raise UserError(
                 f"{run}: holds a run on other data than {data}; name another directory with --run-dir, or resume that "
-                f"run with openimp train {shlex.quote(str(run / 'recipe.yaml'))} --resume"
+                f"run with {command}"
             )
         return saved_recipe
     distributed.start()

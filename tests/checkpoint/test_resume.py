@@ -284,15 +284,23 @@ def test_a_copy_of_a_run_whose_links_became_folders_goes_on(little_data, tmp_pat
     colours = json.dumps(Recipe.load(little_data / "recipe.yaml").to_dict()["evaluation"]["sets"]["colours"])
     changes = [changes[0].replace("COLOURS", colours)]
 
-    class StopAfter6(openimp.Callback):
-        def on_step(self, step, metrics):
-            if step == 6:
-                raise openimp.StopTraining
+    class Breaks(openimp.Callback):
+        def __init__(self, step):
+            self.step = step
 
-    assert train(recipe_of(little_data, *changes), tmp_path / "run", callbacks=[StopAfter6()])
+        def on_step(self, step, metrics):
+            if step == self.step:
+                raise UserError("broken")
+
+    with pytest.raises(UserError, match="broken"):
+        train(recipe_of(little_data, *changes), tmp_path / "run", callbacks=[Breaks(6)])
     copy = Path(shutil.copytree(tmp_path / "run", tmp_path / "copy"))  # Follows links.
     best = copy / "checkpoints" / "best"
     assert not best.is_symlink()
+    few = recipe_of(little_data, *changes, "train.save_every=1", "train.keep_last=1")
+    with pytest.raises(UserError, match="broken"):
+        train(few, copy, resume=True, callbacks=[Breaks(7)])
+    assert {"step-00000004", "step-00000006"} <= set(names(copy)), "which one is the best is unknown"
     assert train(recipe_of(little_data, *changes), copy, resume=True)
     assert best.is_symlink()
     openimp.load(best)

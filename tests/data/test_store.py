@@ -218,6 +218,16 @@ def test_a_change_of_other_columns_and_files_makes_nothing_anew(tmp_path):
     assert modality.decoded == 0
 
 
+def test_a_changed_file_that_a_struct_names_makes_it_anew(tmp_path):
+    """As `datasets` writes media that are not embedded."""
+    (tmp_path / "0.npy").write_bytes(npy(ARRAYS[0]))
+    cells = [{"bytes": None, "path": "0.npy"}, {"bytes": npy(ARRAYS[1]), "path": None}]
+    pq.write_table(pa.table({"file": cells}), tmp_path / "x.parquet")
+    build(opened(tmp_path / "x.parquet"))
+    (tmp_path / "0.npy").write_bytes(npy(ARRAYS[0] + 1))
+    np.testing.assert_array_equal(build(opened(tmp_path / "x.parquet"))[0], ARRAYS[0] + 1)
+
+
 def test_another_version_makes_it_anew(folder, monkeypatch):
     build(opened(folder / "m.csv"))
     monkeypatch.setattr(store_module, "version", lambda name: "99.0")

@@ -145,6 +145,7 @@ def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
     code, _, err = openimp("train", "other/classes", "--resume", "auto")
     assert code == 2
     assert "runs/classes: holds a run on other data than other/classes; name another directory" in err
+    assert "resume that run with openimp train runs/classes/recipe.yaml --run-dir runs/classes --resume" in err
     Path("other/classes").rename("classes")
     Path("mine").symlink_to("classes")
     assert recipe_name("mine") == "mine"

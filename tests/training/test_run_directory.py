@@ -67,9 +67,13 @@ def test_what_may_change_when_a_run_is_resumed(little_data, little_run, tmp_path
     run = Path(shutil.copytree(little_run, tmp_path / "run", symlinks=True))
     for changes in (["train.loggers=[]"], ["train.loggers=[tensorboard]", "train.log_every=7"]):
         assert train(Recipe.load(little_data / "recipe.yaml", changes), run, resume=True)
-    started = [f"train.init={little_run}", "train.steps=1", "evaluation={}"]
+    first = Path(shutil.copytree(little_run, tmp_path / "first", symlinks=True))
+    started = [f"train.init={first}", "train.steps=1", "evaluation={}"]
     assert train(Recipe.load(little_data / "recipe.yaml", started), tmp_path / "tuned")
-    started[0] = f"train.init={tmp_path / 'elsewhere' / little_run.name}"
+    started[0] = f"train.init={tmp_path / 'elsewhere' / 'first'}"
+    with refuses():  # Another model, because the first one is still there.
+        train(Recipe.load(little_data / "recipe.yaml", started), tmp_path / "tuned", resume=True)
+    shutil.rmtree(first)
     assert train(Recipe.load(little_data / "recipe.yaml", started), tmp_path / "tuned", resume=True)
     with refuses():
         started[0] = "train.init=another"

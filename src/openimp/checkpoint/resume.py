@@ -5,6 +5,7 @@ from pathlib import Path
 
 from openimp.checkpoint.folder import CHECKPOINTS, checkpoints, read_config, read_state, step_of, verify
 from openimp.common.errors import UserError, counted
+from openimp.common.names import has_scheme
 from openimp.common.progress import console
 from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.file import differences
@@ -46,7 +47,8 @@ def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
         # Data may have moved. `changed_sources` compares its content instead of its path.
         is_location = key.startswith("sources.") and key.endswith((".path", ".root", ".license"))
         if key in ONLY_AT_START and isinstance(theirs, str) and isinstance(ours, str):
-            is_location = Path(theirs).name == Path(ours).name
+            is_moved = not (has_scheme(theirs) or has_scheme(ours) or Path(theirs).exists())
+            is_location = is_moved and Path(theirs).name == Path(ours).name
         is_free = any(key == free_key or key.startswith(f"{free_key}.") for free_key in FREE)  # Loggers are a list.
         if not (is_location or is_free or key.startswith("parallel.") or only_evaluates(key, recipe)):
             raise UserError(

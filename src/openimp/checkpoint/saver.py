@@ -133,6 +133,9 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
 def _remove_others(folder: Path, keep: int) -> None:
     """Keeps `folder`, the `keep` - 1 checkpoints before it, and the best one. Removes all others, also later ones."""
     run = folder.parents[1]  # `folder` is RUN/checkpoints/step-...
+    link = folder.parent / BEST
+    if link.is_dir() and not link.is_symlink():
+        return  # A copy that followed links: the best checkpoint is unknown until `mark_best` makes the link again.
     saved = checkpoints(run)
     best = (folder.parent / BEST).resolve().name
     # Later checkpoints are damaged; otherwise the run would have resumed from them. They must not stay the newest.

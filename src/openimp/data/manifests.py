@@ -97,7 +97,7 @@ def _csv_options(delimiter: str) -> dict[str, Any]:
     return {"delimiter": delimiter, "quoting": csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL}
 
 
-def _read_csv(file: str, delimiter: str) -> pa.Table:
+def _read_csv(file: str, delimiter: str = ",") -> pa.Table:
     with suppress(csv.Error, pa.ArrowException):
         with open(file, encoding="utf-8-sig", newline="") as lines:  # -sig: Excel writes a byte order mark first.
             header = _csv_header(csv.reader(lines, **_csv_options(delimiter)), delimiter)
@@ -126,7 +126,7 @@ def _csv_header(lines: Any, delimiter: str) -> list[str]:
     return header
 
 
-def _csv_rows(file: str, delimiter: str) -> Iterator[dict[str, Any]]:
+def _csv_rows(file: str, delimiter: str = ",") -> Iterator[dict[str, Any]]:
     """The rows of a CSV or TSV file with a header. Any other file is a ValueError, whose message names the line.
 
     A row that spans several lines has the number of its first line.

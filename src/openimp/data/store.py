@@ -167,13 +167,11 @@ def decoding_key(modality: Modality, views: list[Any]) -> list[Any]:
 def row_states(table: Table, column: str) -> list[Any]:
     """For each row, a value that changes if the row's media change.
 
-    If the rows have paths, other columns and rows do not count: who corrects a caption need not decode again.
+    If a row has a path, other columns and rows do not count: who corrects a caption need not decode again.
     """
     paths = table.path_of_rows(column)
-    if paths is None:
-        return [(table.fingerprint, column, row) for row in range(len(table))]
     state_of = {path: table.file_state(path) for path in paths if path}
-    return [path and (path, state_of[path]) for path in paths]
+    return [(path, state_of[path]) if path else (table.fingerprint, column, row) for row, path in enumerate(paths)]
 
 
 def decoding_of(modality: Any) -> list[Any]:

@@ -145,12 +145,10 @@ class Table(Rows):
         values = self._paths(column)
         return [] if values is None else [path for path in values.to_pylist() if path]
 
-    def path_of_rows(self, column: str) -> list[str | None] | None:
-        """The path of the media file of each selected row. None if the table itself holds media."""
-        values = self._data.column(column)
-        if not _is_text(values.type):
-            return None
-        return self._paths(column).to_pylist()
+    def path_of_rows(self, column: str) -> list[str | None]:
+        """The path of the media file of each selected row. None for media that the table itself holds."""
+        values = self._paths(column)
+        return [None] * len(self) if values is None else values.to_pylist()
 
     def _paths(self, column: str) -> Any:
         """The column's paths in the selected rows, as an Arrow array. None if the column has no paths."""

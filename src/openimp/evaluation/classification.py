@@ -146,8 +146,8 @@ def _merged(labels: list[Any]) -> tuple[list[Any], dict[str, int]]:
     label_by_key: dict[str, Any] = {}
     for label in labels:
         label_by_key.setdefault(text_key(as_text(label)), label)
-    keys = list(label_by_key)
-    return list(label_by_key.values()), {as_text(label): keys.index(text_key(as_text(label))) for label in labels}
+    number_of = {key: number for number, key in enumerate(label_by_key)}
+    return list(label_by_key.values()), {as_text(label): number_of[text_key(as_text(label))] for label in labels}
 
 
 def classify(

@@ -20,13 +20,13 @@ LARGEST_DOWNLOAD = 2**31
 
 
 def find_files(
-    files: Iterable[File], modalities: Modalities, only: str | None = None, hint: str = "", may_be_none: bool = False
+    files: Iterable[File], modalities: Modalities, only: str | None = None, hint: str = ""
 ) -> tuple[dict[str, list[File]], dict[str, int]]:
     """Returns the files by modality, and the number of files in folders that belong to none, by extension.
 
     `files` are files and folders, on disk or at URLs. If two modalities share an extension, it belongs to the model's
     first one. `only` is the modality of all files; None: their extensions decide. `hint` tells the user what to do if
-    the extension of a given file does not decide. Unless there `may_be_none`, no file at all is a UserError.
+    the extension of a given file does not decide.
     """
     if only is not None and only not in modalities:
         raise UserError(f"the model has no modality {only!r}{nearest(only, modalities)}")
@@ -55,7 +55,7 @@ def find_files(
                 unknown[extension] += 1
             else:
                 files_by_modality.setdefault(name, {})[Path(path) if isinstance(file, Path) else path] = None
-    if not files_by_modality and not may_be_none:
+    if not files_by_modality:
         places = ", ".join(map(str, given)) or "an empty list"
         raise UserError(f"no files in {places}; looked for {', '.join(modality_of)}")
     return {name: list(unique_files) for name, unique_files in files_by_modality.items()}, unknown
@@ -96,14 +96,17 @@ def file_value(file: File, reads_text: bool) -> str | bytes | Path:
     limit = LARGEST_TEXT if reads_text else LARGEST_DOWNLOAD
     try:
         system, path = fsspec.core.url_to_fs(file)
-        data = bytearray()
+        blocks = []
+        size = 0
         with system.open(path, "rb") as stream:
             # Of an answer of unknown length, fsspec returns a part at a time.
-            while len(data) <= limit and (block := stream.read(limit + 1 - len(data))):
-                data += block
-        if len(data) > limit:
+            while size <= limit and (block := stream.read(limit + 1 - size)):
+                blocks.append(block)
+                size += len(block)
+        if size > limit:
             raise BadMedia(f"is larger than {limit:,} bytes")
-        return data.decode("utf-8-sig").strip() if reads_text else bytes(data)
+        data = b"".join(blocks)
+        return data.decode("utf-8-sig").strip() if reads_text else data
     except FileNotFoundError:
         # fsspec raises it for each answer of a web server but success.
         refused = ", or the server refuses it" if file.lower().startswith("http") else ""

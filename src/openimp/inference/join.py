@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from openimp.common.errors import UserError, counted, one_line
 from openimp.common.modality import BadMedia
@@ -23,6 +22,7 @@ from openimp.encoding.engine import chunks_on_cpu
 from openimp.encoding.items import raw_value, require_columns
 from openimp.inference.files import parquet_file
 from openimp.inference.model import Model, load
+from openimp.recipe.file import parse_mapping
 from openimp.recipe.inputs import Input
 from openimp.recipe.tasks import Source
 
@@ -133,9 +133,10 @@ def _modality(model: Model, name: str | None) -> str:
 
 
 def _open(source: str, to: str) -> Table:
-    options = yaml.safe_load(source) if source.startswith("{") else {"path": source}
+    options = parse_mapping(source, Path("--join"), "source") if source.startswith("{") else {"path": source}
     table = open_source("rows", checked(Source, options, "--join", Path.cwd()))
-    assert isinstance(table, Table)  # Nothing asks for a stream.
+    if not isinstance(table, Table):
+        raise UserError("--join: a stream has no numbered rows; remove stream")
     if to in table.columns:
         raise UserError(f"--to: {source} has a column {to!r} already; name another one")
     return table

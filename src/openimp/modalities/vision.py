@@ -272,9 +272,9 @@ def drop_opaque_alpha(pixels: np.ndarray) -> np.ndarray:
 def check_pixels(pixels: np.ndarray, axes: int) -> np.ndarray:
     """Converts an array of 0..255 with `axes` leading axes and 0 to 4 channels to 3 or 4 channels uint8.
 
-    Refuses other arrays. Tables have integers of any type, because lists of numbers become int64.
+    Refuses other arrays. Lists of numbers in tables become int64.
     """
-    if np.issubdtype(pixels.dtype, np.integer) and pixels.size and pixels.min() >= 0 and pixels.max() <= 255:
+    if pixels.dtype == np.int64 and pixels.size and pixels.min() >= 0 and pixels.max() <= 255:
         pixels = pixels.astype(np.uint8, copy=False)
     if pixels.dtype != np.uint8:
         raise BadMedia(f"expected uint8 pixels, found {pixels.dtype}")

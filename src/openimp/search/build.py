@@ -142,10 +142,11 @@ def _build(
         media = _recipe_media(name, opened, modalities, allow_sources)
         unknown: dict[str, int] = {}
     else:
-        # Of folders that are gone or empty now, an index may still have items, which are to be removed.
+        # Of a folder that is gone, an index may still have items, which are removed. If no folder has files, that is an
+        # error: a disk may not be mounted.
         is_update = read_metadata(folder) is not None
         present = [path for path in given if path.exists() or not is_update]
-        files_by_modality, unknown = find_files(present, modalities, may_be_none=is_update)
+        files_by_modality, unknown = find_files(present or given, modalities)
         media = list(media_of_files(files_by_modality, given, modalities))
     metadata = Metadata(
         format=FORMAT,
@@ -170,7 +171,7 @@ def _build(
             raise
         skipped = {path: reason for path, (_, reason) in update.skipped.items()}
         count = items.table.count_rows()
-        if not count and not update.counts["removed"]:
+        if not count:
             path, reason = next(iter(skipped.items()), ("nothing", "there are no media"))
             raise UserError(f"no file can be read; the first: {escaped(path)}: {reason}")
         items.compact()
