@@ -398,8 +398,10 @@ def test_report_writes_a_page_or_says_why_not(succeeded, refused, little_run, tm
     page = tmp_path / "page.html"
     printed = succeeded("report", little_run, "--out", page)
     assert f"{page}: {page.stat().st_size / 1e6:.2f} MB" in printed
-    told = f"{tmp_path / 'missing'}: nothing to report on: no checkpoint, and no line in metrics.jsonl"
-    assert refused("report", tmp_path / "missing") == told
+    assert refused("report", tmp_path / "missing") == f"{tmp_path / 'missing'}: no such folder"
+    (tmp_path / "empty").mkdir()
+    told = f"{tmp_path / 'empty'}: nothing to report on: no checkpoint, and no line in metrics.jsonl"
+    assert refused("report", tmp_path / "empty") == told
 
 
 @pytest.mark.slow
