@@ -93,7 +93,7 @@ def test_lists_of_numbers_in_tables_become_integers_of_another_type():
 
 
 def test_clips_of_a_long_sound_that_ends_before_its_header_claims():
-    """The sound of a film, whose pictures go on in silence."""
+    """The pictures of this film are longer than its sound."""
     samples = rng().integers(-9999, 9999, 305 * 8000).astype(np.int16) / 32767
     raw = film(counting(8, 16, 16), "matroska", "ffv1", "gray", times=[*range(7), 25 * 400], sound=samples,
                audio="pcm_s16le", rate=8000)  # fmt: skip

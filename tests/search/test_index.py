@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import date, datetime, timedelta
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -266,18 +265,6 @@ def test_a_file_that_could_not_be_read_is_tried_again_by_other_decoders(build, f
 def test_captions_are_found_although_only_their_media_are_named(build, media_folder, tmp_path):
     build(*media_folder.glob("*.png"))
     assert {row["text"] for row in rows(tmp_path / "x.index").values()} == {*TEXTS[:3]}
-
-
-def test_many_groups_of_files_are_merged_on_the_way(build, folder, tmp_path, monkeypatch):
-    build(folder, index="whole.index")
-    monkeypatch.setattr("openimp.search.update.GROUPS_PER_MERGE", 1)
-    merged = []
-    merge = Items.merge
-    monkeypatch.setattr(Items, "merge", lambda items: merged.append(items.table.count_rows()) or merge(items))
-    build(folder, batch_size=1)
-    assert len(merged) > 2, "besides the last one"
-    assert all(later >= 2 * earlier for earlier, later in pairwise(merged[:-1]))
-    assert_equal(tmp_path / "x.index", tmp_path / "whole.index")
 
 
 def test_an_index_that_is_open_for_days_is_opened_again(build, folder, tmp_path):

@@ -152,7 +152,7 @@ def _remove(folder: Path) -> None:
 
 
 def _renamed(folder: Path) -> Path:
-    """Gives a checkpoint a name under which nobody finds it, and returns the new path."""
+    """Renames a checkpoint, so that it no longer counts as one, and returns the new path."""
     renamed = folder.with_name(f".{folder.name}.old")
     os.replace(folder, renamed)
     return renamed

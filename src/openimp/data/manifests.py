@@ -127,7 +127,8 @@ def _csv_header(lines: Any, delimiter: str) -> list[str]:
 
 
 def _csv_rows(file: str, delimiter: str = ",") -> Iterator[dict[str, Any]]:
-    """The rows of a CSV or TSV file with a header. Any other file is a ValueError, whose message names the line.
+    """The rows of a CSV or TSV file with a header. A file that is damaged, or something else, raises a ValueError that
+    names the line.
 
     A row that spans several lines has the number of its first line.
     """

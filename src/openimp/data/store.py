@@ -160,14 +160,14 @@ def read_part(file: Path) -> pa.Table:
 
 
 def decoding_key(modality: Modality, views: list[Any]) -> list[Any]:
-    """What decides on how a column is decoded that these views read."""
+    """What determines how a column is decoded, besides its rows: the modality, and the views that read the column."""
     return [*decoding_of(modality), sorted({view.model_dump_json() for view in views})]
 
 
 def row_states(table: Table, column: str) -> list[Any]:
     """For each row, a value that changes if the row's media change.
 
-    If a row has a path, other columns and rows do not count: who corrects a caption need not decode again.
+    If a row has a path, its other columns do not count, so that a corrected caption does not decode the media again.
     """
     paths = table.path_of_rows(column)
     state_of = {path: table.file_state(path) for path in paths if path}

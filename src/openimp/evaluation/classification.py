@@ -122,7 +122,7 @@ def read_labels(evaluator: Evaluator, options: ZeroShot | ClassHead, error_prefi
                 f"{column}: class {label!r} and another one are both {as_text(label)!r} as text; rename one"
             )
     if isinstance(options, ZeroShot) and known_classes is None:
-        classes, index = _merged(classes)
+        classes, index = _merge_equal_texts(classes)
     remedy = None
     if isinstance(options, ClassHead):
         remedy = f"list all classes in the objective of tasks.{options.task}, or leave the row out with where"
@@ -138,10 +138,10 @@ def read_labels(evaluator: Evaluator, options: ZeroShot | ClassHead, error_prefi
     return Labels(names, index, has_lists, splits)
 
 
-def _merged(labels: list[Any]) -> tuple[list[Any], dict[str, int]]:
-    """The classes of labels that are known by name only, and the class of each label, as in `Labels.class_index`.
+def _merge_equal_texts(labels: list[Any]) -> tuple[list[Any], dict[str, int]]:
+    """Makes one class of labels such as "Pizza" and "pizza ", whose texts have equal `text_key`s and equal vectors.
 
-    Labels are one class if their texts have equal `text_key`s: "Pizza" and "pizza " would have the same vector.
+    Returns the first label of each class, and by the text of each label the index of its class.
     """
     label_by_key: dict[str, Any] = {}
     for label in labels:

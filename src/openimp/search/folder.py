@@ -107,7 +107,7 @@ class Skipped(Strict):
 
 
 def read_skipped(folder: Path) -> Skipped:
-    """The content of skipped.json, or nothing if there is no such file."""
+    """Reads skipped.json. If the file does not exist, the result lists no files."""
     file = folder / SKIPPED
     data = _read_json(file) if file.exists() else {}
     if isinstance(data, dict) and "decoders" not in data:  # Older versions wrote only the files.

@@ -37,7 +37,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware. `host` is the address that the server listens on, and `names` are further names of it."""
+    """ASGI middleware. `host` is the address that the server listens on. Browsers may also use the `names`."""
 
     def __init__(self, app: ASGIApp, host: str, names: Iterable[str] = ()) -> None:
         self.app = app

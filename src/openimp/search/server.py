@@ -19,7 +19,7 @@ from openimp.search.page import Page
 
 
 def create_app(index: Index, host: str = "127.0.0.1", names: Sequence[str] = ()) -> Guard:
-    """The page as an ASGI application. `host` is the address that it is served at, and `names` are its other names."""
+    """The page as an ASGI application. `host` is the address that it is served at; for `names` see `Guard`."""
     page = Page(index)
     routes = [
         Route("/", page.search),

@@ -197,13 +197,9 @@ class Items:
             self.table.delete(any_of("path", chunk))
 
     @_write_errors()
-    def merge(self) -> None:
-        """Merges the small files that many writes leave, and adds new rows to the indexes."""
-        self.table.optimize(cleanup_older_than=timedelta(days=9999))
-
-    @_write_errors()
     def compact(self) -> None:
-        """Builds the indexes, merges the small files that many writes leave, and removes old versions.
+        """Merges the small files that many writes leave, builds the indexes or adds new rows to them, and removes
+        old versions.
 
         A process reads the version that was the newest when it opened the index. So a version is kept until
         `KEEP_VERSIONS` seconds after a newer one was written.
@@ -218,7 +214,7 @@ class Items:
             self.table.create_index("text", config=FTS())
         if "vector" not in indexed and self.table.count_rows() >= APPROXIMATE_ROWS:
             self.table.create_index("vector", config=IvfSq(distance_type="cosine"))
-        self.merge()  # It may take long.
+        self.table.optimize(cleanup_older_than=timedelta(days=9999))  # Only merges, which may take long.
         # Lance removes versions by the time when they were written. The version that readers have may be years old: it
         # is the last one that was written before the limit.
         now = time.time()

@@ -22,9 +22,6 @@ from openimp.search.media import Media, joined, media_state
 from openimp.search.parts import IndexedFile, open_file, read_part
 from openimp.search.table import Items
 
-GROUPS_PER_MERGE = 32
-"""Least number of groups between two merges of the table, which make its indexes know the new rows. A search for the
-paths of a group scans the rows that they do not know."""
 WRITTEN_BATCHES = 4
 """Files are embedded and written in groups with about this many batches of parts."""
 
@@ -77,17 +74,11 @@ class Update:
                 self.counts["unchanged"] += 1
                 if media.row is not None:
                     self.first_row[self.stored[path].sha256, media.modality] = path
-        merged_rows = self.items.table.count_rows()
         for name, media_of_modality in outdated.items():
             encoder = self.model.item_encoder(name, towards[name], batch_size, f"index {name}")
             progress_bar = iter(progress(media_of_modality, f"index {name}"))
-            groups = self._groups(encoder, media_of_modality, batch_size * WRITTEN_BATCHES)
-            for number, group in enumerate(groups, 1):
+            for group in self._groups(encoder, media_of_modality, batch_size * WRITTEN_BATCHES):
                 self._index(encoder, group, progress_bar)
-                # Not more often, because each merge writes the table again.
-                if number % GROUPS_PER_MERGE == 0 and self.items.table.count_rows() >= 2 * merged_rows:
-                    self.items.merge()
-                    merged_rows = self.items.table.count_rows()
             list(progress_bar)  # Ends it.
         self.items.remove(self.gone)
         self.counts["removed"] = len(self.gone - self.moved)

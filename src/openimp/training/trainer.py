@@ -369,9 +369,9 @@ class Trainer(Parts):
     def _not_finite_error(self, steps: list[PendingStep]) -> UserError:
         """The error of steps that were not applied. Every rank must call this.
 
-        It is about the first step whose loss is not finite on this rank, or else the last step. (In a round, ranks may
-        name different steps.) It names up to 8 examples of each rank whose loss is not finite. If all losses are
-        finite, it names examples of this rank.
+        The error names the first step whose loss is not finite on this rank, or else the last step. In a round, ranks
+        may name different steps. The error also names up to 8 examples of each rank whose loss is not finite. If the
+        losses of all ranks are finite, it names examples of this rank.
         """
         failed_step = next((step for step in steps if not step.losses.total.isfinite()), steps[-1])
         visit = failed_step.batch_info.visit
