@@ -224,6 +224,9 @@ def index(
         typer.Argument(help="Files and folders.", show_default="the media in the sources of the run's recipe"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the index.", show_default="RUN/search.index")] = None,
+    forget: Annotated[
+        list[Path] | None, typer.Option(help="Remove the items of this file or folder. Can be repeated.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Files per batch.")] = 64,
     allow_sources: AllowSourcesOption = False,
 ) -> None:
@@ -232,7 +235,7 @@ def index(
     from openimp.search import build_index
 
     warn_of_vulnerable_libraries()
-    build_index(model, paths or None, out, batch_size, allow_sources=allow_sources)
+    build_index(model, paths or None, out, batch_size, allow_sources=allow_sources, forget=forget or ())
 
 
 def _with_query_options(command: Callable[..., None]) -> Callable[..., None]:

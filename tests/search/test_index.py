@@ -172,7 +172,7 @@ def test_only_new_and_changed_files_are_embedded(build, folder, tmp_path, embedd
     assert str(folder / "2.mp4") not in paths(tmp_path / "x.index")
     build(folder, index="fresh.index")
     assert_equal(tmp_path / "x.index", tmp_path / "fresh.index")
-    assert Items(tmp_path / "x.index").indexed() == {"id", "path", "text"}
+    assert Items(tmp_path / "x.index").indexed() == {"id", "path", "folded"}
     opened = open_index(tmp_path / "x.index")
     assert all(opened.hit(id).id == id for id in rows(tmp_path / "x.index")), "old and new ids are found"
 
@@ -229,24 +229,38 @@ def test_stopped_after_any_write_it_ends_as_if_undisturbed(build, folder, tmp_pa
     assert_equal(tmp_path / "x.index", tmp_path / "whole.index")
 
 
-def test_items_of_folders_that_are_renamed_emptied_or_gone_are_removed(build, folder, tmp_path):
+def test_items_of_folders_without_files_stay_until_they_are_forgotten(build, folder, tmp_path, capsys):
+    """The disk of a folder may not be mounted."""
     index = tmp_path / "x.index"
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
         shutil.copy(folder / f"{'abc'.index(name)}.png", tmp_path / name / "0.png")
     roots = [tmp_path / name for name in "abc"]
     build(*roots)
-    roots[0].rename(tmp_path / "d")
-    (roots[1] / "0.png").unlink()
-    done = build(*roots, tmp_path / "d")
-    assert (done.moved, done.removed, done.unchanged, done.items) == (1, 1, 1, 2)
+    (roots[0] / "0.png").unlink()
+    shutil.rmtree(roots[1])
+    kept = build(*roots)
+    assert (kept.removed, kept.unchanged, kept.items) == (0, 1, 3)
+    shown = capsys.readouterr().err
+    assert f"{roots[0]}: has no files now" in shown
+    assert f"--forget {roots[1]} removes it" in shown
+    assert build(roots[2], forget=roots[0]).removed == 1
+    assert paths(index) == {str(root / "0.png") for root in roots[1:]}
+    assert build(forget=[roots[1]]).removed == 1
+    with refuses():
+        build(roots[2], forget=[roots[1]])
     shutil.rmtree(roots[2])
     with refuses():
-        build(roots[2])  # Its disk may not be mounted.
-    assert build(roots[2], tmp_path / "d").removed == 1
-    assert paths(index) == {str(tmp_path / "d" / "0.png")}
+        build(roots[2])
     with refuses():
-        build(roots[2], tmp_path / "d")  # Nothing of it is indexed.
+        build(tmp_path / "never", roots[2])
+    assert paths(index) == {str(roots[2] / "0.png")}
+
+
+def test_a_file_that_is_named_and_gone_is_removed(build, folder, tmp_path):
+    build(folder / "0.png", folder / "1.png")
+    (folder / "0.png").unlink()
+    assert build(folder / "0.png", folder / "1.png").removed == 1
 
 
 def test_a_file_that_could_not_be_read_is_tried_again_by_other_decoders(build, folder, tmp_path):
@@ -254,10 +268,14 @@ def test_a_file_that_could_not_be_read_is_tried_again_by_other_decoders(build, f
     file = tmp_path / "x.index" / "skipped.json"
     skipped = json.loads(file.read_text())
     assert skipped["decoders"]["pillow"]
+    stored = str(folder / "0.png")  # As if a part of it could not be read.
+    (state,) = {row["state"] for row in rows(tmp_path / "x.index").values() if row["path"] == stored}
     for decoders, tried in ((skipped["decoders"], False), ({"pillow": "1.0"}, True)):
         old = {path: [state, "an older message"] for path, (state, _) in skipped["files"].items()}
-        file.write_text(json.dumps({"decoders": decoders, "files": old}))
-        assert (build(folder).skipped[str(folder / "broken.png")] != "an older message") == tried
+        file.write_text(json.dumps({"decoders": decoders, "files": {**old, stored: [state, "an older message"]}}))
+        reasons = build(folder).skipped
+        assert (reasons[str(folder / "broken.png")] != "an older message") == tried
+        assert (stored not in reasons) == tried
     file.write_text(json.dumps(old))  # As older versions of openimp wrote it.
     assert build(folder).skipped[str(folder / "broken.png")] != "an older message"
 
@@ -273,6 +291,7 @@ def test_an_index_that_is_open_for_days_is_opened_again(build, folder, tmp_path)
     build(folder)
     make_old(index)
     old = open_index(index)
+    never_used = [open_index(index) for _ in range(4)]
     for name in ("1.png", "2.png"):
         shutil.copy(folder / name, folder / "0.png")
         build(folder)
@@ -282,6 +301,11 @@ def test_an_index_that_is_open_for_days_is_opened_again(build, folder, tmp_path)
     assert old.counts["audio"] == 5
     assert len(old.search("noise", k=50)) == len(open_index(index).search("noise", k=50))
     assert old.counts["audio"] == 4
+    assert len(never_used[0].search("noise", k=50)) == len(old.search("noise", k=50))
+    assert never_used[1].has_words
+    assert never_used[1].has_dates
+    assert never_used[2].folders == old.folders
+    assert len(never_used[3].vectors()) >= sum(old.counts.values())
     assert old.hits(hit.id for hit in old.search("noise", k=2))
 
 
@@ -590,6 +614,26 @@ def test_all_captions_of_a_row_are_searched_whatever_reads_it_first(own_data, tm
     assert {row["text"] for row in rows(index.folder).values()} >= {f"{lines[0]['caption']}; a second caption 0"}
 
 
+def test_a_row_without_a_caption_has_the_text_of_its_class(own_data, tmp_path):
+    for i, file in enumerate(sorted((own_data / "pictures").rglob("*.png"))):
+        if i:
+            file.with_suffix(".txt").write_text(f"caption {i}")
+    tasks = """tasks={named: {source: pictures, inputs: {image: file, text: text}, batch_size: 4,
+      objectives: [{type: contrastive}, {type: classification, label: label}],
+      views: [{image: {size: 16}, text: {length: 8}}]}}"""
+    changes = [
+        tasks,
+        "modalities={vision: {patch: [1, 8, 8]}, text: {vocab_size: 300, positions: 16}}",
+        "train.steps=1",
+        "train.max_bad_fraction=0.5",
+        "evaluation={}",
+    ]
+    train(Recipe.load(own_data / "recipe.yaml", changes), tmp_path / "run")
+    index = open_index(build_index(tmp_path / "run").folder)
+    (hit,) = index.search("blue", by="words")
+    assert hit.path.endswith("blue/0.png")
+
+
 def test_a_run_that_saves_while_its_media_are_indexed_can_be_searched(own_data, tmp_path, monkeypatch):
     run = tmp_path / "run"
     train(Recipe.load(own_data / "recipe.yaml"), run)
@@ -622,6 +666,20 @@ def test_files_of_many_parts_are_written_as_soon_as_they_are_embedded(build, tmp
     monkeypatch.setattr(Items, "replace", counted)
     build(folder, batch_size=4)
     assert [{*files} for files in written] == [{"a.txt"}, {"b.txt"}, {"c.txt"}]
+
+
+def test_case_and_accents_do_not_count_whatever_the_ending(build, media_folder, tmp_path):
+    """An English ending is removed from "resume", but not from "résumé"."""
+    (tmp_path / "in").mkdir()
+    names = ["Résumé", "Straße am See", "protégé", "école", "Ёлка", "한국"]
+    for name in names:
+        shutil.copy(media_folder / "0.png", tmp_path / "in" / f"{name}.png")
+    build(tmp_path / "in")
+    index = open_index(tmp_path / "x.index")
+    queries = ["resume", "STRASSE", "proteges", "Ecole", "елка", "한국"]
+    for name, query in zip(names, queries):
+        for text in (name, query):
+            assert [Path(hit.path).stem for hit in index.search(text, by="words")] == [name], text
 
 
 def test_names_of_files_are_found_in_either_form_of_unicode(build, media_folder, tmp_path):

@@ -325,7 +325,8 @@ def test_programs_search_as_the_page_does(server: Server, media_folder: Path, id
     assert best["id"] == ids["0.png"]
     assert best["score"] == pytest.approx(1, abs=1e-3)
 
-    for path, code in (("search?k=0", 400), ("search?x=1", 400), (f"items/{'0' * 32}", 404), ("nothing", 404)):
+    gone = (f"items/{'0' * 32}", "nothing", "search?q=noise&file=abc", "search?more=999999")
+    for path, code in (("search?k=0", 400), ("search?x=1", 400), *((path, 404) for path in gone)):
         refused = server.ask(f"/api/{path}", Accept="text/html")
         assert refused.status == code
         assert json.loads(refused.body).keys() == {"error"}

@@ -72,6 +72,7 @@ class Answer:
     chips: list[Chip] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     next: str = ""  # URL with more results, if there may be more
+    is_incomplete: bool = False  # whether files or items of the query are gone
     code: int = 200  # HTTP status
 
 
@@ -85,7 +86,7 @@ def answer(index: Index, uploads: Uploads, parameters: QueryParams) -> Answer:
             _search(index, parts, page)
         else:
             total = counted(sum(index.counts.values()), "item")
-            start = "Nothing is left of this query. Start" if page.notes else f"{total}. Search them, or start"
+            start = "Nothing is left of this query. Start" if page.is_incomplete else f"{total}. Search them, or start"
             page.status = f"{start} from one of these"
             count = state.k if parameters.get("k") else EXAMPLES
             hits = index.sample(count, state.modality, state.under or None, state.since, state.until)
@@ -107,6 +108,7 @@ def _parts(index: Index, uploads: Uploads, page: Answer) -> list[QueryPart]:
             page.chips.append(Chip("file", id, upload.name, f"/uploads/{id}" if upload.thumbnail else None))
             parts.append(upload.encoded)
     if len(page.chips) < len(state.file):
+        page.is_incomplete = True
         page.notes.append("A file of this query is no longer kept. Choose it again.")
     hits = index.hits({*state.more, *state.less})
     for kind, weight in (("more", 1.0), ("less", LESS_WEIGHT)):
@@ -117,6 +119,7 @@ def _parts(index: Index, uploads: Uploads, page: Answer) -> list[QueryPart]:
                 page.chips.append(Chip(kind, id, item.name, thumbnail))
                 parts.append(Like(id, weight))
     if len(hits) < len({*state.more, *state.less}):
+        page.is_incomplete = True
         page.notes.append("An item of this query is no longer indexed.")
     ids_by_kind: dict[str, Any] = {
         kind: tuple(chip.id for chip in page.chips if chip.kind == kind) for kind in ("file", "more", "less")

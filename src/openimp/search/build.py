@@ -1,6 +1,6 @@
 """`openimp index`: brings an index up to date with folders, or with the media of a run's recipe."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from openimp.common.names import OPEN_CLIP, Name, absolute_name, is_bundled
 from openimp.common.progress import Progress, console, notice, track
 from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
-from openimp.inference.files import find_files
+from openimp.inference.files import File, find_files
 from openimp.inference.model import Model, load
 from openimp.search.folder import (
     FORMAT,
@@ -79,12 +79,14 @@ def build_index(
     batch_size: int = BATCH_SIZE,
     progress: Progress = track,
     allow_sources: bool = False,
+    forget: str | Path | Iterable[str | Path] = (),
 ) -> IndexResult:
     """Embeds media into an index, or updates an index, and prints a summary.
 
     Only new and changed files are embedded. Files that were moved are recognized by their hash, unless a part of them
-    cannot be read. Items are removed if
-    their file is gone from `paths`; items of other folders stay. If a call is interrupted, the next call continues.
+    cannot be read. Items are removed if their file is gone from `paths`; items of other folders stay, and so do all
+    items of a folder that has no files any more, because its disk may not be mounted. If a call is interrupted, the
+    next call continues.
 
     Args:
         model: a run, a model folder, `openimp:base` or a model on the Hugging Face Hub, as `openimp.load` takes it.
@@ -93,14 +95,18 @@ def build_index(
         out: the index, a folder. Default: `search.index` in the run `model`; for `openimp:base` without `paths`, a
             folder in openimp's cache.
         batch_size: maximum number of clips per forward pass; a picture or a text is one clip.
-        progress: wraps an iterable to show its progress.
+        progress: `progress(iterable, description)` wraps an iterable to show its progress.
         allow_sources: whether the recipe of a model that was not trained here may read any source.
+        forget: files and folders whose items are removed from the index.
 
     Raises:
         UserError: there are no media, the index was built with other weights or views, or another process writes it.
     """
     paths = [paths] if isinstance(paths, str | Path) else paths
-    return _build(model, paths, out, batch_size, progress, allow_sources).result
+    forget = [forget] if isinstance(forget, str | Path) else list(forget)
+    if forget and paths is None:
+        paths = ()
+    return _build(model, paths, out, batch_size, progress, allow_sources, forget).result
 
 
 def build_and_open(run: str | Path, allow_sources: bool) -> Index:
@@ -120,14 +126,16 @@ def _build(
     batch_size: int,
     progress: Progress,
     allow_sources: bool,
+    forget: Sequence[str | Path] = (),
 ) -> Built:
     """`build_index`, whose docstring explains the arguments."""
     import_lancedb()  # Fails before the model is loaded and a folder is made.
     name = str(model)
     if paths is None and Name.parse(name).scheme == OPEN_CLIP:
         raise UserError(f"{name}: comes without media; name files or folders, and the index with --out")
-    given = None if paths is None else [Path(path) for path in paths]
-    folder = Path(out) if out else _default_folder(name, has_paths=paths is not None)
+    given = None if paths is None else [Path(path).expanduser() for path in paths]
+    forgotten = [Path(path).expanduser() for path in forget]
+    folder = Path(out).expanduser() if out else _default_folder(name, has_paths=paths is not None)
     opened = load(name)
     modalities = {
         modality_name: modality
@@ -142,11 +150,13 @@ def _build(
         media = _recipe_media(name, opened, modalities, allow_sources)
         unknown: dict[str, int] = {}
     else:
-        # Of a folder that is gone, an index may still have items, which are removed. If no folder has files, that is an
-        # error: a disk may not be mounted.
+        # An index may still have items of files and folders that are gone.
         is_update = read_metadata(folder) is not None
         present = [path for path in given if path.exists() or not is_update]
-        files_by_modality, unknown = find_files(present or given, modalities)
+        files_by_modality: dict[str, list[File]] = {}
+        unknown = {}
+        if present or not forgotten:
+            files_by_modality, unknown = find_files(present or given, modalities)
         media = list(media_of_files(files_by_modality, given, modalities))
     metadata = Metadata(
         format=FORMAT,
@@ -157,10 +167,18 @@ def _build(
     with locked(folder):
         _write_metadata(folder, metadata, opened, replace=given is None)
         items = Items(folder, opened.imp.config.embed_dim)
-        update = Update(opened, folder, items, media, given)
+        update = Update(opened, folder, items, media, given, forgotten)
         for root in given or ():
             if not root.exists() and not update.has_items_in(root):
                 raise UserError(f"{root}: no such file or folder")
+        for root in forgotten:
+            if not update.has_items_in(root):
+                raise UserError(f"--forget {root}: the index has no items of it")
+        for root, count in update.absent.items():
+            notice(
+                f"{root}: has no files now, and its disk may not be mounted, so what the index has of its "
+                f"{counted(count, 'file')} is kept; --forget {root} removes it"
+            )
         try:
             update.run(metadata.towards, batch_size, progress)
         except KeyboardInterrupt:

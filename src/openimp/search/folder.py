@@ -1,7 +1,8 @@
 """The folder of an index, its lock and its JSON files.
 
 index.json     the model, and a fingerprint of its weights and views
-skipped.json   files that could not be read; they are tried again if they or the versions of decoders have changed
+skipped.json   files that could not be read, in whole or in part; they are tried again if they or the versions of
+               decoders have changed
 items.lance/   a LanceDB table with one row per item
 .lock          held by the process that writes the index
 """

@@ -27,7 +27,7 @@ from openimp.encoding.engine import ItemEncoder
 from openimp.inference.model import Model, load
 from openimp.search.folder import INDEX_FILES, Metadata, built_with, own_index, read_metadata
 from openimp.search.media import media_state, row_media, source_table
-from openimp.search.parts import composed
+from openimp.search.parts import nfc
 from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, Space, Words
 from openimp.search.table import IndexChanged, Items, any_of, below, between, quoted
 
@@ -82,29 +82,24 @@ class Index:
     @cached_property
     def counts(self) -> dict[str, int]:
         """The number of items by modality, without modalities that have none."""
-        counts = {name: self._items.table.count_rows(f"modality = {quoted(name)}") for name in self._metadata.towards}
+        names = self._metadata.towards
+        counts = self._read(lambda items: {name: items.count(f"modality = {quoted(name)}") for name in names})
         return {name: count for name, count in counts.items() if count}
 
     @property
     def has_words(self) -> bool:
         """Whether items are found by the words of their texts. Indexes of older versions need `build_index` again."""
-        return self._items.has_words
+        return self._read(lambda items: items.has_words)
 
     @property
     def has_dates(self) -> bool:
         """Whether any item has a date. Indexes of older versions have none."""
-        return self._items.has_dates
+        return self._read(lambda items: items.has_dates)
 
     @cached_property
     def folders(self) -> list[str]:
         """Useful values of `under`: the sources, and the folders directly below the common parent of all files."""
-        sources = set()
-        folders = set()
-        for path, source in self._items.columns("path", "source"):
-            if source:
-                sources.add(source)
-            else:
-                folders.add(os.path.dirname(path))
+        sources, folders = self._read(_sources_and_folders)
         parent = os.path.commonpath(folders) if folders else ""
         children = {os.path.relpath(folder, parent).split(os.sep)[0] for folder in folders} - {"."}
         return [*sorted(sources), *(os.path.join(parent, child) for child in sorted(children))]
@@ -151,6 +146,8 @@ class Index:
             raise UserError("the query is empty: give a text or a file")
         if by not in get_args(By):
             raise UserError(f"by must be {' or '.join(get_args(By))}, found {by!r}")
+        if k < 1:
+            raise UserError(f"k must be at least 1, found {k}")
         modalities = [modalities] if isinstance(modalities, str) else modalities
         self._check_modalities(modalities)
         filters = self._filters(parts, under, since, until)
@@ -181,7 +178,7 @@ class Index:
     def groups(self, names: Iterable[str]) -> list[list[str]]:
         """The modalities in groups that are ranked together: their cosines with a query can be compared.
 
-        They have one projection head, as image and video do, unless `model.share_heads` is false.
+        The modalities of a group share a projection head, as image and video do unless `model.share_heads` is false.
         """
         groups: dict[tuple[str, Space], list[str]] = {}
         for name in dict.fromkeys(names):
@@ -211,7 +208,8 @@ class Index:
     def check(self, hit: Hit) -> None:
         """UserError if the media of an item are gone, or have changed since they were indexed."""
         if hit.source is None or hit.row is None:
-            # A forged index cannot have the right state: it would need the nanosecond of the last change of the file.
+            # An index from somebody else might name any file of this machine. But it cannot have the right state, which
+            # has the nanosecond of the file's last change.
             if file_state(hit.path) != media_state(hit.state):
                 raise UserError(f"{hit.path}: is gone or has changed since it was indexed; index it again")
         elif self._source(hit.source).fingerprint != hit.state:
@@ -238,7 +236,7 @@ class Index:
 
     def vectors(self) -> pa.Table:
         """`id`, `modality` and fp16 `vector` of all items."""
-        return self._items.table.search().select(["id", "modality", "vector"]).to_arrow()
+        return self._read(Items.vectors)
 
     def sample(
         self,
@@ -296,7 +294,7 @@ class Index:
         wanted = " ".join(part.text for part in encoded if part.text and part.weight > 0)
         unwanted = " ".join(part.text for part in encoded if part.text and part.weight < 0)
         if by != "meaning" and self.has_words and wanted and all(part.text for part in encoded):
-            return Words(composed(wanted), composed(unwanted))
+            return Words(nfc(wanted), nfc(unwanted))
         return None
 
     def _encode_all(self, parts: Sequence[str | QueryPart]) -> list[EncodedQuery]:
@@ -331,6 +329,7 @@ class Index:
         with self._sources_lock:
             if name not in self._sources:
                 if not self._allow_sources:
+                    # Only a model that was trained here may name paths outside of its folder.
                     folder = find_model(self._metadata.model)
                     check_uses(Path(self._metadata.model), folder, self.model.recipe, [("the index", name)])
                 self._sources[name] = source_table(self.model.recipe, name)
@@ -387,20 +386,26 @@ class Index:
         filters = list(wanted.filters)
         if len(names) < len(self.counts):  # Without a filter, LanceDB does not have to scan a column.
             filters.append(any_of("modality", names))
-        where = " AND ".join(filters) or None
         rankings = []
         if vector is not None and wanted.by_meaning:
-            read = partial(self._nearest, vector, where)
+            read = partial(self._nearest, vector, filters)
             rankings.append(distinct(read, wanted.k, wanted.k if words is None else RANKED, wanted.under))
         if words is not None:
+            # All segments of a file have its caption, so words are looked up in the first one.
+            first_segments = "(start IS NULL OR part = 0)"
+            if wanted.under is not None:
+                first_segments = f"({first_segments} OR {any_of('path', _paths_of(wanted.under))})"
+            where = " AND ".join([*filters, first_segments])
             # Two rankings, so that an item with all words comes before one that is only near.
             for all_words in (False, True):
-                read = partial(self._with_words, words, all_words, vector, where)
-                rankings.append(distinct(read, wanted.k, RANKED, wanted.under))
+                rankings.append(self._with_words(words, all_words, vector, where, max(wanted.k, RANKED)))
         return merged(rankings, wanted.under)
 
-    def _nearest(self, vector: np.ndarray, where: str | None, count: int) -> list[Hit]:
-        """The `count` items that are closest to a vector (Z,)."""
+    def _nearest(self, vector: np.ndarray, filters: Sequence[str], count: int, left_out: Sequence[str]) -> list[Hit]:
+        """The `count` items that are closest to a vector (Z,). The files with the paths `left_out` are left out."""
+        if left_out:
+            filters = [*filters, f"NOT {any_of('path', left_out)}"]
+        where = " AND ".join(filters) or None
         hits = []
         for row in self._read(lambda items: items.nearest(vector, count, where)):
             distance = row.pop("_distance")
@@ -408,12 +413,9 @@ class Index:
         return hits
 
     def _with_words(
-        self, words: Words, all_words: bool, vector: np.ndarray | None, where: str | None, count: int
+        self, words: Words, all_words: bool, vector: np.ndarray | None, where: str, count: int
     ) -> list[Hit]:
-        """`count` items whose texts have words, the best by BM25 first, and of equal ones the closest to a vector.
-
-        All segments of a file have its caption, so the closest one stands for the file.
-        """
+        """`count` items whose texts have words, the best by BM25 first, and of equal ones the closest to a vector."""
         rows, item_vectors = self._read(lambda items: items.with_words(words, all_words, count, where))
         cosines = [None] * len(rows) if vector is None else (item_vectors @ vector).tolist()
         bm25 = [row.pop("_score") for row in rows]
@@ -451,20 +453,23 @@ def unit_vector(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray | Non
     return total / length
 
 
-def distinct(read: Callable[[int], list[Hit]], k: int, count: int, under: str | Path | None) -> list[Hit]:
+def distinct(
+    read: Callable[[int, Sequence[str]], list[Hit]], k: int, count: int, under: str | Path | None
+) -> list[Hit]:
     """At least `k` hits if there are as many, with only the best segment of each file.
 
     Several of the best items may be segments of the same file, so more rows are read until there are `k` hits.
 
     Args:
-        read: returns the best items, as many as its argument.
+        read: returns the best items, as many as its first argument, without the files of which the best segment is
+            known: their paths are its second argument.
         count: number of rows that are read first.
         under: see `Index.search`.
     """
     count = max(k, count)
+    best_hits: dict[str, Hit] = {}
     while True:
-        hits = read(count)
-        best_hits: dict[str, Hit] = {}
+        hits = read(count, [hit.path for hit in best_hits.values() if stands_for_file(hit, under)])
         for hit in hits:
             best_hits.setdefault(result_key(hit, under), hit)
         if len(best_hits) >= k or len(hits) < count:
@@ -493,7 +498,24 @@ def result_key(hit: Hit, under: str | Path | None) -> str:
 
 def stands_for_file(hit: Hit, under: str | Path | None) -> bool:
     """Whether a hit is a segment that stands for its whole file. It does not if `under` is that file."""
-    return hit.start is not None and (under is None or hit.path not in (str(under), os.path.abspath(under)))
+    return hit.start is not None and (under is None or hit.path not in _paths_of(under))
+
+
+def _paths_of(under: str | Path) -> tuple[str, str]:
+    """The paths that an item may have if `under` names it: in a row of a source, or a file."""
+    return str(under), os.path.abspath(under)
+
+
+def _sources_and_folders(items: Items) -> tuple[set[str], set[str]]:
+    """The sources of items, and the folders of items that have no source."""
+    sources = set()
+    folders = set()
+    for path, source in items.columns("path", "source"):
+        if source:
+            sources.add(source)
+        else:
+            folders.add(os.path.dirname(path))
+    return sources, folders
 
 
 def open_index(path: str | Path, device: str | torch.device | None = None, allow_sources: bool = False) -> Index:
@@ -507,7 +529,8 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
     Raises:
         UserError: there is no index, or its model is gone or has other weights now.
     """
-    folder = own_index(str(path)) or Path(path)
+    path = os.path.expanduser(path)
+    folder = own_index(path) or Path(path)
     refuse_links(folder, INDEX_FILES)
     metadata = read_metadata(folder)
     if metadata is None:

@@ -97,7 +97,7 @@ def media_of_recipe(recipe: Recipe, modalities: Modalities) -> Iterator[Media]:
             seen.add((user.source, column, name))
             table = open_table(user.source)
             require_columns(table, modalities[name], spec, f"sources.{user.source}")
-            text = partial(_input_text, table, texts[0]) if texts else partial(_label, table, _class_column(user))
+            text = partial(_row_text, table, texts[0] if texts else None, _class_column(user))
             yield from _rows(table, name, column, text)
 
 
@@ -189,6 +189,11 @@ def _rows(table: Table, modality: str, column: str, text: Callable[[int], str | 
         name = f"{table.name}/{row}/{column}"
         raw = partial(row_media, table, row, column)
         yield Media(name, modality, table.fingerprint, raw, row_text, source=table.name, row=row, column=column)
+
+
+def _row_text(table: Table, spec: Input | None, class_column: str | None, row: int) -> str | None:
+    """The texts of an input in a row, or else the row's class."""
+    return (spec and _input_text(table, spec, row)) or _label(table, class_column, row)
 
 
 def _input_text(table: Table, spec: Input, row: int) -> str | None:

@@ -87,6 +87,8 @@ class Page:
         page = await self._answer(request)
         if page.code != 200:
             return JSONResponse({"error": page.status}, page.code)
+        if page.is_incomplete:  # A program would take results of the rest of the query for those of the query.
+            return JSONResponse({"error": " ".join(page.notes)}, 404)
         results = [self._described(item.hit) for item in page.items]
         return JSONResponse({"status": page.status, "notes": page.notes, "results": results})
 

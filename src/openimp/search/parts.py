@@ -55,7 +55,7 @@ def open_file(encoder: ItemEncoder, path_of: Mapping[tuple[str, str], str], medi
     """
     file = IndexedFile(media, sha256)
     try:
-        file.text = composed(media.text() or "")[:MAX_TEXT] or None
+        file.text = nfc(media.text() or "")[:MAX_TEXT] or None
     except BadMedia as error:
         file.problem = str(error)
     try:
@@ -76,7 +76,7 @@ def _parts(encoder: ItemEncoder, raw: bytes | Path | np.ndarray, text: str | Non
     modality = encoder.modality
     if modality.reads_text:
         assert isinstance(raw, Path)
-        return [{"part": i, "text": composed(line)[:MAX_TEXT]} for i, line in enumerate(_lines(raw)) if line]
+        return [{"part": i, "text": nfc(line)[:MAX_TEXT]} for i, line in enumerate(_lines(raw)) if line]
     displayed_type = None if isinstance(raw, np.ndarray) else media_type(raw, kind_of(modality))
     segments = modality.segments(raw, encoder.view) if isinstance(modality, Segmented) else []
     return [
@@ -113,7 +113,7 @@ def _recorded(modality: Modality, raw: bytes | Path | np.ndarray) -> Recorded:
     return recorded
 
 
-def composed(text: str) -> str:
+def nfc(text: str) -> str:
     """A text in Unicode's composed form (NFC). Names of files are often decomposed, and their words would be split."""
     return unicodedata.normalize("NFC", text)
 

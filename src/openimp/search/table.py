@@ -5,6 +5,7 @@ A write to the table is atomic and contains whole files only. So after a kill, t
 
 import os
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -33,6 +34,8 @@ REFINE_FACTOR = 2
 """After a search in quantized vectors, `REFINE_FACTOR` * k rows are compared by their exact vectors for k results."""
 KEEP_VERSIONS = 24 * 3600
 """Seconds that a version of the table is kept after a newer one has replaced it, for processes that still read it."""
+ACCENTS = 200
+"""Least combining class, in Unicode, of the accents of Latin, Greek and Cyrillic letters."""
 FILTER_VALUES = 500
 """Maximum number of values in one SQL filter."""
 
@@ -48,8 +51,9 @@ class Stored(NamedTuple):
 
 
 def schema(size: int) -> pa.Schema:
-    """The columns of the table: those of `Hit`, the hash of the media, and unit vectors with `size` features."""
-    texts = ("id", "path", "sha256", "state", "modality", "text", "media_type", "source", "column", "date")
+    """The columns of the table: those of `Hit`, the hash of the media, the `folded` text, and unit vectors with `size`
+    features."""
+    texts = ("id", "path", "sha256", "state", "modality", "text", "folded", "media_type", "source", "column", "date")
     columns = dict.fromkeys(texts, pa.string())
     columns |= dict.fromkeys(("part", "parts", "row"), pa.int64())
     columns |= dict.fromkeys(("start", "end", "latitude", "longitude"), pa.float64())
@@ -81,6 +85,9 @@ class Items:
                     self.table = database.create_table(ITEMS, schema=schema(size))
             if size is None and not (exists and self.table.count_rows()):
                 raise UserError(f"{folder}: holds no items yet; run openimp index again")
+            # Whether the words of the items' texts have an index. Older versions built none. Read now: once this
+            # version of the table is removed, LanceDB tells of no index.
+            self.has_words = self.word_column in self.indexed()
         except (ValueError, RuntimeError, OSError) as error:
             raise UserError(f"{folder}: damaged: {one_line(error)}") from None
 
@@ -93,10 +100,15 @@ class Items:
         """The columns that have an index."""
         return {column for index in self.table.list_indices() for column in index.columns}
 
+    def count(self, where: str) -> int:
+        """The number of rows that match an SQL filter."""
+        with _read_errors():
+            return int(self.table.count_rows(where))
+
     @cached_property
     def has_dates(self) -> bool:
         """Whether any item has a date. Older versions stored none."""
-        return "date" in self.table.schema.names and self.table.count_rows("date IS NOT NULL") > 0
+        return "date" in self.table.schema.names and self.count("date IS NOT NULL") > 0
 
     @cached_property
     def hit_columns(self) -> list[str]:
@@ -105,8 +117,14 @@ class Items:
 
     def columns(self, *names: str) -> Iterator[tuple[Any, ...]]:
         """The values of some columns in each row."""
-        for batch in self.table.search().select(list(names)).to_batches(batch_size=BATCH):
-            yield from zip(*(batch[name].to_pylist() for name in names))
+        with _read_errors():
+            for batch in self.table.search().select(list(names)).to_batches(batch_size=BATCH):
+                yield from zip(*(batch[name].to_pylist() for name in names))
+
+    def vectors(self) -> pa.Table:
+        """`id`, `modality` and `vector` of all rows."""
+        with _read_errors():
+            return self.table.search().select(["id", "modality", "vector"]).to_arrow()
 
     def stored(self) -> dict[str, Stored]:
         """All files and rows of sources, by path."""
@@ -144,10 +162,10 @@ class Items:
                     return rows
             return query.bypass_vector_index().to_list()
 
-    @cached_property
-    def has_words(self) -> bool:
-        """Whether the words of the items' texts have an index. Older versions built none."""
-        return "text" in self.indexed()
+    @property
+    def word_column(self) -> str:
+        """The column in which words are looked up. Older versions have no folded texts."""
+        return "folded" if "folded" in self.table.schema.names else "text"
 
     def with_words(
         self, words: Words, all_words: bool, k: int, where: str | None
@@ -161,9 +179,12 @@ class Items:
         """
         lance = import_lancedb().query
         operator = lance.FullTextOperator.AND if all_words else lance.FullTextOperator.OR
-        match = lance.MatchQuery(words.wanted, "text", operator=operator)
+        column = self.word_column
+        if column == "folded":
+            words = Words(folded(words.wanted), folded(words.unwanted))
+        match = lance.MatchQuery(words.wanted, column, operator=operator)
         if words.unwanted:
-            unwanted = lance.MatchQuery(words.unwanted, "text")
+            unwanted = lance.MatchQuery(words.unwanted, column)
             match = lance.BooleanQuery([(lance.Occur.MUST, match), (lance.Occur.MUST_NOT, unwanted)])
         query = self.table.search(match, query_type="fts").limit(k).select([*self.hit_columns, "vector", "_score"])
         if where:
@@ -187,7 +208,10 @@ class Items:
         """Replaces all rows of some paths. If it is interrupted, these paths have no rows."""
         self.remove(paths)
         if rows:
-            rows = [row | {"vector": np.asarray(row["vector"], np.float16)} for row in rows]
+            rows = [
+                row | {"vector": np.asarray(row["vector"], np.float16), "folded": folded(row.get("text") or "")}
+                for row in rows
+            ]
             self.table.add(pa.Table.from_pylist(rows, self.table.schema))
 
     @_write_errors()
@@ -210,8 +234,8 @@ class Items:
         for column in ("id", "path"):  # Without an index, each look-up of items or files scans the table.
             if column not in indexed:
                 self.table.create_index(column, config=BTree())
-        if "text" not in indexed:
-            self.table.create_index("text", config=FTS())
+        if self.word_column not in indexed:
+            self.table.create_index(self.word_column, config=FTS())
         if "vector" not in indexed and self.table.count_rows() >= APPROXIMATE_ROWS:
             self.table.create_index("vector", config=IvfSq(distance_type="cosine"))
         self.table.optimize(cleanup_older_than=timedelta(days=9999))  # Only merges, which may take long.
@@ -235,6 +259,14 @@ def _read_errors() -> Iterator[None]:
     except RuntimeError as error:  # For example, a writer has removed a version that was opened long ago.
         advice = "the index has changed since it was opened, or is damaged; open it again"
         raise IndexChanged(f"{advice}: {one_line(error)}") from None
+
+
+def folded(text: str) -> str:
+    """A text without case and accents. LanceDB removes accents only after endings: "résumé" would not be "resume"."""
+    decomposed = unicodedata.normalize("NFKD", text.casefold())
+    # Marks of lower classes make other letters in Indic scripts, Japanese, Arabic and others.
+    bare = "".join(char for char in decomposed if unicodedata.combining(char) < ACCENTS)
+    return unicodedata.normalize("NFC", bare)
 
 
 def any_of(column: str, values: Iterable[str]) -> str:

@@ -3,13 +3,14 @@
 import errno
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from openimp.common.cache import stable_hash
+from openimp.common.errors import counted
 from openimp.common.modality import BadMedia
 from openimp.common.progress import Progress
 from openimp.common.safe_files import write_text
@@ -36,22 +37,33 @@ class Update:
         items: Items,
         media: Iterable[Media],  # what the index should hold
         given: list[Path] | None,  # only items in these files and folders are removed; None: only items of sources
+        forget: Collection[Path] = (),  # all items in these files and folders are removed unless `media` has them
     ) -> None:
         self.model = model
         self.folder = folder
         self.items = items
         self.wanted = _by_path(media)
-        self.roots = None if given is None else tuple(os.path.join(os.path.abspath(path), "") for path in given)
         self.stored = items.stored()
-        # The path of the first row of a source, by `IndexedFile.content`. Later duplicates are left out.
+        # What was in a folder that has no files now is kept: its disk may not be mounted.
+        forgotten = {_below(path) for path in forget}
+        self.absent = {
+            path: count for path in given or () if _below(path) not in forgotten and (count := self._lost_items(path))
+        }
+        self.roots: tuple[str, ...] | None = None
+        if given is not None:
+            self.roots = (*forgotten, *(_below(path) for path in given if path not in self.absent))
+        # By `IndexedFile.content`, the path of the first row of any source that has this content. Later rows with it
+        # are duplicates, and left out.
         self.first_row: dict[tuple[str, str], str] = {}
         self.gone = {path for path in self.stored if self._is_gone(path)}
         self.moved: set[str] = set()  # the paths in `gone` whose content now has another path
         self.decoders = _decoder_versions(model)
         skipped = read_skipped(folder)
         self.skipped = dict(skipped.files)
-        if skipped.decoders != self.decoders:  # They may read the files now.
+        self.to_retry: set[str] = set()  # the stored files of which other decoders could not read some parts
+        if skipped.decoders != self.decoders:
             self.skipped = {path: skip for path, skip in skipped.files.items() if path in self.stored}
+            self.to_retry = set(self.skipped)
         # The path of an indexed file with the same content, by `IndexedFile.content`. A file with unreadable parts is
         # left out and read again, so that its problem is reported under each of the file's names.
         self.path_of = {
@@ -76,7 +88,7 @@ class Update:
                     self.first_row[self.stored[path].sha256, media.modality] = path
         for name, media_of_modality in outdated.items():
             encoder = self.model.item_encoder(name, towards[name], batch_size, f"index {name}")
-            progress_bar = iter(progress(media_of_modality, f"index {name}"))
+            progress_bar = iter(progress(media_of_modality, f"index {name}"))  # `_items` advances it by one per medium.
             for group in self._groups(encoder, media_of_modality, batch_size * WRITTEN_BATCHES):
                 self._index(encoder, group, progress_bar)
             list(progress_bar)  # Ends it.
@@ -86,10 +98,20 @@ class Update:
 
     def has_items_in(self, path: Path) -> bool:
         """Whether a file, or a file in a folder, was indexed before."""
-        root = os.path.join(os.path.abspath(path), "")
-        return any(os.path.join(stored, "").startswith(root) for stored in self.stored)
+        return any(os.path.join(stored, "").startswith(_below(path)) for stored in self.stored)
+
+    def _lost_items(self, folder: Path) -> int:
+        """The number of files in a folder that were indexed before, if it has none now; else 0."""
+        root = _below(folder)
+        if any(path.startswith(root) for path in self.wanted):
+            return 0
+        return sum(path.startswith(root) for path in self.stored)
 
     def _is_gone(self, path: str) -> bool:
+        """Whether a stored or skipped path is not wanted any more, and this update may remove it.
+
+        Without roots, it may remove paths of sources, and skipped paths without rows.
+        """
         if path in self.wanted:
             return False
         if self.roots is None:
@@ -97,6 +119,8 @@ class Update:
         return os.path.join(path, "").startswith(self.roots)
 
     def _is_current(self, media: Media) -> bool:
+        if media.path in self.to_retry:
+            return False
         if stored := self.stored.get(media.path):
             return (stored.state, stored.modality) == (media.state, media.modality)
         if media.path not in self.skipped:
@@ -111,7 +135,8 @@ class Update:
         part_count = 0
         for file in map_ahead(partial(self._open, encoder), media):
             if file.copied_from != self.path_of.get(file.content, ""):
-                # An earlier group has replaced the rows to copy, or has the content now.
+                # Files are opened ahead. Since then, an earlier group has replaced the rows to copy, or was written
+                # with the same content.
                 file = self._open(encoder, file.media, file.sha256)
             group.append(file)
             part_count += self.part_counts.get(file.copied_from, len(file.parts))
@@ -133,11 +158,16 @@ class Update:
                 files.append(file)
         self._copy_parts(encoder, files)
         results = chunks_on_cpu(encoder.encode(_items(encoder, files, progress_bar)))
+        unreadable_parts = Counter[str]()  # by path
         for (file, part), result in chain.from_iterable(results):
-            if isinstance(result, BadMedia):
-                file.problem = file.problem or str(result)
-            else:
+            if not isinstance(result, BadMedia):
                 part["vector"] = result
+                continue
+            unreadable_parts[file.media.path] += 1
+            file.problem = file.problem or str(result)
+        for file in files:
+            if (others := unreadable_parts[file.media.path] - 1) > 0:
+                file.problem += f", and {counted(others, 'other part')} of the file"
         paths = {file.media.path for file in files}
         self.items.replace(paths & self.stored.keys(), [row for file in files for row in _rows(file)])
         skipped_before = dict(self.skipped)
@@ -153,7 +183,7 @@ class Update:
         return open_file(encoder, self.path_of, media, sha256)
 
     def _is_duplicate(self, file: IndexedFile) -> bool:
-        """Whether an earlier row of a source has the same content."""
+        """Whether an earlier row of a source has the same content. If not, the file becomes the first with it."""
         if file.media.row is None or not file.sha256:
             return False
         return self.first_row.setdefault(file.content, file.media.path) != file.media.path
@@ -170,7 +200,7 @@ class Update:
             file.parts += [row | text for row in parts_of[file.copied_from]]
 
     def _record(self, file: IndexedFile) -> None:
-        """Counts a file that was written, and remembers its content and its problem."""
+        """Counts a file of a group that was written, and remembers its content and its problem."""
         path = file.media.path
         self.skipped.pop(path, None)
         if file.problem:
@@ -179,7 +209,7 @@ class Update:
         if stored and self.path_of.get((stored.sha256, stored.modality)) == path:
             del self.path_of[stored.sha256, stored.modality]
         if not any("vector" in part for part in file.parts):
-            return
+            return  # The table has no rows of it.
         self.part_counts[path] = len(file.parts)
         if not file.problem:
             self.path_of[file.content] = path
@@ -194,6 +224,11 @@ class Update:
     def _write_skipped(self) -> None:
         skipped = Skipped(decoders=self.decoders, files=self.skipped)
         write_text(self.folder / SKIPPED, skipped.model_dump_json(indent=1))
+
+
+def _below(path: Path) -> str:
+    """What the paths of the files in a folder begin with."""
+    return os.path.join(os.path.abspath(path), "")
 
 
 def _decoder_versions(model: Model) -> dict[str, str]:
@@ -222,7 +257,10 @@ def _items(encoder: ItemEncoder, files: list[IndexedFile], progress_bar: Iterato
 def _rows(file: IndexedFile) -> list[dict[str, Any]]:
     """The rows of a file in the table."""
     media = file.media
-    parts = [part for part in file.parts if "vector" in part]
+    parts = sorted((part for part in file.parts if "vector" in part), key=lambda part: int(part["part"]))
+    if any(part.get("start") is not None for part in parts):
+        # Readable segments are counted, because words are looked up in segment 0.
+        parts = [part | {"part": number} for number, part in enumerate(parts)]
     latitude, longitude = file.recorded.place or (None, None)
     of_file = {
         "path": media.path,
