@@ -94,9 +94,10 @@ def run_train(name: str, overrides: list[str], run: Path | None, resume: str | N
 
 
 def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str | None) -> Recipe:
-    """The recipe that `init` writes for data. A resumed run keeps its own, because a draft depends on the machine."""
+    """The recipe that `init` writes for data. A run with a checkpoint keeps its own, because a draft depends on the
+    machine."""
     run = run or Path("runs") / recipe_name(data)
-    if resume is not None and (run / "recipe.yaml").exists():
+    if resume is not None and checkpoints(run):
         refuse_links(run)
         saved_recipe = load_run_recipe(run, overrides, Path.cwd())
         if not any(_is_in(source, data) for source in saved_recipe.sources.values()):
@@ -207,6 +208,8 @@ def run_search(
 ) -> None:
     """Searches an index and prints the results."""
     index = open_index(path)
+    if texts and by == "both" and not index.has_words:
+        notice(f"{path}: words are not searched, because openimp index did not end, or was too old; run it again")
     for text in texts:
         if "." in text and os.path.isfile(text):
             raise UserError(f"{text}: is a file; --image, --video or --audio searches with it")
@@ -271,7 +274,14 @@ def run_serve(what: Path, host: str, port: int, names: Sequence[str] = (), allow
         if own_index(str(what)) is None:
             advice = f"make an index first: openimp index MODEL {what} --out {what}.index"
             raise UserError(f"{what}: is neither an index nor a run with a checkpoint; {advice}")
-        index = build_and_open(what, allow_sources)
+        try:
+            index = build_and_open(what, allow_sources)
+        except UserError as error:  # The run's data may have moved.
+            index_folder = own_index(str(what))
+            if index_folder is None or not (index_folder / METADATA).exists():
+                raise
+            notice(f"{error}; the index is served as it was")
+            index = open_index(index_folder, allow_sources=allow_sources)
     else:
         index = open_index(what, allow_sources=allow_sources)
     serve(index, host, port, names)

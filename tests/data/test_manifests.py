@@ -37,7 +37,7 @@ def test_csv_files_that_python_writes_are_read_alike(tmp_path_factory, rows, lin
     text = io.StringIO()
     csv.writer(text, lineterminator=line_end).writerows([("file", "caption"), *rows])
     file.write_bytes(b"\xef\xbb\xbf" + text.getvalue().encode())
-    expected = [{"file": a or None, "caption": b or None} for a, b in rows]
+    expected = [{"file": a or None, "caption": b or None} for a, b in rows if a or b]
     assert manifests._read_csv(str(file)).to_pylist() == list(manifests._csv_rows(str(file)))
     if "\r" not in "".join(map("".join, rows)):  # The module does not quote it.
         assert manifests._read_csv(str(file)).to_pylist() == expected
@@ -53,6 +53,29 @@ def test_any_other_csv_file_is_read_alike_or_refused_alike(tmp_path_factory, tex
     except ValueError:
         return  # Arrow may read more, for example a cell that is longer than Python's limit.
     assert manifests._read_csv(str(file)).to_pylist() == expected
+
+
+def test_what_spreadsheets_leave_beside_and_below_a_table_is_no_data(tmp_path):
+    for ending in ("", "\nlong," + "x" * 200_000):
+        text = f"file,class,,\na.png,cat,,\n,,,\nb.png,dog,,{ending}\n,,,\n,,,\n"
+        (tmp_path / "x.csv").write_text(text)
+        table = manifests._read_csv(str(tmp_path / "x.csv"))
+        assert table.column_names == ["file", "class"]
+        assert table["file"].to_pylist()[:2] == ["a.png", "b.png"]
+        assert len(table) == (3 if ending else 2)
+    (tmp_path / "y.csv").write_text("file,class\na.png,cat\n,\n,\n")
+    assert manifests._read_csv(str(tmp_path / "y.csv")).to_pylist() == [{"file": "a.png", "class": "cat"}]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("a", ["b"]), (2021, "2021"), ({"a": 1}, "a"), (True, 1)],
+    ids=["list", "number", "object", "bool"],
+)
+def test_values_of_different_kinds_are_told(tmp_path, one, other):
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"caption": value}) for value in (None, one, other)))
+    with refuses():
+        manifests.read_manifests("mine", "x.jsonl", [str(tmp_path / "x.jsonl")])
 
 
 def test_arrow_reads_csv_files(tmp_path):

@@ -1,6 +1,7 @@
 """Which columns a drafted task reads, and which rows it holds out."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,18 @@ def test_texts_that_repeat_but_are_missing_in_a_row_are_texts():
     rows[7]["caption"] = ""
     (task,) = tasks(rows)
     assert (task.text.name, task.label) == ("caption", None)
+
+
+def test_classes_are_the_texts_if_many_rows_have_no_caption():
+    rows = numbered(30, caption=["a caption", *[None] * 4], label=["cat", "dog"])
+    (task,) = tasks(rows)
+    assert (task.text.name, task.label.name) == ("label", "label")
+    (task,) = tasks(rows, text="caption")
+    assert task.text.name == "caption"
+    (task,) = tasks(numbered(30, caption=["a caption", *[None] * 4], label=[0, 1]))
+    assert task.text.name == "caption", "numbers are no texts"
+    (task,) = tasks(numbered(30, caption=[None, *(f"text {i}" for i in range(29))], label=["cat", "dog"]))
+    assert task.text.name == "caption", "one is missing"
 
 
 @pytest.mark.parametrize(
@@ -255,6 +268,17 @@ def test_a_source_that_cannot_be_read_does_not_hide_the_others():
     Path("notes.txt").write_text("notes")
     with refuses():
         find_tasks(["notes.txt"])
+
+
+def test_a_table_of_something_else_does_not_hide_the_media_of_a_folder():
+    for color in ("red", "blue"):
+        Path("mixed", color).mkdir(parents=True)
+        for i in range(4):
+            shutil.copy("0.png", f"mixed/{color}/{i}.png")
+    Path("mixed/red/costs.csv").write_text("date,costs\n2026-05-01,7\n", encoding="utf-8")
+    (named,), lines = find_tasks(["mixed"])
+    assert named.task.label.classes == ["blue", "red"]
+    assert "not used: mixed/red/costs.csv: no column holds media; the others are date, costs" in lines
 
 
 def test_a_folder_without_texts_says_what_to_add_and_may_use_the_names_of_its_files():

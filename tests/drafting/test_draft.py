@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +155,14 @@ def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
     assert "is a run; name its recipe, runs/classes/recipe.yaml, with --resume to go on" in err
     code, out, _ = openimp("train", "runs/classes/recipe.yaml", "--resume")
     assert (code, "all 3 steps are done" in out) == (0, True)
+
+    # A run that saved nothing is drafted again, because its data may have been mended.
+    shutil.rmtree("runs/classes/checkpoints")
+    for file in Path("classes").rglob("*.png"):
+        file.with_suffix(".txt").write_text(f"a caption of {file}")
+    code, _, err = openimp("train", "classes", "--resume", "auto", "--set", "train.steps=1")
+    assert code == 0, err
+    assert Recipe.load("runs/classes/recipe.yaml").tasks["classes"].inputs["text"].columns == ["text"]
 
 
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])

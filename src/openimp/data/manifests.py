@@ -11,11 +11,13 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 
@@ -27,11 +29,12 @@ PYTHON_ROWS = 10_000
 """Rows that Python reads and converts to Arrow at once. The first ones determine the types of a JSON Lines file."""
 BLOCK_BYTES = 2**24
 """Bytes that Arrow parses at once, and so the longest row that it reads."""
+JSON_KINDS = {str: "a text", bool: "true or false", int | float: "a number", list: "a list", dict: "an object"}
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 CACHED_BYTES = 2**26
 """Bytes of manifests from which on their table is kept in the cache folder. Smaller manifests are read faster than
 `datasets`, which opens a cached table, is imported."""
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Version of the files in the cache folder. Files of another version are not read."""
 
 
@@ -83,7 +86,8 @@ def _read_all(name: str, path: str, files: list[str]) -> tuple[pa.Table, list[in
             delimiter = DELIMITERS.get(Path(file).suffix.lower())
             tables.append(_read_csv(file, delimiter) if delimiter else _read_json(file))
         except UnicodeDecodeError:
-            raise UserError(f"source {name}: {file}: is not UTF-8 text") from None
+            advice = "; save it as UTF-8 (Excel: CSV UTF-8)" if Path(file).suffix.lower() in DELIMITERS else ""
+            raise UserError(f"source {name}: {file}: is not UTF-8 text{advice}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"source {name}: {file}: {error}") from None
     try:
@@ -112,13 +116,23 @@ def _read_csv(file: str, delimiter: str = ",") -> pa.Table:
             ),
         )
         if table.column_names == header:
-            return table
+            return _without_empty_rows(table)
     return _to_arrow(_csv_rows(file, delimiter))
+
+
+def _without_empty_rows(table: pa.Table) -> pa.Table:
+    """Spreadsheets write rows without a value below a table."""
+    is_empty = [column.is_null() for column in table.columns]
+    if not is_empty or not pc.any(reduce(pc.and_, is_empty)).as_py():
+        return table
+    return table.filter(pc.invert(reduce(pc.and_, is_empty)))
 
 
 def _csv_header(lines: Any, delimiter: str) -> list[str]:
     """The first line of a `csv.reader`; ValueError if it cannot be the header of a table."""
     header: list[str] = next(lines, [])
+    while header and not header[-1]:  # Spreadsheets write them for columns that were emptied.
+        header.pop()
     if delimiter == "," and len(header) == 1 and re.search("[;\t|]", header[0]):
         raise ValueError(f"the header {header[0]!r} has no comma; write the columns separated by commas")
     if len(set(header)) < len(header):
@@ -141,9 +155,11 @@ def _csv_rows(file: str, delimiter: str = ",") -> Iterator[dict[str, Any]]:
             for cells in lines:
                 line = end + 1  # A row begins on the line after the end of the row before it.
                 end = lines.line_num
+                while len(cells) > len(header) and not cells[-1]:
+                    cells.pop()
                 if len(cells) > len(header):
                     raise ValueError(f"line {line} has {counted(len(cells), 'cell')}, the header {len(header)}")
-                if cells:
+                if any(cells):
                     yield dict.fromkeys(header) | {column: cell or None for column, cell in zip(header, cells)}
         except csv.Error as error:
             raise ValueError(f"line {lines.line_num}: {error}") from None
@@ -201,9 +217,22 @@ def _to_arrow(rows: Iterator[dict[str, Any]]) -> pa.Table:
             try:
                 arrays[column] = pa.array([row.get(column) for row in chunk])
             except (pa.ArrowException, OverflowError) as error:
-                raise ValueError(f"column {column!r} mixes types: {error}") from None
+                raise ValueError(f"column {column!r} mixes types: {_mixed(chunk, column) or error}") from None
         tables.append(pa.table(arrays))
     return _concatenated(tables)
+
+
+def _mixed(rows: list[dict[str, Any]], column: str) -> str:
+    """Two values of different kinds in a column, with what to do; empty if all values are of one kind."""
+    first_of_kind: dict[str, Any] = {}
+    for row in rows:
+        if (value := row.get(column)) is not None:
+            kind = next((name for kind, name in JSON_KINDS.items() if isinstance(value, kind)), "other")
+            first_of_kind.setdefault(kind, value)
+    if len(first_of_kind) < 2:
+        return ""
+    (kind, value), (other_kind, other), *_ = first_of_kind.items()
+    return f"{value!r:.60} is {kind}, and {other!r:.60} is {other_kind}; write all values in the same way"
 
 
 def _concatenated(tables: list[pa.Table]) -> pa.Table:

@@ -29,6 +29,8 @@ PROBED_ROWS = 32
 """Rows that decide which columns hold media. The headers of their files are read."""
 SAMPLED_ROWS = 10_000
 """Rows whose texts are read."""
+MAX_WITHOUT_TEXT = 0.1
+"""Largest share of rows without a text that a column of texts may have if classes say what all rows show."""
 ROWS_PER_CLASS = 2
 """Fewest rows per class, on average."""
 ROWS_PER_NAME = 10
@@ -123,8 +125,17 @@ def inspect(
         # It repeats like the names of classes, but not every row has one.
         text = next((text for text in texts if text.items > 1), None)
         notes = [note for note in notes if text is None or not note.startswith(f"{shown(text.name)}: ")]
+    is_optional = text is not None and text.bad > MAX_WITHOUT_TEXT and text.name != chosen_text
+    if text and is_optional and label and not label.are_numbers:
+        notes.append(
+            f"{shown(text.name)}: {text.bad:.0%} of the rows have none, so the classes are the texts; "
+            f"--text {shown(text.name)} trains on the others only"
+        )
+        plain_columns = [name for name in plain_columns if name != text.name]
+        text = None
     if not media or not (text or label):
-        raise UserError("; ".join([*notes, _what_to_add(candidate, media, plain_columns)]))
+        is_explained = media and (by_use["text"] or by_use["class"]) and notes
+        raise UserError("; ".join([*notes, *([] if is_explained else [_what_to_add(candidate, media, plain_columns)])]))
     tasks = [
         TaskDraft(
             candidate,
@@ -269,8 +280,11 @@ def _class_column(
             are_numbers = not are_names and all(_is_number(as_text(value)) for value in classes)
             columns.append(ClassColumn(name, classes, are_numbers))
         else:
-            invalid = sum(type(value) not in (str, int) or value == "" for value in values)
-            summary = f"{counted(invalid, 'row')} without one" if invalid else counted(len(classes), "different value")
+            missing = sum(value in (None, "") for value in values)
+            others = [value for value in values if value is not None and type(value) not in (str, int)]
+            summary = f"{counted(missing, 'row')} without one" if missing else counted(len(classes), "different value")
+            if others:
+                summary = f"values such as {shown(repr(others[0]), limit=40)}"
             notes.append(
                 f"{shown(name)}: expected a class (a text or a whole number) in every row, at least two classes, and "
                 f"{rows_per_class} rows per class; found {summary} in {counted(len(values), 'row')}"

@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ from openimp.data.sources import FORMATS
 from openimp.data.targets import sort_classes
 from openimp.drafting import sizing
 from openimp.drafting.assembling import ChosenTower, Draft, NamedTask, assemble, source_name, task_names
-from openimp.drafting.columns import inspect
-from openimp.drafting.finding import find, shown
+from openimp.drafting.columns import TaskDraft, inspect
+from openimp.drafting.finding import Candidate, find, shown
 from openimp.drafting.machine import Machine, this_machine
 from openimp.drafting.splitting import split
 from openimp.drafting.writing import write
@@ -117,9 +118,23 @@ def find_tasks(
     paths: list[str], text: str | None = None, label: str | None = None
 ) -> tuple[list[NamedTask], list[str]]:
     """The tasks for all data below the paths, and lines that say what was found and what is not used."""
+    tasks, unused = _inspect(find(paths), text, label)
+    if not tasks:  # A table, perhaps of expenses, may lie among media.
+        with suppress(UserError):
+            tasks, notes = _inspect(find(paths, tables=False), text, label)
+            unused += [note for note in notes if note not in unused]
+    if not tasks:
+        raise UserError(f"nothing to train on: {'; '.join(unused[:5])}")
+    named = [NamedTask(name, task, split(task)) for name, task in zip(task_names(tasks), tasks)]
+    lines = [*map(_summary, named), *(f"not used: {note}" for note in unused[:MAX_NOTES])]
+    return named, lines + ([f"and {len(unused) - MAX_NOTES:,} more"] if len(unused) > MAX_NOTES else [])
+
+
+def _inspect(candidates: list[Candidate], text: str | None, label: str | None) -> tuple[list[TaskDraft], list[str]]:
+    """The tasks for candidates, and lines that say what is not used."""
     tasks = []
     unused = []
-    for candidate in find(paths):
+    for candidate in candidates:
         place = shown(candidate.place)
         if candidate.problem:
             unused.append(f"{place}: {shown(candidate.problem, limit=1000)}")
@@ -135,11 +150,7 @@ def find_tasks(
         except (UserError, OSError) as error:
             notes = [shown(str(error).removeprefix("source data: "), limit=1000)]
         unused += [f"{place}: {note}" for note in notes]
-    if not tasks:
-        raise UserError(f"nothing to train on: {'; '.join(unused[:5])}")
-    named = [NamedTask(name, task, split(task)) for name, task in zip(task_names(tasks), tasks)]
-    lines = [*map(_summary, named), *(f"not used: {note}" for note in unused[:MAX_NOTES])]
-    return named, lines + ([f"and {len(unused) - MAX_NOTES:,} more"] if len(unused) > MAX_NOTES else [])
+    return tasks, unused
 
 
 def _summary(named: NamedTask) -> str:

@@ -44,26 +44,28 @@ class Candidate(NamedTuple):
         return self.source.get("path") or f"hub:{self.source['hub']}"
 
 
-def find(paths: list[str]) -> list[Candidate]:
+def find(paths: list[str], tables: bool = True) -> list[Candidate]:
     """The sources below files, folders, patterns, `openimp:NAME` and `hub:OWNER/NAME`.
+
+    Without `tables`, those in folders are not looked at.
 
     Raises:
         UserError: a folder has no media, or the hub cannot be read.
     """
-    candidates = [candidate for path in paths for candidate in _below(path)]
+    candidates = [candidate for path in paths for candidate in _below(path, tables)]
     joined = _join_splits([candidate for candidate in candidates if not candidate.problem])
     unusable = [candidate for candidate in candidates if candidate.problem]
     return sorted([*joined, *unusable], key=lambda candidate: bool(candidate.problem))
 
 
-def _below(path: str) -> list[Candidate]:
+def _below(path: str, tables: bool) -> list[Candidate]:
     if not path:
         raise UserError("the path of the data is empty")
     scheme, rest = Name.parse(path)
     if scheme == HUB:
         return _hub_splits(rest)
     if os.path.isdir(path):
-        return _in_folder(Path(path))
+        return _in_folder(Path(path), tables)
     return [Candidate({"path": path})]  # Whoever opens it checks it.
 
 
@@ -78,7 +80,7 @@ def _hub_splits(rest: str) -> list[Candidate]:
     return [Candidate({"hub": parsed.repository, **revision, "split": split}) for split in known]
 
 
-def _in_folder(folder: Path) -> list[Candidate]:
+def _in_folder(folder: Path, tables: bool) -> list[Candidate]:
     """The tables in a folder and its subfolders. Without any, the media.
 
     A folder without tables is searched further if its subfolders are splits, or have only subfolders themselves. Two
@@ -86,27 +88,28 @@ def _in_folder(folder: Path) -> list[Candidate]:
     """
     inner_folders = [folder / name for name in subfolders(folder)]
     entries = {inner: visible(inner) for inner in (folder, *inner_folders)}
-    files = [Path(entry.path) for inner in entries.values() for entry in inner if _extension(entry) in TABLES]
-    if tables := [file for file in files if file.is_file()]:
-        return [Candidate({"path": path}) for path in _shards(tables)]
+    named_like_tables = (entry for inner in entries.values() for entry in inner if _extension(entry) in TABLES)
+    files = [Path(entry.path) for entry in named_like_tables if entry.is_file()]
+    if files and tables:
+        return [Candidate({"path": path}) for path in _shards(files)]
     splits = [inner for inner in inner_folders if inner.name.lower() in ROLES]
     have_files = any(not entry.is_dir() for inner in inner_folders for entry in entries[inner])
     if inner_folders and (not have_files or len(splits) == len(inner_folders)):
-        return _in_subfolders(inner_folders)
+        return _in_subfolders(inner_folders, tables)
     if len({ROLES[inner.name.lower()] for inner in splits}) > 1:  # One alone may be a class, such as trains.
         others = [inner for inner in inner_folders if inner not in splits]
         beside = "is beside folders of splits"
-        return [*_in_subfolders(splits), *(Candidate({"path": str(other)}, problem=beside) for other in others)]
+        return [*_in_subfolders(splits, tables), *(Candidate({"path": str(other)}, problem=beside) for other in others)]
     return _media(folder, inner_folders)
 
 
-def _in_subfolders(folders: list[Path]) -> list[Candidate]:
+def _in_subfolders(folders: list[Path], tables: bool) -> list[Candidate]:
     """The candidates in all folders. A folder without any is named, unless none has any: then this is a UserError."""
     candidates = []
     errors = []
     for folder in folders:
         try:
-            candidates += _in_folder(folder)
+            candidates += _in_folder(folder, tables)
         except UserError as error:
             errors.append(error)
             candidates.append(Candidate({"path": str(folder)}, problem=str(error).removeprefix(f"{folder}: ")))
