@@ -59,7 +59,7 @@ def measure(recipe: Recipe, count: int) -> dict[tuple[str, int], Counter[str]]:
     """The mean nanoseconds per batch of each (task, view), in total ("all") and by part, after one warm-up batch."""
     batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
     batches.data.fit()
-    batches.data.embed(None, make_teachers(recipe))
+    batches.data.prepare(None, make_teachers(recipe))
     spent: Counter[str] = Counter()
     for modality in batches.data.modalities.values():
         for method, part in PARTS.items():

@@ -39,6 +39,7 @@ def opened(folder: Path, *changes: str) -> StepBatches:
     recipe = Recipe.load(folder / "recipe.yaml", changes)
     batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
     batches.data.fit()
+    batches.data.prepare()
     return batches
 
 
@@ -46,17 +47,22 @@ def loaded(folder: Path, *changes: str, first: int = 0) -> list[LoadedBatch]:
     return list(load_batches(opened(folder, *changes), first))
 
 
-def test_a_row_of_a_stream_without_a_class_is_a_bad_example(own_data):
+def test_a_row_of_a_stream_without_a_listed_class_is_a_bad_example(own_data):
     members = {}
+    unlisted = {3: None, 5: "violet", 7: ["red"]}
     for i, file in enumerate(sorted((own_data / "pictures").rglob("*.png"))):
         members[f"{i}.png"] = file.read_bytes()
-        members[f"{i}.json"] = json.dumps({"label": None if i == 3 else file.parent.name}).encode()
+        members[f"{i}.json"] = json.dumps({"label": unlisted.get(i, file.parent.name)}).encode()
     write_tar(own_data / "x.tar", members)
     source = "sources.pictures={path: x.tar, stream: true, lanes: 1, window: 1}"
     objective = "tasks.named.objectives=[{type: classification, label: json.label, classes: [red, green, blue, white]}]"
     changes = [source, objective, "tasks.named.inputs={image: png}", "tasks.named.views=[{image: {size: 16}}]"]
     batches = loaded(own_data, *changes, "tasks.heard.weight=0", NO_EVALUATION, "train.num_workers=0")
-    assert {reason for item in batches for _, reason in item.bad} == {"column 'json.label': no class"}
+    assert {reason for item in batches for _, reason in item.bad} == {
+        "column 'json.label': no class",
+        "column 'json.label': 'violet' is not among the classes; known: blue, green, red, white",
+        "column 'json.label': expected one class, found ['red']",
+    }
 
 
 @pytest.mark.slow
@@ -146,6 +152,13 @@ def test_batches_have_the_shapes_that_the_costs_count(little_data):
     assert seen == set(counted)
 
 
+def test_what_cannot_be_read_at_all_is_told_before_the_first_step(own_data):
+    for file in own_data.rglob("*.png"):
+        file.write_bytes(b"")
+    with refuses():
+        opened(own_data, NO_EVALUATION)
+
+
 def test_too_many_bad_rows_of_a_cached_column_are_told_before_the_first_step(own_data):
     (own_data / "pictures/red/1.png").write_bytes(b"")
     cached = ["sources.pictures.cache=memory", NO_EVALUATION]
@@ -186,11 +199,12 @@ def test_a_bad_file_is_skipped_counted_named_and_replaced(own_data, workers):
 @either
 def test_what_the_user_can_mend_comes_out_of_a_worker_in_one_line(own_data, workers):
     """The DataLoader would put the worker's traceback into the message."""
+    batches = opened(own_data, f"train.num_workers={workers}", "tasks.named.weight=0", NO_EVALUATION)
     for file in own_data.glob("*.wav"):
         file.write_bytes(b"no sound")
     message = r"tasks\.heard: 6 examples in a row could not be read in step \d+; first"
     with pytest.raises(UserError, match=message) as error:
-        loaded(own_data, f"train.num_workers={workers}", "tasks.named.weight=0")
+        list(load_batches(batches, 0))
     assert "\n" not in str(error.value)
 
 

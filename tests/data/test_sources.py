@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import gzip
 import http.server
 import io
 import json
@@ -810,6 +811,13 @@ def test_a_header_that_claims_a_terabyte_or_leads_astray(tmp_path, headers, good
         stream.media(rest["png"])
 
 
+def test_a_compressed_tar_is_told(tmp_path):
+    file = write_tar(tmp_path / "x.tar", {"0.txt": b"zero"})
+    file.write_bytes(gzip.compress(file.read_bytes()))
+    with refuses():
+        opened(file, **in_order(stream=True))
+
+
 def test_a_member_above_the_limit(tmp_path):
     size = 2**31 + tarfile.BLOCKSIZE
     with (tmp_path / "x.tar").open("wb") as file:
@@ -825,7 +833,7 @@ def test_a_member_above_the_limit(tmp_path):
 def test_what_cannot_be_opened(tmp_path, shards):
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "x.zip").write_bytes(b"")
-    for name in ("none", "none.parquet", "none-*.tar", "pipe.jsonl", "*.jsonl", "x.zip"):
+    for name in ("shard-{000..001}.tar", "none", "none.parquet", "none-*.tar", "pipe.jsonl", "*.jsonl", "x.zip"):
         fails(path=f"{tmp_path}/{name}")
     fails(path=f"{tmp_path}/*.tar", stream=True)
     fails(path=f"{tmp_path}/x.zip", format="folder")
@@ -890,6 +898,13 @@ def test_samples_of_a_tar_that_are_not_whole(tmp_path):
     for value in (one["txt"], three["txt"], three["json.a"]):
         with refuses(BadMedia):
             stream.media(value)
+
+
+def test_members_that_the_first_sample_of_a_tar_lacks(tmp_path):
+    members = {"0.jpg": b"0", "1.jpg": b"1", "1.json": b'{"a": 1}', "2.txt": b"two", "2.json": b'{"b": 2}'}
+    stream = opened(write_tar(tmp_path / "x.tar", members), **in_order(stream=True))
+    assert stream.columns == ["__key__", "jpg", "json.a", "txt", "json.b"]
+    assert [row["txt"] for row in first_rows(stream, 3)] == [None, None, "two"]
 
 
 @pytest.mark.parametrize("broken", [b"{broken", b"[" * 200_000], ids=["cut", "deep"])

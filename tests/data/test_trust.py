@@ -63,6 +63,17 @@ def test_a_foreign_recipe_reads_no_private_file(foreign, private, tmp_path):
     assert {line["n"] for line in read_lines(tmp_path / "results.jsonl")} == {9}
 
 
+def test_who_names_the_data_of_a_foreign_model_trusts_that_path_alone(foreign, private, own_data, tmp_path):
+    own = f"sources.sounds.path={own_data / 'sounds.jsonl'}"
+    run_eval(foreign, ["tones"], None, tmp_path / "results.jsonl", [own])
+    altered(foreign, sounds={"path": str(private), "root": str(own_data)})
+    for changes in ([own], ["sources.sounds.limit=3"]):
+        with refuses():
+            run_eval(foreign, ["tones"], None, None, changes)
+    run_eval(foreign, ["tones"], None, tmp_path / "results.jsonl", [own, f"sources.sounds.root={own_data}"])
+    assert {line["n"] for line in read_lines(tmp_path / "results.jsonl")} == {3, 15}
+
+
 def test_the_users_own_run_may_move_and_be_measured_with_no_flag(little_run, tmp_path):
     run = Path(shutil.copytree(little_run, tmp_path / "moved"))
     run_eval(run, None, None, None)

@@ -146,7 +146,7 @@ def test_training_reads_the_vectors_of_the_library_which_are_computed_once(data,
     recipe = recipe_of(data, name)
     batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
     bar = Counted()
-    batches.data.embed(bar, {})
+    batches.data.prepare(bar, {})
     assert bar.count == 24 + 8  # pictures, and two texts of each class
     batch = batches[0].batch
     rows = batches.data.source_of_task["pictures"].rows(batches[0].rows, ["file", "label"])
@@ -163,7 +163,7 @@ def test_training_reads_the_vectors_of_the_library_which_are_computed_once(data,
 
     before = written()
     again = StepBatches(TaskData(recipe, recipe.make_modalities()))
-    again.data.embed(None, {})
+    again.data.prepare(None, {})
     assert written() == before
     assert torch.equal(again[0].batch.tokens["image"].values, batch.tokens["image"].values)
     # A worker that is spawned gets the vectors without the tower.
@@ -195,7 +195,7 @@ def test_crops_are_further_vectors_of_a_picture(data, clip):
     name, _ = clip
     recipe = recipe_of(data, name, modalities={"vision": {"tower": name, "crops": 3}, "text": {"tower": name}})
     batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
-    batches.data.embed(None, {})
+    batches.data.prepare(None, {})
     vectors = batches.data.stores["pictures", "image", "file"][0]
     assert vectors.shape == (3, 24)
     assert len(np.unique(vectors, axis=0)) == 3
@@ -248,6 +248,15 @@ def test_a_model_of_openimp_is_a_tower_for_sounds(data, tmp_path):
     train(recipe, tmp_path / "run")
     assert openimp.load(tmp_path / "run", "cpu").encode_audio(file).shape == (1, 32)
 
+    # Also by a tower, texts are compared with pictures first, whichever task comes first.
+    stems = {"audio": {"tower": "openimp:base"}, "vision": {"tower": "openimp:base"}, "text": {"vocab_size": 300}}
+    sounds = yaml.safe_load(SOUNDS)
+    pictures = yaml.safe_load(BOUND)
+    both = {key: sounds[key] | pictures[key] for key in ("sources", "tasks")}
+    model = {"width": 32, "layers": 1, "heads": 1, "mlp_dim": 32, "space": "disjoint", "embed_dim": 32}
+    train(recipe_of(data, "", modalities=stems, model=model, evaluation={}, **both), tmp_path / "both")
+    assert openimp.load(tmp_path / "both", "cpu").partner("text") == "image"
+
     # A tower that cannot be opened is no fault of the files, so the index does not remember them as unreadable.
     shutil.move(tmp_path / "tower", tmp_path / "elsewhere")
     with refuses():
@@ -261,7 +270,7 @@ def test_a_public_model_is_a_teacher(data, clip):
     recipe = taught_by(data, name)
     batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
     batches.data.fit()
-    batches.data.embed(None, make_teachers(recipe))
+    batches.data.prepare(None, make_teachers(recipe))
     batch = batches[0].batch
     rows = batches.data.source_of_task["pictures"].rows(batches[0].rows, ["file", "label"])
     files = [data / "pictures" / row["file"] for row in rows]

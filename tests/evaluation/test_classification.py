@@ -1,5 +1,6 @@
 """Figures of classes: splits, mean average precision, and trained heads, against other ways to compute them."""
 
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -23,6 +24,7 @@ from openimp.evaluation.metrics import average_precision
 from openimp.evaluation.results import table
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
+from openimp.training.callbacks import Callback
 from openimp.training.trainer import train
 
 COLOURS = ["red", "green", "blue", "white"]
@@ -290,11 +292,22 @@ def test_sets_of_another_recipe_that_do_not_fit_the_bundled_model_stop_no_others
 OPTIONS = "inputs: {image: file}, label: label, view: {image: {size: 16}}"
 
 
-def test_a_training_keeps_the_results_of_the_sets_that_can_be_measured(own_data, tmp_path):
-    (own_data / "x.png").write_bytes(b"no picture")
-    (own_data / "broken.jsonl").write_text('{"file": "x.png", "label": "red"}')
-    broken = f"evaluation.sets.broken={{type: zero_shot, source: broken, {OPTIONS}}}"
-    recipe = Recipe.load(own_data / "recipe.yaml", ["train.steps=2", "sources.broken={path: broken.jsonl}", broken])
+def test_a_training_keeps_the_results_of_the_sets_that_can_be_measured(own_data, tmp_path, capsys):
+    """A set is lost on the way, for example with its disk. That is an error only at the end of the training."""
+    shutil.copy(own_data / "pictures" / "red" / "0.png", own_data / "x.png")
+    (own_data / "lost.jsonl").write_text('{"file": "x.png", "label": "red"}')
+    lost = f"evaluation.sets.lost={{type: zero_shot, source: lost, {OPTIONS}}}"
+    changes = ["train.steps=2", "evaluation.every=1", "sources.lost={path: lost.jsonl}", lost]
+    recipe = Recipe.load(own_data / "recipe.yaml", changes)
+
+    class LosesASet(Callback):
+        def on_step(self, step, metrics):
+            (own_data / "x.png").unlink(missing_ok=True)
+
     with refuses():
-        train(recipe, tmp_path / "run")
-    assert [line["set"] for line in read_lines(tmp_path / "run" / "results.jsonl")] == ["colours", "tones", "tones"]
+        train(recipe, tmp_path / "run", callbacks=[LosesASet()])
+    measured = [(line["step"], line["set"]) for line in read_lines(tmp_path / "run" / "results.jsonl")]
+    assert measured == [(step, name) for step in (1, 2) for name in ("colours", "tones", "tones")]
+    assert "lost.jsonl[0]" in capsys.readouterr().out
+    with refuses():
+        train(recipe, tmp_path / "other")  # It is lost before the start.

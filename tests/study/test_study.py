@@ -183,6 +183,15 @@ def test_a_model_for_some_tasks_is_not_measured_with_the_heads_of_others(little_
     assert (list(other.sets), other.best) == (["other_classes"], "other_classes")
 
 
+def test_a_model_for_some_tasks_has_no_learning_rates_of_stems_of_others(little_data):
+    changes = ["optimizer.lr_scale={stems.audio: 0.5, stems.vision: 0.1, encoder: 0.5}"]
+    arms = {"whole": {}, "named": {"tasks": ["named"]}}
+    study, _ = read_study(str(write_study(little_data, arms=arms, set=changes)), smoke=False)
+    write_study(little_data)
+    (part,) = study.arms["named"]
+    assert part_recipe(study, part, 0, smoke=True).optimizer.lr_scale == {"stems.vision": 0.1, "encoder": 0.5}
+
+
 def test_finished_runs_are_not_trained_again(done):
     file, runs, out = done
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")}

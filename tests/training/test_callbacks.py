@@ -83,6 +83,20 @@ def test_a_callback_ends_the_training_and_the_run_is_complete_and_can_go_on(reci
     assert [step for step, _ in recorded.steps] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_callback_that_fails_costs_no_step(recipe, tmp_path):
+    class LosesTheNetwork(openimp.Callback):
+        def on_step(self, step: int, metrics: dict[str, Any] | None) -> None:
+            if step == 3:
+                raise ConnectionError("no network")
+
+    with refuses() as error:
+        openimp.train(recipe, tmp_path / "run", callbacks=[LosesTheNetwork()])
+    assert isinstance(error.value.__cause__, ConnectionError)
+    recorded = Recorded()
+    assert openimp.train(recipe, tmp_path / "run", resume=True, callbacks=[recorded])
+    assert recorded.steps[0][0] == 4
+
+
 def test_early_stopping_waits_for_a_gain(recipe, tmp_path):
     """With a learning rate of zero nothing improves."""
     frozen = openimp.Recipe.build({**recipe.to_dict(), "optimizer": {"lr": 1e-30, "warmup_steps": 1}})

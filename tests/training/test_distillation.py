@@ -180,7 +180,7 @@ def test_a_teacher_gives_the_vectors_that_embed_join_would_write(student, data, 
     recipe = Recipe.load(data / "recipe.yaml", taught)
     batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
     batches.data.fit()
-    batches.data.embed(None, make_teachers(recipe))
+    batches.data.prepare(None, make_teachers(recipe))
     loaded = batches[0]
     for targets, modality, column in zip(loaded.batch.targets, inputs, ("file", "a {label} square")):
         out = tmp_path / f"{modality}.parquet"

@@ -20,6 +20,8 @@ def find_model(name: str | Path) -> Path:
     A model of the Hugging Face Hub is downloaded, and a model of open_clip is converted to a folder in the cache,
     unless it has been already.
     """
+    if not isinstance(name, str | Path):
+        raise UserError(f"expected the name or the folder of a model, found {type(name).__name__}")
     scheme, identifier = Name.parse(name)
     if scheme == BUNDLED:
         return _bundled(identifier)

@@ -7,7 +7,7 @@
       config.json     the version of this layout, the class of the model, and its `ModelConfig`
       recipe.yaml     the recipe with all defaults; a model is used without it
       tokenizer.json  what the text modality learned; other modalities write files of their own
-      state.json      the step, the class of the trainer, the fingerprints of the data, the position in each stream
+      state.json      the step, the name of the training's `Variant`, fingerprints of the data, positions in streams
       manifest.json   size and SHA-256 of every other file; a run resumes only if all of them match
 
 `saver` writes such a folder completely or not at all. Nothing is ever unpickled.
@@ -93,8 +93,9 @@ def save_model(
     folder: Path, model: Embedder, config: ModelConfig, modalities: Modalities, recipe: str | None = None
 ) -> None:
     """Writes what `load_model` reads: weights, configuration, what the modalities learned, and the recipe if given."""
+    files = text_files(model, config, modalities, recipe)  # First, because it may fail.
     dcp.save(folder / "model", dcp.stage(model.state_dict(), {}))
-    for name, text in text_files(model, config, modalities, recipe).items():
+    for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
@@ -115,7 +116,7 @@ def load_model(folder: Path) -> tuple[Embedder, SavedModel]:
     """
     saved = describe_model(folder)
     # A model of open_clip computes the values of buffers, which the meta device cannot.
-    on_meta_device = architecture_of(saved.config.model).initializes
+    on_meta_device = architecture_of(saved.config.model).builds_on_meta
     # Without SkipInit, torch would import its compiler to initialize weights on the meta device, half a second of work.
     with torch.device("meta") if on_meta_device else nullcontext(), SkipInit():
         model = build_model(saved.config, saved.modalities)
@@ -303,6 +304,7 @@ def load_training_state(
         on_device = torch.zeros((), device=parameter.device) if field == "step" else torch.empty_like(parameter)
         optimizer_tensors[key] = on_device
         optimizer_of[parameter].state.setdefault(parameter, {})[field] = on_device
+    # Not strict: the folder also has the tensors of parameters that other ranks update.
     dcp.load(folder / "optimizer", optimizer_tensors, strict=False)
     return read_state(folder)
 

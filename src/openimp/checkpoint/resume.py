@@ -35,8 +35,11 @@ def only_evaluates(key: str, recipe: Recipe) -> bool:
     return key.startswith("evaluation.") or (key.startswith("sources.") and not key.startswith(trained_sources))
 
 
-def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
-    """Raises UserError if another recipe or trainer saved the checkpoint, and names the difference."""
+def require_same_run(folder: Path, recipe: Recipe, trainer: str, allow_changed_data: bool = False) -> None:
+    """Raises UserError if another recipe or trainer saved the checkpoint, and names the difference.
+
+    With `allow_changed_data`, the lanes of a stream may change, because new shards may ask for others.
+    """
     _, _, saved_recipe = read_config(folder, None)  # Before `read_state`, because it refuses other formats.
     saved_by = read_state(folder)["trainer"]
     if saved_by != trainer:
@@ -50,11 +53,12 @@ def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
             is_moved = not (has_scheme(theirs) or has_scheme(ours) or Path(theirs).exists())
             is_location = is_moved and Path(theirs).name == Path(ours).name
         is_free = any(key == free_key or key.startswith(f"{free_key}.") for free_key in FREE)  # Loggers are a list.
+        is_free |= allow_changed_data and key.startswith("sources.") and key.endswith(".lanes")
         if not (is_location or is_free or key.startswith("parallel.") or only_evaluates(key, recipe)):
-            raise UserError(
-                f"{folder}: made by another recipe: {key} is {theirs!r} there, {ours!r} here; repeat "
-                "the --set options of the first start"
-            )
+            advice = "repeat the --set options of the first start"
+            if key == "train.steps":
+                advice = "a run cannot be made longer, but train.init starts another one from its weights"
+            raise UserError(f"{folder}: made by another recipe: {key} is {theirs!r} there, {ours!r} here; {advice}")
 
 
 def changed_sources(folder: Path, sources: Mapping[str, str], allowed: bool) -> list[str]:

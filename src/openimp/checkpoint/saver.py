@@ -135,7 +135,9 @@ def _remove_others(folder: Path, keep: int) -> None:
     run = folder.parents[1]  # `folder` is RUN/checkpoints/step-...
     link = folder.parent / BEST
     if link.is_dir() and not link.is_symlink():
-        return  # A copy that followed links: the best checkpoint is unknown until `mark_best` makes the link again.
+        # The run was copied by a program that follows links. Which checkpoint is best is unknown until `mark_best`
+        # makes the link again.
+        return
     saved = checkpoints(run)
     best = (folder.parent / BEST).resolve().name
     # Later checkpoints are damaged; otherwise the run would have resumed from them. They must not stay the newest.

@@ -63,7 +63,8 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
         wildcards = r"[*?]"
         files = sorted(glob.glob(path.replace("[", "[[]"), recursive=True))
     if not files:
-        raise UserError(f"source {name}: {path}: no such file or folder")
+        hint = "; braces are no pattern, but * is" if "{" in path else ""
+        raise UserError(f"source {name}: {path}: no such file or folder{hint}")
     for file in files:
         if not os.path.isfile(file):
             raise UserError(f"source {name}: {file}: is not a regular file")
@@ -119,7 +120,8 @@ def inside(root: Path, path: str) -> Path:
         if not stat.S_ISREG(os.stat(real_path).st_mode):
             raise BadMedia(f"{shown_path} is not a regular file")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise BadMedia(f"{shown_path}: {getattr(error, 'strerror', None) or error} in {root}") from None
+        hint = "; write / instead of \\" if os.sep == "/" and "\\" in path else ""  # Windows' paths
+        raise BadMedia(f"{shown_path}: {getattr(error, 'strerror', None) or error} in {root}{hint}") from None
     return Path(real_path)
 
 

@@ -78,7 +78,8 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
             signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
             _error_if_any_worker_fails()  # A worker may have died before the handler was installed.
             part = next(iterator)
-            # Not only in `finally`: until the handler is removed, it may raise, and `except` catches that only here.
+            # In `try`, because the handler may raise until it is removed, and `except` does not catch what is raised in
+            # `finally`.
             signal.signal(signal.SIGCHLD, outer_handler)
         # torch raises RuntimeError. Unpickling a part from the dead worker raises the other errors.
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:

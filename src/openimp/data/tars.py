@@ -9,7 +9,6 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,11 +21,13 @@ INTEGERS = {"cls", "cls2", "id", "index", "inx"}
 """Extensions that hold one integer, by the convention of WebDataset."""
 MAX_BYTES = 2**31
 """Largest size of a member. The size that a header claims is allocated before the member is read."""
+GZIP = b"\x1f\x8b"
 DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 """What tarfile raises for a damaged tar: it does not check the numbers in headers, and calls itself for each in a chain
 of headers."""
 COLUMN_SAMPLES = 100
-"""Number of samples at the beginning of a stream among which its columns are looked up."""
+"""A stream has the columns of this many samples at its beginning, or of fewer if they exceed COLUMN_BYTES."""
+COLUMN_BYTES = 2**26
 
 
 @dataclass
@@ -57,17 +58,32 @@ class TarShards:
         self._name = name
         self._files = files
         self.columns: list[str] = []
-        # A JSON member that cannot be parsed does not tell its keys, so a completely readable sample is preferred.
-        rows = (row for shard in range(len(files)) for (_, row), _ in self.rows(shard, None))
-        for row in islice(rows, COLUMN_SAMPLES):
-            readable = not any(isinstance(value, Unreadable) for value in row.values())
-            if readable or not self.columns:
-                self.columns = list(row)
-            if readable:
-                break
+        readable: set[str] = set()
+        for row in self._first_rows():
+            self.columns += [column for column in row if column not in self.columns]
+            readable.update(column for column, value in row.items() if not isinstance(value, Unreadable))
+        # The JSON member of one sample is read as columns `json.KEY`, that of another cannot be read.
+        self.columns = [
+            column
+            for column in self.columns
+            if column in readable or not any(other.startswith(f"{column}.") for other in readable)
+        ]
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def _first_rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of the samples that tell the columns."""
+        samples = 0
+        bytes_before = 0
+        for shard in range(len(self._files)):
+            end = 0
+            for (_, row), end in self.rows(shard, None):
+                yield row
+                samples += 1
+                if samples == COLUMN_SAMPLES or bytes_before + end >= COLUMN_BYTES:
+                    return
+            bytes_before += end
 
     def rows(self, shard: int, state: int | None) -> Iterator[tuple[NamedRow, int]]:
         file = self._files[shard]
@@ -128,6 +144,10 @@ def _members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, Unreadable | No
     file.seek(start)
     if start == size > 0:
         return
+    if start == 0:
+        if file.read(2) == GZIP:
+            raise tarfile.ReadError("it is compressed; unpack it with gunzip")
+        file.seek(0)
     bounded: Any = _Bounded(file, size)
     # A name that is not UTF-8 becomes text that can be stored and printed.
     tar: Any = tarfile.open(fileobj=bounded, mode="r:", errors="backslashreplace")  # noqa: SIM115

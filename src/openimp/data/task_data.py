@@ -18,6 +18,7 @@ from openimp.common.protocols import Learned, Towered
 from openimp.data.batch import head_key
 from openimp.data.embedded import EmbeddedRows, EmbeddedTexts, embed_column, texts_in
 from openimp.data.order import permute, seed_key
+from openimp.data.readable import require_readable
 from openimp.data.sources import open_source
 from openimp.data.store import DecodedStore
 from openimp.data.streams import Cursor, Stream
@@ -42,23 +43,23 @@ class TaskData:
         source_of_task: the opened source of each task with a weight above 0.
         classes: the classes of each classification head in the order of its outputs, by `head_key`.
         stores: the decoded media of each cached column, by (source, modality, column), and the vectors of each column
-            that a tower reads.
+            that a tower (the frozen encoder of a modality) reads.
         text_vectors: the vectors of all texts that a tower reads, by modality.
-        teacher_vectors: the vectors of a task's rows, by task and teacher. `embed` fills it.
+        teacher_vectors: the vectors of a task's rows, by task and teacher.
+
+    `prepare` adds the decoded media and the vectors.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         modalities: dict[str, Modality],
-        progress: Progress | None = None,
         world_size: int = 1,
     ) -> None:
-        """Opens the sources, looks up the classes and decodes the media of cached sources.
+        """Opens the sources, and looks up the classes.
 
         Args:
             modalities: by name; those that learn from texts need `fit` or `load_state` before the first batch.
-            progress: `progress(iterable, description)` wraps an iterable to show progress.
             world_size: the number of ranks that share each batch.
 
         Raises:
@@ -79,7 +80,6 @@ class TaskData:
                 if column := objective.class_column():
                     classes = classes_of(source, column, f"tasks.{task_name}")
                     self.classes[head_key(source.name, column.name)] = classes
-        self._decode_cached_media(progress)
 
     def _open_sources(self) -> None:
         """Fills `source_of_task`. Tasks share a table, but not a stream, in which each task has its own position."""
@@ -95,8 +95,13 @@ class TaskData:
             source: Table | Stream | None = tables.get(task.source)
             if source is None:
                 options = self.recipe.sources[task.source]
-                source = open_source(task.source, options, seed_key(self.recipe.seed, name))
-            source.require(sorted(self.columns(task)), f"tasks.{name}")
+                order_seed = seed_key(self.recipe.seed, name)  # of a stream; a table has no order of its own
+                source = open_source(task.source, options, order_seed)
+            try:
+                columns = self.columns(task)
+            except UserError as error:  # Of a template.
+                raise UserError(f"tasks.{name}: {error}") from None
+            source.require(sorted(columns), f"tasks.{name}")
             if isinstance(source, Table):
                 tables[task.source] = source
             else:
@@ -120,7 +125,7 @@ class TaskData:
         return columns
 
     def _decode_cached_media(self, progress: Progress | None) -> None:
-        """Fills `stores`."""
+        """Adds the decoded media to `stores`, except those that towers read."""
         for table in self._tables():
             cache = self.recipe.sources[table.name].cache
             if cache == "none":
@@ -161,7 +166,8 @@ class TaskData:
         return media_views
 
     def fit(self, fitted_stems: Collection[str] = ()) -> None:
-        """Fits the modalities that read text to the training texts, on rank 0, and gives their state to all ranks.
+        """Lets modalities learn from the training texts, for example a tokenizer, on rank 0, and gives all ranks their
+        state.
 
         Modalities whose stem is in `fitted_stems` are left as they are.
         """
@@ -193,24 +199,35 @@ class TaskData:
                 rows: Iterator[dict[str, Any]] = islice(epoch, CORPUS_ROWS)
             else:
                 rows = _sample(source, seed_key(self.recipe.seed, task_name, "corpus"), columns)
-            yield from all_texts(spec.columns, rows)
+            try:
+                yield from all_texts(spec.columns, rows)
+            except UserError as error:
+                raise UserError(f"tasks.{task_name}.inputs.{name}: {error}") from None
 
-    def embed(self, progress: Progress | None, teachers: Mapping[Teacher, Any]) -> None:
-        """Embeds what towers and teachers read. It must be called before the first batch.
+    def prepare(self, progress: Progress | None = None, teachers: Mapping[Teacher, Any] | None = None) -> None:
+        """Decodes the media of cached sources, and embeds what towers and teachers read. It must be called before the
+        first batch, and may take hours.
 
-        Vectors are stored in openimp's cache. UserError if a tower reads a stream, or if a teacher's or a column's
-        vectors have another size than the model's embeddings.
+        Args:
+            progress: `progress(iterable, description)` wraps an iterable to show progress.
+            teachers: the opened teachers of the tasks. Their vectors are stored in openimp's cache.
+
+        Raises:
+            UserError: no row of a source can be read; a tower reads a stream; or the vectors of a teacher, or of a
+                column with targets, have another size than the model's embeddings.
         """
-        self._check_first_rows()
-        self._embed_for_towers(progress)
+        teachers = teachers or {}
+        self._check_rows()
         size = self.target_sizes.embed_dim
         for teacher, tower in teachers.items():
-            teacher_size = tower.stem_spec().values
+            teacher_size = tower.stem_spec().values  # of its only token, a vector
             if teacher_size != size:
                 raise UserError(
                     f"teacher {teacher.model}: has vectors of {teacher_size} numbers, and the model of {size}; set "
-                    "model.embed_dim"
+                    "model.embed_dim (of a model that is wrapped, it cannot be changed)"
                 )
+        self._decode_cached_media(progress)
+        self._embed_for_towers(progress)
         for task_name, source in self.source_of_task.items():
             task = self.recipe.tasks[task_name]
             vectors: dict[Teacher, DecodedStore | EmbeddedRows] = {}
@@ -221,28 +238,32 @@ class TaskData:
                 if tower.reads_text:
                     vectors[teacher] = EmbeddedRows(source, tower, columns, progress)
                 else:
-                    # A teacher reads in its own view.
+                    # Without views of the task, a teacher reads as its own model does.
                     store = embed_column(source, tower, columns[0], views=[], progress=progress)
                     self._check_bad_rows(source, columns[0], store)
                     vectors[teacher] = store
             self.teacher_vectors[task_name] = vectors
 
-    def _check_first_rows(self) -> None:
-        """Checks the first row of each table: if it does not fit the model, none does."""
+    def _check_rows(self) -> None:
+        """Checks that no tower reads a stream, that some media of each table can be read, and that its first row fits
+        the model: if not, none does."""
         for task_name, source in self.source_of_task.items():
             task = self.recipe.tasks[task_name]
-            columns = sorted(target_columns(task))
-            if isinstance(source, Stream) or not columns:
+            if isinstance(source, Stream):
+                for name in task.inputs:
+                    if isinstance(self.modalities[name], Towered):
+                        raise UserError(
+                            f"tasks.{task_name}: a tower reads {name}, and source {source.name} is a stream"
+                        )
                 continue
-            (row,) = source.rows([0], columns)
-            for i, objective in enumerate(task.objectives):
-                objective.check_row(f"tasks.{task_name}.objectives.{i}", row, self.target_sizes)
+            for name, spec in task.inputs.items():
+                require_readable(source, self.modalities[name], spec, task.views[0][name], f"tasks.{task_name}")
+            if columns := sorted(target_columns(task)):
+                (row,) = source.rows([0], columns)
+                for i, objective in enumerate(task.objectives):
+                    objective.check_row(f"tasks.{task_name}.objectives.{i}", row, self.target_sizes)
 
     def _embed_for_towers(self, progress: Progress | None) -> None:
-        for task_name, source in self.source_of_task.items():
-            for name in self.recipe.tasks[task_name].inputs:
-                if isinstance(self.modalities[name], Towered) and isinstance(source, Stream):
-                    raise UserError(f"tasks.{task_name}: a tower reads {name}, and source {source.name} is a stream")
         for table in self._tables():
             for (name, column), views in self._media_views(table.name).items():
                 modality = self.modalities[name]

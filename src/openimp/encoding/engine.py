@@ -1,5 +1,7 @@
 """The engine that embeds: it reads items of one modality ahead, and encodes them in batches.
 
+A clip is what the encoder takes at once: a picture, a text, or a window of a film or sound, which may have several.
+
 Shape suffixes: N items, M clips, D width, Z features of the shared embedding space.
 """
 
@@ -134,7 +136,7 @@ class ItemEncoder:
         tokens = self.modality.tokens(np.concatenate(clips), self.view, None) if clips else None
         return _Batch(items, [len(item_clips) for item_clips in clips], tokens)
 
-    # Not in inference mode: FSDP2 keeps some of the tensors that it makes for later training steps.
+    # Not in inference mode: FSDP2 makes tensors here that later training steps use again.
     @torch.no_grad()
     def _vectors(self, batch: _Batch, clip_count: int, length: int) -> list[Tensor]:
         """The vectors of the readable items of a batch, which is padded to `clip_count` clips of `length` tokens."""

@@ -77,7 +77,11 @@ class Tower(Modality):
     @cached_property
     def encoder(self) -> FrozenEncoder:
         """The frozen encoder, on the GPU if there is one. UserError if it is not the one of training."""
-        encoder = open_encoder(self.config.tower, self.name, self.role)
+        try:
+            encoder = open_encoder(self.config.tower, self.name, self.role)
+        except UserError as error:
+            reason = str(error).removeprefix(f"{self.role} ")
+            raise UserError(f"{self.role} of {self.name}: {reason}") from None
         if self._saved and self._saved.fingerprint != encoder.fingerprint:
             raise UserError(f"{self.role} {self.config.tower}: has other weights or options now than in training")
         return encoder

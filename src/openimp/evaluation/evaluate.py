@@ -8,6 +8,7 @@ from openimp.common.device import precision_of
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Classes, Modalities
 from openimp.common.progress import Progress
+from openimp.data.readable import require_readable
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
 from openimp.encoding.items import require_columns, require_pair
@@ -88,8 +89,10 @@ def check_sets(model: Embedder, recipe: Recipe, modalities: Modalities, classes:
     Returns the opened sources. Opening a table of a million rows again for each evaluation would take seconds.
     """
     evaluator = Evaluator(model, recipe, modalities, classes)
-    for name in recipe.evaluation.sets:
-        open_set(evaluator, name)
+    for name, options in recipe.evaluation.sets.items():
+        for table in open_set(evaluator, name).values():
+            for modality, spec in options.inputs.items():
+                require_readable(table, modalities[modality], spec, options.view[modality], f"evaluation.sets.{name}")
     return evaluator.tables
 
 

@@ -43,7 +43,7 @@ class RetrievalResult(Predicted):
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.
 
         In a tie, wrong candidates come first, and NaN counts against the model. So the best correct candidate is at its
-        `rank`, unless the similarity of another correct one is NaN.
+        `rank`, unless the similarity of another correct one is NaN: `rank` takes that one for the best.
         """
         similarity_M = (self.candidate_MZ @ self.query_NZ[query_index]).cpu().numpy()
         correct_candidates = self.correct_pairs[self.correct_pairs[:, 0] == query_index, 1]

@@ -3,17 +3,19 @@
 Shape suffixes: B examples, D features, K classes.
 """
 
+from collections import Counter
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor
 
 from openimp.common.device import full_precision
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.common.objective import ClassColumn, Objective, Row, TargetSizes, Tensors
-from openimp.common.schema import PartialShare
+from openimp.common.schema import PartialShare, as_text
 from openimp.data.batch import head_key
 from openimp.data.targets import index_of, row_classes
 from openimp.model.embedder import Embedder, EncodedAll
@@ -41,6 +43,13 @@ class Classification(Objective):
     label_smoothing: PartialShare = 0.0
     """Share of the target that is distributed over all classes."""
 
+    @model_validator(mode="after")
+    def _classes_differ(self) -> "Classification":
+        for label, count in Counter(map(as_text, self.classes or ())).items():
+            if count > 1:
+                raise ValueError(f"classes: {label!r} is listed twice")
+        return self
+
     def check(self, location: str, task: Task, recipe: Recipe) -> None:
         if not self.modalities(task):
             raise UserError(f"{location}: no input is without a mask, so name the modality to classify in `of`")
@@ -59,15 +68,18 @@ class Classification(Objective):
 
     def read(self, task: Task, row: Row, number: int, sizes: TargetSizes) -> Tensors:
         """The class () int64 for loss softmax, or (K,) float zeros and ones for sigmoid."""
-        location = f"{task.source}.{self.label}"
         index = sizes.class_numbers[head_key(task.source, self.label)]
+        location = f"column {self.label!r}"
+        # The rows of a table were checked before training. A stream is not read ahead, so its bad rows are replaced.
         try:
             classes = row_classes(row[self.label], self.loss == "sigmoid")
+            if any(label is None or label != label for label in classes):
+                raise BadMedia(f"{location}: no class")
+            numbers = [index_of(label, index, location) for label in classes]
         except ValueError as error:
-            raise UserError(f"{location}: {error}") from None
-        if any(label is None or label != label for label in classes):  # Only in a stream, which is not read ahead.
-            raise BadMedia(f"column {self.label!r}: no class")
-        numbers = [index_of(label, index, location) for label in classes]
+            raise BadMedia(f"{location}: {error}") from None
+        except UserError as error:
+            raise BadMedia(str(error)) from None
         if self.loss == "softmax":
             return {"label": torch.tensor(numbers[0])}
         label_K = torch.zeros(len(index))

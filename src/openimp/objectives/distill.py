@@ -79,7 +79,7 @@ class Distill(Objective):
         if isinstance(vector, list | np.ndarray) and len(vector) != sizes.embed_dim:
             raise UserError(
                 f"{location}.to: column {self.to!r} has vectors of {len(vector)} numbers, and the model of "
-                f"{sizes.embed_dim}; set model.embed_dim"
+                f"{sizes.embed_dim}; set model.embed_dim (of a model that is wrapped, it cannot be changed)"
             )
 
     def work(self, task: Task) -> list[str]:

@@ -28,7 +28,7 @@ def read_recipe(name: str, overrides: Iterable[str] = (), folder: Path | None = 
     """
     file = find_file(name)
     data = {"name": file.stem, **read_mapping(file, "recipe")}
-    for text in overrides:
+    for text in [overrides] if isinstance(overrides, str) else overrides:
         override(data, text, folder)
     return data, file
 

@@ -172,6 +172,8 @@ class Recipe(Strict):
             for name in names:
                 if name not in self.modality_names:
                     raise UserError(f"{key}: no task trains modality {name!r}{nearest(name, self.modality_names)}")
+            if isinstance(options, ZeroShot) and not modality_class(options.reader).reads_text:
+                raise UserError(f"{key}.reader: {options.reader} reads no texts; name the modality that does, as text")
             if isinstance(options, Retrieval) and len(options.inputs) != 2:
                 raise UserError(f"{key}.inputs: retrieval is between two modalities, found {len(options.inputs)}")
             for name, spec in options.inputs.items():

@@ -1,5 +1,6 @@
 """The recipe of each model of a study, with as many steps as its FLOPs allow."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ def _keep_tasks(data: dict[str, Any], names: list[str], common: Recipe) -> None:
     used = {name for task in data["tasks"].values() for name in task["inputs"]}
     stems = {modality.stem for name, modality in common.make_modalities().items() if name in used}
     data["modalities"] = {stem: options for stem, options in data["modalities"].items() if stem in stems}
+    scales = data["optimizer"]["lr_scale"]
+    data["optimizer"]["lr_scale"] = {part: scale for part, scale in scales.items() if _is_kept(part, stems)}
     moe = data["model"].get("moe")
     if moe and isinstance(moe["experts"], dict):
         moe["experts"] = {stem: count for stem, count in moe["experts"].items() if stem in stems}
@@ -129,6 +132,12 @@ def _keep_tasks(data: dict[str, Any], names: list[str], common: Recipe) -> None:
     data["evaluation"]["sets"] = kept_sets
     if data["evaluation"]["best"] not in kept_sets:
         data["evaluation"]["best"] = None
+
+
+def _is_kept(part: str, stems: Collection[str]) -> bool:
+    """Whether a model with these stems may have a part; see `optimizer.lr_scale`."""
+    kind, _, name = part.partition(".")
+    return kind != "stems" or not name or name.split(".")[0] in stems
 
 
 def flops_per_step(recipe: Recipe, variant: Variant | None = None) -> dict[str, float]:

@@ -90,5 +90,10 @@ class Callbacks(Callback):
                 call(callback)
             except StopTraining:
                 stops = True
+            except UserError:
+                raise
+            except Exception as error:  # As a UserError, it ends the training with a checkpoint.
+                kind = type(error).__name__
+                raise UserError(f"callback {type(callback).__name__} failed with {kind}: {error}") from error
         if stops:
             raise StopTraining

@@ -57,12 +57,12 @@ class RunDirectory:
         self.recipe_file = path / "recipe.yaml"
         self.job_file = path / "torchrun.job"
 
-    def checkpoint(self, resume: bool | Literal["auto"], trainer: str) -> Path | None:
+    def checkpoint(self, resume: bool | Literal["auto"], trainer: str, allow_changed_data: bool = False) -> Path | None:
         """The checkpoint to resume from, or None for a training run that starts at step 0.
 
         With `resume`, True requires a checkpoint, "auto" uses one if there is one, and False refuses a directory with a
         run. After a restart by torchrun, `resume` counts as "auto" if the same torchrun job began the run. `trainer` is
-        the name of the `Variant`.
+        the name of the `Variant`. For `allow_changed_data`, see `require_same_run`.
         """
         saved = bool(common_checkpoints(self.path))
         begun = saved or any((self.path / name).exists() for name in ("tensorboard", "logger.id", "metrics.jsonl"))
@@ -92,7 +92,7 @@ class RunDirectory:
         if not resume:
             return None
         newest = newest_intact(self.path)
-        require_same_run(newest, self.recipe, trainer)
+        require_same_run(newest, self.recipe, trainer, allow_changed_data)
         return newest
 
     def finished(self, trainer: str) -> bool:

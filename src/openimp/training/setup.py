@@ -50,7 +50,7 @@ class Variant:
     Attributes:
         name: stored as `trainer` in checkpoints, which another variant cannot resume; "Trainer" is ordinary training.
         make_modalities: returns the modalities by name, not fitted. Their tokens are the model's inputs.
-        build_model: returns the model with random weights, or a wrapped one with its weights.
+        build_model: returns the model with random weights, or a model of open_clip without values for its weights.
         sum_tasks: each update sums the losses of a round, which is one step of each task.
         prints_warnings: whether to print what the objectives warn of in the first batch of each task.
         before_step: called with the trainer and the number of each step, before the step is made.
@@ -110,17 +110,17 @@ def set_up(
     check_loggers(recipe)
 
     directory = RunDirectory(run, recipe)
-    checkpoint = directory.checkpoint(resume, variant.name)
+    checkpoint = directory.checkpoint(resume, variant.name, allow_changed_data)
     modalities = variant.make_modalities(recipe)
     warm_start = open_warm_start(recipe, modalities) if checkpoint is None else None
     saved_classes = None
     if checkpoint is not None:
-        saved_config, learned_files, _ = read_config(checkpoint, models=None)
+        saved_config, learned_files, _ = read_config(checkpoint, models=None)  # of any class, as variants build others
         saved_classes = saved_config.classes
         load_learned(modalities.values(), learned_files)
 
     world_size = distributed.world_size()
-    data = distributed.run_first_on_node(lambda: TaskData(recipe, modalities, track, world_size))
+    data = distributed.run_first_on_node(lambda: TaskData(recipe, modalities, world_size))
     batches = StepBatches(data, distributed.rank())
     fingerprints = distributed.run_on_rank_zero(data.fingerprints)  # Not on all ranks: it reads a part of every file.
     changed_source_names = []
@@ -130,17 +130,18 @@ def set_up(
         changed_source_names = changed_sources(checkpoint, fingerprints, allow_changed_data)
         if saved_classes != data.classes:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
-    # Opens the towers, whose sizes the model needs. Inside `DeferredInit`, their initialization would be recorded.
+    # Opens the towers (frozen encoders of modalities), whose sizes the model needs. Inside `DeferredInit`, their
+    # initialization would be recorded.
     distributed.run_first_on_node(lambda: [modality.stem_spec() for modality in modalities.values()])
     deferred = DeferredInit(recipe.seed)
     build = partial(variant.build_model, recipe, modalities, data.classes)
-    # A wrapped model computes buffers when it is built, which the meta device cannot do. Its weights are loaded later.
-    is_wrapped = not architecture_of(recipe.model).initializes
-    model = deferred.build(build, at_once=is_wrapped).train()
+    # A model of open_clip computes buffers when it is built, which the meta device cannot do.
+    at_once = not architecture_of(recipe.model).builds_on_meta
+    model = deferred.build(build, at_once=at_once).train()
     freeze(model, recipe.optimizer)
-    # Before the model is sharded, and before towers and teachers embed the data, which may take hours.
+    # Before the model is sharded, and before media are decoded and embedded, which may take hours.
     evaluated_tables = distributed.run_first_on_node(lambda: check_sets(model, recipe, modalities, data.classes))
-    teacher_states = _embed(recipe, data, checkpoint)
+    teacher_states = _prepare(recipe, data, checkpoint)
 
     # Before FSDP2 replaces the model's class, whose name is in config.json.
     model_files = text_files(model, recipe.to_config(data.classes), modalities, recipe.to_yaml())
@@ -178,11 +179,11 @@ def set_up(
     )
 
 
-def _embed(recipe: Recipe, data: TaskData, checkpoint: Path | None) -> dict[str, dict[str, str]]:
-    """Embeds the rows for towers and teachers, and returns the states of the teachers (`Parts.teacher_states`)."""
+def _prepare(recipe: Recipe, data: TaskData, checkpoint: Path | None) -> dict[str, dict[str, str]]:
+    """Decodes and embeds the data, and returns the states of the teachers (`Parts.teacher_states`)."""
     teachers = make_teachers(recipe)
-    teacher_states = _teacher_states(teachers, checkpoint)
-    distributed.run_first_on_node(lambda: data.embed(track, teachers))
+    teacher_states = _load_teacher_states(teachers, checkpoint)
+    distributed.run_first_on_node(lambda: data.prepare(track, teachers))
     if teachers:
         teachers.clear()  # They hold encoders. The model needs that memory.
         release_encoders()
@@ -201,8 +202,9 @@ def _cumulative_flops(batches: StepBatches, step_costs: Costs) -> np.ndarray | N
     return np.cumsum([0, *flops])
 
 
-def _teacher_states(teachers: Mapping[Teacher, Tower], checkpoint: Path | None) -> dict[str, dict[str, str]]:
-    """The states of the teachers. A resumed run has them in its checkpoint, so it opens no teacher for them."""
+def _load_teacher_states(teachers: Mapping[Teacher, Tower], checkpoint: Path | None) -> dict[str, dict[str, str]]:
+    """Gives the teachers their states, and returns these. A resumed run has them in its checkpoint, so it opens no
+    teacher for them, and a teacher that has changed since is refused once it is opened."""
     saved = read_state(checkpoint).get("teachers", {}) if checkpoint else {}
     unsaved_teachers = {teacher: tower for teacher, tower in teachers.items() if teacher.column not in saved}
     states = saved | distributed.run_on_rank_zero(
@@ -222,14 +224,16 @@ def _check_ranks(recipe: Recipe, variant: Variant) -> None:
 
 
 def _distribute(recipe: Recipe, model: Embedder, device: torch.device, signature_count: int) -> None:
-    """Distributes the model over the ranks. With `train.compile`, its blocks are compiled, for `signature_count`
-    signatures."""
+    """Distributes the model over the ranks, and compiles its blocks unless `signature_count` is 0.
+
+    A block is compiled once per signature: the sizes of the inputs of a pass.
+    """
     layout = choose_layout(recipe, model, device)
     if signature_count:
         # With expert parallelism, FSDP2 wraps a block's experts separately. Its hooks would break the compiled graph.
         uncompiled = model.experts() if layout.expert_degree > 1 else ()
         compile_blocks(model.blocks(), signature_count * compilations_per_signature(model), uncompiled)
-    # All ranks gather in the same type, whatever their processors.
+    # All ranks must gather weights in the same type, even if only some processors compute in bf16.
     precisions = distributed.all_gather_object(precision_of(device, recipe.train.precision))
     apply_parallelism(
         model,

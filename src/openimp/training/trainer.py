@@ -1,7 +1,7 @@
 """The training loop: alternating gradient descent. Each step trains one task with one of its views."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -20,6 +20,7 @@ from openimp.data.loaded_batch import LoadedBatch
 from openimp.data.loader import load_batches
 from openimp.data.order import seed_key
 from openimp.data.streams import Cursor
+from openimp.evaluation.evaluate import NotMeasured
 from openimp.model.embedder import in_chunks
 from openimp.model.moe import set_usage_collection
 from openimp.objectives.losses import Losses, task_losses
@@ -61,7 +62,9 @@ def train(
         CheckpointError: a checkpoint cannot be written, or an older one cannot be removed. The steps since the last
             complete checkpoint are lost.
     """
-    if not isinstance(recipe, Recipe):
+    if isinstance(recipe, Mapping):
+        recipe = Recipe.build(dict(recipe))
+    elif not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
     run = Path("runs") / recipe.name if run is None else Path(run)
     distributed.start()
@@ -177,7 +180,7 @@ class Trainer(Parts):
         if self.step == 0 and self.recipe.starts_from_weights:
             self.evaluate(stop.watch)  # The baseline: later results show what was forgotten.
         if self.step and self._is_due(evaluate_every, self.step):
-            self.evaluate(stop.watch)  # The interrupted run may have saved this step without evaluating it.
+            self._evaluate_on_the_way(stop)  # The interrupted run may have saved this step without evaluating it.
         loaded_batches = self.log.timer.timed(load_batches(self.batches, self.step))
         try:
             # The alternation has chosen the task and the view of each batch: `loaded.visit`.
@@ -195,7 +198,7 @@ class Trainer(Parts):
                 if self._is_due(save_every, steps_done):
                     self.save()
                 if self._is_due(evaluate_every, steps_done):
-                    self.evaluate(stop.watch)
+                    self._evaluate_on_the_way(stop)
                 if self._callback_stops:
                     raise StopTraining
         except (Interrupted, UserError):
@@ -204,9 +207,9 @@ class Trainer(Parts):
             raise
 
     def make_step(self, loaded: LoadedBatch) -> Losses:
-        """Queues one step on the device: the losses of its task, their gradients, and the update of the weights.
+        """Queues one step on the device, and returns the losses of its task.
 
-        Returns the losses.
+        The step that ends a round, usually each, also queues the gradients and the update of the weights.
         """
         visit = loaded.visit
         if self.variant.before_step:
@@ -271,7 +274,7 @@ class Trainer(Parts):
         for step in steps:
             visit = step.batch_info.visit
             self.step = visit.step + 1
-            if step.batch_info.cursors:  # Of a stream: where each lane (sequence of shards) resumes.
+            if step.batch_info.cursors:  # The task reads a stream: where each lane (sequence of shards) resumes.
                 self.cursors[visit.task] = step.batch_info.cursors
             self.log.record(step.batch_info, step.losses)
         self._bar.step(self.step)
@@ -315,7 +318,7 @@ class Trainer(Parts):
             try:
                 self.callbacks.on_checkpoint(step, checkpoint_folder(self.run, step))
             except StopTraining:
-                self._callback_stops = True  # `_train_steps` stops when the checkpoint or evaluation is complete.
+                self._callback_stops = True  # `_train_steps` stops later: the caller has yet to save or to evaluate.
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores for resuming besides tensors, as JSON values. Every rank must call this."""
@@ -338,10 +341,18 @@ class Trainer(Parts):
         if self.recipe.evaluation.sets:
             self._evaluated_step = self.step
             results = self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
-            self._announce_checkpoint()  # The checkpoint that `save` may have started.
+            self._announce_checkpoint()  # Before `keep_best`, whose checkpoint would be the newest.
             self.validation.keep_best(self.step, self.checkpointing, self.state)
-            self._announce_checkpoint()  # The checkpoint that `keep_best` may have started.
+            self._announce_checkpoint()
             self.callbacks.on_evaluation(self.step, results)
+
+    def _evaluate_on_the_way(self, stop: Stop) -> None:
+        """Evaluates before training goes on. A set that cannot be measured, for example because a disk is missing, is
+        an error only at the end of the training."""
+        try:
+            self.evaluate(stop.watch)
+        except NotMeasured as error:
+            console.print(f"{error}; training goes on", soft_wrap=True)
 
     def _is_due(self, every: int | None, steps_done: int) -> bool:
         """Whether `steps_done` is a multiple of `every`. False within a round and after the last step."""

@@ -1,0 +1,39 @@
+"""A check, before anything takes long, that the media of a source can be read at all."""
+
+from typing import Any
+
+import numpy as np
+
+from openimp.common.errors import UserError
+from openimp.common.modality import BadMedia, Modality
+from openimp.common.protocols import Towered
+from openimp.data.tables import Table
+from openimp.recipe.inputs import Input
+
+TRIED_ROWS = 50
+"""Rows that are tried, evenly spaced, until one can be read."""
+
+
+def require_readable(table: Table, modality: Modality, spec: Input, view: Any, error_prefix: str) -> None:
+    """Raises UserError if an input has media in some of the tried rows, none of which can be read.
+
+    A wrong folder would otherwise be noticed when the task has its first step, or after training.
+    """
+    if modality.reads_text or isinstance(modality, Towered):
+        return
+    column = spec.columns[0]
+    first_reason = ""
+    for row in np.linspace(0, len(table) - 1, min(TRIED_ROWS, len(table))).astype(int).tolist():
+        (values,) = table.rows([row], [column])
+        if values[column] is None:  # A row may lack a modality.
+            continue
+        try:
+            modality.decode(table.media(values[column]), [view])
+            return
+        except BadMedia as error:
+            first_reason = first_reason or f"{table.row_name(row)}: {error}"
+    if first_reason:
+        raise UserError(
+            f"{error_prefix}: no {modality.name} of source {table.name} that was tried can be read; the first: "
+            f"{first_reason}"
+        )
