@@ -128,7 +128,7 @@ def test_the_examples_of_the_data_page_are_read(tmp_path, monkeypatch):
         elif "sources" in given and "tasks" not in given:
             for name, source in recipe.sources.items():
                 assert len(open_source(name, source))
-    assert read == {"photos", "songs", "more_songs", "birds", "shards", "table", "stream"}
+    assert read == {"photos", "songs", "birds", "shards", "stream"}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas
 import PIL.Image
 import pytest
 import soundfile
@@ -139,7 +140,7 @@ def test_normalize_gives_the_direction_of_the_plain_vector(model):
     assert model.logit_scale.exp().item() == pytest.approx(5.0), "the inverse of the temperature, 0.2"
 
 
-def test_preprocess_and_tokenizer_follow_the_views(tiny_model_folder, media_folder):
+def test_preprocess_and_tokenizer_follow_the_views(tiny_model_folder, media_folder, tmp_path):
     model = openimp.load(tiny_model_folder, device="cpu", precision="fp32")
     model.views["image"] = model.views["image"].model_copy(update={"size": (16, 24)})
     model.views["text"] = model.views["text"].model_copy(update={"length": 5})
@@ -154,6 +155,13 @@ def test_preprocess_and_tokenizer_follow_the_views(tiny_model_folder, media_fold
     model.views["text"].length = 100_000
     with refuses():
         model.encode_text("a")
+    for change in ({"crop_pct": 5.0}, {"size": "32"}, {"size": np.int64(16)}):
+        model.views["image"] = model.views["image"].model_copy(update={"size": 16, "crop_pct": 1.0, **change})
+        with refuses():
+            model.encode_image(path)
+        with refuses():
+            model.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists(), "nothing is written"
 
 
 def test_vectors_can_be_trained_on_and_tensors_through(model, media_folder):
@@ -162,6 +170,10 @@ def test_vectors_can_be_trained_on_and_tensors_through(model, media_folder):
     picture = torch.zeros(1, 3, 32, 32, requires_grad=True)
     model.encode_image(picture).square().sum().backward()
     assert picture.grad.abs().sum() > 0
+    sound = torch.cat([torch.rand(1, 4000), torch.zeros(1, 4192)], 1).requires_grad_()
+    model.encode_audio(sound).square().sum().backward()
+    assert sound.grad.isfinite().all(), "silence has gradients, too"
+    assert sound.grad.abs().sum() > 0
 
 
 def test_each_modality_is_encoded_towards_a_sensible_partner(model, tiny_recipe, model_of):
@@ -207,9 +219,27 @@ def test_unreadable_inputs_are_named(model, tmp_path):
         ("image", [str(broken)], r"broken\.png: cannot be read as image"),
         ("audio", "missing.wav", r"missing\.wav: cannot be read as audio: no such file"),
         ("text", ["a", 7], "input 1: cannot be read as text"),
+        ("image", [torch.zeros(3, 32, 32)], "torch.stack"),
+        ("video", np.zeros((9, 16, 3), np.uint8), "is one picture"),
+        ("audio", {"array": np.zeros(9), "sampling_rate": 7.5}, "a sampling rate of 7.5"),
+        ("audio", {"path": None, "bytes": None}, "found the keys"),
     ):
         with pytest.raises(UserError, match=message):
             model.encode(modality, value)
+    with refuses():
+        model.encode_text("a", batch_size=0)
+
+
+def test_inputs_may_be_in_any_ordinary_container(model):
+    texts = ["noise", "a square"]
+    expected = model.encode_text(texts)
+    for container in (tuple(texts), iter(texts), np.array(texts), pandas.Series(texts)):
+        assert torch.equal(model.encode_text(container), expected)
+    assert model.encode_image(torch.zeros(0, 3, 32, 32)).shape == (0, 32)
+    sound = np.random.default_rng(0).normal(0, 0.1, 8000)
+    rates = [model.encode_audio({"array": sound, "sampling_rate": kind(8000)}) for kind in (int, float, np.int64)]
+    assert torch.equal(rates[0], rates[1])
+    assert torch.equal(rates[0], rates[2])
 
 
 def test_a_text_without_a_known_word_is_told_once_in_one_line(tiny_recipe, model_of, capsys):

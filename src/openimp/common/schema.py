@@ -130,7 +130,7 @@ def checked(schema: type[Any], data: Any, error_prefix: str, folder: str | Path 
     `error_prefix` is usually the file. Relative paths in the data start at `folder`.
     """
     if isinstance(data, BaseModel):
-        data = data.model_dump()
+        data = data.model_dump(warnings=False)
     try:
         return schema.model_validate(data, context={"folder": folder})
     except ValidationError as error:

@@ -102,6 +102,10 @@ def _by_names(model: Model, modality: str, names: Sequence[str], prompts: Sequen
     """A classifier by names (zero-shot). A class is the mean of the unit vectors of its name in each prompt."""
     if isinstance(names, str) or isinstance(prompts, str):
         raise UserError("names and prompts are lists of texts")
+    names = list(names)
+    prompts = list(prompts)
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"names are texts, such as {str(names[0])!r}")
     if len(names) < 2 or len({text_key(name) for name in names}) < len(names):
         raise UserError("name two classes or more, each once")
     for prompt in prompts:

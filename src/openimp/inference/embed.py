@@ -63,7 +63,7 @@ def embed(
         modality: the modality of all files. By default, the extension of each file decides.
         towards: see `Model.encode`.
         batch_size: number of clips or items per forward pass.
-        progress: wraps an iterable to show its progress.
+        progress: `progress(iterable, description)` wraps an iterable to show its progress.
     """
     out = parquet_file(out)
     model = load(run)

@@ -34,7 +34,7 @@ def evaluate(
         recipe: the recipe that has the evaluation sets and their sources. None: the recipe of the model's training.
         overrides: changes of sources and evaluation sets, as `--set` takes them: `["sources.photos.limit=100"]`.
         allow_sources: whether the recipe of a model that was not trained here may read any source.
-        progress: wraps an iterable to show its progress.
+        progress: `progress(iterable, description)` wraps an iterable to show its progress.
 
     Returns:
         A dict of JSON values for each direction of a retrieval set, each classifier of a probe, and each other set
@@ -48,10 +48,10 @@ def evaluate(
     folder = find_model(name)
     imp, (config, modalities, saved_recipe) = load_model(folder)
     measured = saved_recipe.validated()
-    overrides = list(overrides)
+    overrides = [overrides] if isinstance(overrides, str) else list(overrides)
     if sets is not None:
         sets = [sets] if isinstance(sets, str) else list(sets)
-    user_sources: Collection[str] = ()  # the names of the sources in the recipe that the user names
+    user_sources: Collection[str] = ()  # the names of the sources whose place the user tells
     reasons: list[str] = []  # why sets do not fit the model
     if recipe or overrides:
         measured, user_sources, reasons = _with_sets(measured, str(recipe) if recipe else None, overrides, sets)
@@ -77,7 +77,7 @@ def _with_sets(
     """A model's recipe with overrides, or with the sources and sets of another recipe, which has the overrides.
 
     It has only the sets `names` that fit the model; None: all that do. The second value has the names of the sources
-    that the other recipe defines, and the third one says why sets do not fit.
+    that the other recipe defines, or that the overrides move, and the third one says why sets do not fit.
     """
     for text in overrides:
         if not text.startswith(("sources.", "evaluation.")):
@@ -87,7 +87,14 @@ def _with_sets(
         for text in overrides:
             override(ours, text)
         measured, reasons = _build(ours, names)
-        return measured, (), reasons
+        changed_keys = {text.partition("=")[0].strip() for text in overrides}
+        moved = [
+            name
+            for name, source in measured.sources.items()
+            if f"sources.{name}.path" in changed_keys
+            and (source.root is None or f"sources.{name}.root" in changed_keys)
+        ]
+        return measured, moved, reasons
     theirs, file = read_recipe(other, overrides, Path.cwd())
     # The model's own sources are kept, because its tasks name them.
     user_sources = theirs.get("sources") or {}

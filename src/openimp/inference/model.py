@@ -3,11 +3,12 @@
 Shape suffixes: B inputs, Z features of the shared embedding space.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from openimp.common.modality import BadMedia, Modalities, Modality
 from openimp.common.names import HUB, HubName
 from openimp.common.progress import notice
 from openimp.common.protocols import PictureReader, Tensors, TextReader
+from openimp.common.schema import checked
 from openimp.data.trust import record_training, trained_here
 from openimp.encoding.engine import ItemEncoder
 from openimp.encoding.items import require_pair
@@ -50,7 +52,7 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
     """
     device = torch.device(device or pick_device())
     precision_of(device, precision)  # An unknown precision is an error before the model is read.
-    folder = find_model(str(path))
+    folder = find_model(path)
     imp, saved = load_model(folder)
     model = Model(imp, saved.config, saved.modalities, precision, saved_recipe=saved.recipe, folder=folder)
     return model.to(device).eval()
@@ -171,9 +173,11 @@ class Model(nn.Module):
         if isinstance(inputs, Tensor):
             if not isinstance(reader, Tensors):
                 raise TypeError(f"{modality} takes raw values, not a tensor")
+            if len(inputs) == 0:
+                return encoder.stack([])
             parts = inputs.to(self.device).split(batch_size)
             return torch.cat([encoder.encode_tokens(reader.from_tensor(part)) for part in parts])
-        inputs = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+        inputs = _as_list(inputs)
         # Two threads cannot load the same Pillow picture at once, so an object that is given twice is read once.
         distinct = {id(value): value for value in inputs}
         vectors = {}
@@ -183,7 +187,8 @@ class Model(nn.Module):
                 is_path = isinstance(value, Path) or (isinstance(value, str) and not reader.reads_text)
                 number = next(i for i, other in enumerate(inputs) if other is value)
                 name = str(value) if is_path else f"input {number}"
-                raise UserError(f"{name}: cannot be read as {modality}: {vector}")
+                hint = "; make one tensor of them with torch.stack" if isinstance(value, Tensor) else ""
+                raise UserError(f"{name}: cannot be read as {modality}: {vector}{hint}")
             is_unknown = isinstance(reader, TextReader) and not reader.knows(value, encoder.view)
             if is_unknown and value not in self._reported_texts:
                 self._reported_texts.add(value)
@@ -209,13 +214,20 @@ class Model(nn.Module):
         return self._item_encoder(modality, None, batch_size, normalize=False)
 
     def _item_encoder(self, modality: str, towards: str | None, batch_size: int, normalize: bool) -> ItemEncoder:
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, found {batch_size}")
         reader = self._modality(modality)
-        view = self.views[modality]
+        view = self._checked_view(modality)
+        return ItemEncoder(self.imp, reader, view, towards, self.precision, batch_size=batch_size, normalize=normalize)
+
+    def _checked_view(self, modality: str) -> Any:
+        """The view of a modality, which the user may have changed. UserError if it does not fit."""
+        view = checked(type(self.views[modality]), self.views[modality], f"views[{modality!r}]")
         try:
-            reader.check(view)
+            self._modality(modality).check(view)
         except ValueError as error:
             raise UserError(f"views[{modality!r}]: {error}") from None
-        return ItemEncoder(self.imp, reader, view, towards, self.precision, batch_size=batch_size, normalize=normalize)
+        return view
 
     def partner(self, modality: str) -> str:
         """The modality that `encode` compares `modality` with by default.
@@ -232,8 +244,9 @@ class Model(nn.Module):
             candidates = [name for name in [*others, modality] if self.imp.share_a_space(modality, name)]
         if not candidates:
             raise UserError(f"no task trains {modality} together with another modality, so it has no embedding")
-        if reads_text:
-            preferred = [name for name in candidates if self.modalities[name] is self._picture_modality]
+        if reads_text:  # A tower that reads pictures is no `PictureReader`.
+            pictures = [name for name in candidates if self.modalities[name] is self._picture_modality]
+            preferred = pictures or [name for name in candidates if name == "image"]
         else:
             preferred = [name for name in candidates if self.modalities[name].reads_text]
         return (preferred or candidates)[0]
@@ -242,8 +255,8 @@ class Model(nn.Module):
         """Writes the model to a new or empty folder, which `load` opens."""
         folder = Path(folder)
         require_empty(folder)
+        config = self.config.model_copy(update={"views": {name: self._checked_view(name) for name in self.views}})
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.config.model_copy(update={"views": self.views})
         recipe = self.saved_recipe.text()
         save_model(folder, self.imp, config, self.modalities, recipe)
         if recipe and self.folder and trained_here(self.folder):
@@ -344,3 +357,12 @@ class Model(nn.Module):
         if name not in self.modalities:
             raise UserError(f"the model has no modality {name!r}{nearest(name, self.modalities)}")
         return self.modalities[name]
+
+
+def _as_list(inputs: Any) -> list[Any]:
+    """One input or several as a list. Several may be in an iterator, an array of texts, or a column of pandas."""
+    if isinstance(inputs, list | tuple | Iterator) or hasattr(inputs, "to_list"):
+        return list(inputs)
+    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OU":
+        return list(inputs.tolist())
+    return [inputs]

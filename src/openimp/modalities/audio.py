@@ -27,6 +27,8 @@ from openimp.modalities.sound import (
 
 CURVE_POINTS = 5
 """Control points of a random change of the spectrum, evenly spaced on the mel scale."""
+TINY = 1e-30
+"""Least squared magnitude. Its root is far too small to change FLOOR in fp32."""
 FLOOR = 1e-6
 """Added to the magnitude before the logarithm. A full-scale sine has magnitude 1, so this is -120 dB."""
 RANGE = 3.5 * np.log(10)
@@ -286,7 +288,8 @@ def log_mel(waves: Tensor, config: Audio.Config) -> Tensor:
         padded = torch.nn.functional.pad(pair.float(), (padding // 2, padding - padding // 2))
         spectrum = torch.fft.rfft(padded.unfold(1, config.window, config.hop) * window)
         squares = torch.view_as_real(spectrum).square()
-        magnitude = (squares[..., 0] + squares[..., 1]).sqrt()  # Three times as fast as `abs` or `sum`.
+        # Three times as fast as `abs` or `sum`. At 0, a square root has no finite gradient.
+        magnitude = (squares[..., 0] + squares[..., 1]).clamp(min=TINY).sqrt()
         mel = torch.cat([magnitude[..., frequencies] @ weights for frequencies, weights in bands], dim=-1)
         mels.append(torch.log(mel + FLOOR))
     return torch.cat(mels)

@@ -50,7 +50,7 @@ INFO_LIST = re.compile(rb"LIST(.{4})INFO", re.DOTALL)
 """Matches the start of a list of titles and names in an AVI or WAV file, with the list's length."""
 INFO_SEARCH_BYTES = 2**20
 """Bytes at the start of a file in which `INFO_LIST` is searched for."""
-UNKNOWN_FORMAT_ERRORS = ("UnidentifiedImageError", "InvalidDataError")
+UNKNOWN_FORMAT_ERRORS = ("UnidentifiedImageError", "InvalidDataError", "ArgumentError")
 """Names of the exceptions that Pillow and FFmpeg raise for a file of a format that they do not know."""
 LENGTH_TOLERANCE = 64
 """Bytes by which common programs get the length in the header wrong."""

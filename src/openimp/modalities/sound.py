@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from math import ceil
+from numbers import Real
 from typing import Any, TypeVar
 
 import av
@@ -40,11 +41,13 @@ def array_samples(raw: np.ndarray) -> np.ndarray:
 
 def sampled_array(raw: dict[str, Any], target: int) -> tuple[np.ndarray, int]:
     """The samples and the rate of {"array": ..., "sampling_rate": ...}, if they can be resampled to `target`."""
-    sound = array_samples(np.asarray(raw.get("array")))
-    rate = raw.get("sampling_rate")
-    if not isinstance(rate, int) or rate < 1 or len(sound) * target / rate > MAX_SAMPLES:
-        raise BadMedia(f"{len(sound)} samples at a sampling rate of {rate!r}")
-    return sound, rate
+    if raw.get("array") is None or not isinstance(raw.get("sampling_rate"), Real):
+        raise BadMedia(f'expected {{"array": samples, "sampling_rate": a number}}, found the keys {list(raw)}')
+    sound = array_samples(np.asarray(raw["array"]))
+    rate = float(raw["sampling_rate"])
+    if not rate.is_integer() or rate < 1 or len(sound) * target / rate > MAX_SAMPLES:
+        raise BadMedia(f"{len(sound)} samples at a sampling rate of {rate:g}")
+    return sound, int(rate)
 
 
 def mono(sound: np.ndarray) -> np.ndarray:

@@ -278,6 +278,8 @@ def check_pixels(pixels: np.ndarray, axes: int) -> np.ndarray:
         pixels = pixels.astype(np.uint8, copy=False)
     if pixels.dtype != np.uint8:
         raise BadMedia(f"expected uint8 pixels, found {pixels.dtype}")
+    if axes == 3 and pixels.ndim == 3 and pixels.shape[-1] in (3, 4):
+        raise BadMedia(f"an array of shape {list(pixels.shape)} is one picture; stack frames to (T, H, W, 3)")
     pixels = pixels[..., None] if pixels.ndim == axes else pixels
     if pixels.ndim != axes + 1 or not 1 <= pixels.shape[-1] <= 4 or not pixels.size:
         raise BadMedia(f"expected pixels with 1 to 4 channels, found an array of shape {list(pixels.shape)}")

@@ -22,27 +22,27 @@ class Architecture:
         count_layers: the number of layers that are asked for. Creating a layer takes time and memory, and the
             configuration may be untrusted.
         embed_dim: the number of features of the embeddings.
-        initializes: whether `build` gives weights their initial values, which it can do on the meta device. Otherwise
-            weights are always loaded, and `build` computes the values of buffers, so it cannot be on the meta device.
+        builds_on_meta: whether `build` can be called on the meta device, and gives weights their initial values.
+            Otherwise weights are always loaded, and `build` computes the values of buffers.
     """
 
     build: Callable[[ModelConfig, Modalities], Embedder]
     count_layers: Callable[[Model, Modalities], int]
     embed_dim: Callable[[Model, Modalities], int]
-    initializes: bool
+    builds_on_meta: bool
 
 
 OPENIMP = Architecture(
     IMP.from_config,
     count_layers=lambda model, _: model.layers,
     embed_dim=lambda model, _: model.embed_dim,
-    initializes=True,
+    builds_on_meta=True,
 )
 OPEN_CLIP = Architecture(
     OpenCLIP.from_config,
     count_layers=lambda _, modalities: layers_in(reader_of(modalities).files),
     embed_dim=lambda _, modalities: reader_of(modalities).embed_dim,
-    initializes=False,
+    builds_on_meta=False,
 )
 
 

@@ -33,13 +33,13 @@ class Attention(nn.Module):
         heads = config.heads
         self.heads = heads
         self.qk_norm = config.qk_norm
-        self.attend = attend
+        self.attend = attend  # `planning` replaces it
         self.qkv = nn.Linear(width, 3 * width, bias=config.bias)
         self.out = linear(width, width, bias=config.bias)
         head_width = width // heads
         self.q_norm = _norm(head_width) if config.qk_norm else nn.Identity()
         self.k_norm = _norm(head_width) if config.qk_norm else nn.Identity()
-        # The release stores these kernels as (width, heads, head), so JAX takes width x heads as their fan-in.
+        # The authors' JAX code stores these kernels as (width, heads, head width), so their fan-in is width x heads.
         lecun_normal_(self.qkv.weight, width * heads)
         if config.bias:
             nn.init.zeros_(self.qkv.bias)
@@ -112,7 +112,8 @@ class Block(nn.Module):
 class SparseBlock(Block):
     """A block with a Mixture-of-Experts instead of the MLP.
 
-    It overrides `forward`, because torch.compile shares compiled code between all modules with the same one.
+    It overrides `forward`, because torch.compile limits compilations per function, and blocks of both classes would
+    share the limit of `Block.forward`.
     """
 
     sparse = True
@@ -145,8 +146,8 @@ class SparseBlock(Block):
 
 
 class Encoder(nn.Module):
-    """Blocks and a final LayerNorm, with the sizes of arXiv 2305.06324. Stems share it, except
-    `moe.experts` by stem.
+    """Blocks and a final LayerNorm, as in arXiv 2305.06324. All stems share them, except experts if `moe.experts` gives
+    each stem its own.
 
     For comparison with a fully shared encoder, each stem may have its own copy of the first
     `config.modality_specific_layers` blocks. `stems` has their names.
@@ -171,23 +172,23 @@ class Encoder(nn.Module):
         """Applies the stem's modality-specific blocks to one input, as `forward` does the shared ones."""
         if not self.own:
             return x_BLD, []
-        x_TD, (routing,) = self._run(self.own[stem], [x_BLD], [mask_BL], [stem])
-        return x_TD.view_as(x_BLD), routing
+        x_TD, (router_stats,) = self._run(self.own[stem], [x_BLD], [mask_BL], [stem])
+        return x_TD.view_as(x_BLD), router_stats
 
     def forward(
         self, inputs: Sequence[Tensor], masks: Masks, stems: Sequence[str] = ()
     ) -> tuple[list[Tensor], list[list[RouterStats]]]:
         """Maps each input (B, L, D) to (B, L, D) in one pass, and returns, per input, the router statistics of each
         sparse block, in order. If stems have their own experts, it needs `stems`: per input, the stem that made it."""
-        x_TD, routing = self._run(self.blocks, inputs, masks, stems)
-        return split_tokens(self.norm(x_TD), [x_BLD.shape[:2] for x_BLD in inputs]), routing
+        x_TD, router_stats = self._run(self.blocks, inputs, masks, stems)
+        return split_tokens(self.norm(x_TD), [x_BLD.shape[:2] for x_BLD in inputs]), router_stats
 
     def _run(
         self, blocks: nn.Module, inputs: Sequence[Tensor], masks: Masks, stems: Sequence[str]
     ) -> tuple[Tensor, list[list[RouterStats]]]:
         shapes = [x_BLD.shape[:2] for x_BLD in inputs]
         x_TD = torch.cat([x_BLD.flatten(0, 1) for x_BLD in inputs])
-        routing: list[list[RouterStats]] = [[] for _ in inputs]
+        router_stats: list[list[RouterStats]] = [[] for _ in inputs]  # per input, of each sparse block
         tokens_per_rank = []
         if sparse := any(block.sparse for block in blocks.children()):
             # Computed once for all blocks, because it takes an all-reduce.
@@ -196,12 +197,12 @@ class Encoder(nn.Module):
             stems = ()  # The other layers do not depend on stems.
         for block in blocks.children():
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_TD, stats = checkpoint(block, x_TD, shapes, masks, tokens_per_rank, stems, use_reentrant=False)
+                x_TD, block_stats = checkpoint(block, x_TD, shapes, masks, tokens_per_rank, stems, use_reentrant=False)
             else:
-                x_TD, stats = block(x_TD, shapes, masks, tokens_per_rank, stems)
-            for input_routing, input_stats in zip(routing, stats):
-                input_routing.append(input_stats)
-        return x_TD, routing
+                x_TD, block_stats = block(x_TD, shapes, masks, tokens_per_rank, stems)
+            for stats_of_input, stats in zip(router_stats, block_stats):
+                stats_of_input.append(stats)
+        return x_TD, router_stats
 
 
 def _norm(width: int, bias: bool = False) -> nn.LayerNorm:

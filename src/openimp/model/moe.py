@@ -41,8 +41,9 @@ class Usage(NamedTuple):
     """How one input of a pass uses the experts of one sparse layer.
 
     Attributes:
-        load_E: each expert's share of all filled slots, which are those that hold a valid token. It is about equal
-            within a group of experts, and shows how much each group is used.
+        load_E: each expert's share of all filled slots, which are those that hold a valid token. Within a group of
+            `ExpertGroups` it is about equal, because experts choose equally many tokens; it shows how much each group
+            is used.
         gate_E: each expert's share of the sum of all gates. It shows which experts of a group the router prefers.
         dropped: scalar, the number of this rank's tokens that no expert took, divided by the mean number of tokens per
             rank. Its mean over ranks is the share of all tokens that no expert took.
@@ -291,8 +292,8 @@ class ExpertGroups(nn.Module):
             group_TD = torch.cat([inputs[i] for i in indices])
             group_valid = [valid[i] for i in indices]
             out_TD, group_stats = self.groups[stem](group_TD, group_valid, [tokens_per_rank[i] for i in indices])
-            outputs |= zip(indices, out_TD.split([token_counts[i] for i in indices]))
-            all_stats |= zip(indices, (self._padded_to_all_groups(stats, stem) for stats in group_stats))
+            outputs.update(zip(indices, out_TD.split([token_counts[i] for i in indices])))
+            all_stats.update(zip(indices, (self._padded_to_all_groups(stats, stem) for stats in group_stats)))
         return torch.cat([outputs[i] for i in range(len(stems))]), [all_stats[i] for i in range(len(stems))]
 
     def _padded_to_all_groups(self, stats: RouterStats, stem: str) -> RouterStats:

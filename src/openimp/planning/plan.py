@@ -39,7 +39,7 @@ class Plan:
 
     layout: Layout
     gpu: GPU
-    utilization: float  # assumed HFU (recomputed forward passes count): the share of the GPU's bf16 peak that is used
+    utilization: float  # assumed share of the GPU's bf16 peak (--mfu); an HFU if forward passes are repeated
     parameters: dict[str, int]  # number of parameters by part of the model
     frozen: int  # number of frozen parameters
     active_parameters: int | None  # number of parameters that a token uses on average

@@ -35,7 +35,7 @@ class GPUMemory(NamedTuple):
     optimizer_state: int
     inputs: int
     gradients: int = 0
-    collective_buffers: int = 0  # gathered weights and vectors, similarities with them, gradients that are reduced
+    collective_buffers: int = 0  # gathered weights, gathered vectors and similarities, gradients that are being reduced
     activations: int = 0
     muon_buffers: int = 0
 
@@ -88,18 +88,19 @@ class StepPlanner:
         local_examples = {name: cost.examples * spec.draw // layout.ranks for name, spec in task.inputs.items()}
         sizes_of_passes = pass_sizes(local_examples, self.recipe.memory.chunk_size)
         passes = [self.model.blocks_of(sizes) for sizes in sizes_of_passes]
-        weights_in_passes = [weight for blocks in passes for block in blocks for weight in block.parameters()]
-        # Blocks are gathered while others compute. A chunk that is encoded again in the backward pass is gathered once
-        # for both.
+        weights_per_pass = [weight for blocks in passes for block in blocks for weight in block.parameters()]
+        distinct_weights = {*weights_per_pass}
+        # Weights are gathered while other blocks compute. If the backward pass encodes a chunk again, they are gathered
+        # once for this second forward pass and for its backward pass.
         if layout.reshard_after_forward:
-            forward_traffic = self.sharding.gather(weights_in_passes)
+            forward_traffic = self.sharding.gather(weights_per_pass)
             regather_traffic = forward_traffic
         else:
-            forward_traffic = self.sharding.gather({*weights_in_passes})  # each weight once
+            forward_traffic = self.sharding.gather(distinct_weights)
             regather_traffic = Traffic()
         # With one pass, the reduction of gradients overlaps with computation, too. With several passes (chunks),
         # gradients are reduced after the last one.
-        overlapped = with_grad & {*weights_in_passes} if len(passes) == 1 else set()
+        overlapped = with_grad & distinct_weights if len(passes) == 1 else set()
         backward_traffic = regather_traffic + self.sharding.reduce(overlapped)
         # No computation hides this traffic.
         exposed_traffic = self.sharding.reduce(with_grad - overlapped)
@@ -164,7 +165,8 @@ class StepPlanner:
         )
         with_gradients = before._replace(gradients=sharding.held_bytes(updated))
         if layout.ranks == 1:
-            snapshots = [before._replace(**step_memory.peak), with_gradients]
+            at_peak = step_memory.peak  # gradients and activations
+            snapshots = [before._replace(**at_peak), with_gradients]
         else:
             # With sharded gradients, the peak is at the end of the forward or of the backward pass.
             # The weights outside of blocks are gathered. So are all blocks or, with resharding, the current block and,
