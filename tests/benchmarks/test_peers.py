@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
         (
             "drafts",
             ["cifar10-train.parquet", "cifar10-test.parquet", "fsdd.parquet"],
-            ["photos, recipe by hand", "photos, drafted recipe", "digits, recipe by hand", "digits, drafted recipe"],
+            ["photos, drafted recipe", "digits, drafted recipe"],
         ),
     ],
 )

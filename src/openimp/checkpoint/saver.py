@@ -122,7 +122,9 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     # After a power failure, the run's logs must not be older than its checkpoint.
     for log in run.glob("*.jsonl"):
         sync(log)
-    replaced = _renamed(folder) if folder.exists() else None  # It is damaged, or has an old recipe.
+    # The step has a checkpoint if that is damaged, so that the run resumed from an earlier one, or if the run resumed
+    # from it with a changed recipe.
+    replaced = _set_aside(folder) if folder.exists() else None
     os.replace(draft, folder)
     sync(folder.parent)
     sync(run)
@@ -150,10 +152,10 @@ def _remove_others(folder: Path, keep: int) -> None:
 
 def _remove(folder: Path) -> None:
     """Removes a checkpoint. It is renamed first, so that a crash leaves no half of it."""
-    shutil.rmtree(_renamed(folder))
+    shutil.rmtree(_set_aside(folder))
 
 
-def _renamed(folder: Path) -> Path:
+def _set_aside(folder: Path) -> Path:
     """Renames a checkpoint, so that it no longer counts as one, and returns the new path."""
     renamed = folder.with_name(f".{folder.name}.old")
     os.replace(folder, renamed)

@@ -78,8 +78,7 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
             signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
             _error_if_any_worker_fails()  # A worker may have died before the handler was installed.
             part = next(iterator)
-            # In `try`, because the handler may raise until it is removed, and `except` does not catch what is raised in
-            # `finally`.
+            # Here too, not only in `finally`: the handler may raise until it is removed, and `except` must catch that.
             signal.signal(signal.SIGCHLD, outer_handler)
         # torch raises RuntimeError. Unpickling a part from the dead worker raises the other errors.
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
@@ -135,7 +134,8 @@ def _init_worker(_: int) -> None:
 
 
 def _report_unless_cut_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A worker's `sys.excepthook`. It hides errors of the connection to the training process.
+    """A worker's `sys.excepthook`, which multiprocessing calls in the thread that hands batches over. It hides errors
+    of the connection to the training process.
 
     If another worker dies, the training process reports that and stops, perhaps while it receives a batch of this
     worker. A traceback of this worker would only distract.

@@ -50,7 +50,7 @@ class Encoded:
     """One input of all rows of a source. Each rank encodes equal values once."""
 
     embeddings: Tensor  # (N, Z) unit vectors, or (N, D) features, fp32, of the values
-    embedding_of_row: np.ndarray  # (R,) int64, an index of `embeddings`, equal for equal values; -1: it cannot be read
+    embedding_index: np.ndarray  # (R,) int64, of each row, into `embeddings`; equal for equal values; -1: unreadable
     bad: dict[int, str]  # the reason why a row cannot be read, by row
     keys: list[str]  # a string per row, which identifies the row's value
 
@@ -133,7 +133,7 @@ class Evaluator:
         encoded = self.encode(options, name, table, towards)
         labels = table.column(options.label)
         readable = readable_rows(table, [encoded], error_prefix, labels)
-        vectors = encoded.embeddings[torch.from_numpy(encoded.embedding_of_row[readable.row])]
+        vectors = encoded.embeddings[torch.from_numpy(encoded.embedding_index[readable.row])]
         return LabelledRows(vectors, [labels[row] for row in readable.row], readable)
 
     def item_encoder(self, name: str, view: Any, towards: str | None) -> ItemEncoder:
@@ -164,7 +164,7 @@ def _merge(vectors: Tensor, parts: list[_RankRows]) -> Encoded:
     reasons = {item: reason for part in reversed(parts) for item, reason in part.unreadable.items()}
     return Encoded(
         embeddings=vectors,
-        embedding_of_row=np.array([index.get(item, -1) for item in items], np.int64),
+        embedding_index=np.array([index.get(item, -1) for item in items], np.int64),
         bad={row: reasons[item] for row, item in enumerate(items) if item in reasons},
         keys=[key for part in parts for key in part.keys],
     )

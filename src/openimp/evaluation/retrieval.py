@@ -42,8 +42,8 @@ class RetrievalResult(Predicted):
     def answers(self, query_index: int, k: int) -> list[Answer]:
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.
 
-        In a tie, wrong candidates come first, and NaN counts against the model. So the best correct candidate is at its
-        `rank`, unless the similarity of another correct one is NaN: `rank` takes that one for the best.
+        In a tie, wrong candidates come first, and NaN counts against the model. So the best correct candidate is at the
+        position `rank[query_index]`, unless the similarity of any correct candidate is NaN: that rank is the last.
         """
         similarity_M = (self.candidate_MZ @ self.query_NZ[query_index]).cpu().numpy()
         correct_candidates = self.correct_pairs[self.correct_pairs[:, 0] == query_index, 1]
@@ -94,9 +94,7 @@ def retrieve(
     item_of_row = {}  # for each readable row, the index of its item in `vectors`
     for modality, encoded in encoded_by_modality.items():
         # Items that occur in unreadable rows only are neither queries nor candidates.
-        indices, first_index, inverse = np.unique(
-            encoded.embedding_of_row[rows], return_index=True, return_inverse=True
-        )
+        indices, first_index, inverse = np.unique(encoded.embedding_index[rows], return_index=True, return_inverse=True)
         vectors[modality] = encoded.embeddings[torch.from_numpy(indices)]
         first_row_of_item[modality] = rows[first_index]
         item_of_row[modality] = inverse

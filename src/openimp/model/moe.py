@@ -107,10 +107,10 @@ def valid_tokens_per_rank(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
     return all_reduce_mean(mask_BL.sum().float()).clamp(min=1)
 
 
-def split_tokens(x_TD: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Splits the tokens of all inputs into (B, L, D) per input. `shapes` has (B, L) of each input."""
+def split_tokens(values: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Splits the first dimension (T), the tokens of all inputs, into (B, L) per input, which `shapes` has."""
     split_sizes = [examples * length for examples, length in shapes]
-    return [x.unflatten(0, shape) for x, shape in zip(x_TD.split(split_sizes), shapes)]
+    return [part.unflatten(0, shape) for part, shape in zip(values.split(split_sizes), shapes)]
 
 
 class Router(nn.Module):
@@ -256,8 +256,9 @@ class SparseMLP(nn.Module):
 class ExpertGroups(nn.Module):
     """A router and experts per stem, so that experts specialize on stems (MoMa, arXiv 2407.21770).
 
-    A stem is the layers that embed the tokens of one or several modalities. The gates are multiplied by the number of
-    experts of the group, so that they are about 1 at first. With expert parallelism, the experts of each group are
+    A stem is the layers around the encoder that belong to one or several modalities. The gates are multiplied by the
+    number of experts of the group, so that they are about 1 at first. Experts that all stems share keep the router's
+    probabilities as gates, as in the authors' release. With expert parallelism, the experts of each group are
     divided over all `expert_degree` ranks, so each rank has work in every step.
     """
 

@@ -19,8 +19,8 @@ STATE_SHARE = 0.5
 Activations, inputs and gathered weights take the remainder."""
 
 
-def default_layout(recipe: Recipe, model: Embedder, ranks: int, per_node: int, total_memory: float) -> Layout:
-    """The layout on GPUs with `total_memory` bytes, `per_node` of them in a node, if the recipe has no `shard_degree`.
+def default_layout(recipe: Recipe, model: Embedder, ranks: int, per_node: int, bytes_per_gpu: float) -> Layout:
+    """The layout on GPUs with `bytes_per_gpu`, `per_node` of them in a node, if the recipe has no `shard_degree`.
 
     Each rank has a replica if it fits (see `STATE_SHARE`), because weights then need not be gathered. If not, the ranks
     of a node share a replica if it fits, because the links in a node are faster than the network. If not, all ranks
@@ -29,7 +29,7 @@ def default_layout(recipe: Recipe, model: Embedder, ranks: int, per_node: int, t
     for shard_degree in (1, per_node):
         with suppress(UserError):
             layout = layout_of(recipe, ranks, shard_degree)
-            if state_bytes(recipe, model, layout) <= STATE_SHARE * USABLE * total_memory:
+            if state_bytes(recipe, model, layout) <= STATE_SHARE * USABLE * bytes_per_gpu:
                 return layout
     return layout_of(recipe, ranks, ranks)
 

@@ -112,8 +112,8 @@ def plans(
         raise UserError(f"--gpus: {gpus} GPUs do not divide a batch evenly: {', '.join(uneven)}")
     model = meta_model(recipe, modalities, classes)
     if recipe.parallel.shard_degree is None:
-        total_memory = GPUS[gpu].memory_gib * GIB
-        recipe_layout = default_layout(recipe, model, gpus, min(gpus, GPUS_PER_NODE), total_memory)
+        bytes_per_gpu = GPUS[gpu].memory_gib * GIB
+        recipe_layout = default_layout(recipe, model, gpus, min(gpus, GPUS_PER_NODE), bytes_per_gpu)
     precision: Precision = "fp32" if recipe.train.precision == "fp32" else "bf16"
 
     step_memories = {

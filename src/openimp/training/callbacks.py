@@ -7,6 +7,7 @@ from typing import Any
 
 from openimp.common.errors import UserError, nearest
 from openimp.evaluation.results import main_metric
+from openimp.parallel import distributed
 from openimp.recipe.schema import Recipe
 
 
@@ -92,7 +93,10 @@ class Callbacks(Callback):
                 stops = True
             except UserError:
                 raise
-            except Exception as error:  # As a UserError, it ends the training with a checkpoint.
+            except Exception as error:
+                if distributed.world_size() > 1:
+                    raise  # The other ranks would wait for this one to save.
+                # As a UserError, it ends the training with a checkpoint.
                 kind = type(error).__name__
                 raise UserError(f"callback {type(callback).__name__} failed with {kind}: {error}") from error
         if stops:

@@ -52,7 +52,8 @@ class Variant:
         make_modalities: returns the modalities by name, not fitted. Their tokens are the model's inputs.
         build_model: returns the model with random weights, or a model of open_clip without values for its weights.
         sum_tasks: each update sums the losses of a round, which is one step of each task.
-        prints_warnings: whether to print what the objectives warn of in the first batch of each task.
+        prints_warnings: whether to print what the objectives warn of in the first batch of each task; a variant may
+            have no use for their advice.
         before_step: called with the trainer and the number of each step, before the step is made.
     """
 

@@ -36,7 +36,7 @@ from openimp.training.stopping import Interrupted, Stop, raise_if_any_rank_stops
 
 @distributed.report_dead_ranks()
 def train(
-    recipe: Recipe | str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
     run: str | Path | None = None,
     resume: bool | Literal["auto"] = False,
     variant: Variant | None = None,
@@ -46,7 +46,7 @@ def train(
     """Trains and evaluates a recipe. Returns True if the run is complete, and False if a signal stopped it.
 
     Args:
-        recipe: a recipe, its file, or the name of one that comes with openimp.
+        recipe: a recipe, a dictionary for `Recipe.build`, a file, or the name of a recipe that comes with openimp.
         run: directory to write to; with `resume`, that of an interrupted run of the same recipe. None: runs/NAME.
         resume: True requires a checkpoint and resumes from the newest intact one; "auto" starts from step 0 if there is
             no checkpoint. If torchrun restarts the ranks of a job that began this run, the run resumes as with "auto",
