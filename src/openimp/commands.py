@@ -15,6 +15,7 @@ import yaml
 
 from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import CONFIG, checkpoints, describe_model, load_run_recipe, saved_step
+from openimp.checkpoint.resume import common_checkpoints
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.errors import UserError, escaped
 from openimp.common.json_lines import append
@@ -97,7 +98,8 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
     """The recipe that `init` writes for data. A run with a checkpoint keeps its own, because a draft depends on the
     machine."""
     run = run or Path("runs") / recipe_name(data)
-    if resume is not None and checkpoints(run):
+    distributed.start()
+    if resume is not None and common_checkpoints(run):
         refuse_links(run)
         saved_recipe = load_run_recipe(run, overrides, Path.cwd())
         if not any(_is_in(source, data) for source in saved_recipe.sources.values()):
@@ -109,7 +111,6 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
                 f"run with {command}"
             )
         return saved_recipe
-    distributed.start()
     drafted = distributed.run_on_rank_zero(lambda: draft_recipe([data]))
     if distributed.rank() == 0:
         for note in drafted.notes:

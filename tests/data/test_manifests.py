@@ -37,7 +37,9 @@ def test_csv_files_that_python_writes_are_read_alike(tmp_path_factory, rows, lin
     text = io.StringIO()
     csv.writer(text, lineterminator=line_end).writerows([("file", "caption"), *rows])
     file.write_bytes(b"\xef\xbb\xbf" + text.getvalue().encode())
-    expected = [{"file": a or None, "caption": b or None} for a, b in rows if a or b]
+    expected = [{"file": a or None, "caption": b or None} for a, b in rows]
+    while expected and not any(expected[-1].values()):
+        expected.pop()
     assert manifests._read_csv(str(file)).to_pylist() == list(manifests._csv_rows(str(file)))
     if "\r" not in "".join(map("".join, rows)):  # The module does not quote it.
         assert manifests._read_csv(str(file)).to_pylist() == expected
@@ -61,8 +63,8 @@ def test_what_spreadsheets_leave_beside_and_below_a_table_is_no_data(tmp_path):
         (tmp_path / "x.csv").write_text(text)
         table = manifests._read_csv(str(tmp_path / "x.csv"))
         assert table.column_names == ["file", "class"]
-        assert table["file"].to_pylist()[:2] == ["a.png", "b.png"]
-        assert len(table) == (3 if ending else 2)
+        assert table["file"].to_pylist()[:3] == ["a.png", None, "b.png"], "rows keep their numbers"
+        assert len(table) == (4 if ending else 3)
     (tmp_path / "y.csv").write_text("file,class\na.png,cat\n,\n,\n")
     assert manifests._read_csv(str(tmp_path / "y.csv")).to_pylist() == [{"file": "a.png", "class": "cat"}]
 

@@ -24,7 +24,7 @@ from openimp.evaluation.metrics import average_precision
 from openimp.evaluation.results import table
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
-from openimp.training.callbacks import Callback
+from openimp.training.callbacks import Callback, EarlyStopping
 from openimp.training.trainer import train
 
 COLOURS = ["red", "green", "blue", "white"]
@@ -297,15 +297,22 @@ def test_a_training_keeps_the_results_of_the_sets_that_can_be_measured(own_data,
     shutil.copy(own_data / "pictures" / "red" / "0.png", own_data / "x.png")
     (own_data / "lost.jsonl").write_text('{"file": "x.png", "label": "red"}')
     lost = f"evaluation.sets.lost={{type: zero_shot, source: lost, {OPTIONS}}}"
-    changes = ["train.steps=2", "evaluation.every=1", "sources.lost={path: lost.jsonl}", lost]
+    changes = ["train.steps=2", "evaluation.every=1", "sources.lost={path: lost.jsonl}", lost, "evaluation.best=tones"]
     recipe = Recipe.load(own_data / "recipe.yaml", changes)
+
+    evaluated = []
 
     class LosesASet(Callback):
         def on_step(self, step, metrics):
             (own_data / "x.png").unlink(missing_ok=True)
 
+        def on_evaluation(self, step, results):
+            evaluated.append((step, len(results)))
+
     with refuses():
-        train(recipe, tmp_path / "run", callbacks=[LosesASet()])
+        train(recipe, tmp_path / "run", callbacks=[LosesASet(), EarlyStopping("lost", patience=1)])
+    assert evaluated == [(1, 3), (2, 3)]
+    assert (tmp_path / "run" / "checkpoints" / "best").exists()
     measured = [(line["step"], line["set"]) for line in read_lines(tmp_path / "run" / "results.jsonl")]
     assert measured == [(step, name) for step in (1, 2) for name in ("colours", "tones", "tones")]
     assert "lost.jsonl[0]" in capsys.readouterr().out

@@ -247,14 +247,42 @@ def test_items_of_folders_without_files_stay_until_they_are_forgotten(build, fol
     assert build(roots[2], forget=roots[0]).removed == 1
     assert paths(index) == {str(root / "0.png") for root in roots[1:]}
     assert build(forget=[roots[1]]).removed == 1
+    for forgotten in (roots[1], tmp_path / "never"):
+        with refuses():
+            build(roots[2], forget=[forgotten])
     with refuses():
-        build(roots[2], forget=[roots[1]])
+        build(forget=roots[2], index="other.index")
+    assert not (tmp_path / "other.index").exists()
     shutil.rmtree(roots[2])
     with refuses():
         build(roots[2])
     with refuses():
         build(tmp_path / "never", roots[2])
     assert paths(index) == {str(roots[2] / "0.png")}
+    done = build(forget=roots[2])
+    assert (done.removed, done.items) == (1, 0)
+
+
+def test_a_folder_without_files_inside_of_one_with_files_is_tidied(build, folder, tmp_path, capsys):
+    (folder / "trip").mkdir()
+    shutil.copy(folder / "0.png", folder / "trip" / "0.png")
+    build(folder, folder / "trip")
+    shutil.rmtree(folder / "trip")
+    capsys.readouterr()
+    assert build(folder, folder / "trip").removed == 1
+    assert "has no files now" not in capsys.readouterr().err
+
+
+def test_words_find_a_recording_whose_beginning_cannot_be_read(build, folder, tmp_path):
+    """All its segments have its text, so words are looked up in the first one that can be read."""
+    samples = np.sin(np.arange(12 * 8000) / 9)
+    samples[7] = np.nan
+    soundfile.write(folder / "long.wav", samples, 8000, subtype="FLOAT")
+    (folder / "long.txt").write_text("an owl at night", encoding="utf-8")
+    assert "not finite" in build(folder).skipped[str(folder / "long.wav")]
+    (hit,) = open_index(tmp_path / "x.index").search("owl", by="words")
+    assert (Path(hit.path).name, hit.part) == ("long.wav", 0)
+    assert hit.start > 0
 
 
 def test_a_file_that_is_named_and_gone_is_removed(build, folder, tmp_path):
@@ -263,7 +291,11 @@ def test_a_file_that_is_named_and_gone_is_removed(build, folder, tmp_path):
     assert build(folder / "0.png", folder / "1.png").removed == 1
 
 
-def test_a_file_that_could_not_be_read_is_tried_again_by_other_decoders(build, folder, tmp_path):
+def stop():
+    raise KeyboardInterrupt
+
+
+def test_a_file_that_could_not_be_read_is_tried_again_by_other_decoders(build, folder, tmp_path, monkeypatch):
     build(folder)
     file = tmp_path / "x.index" / "skipped.json"
     skipped = json.loads(file.read_text())
@@ -276,6 +308,14 @@ def test_a_file_that_could_not_be_read_is_tried_again_by_other_decoders(build, f
         reasons = build(folder).skipped
         assert (reasons[str(folder / "broken.png")] != "an older message") == tried
         assert (stored not in reasons) == tried
+    # An update that was stopped before it had tried the file again.
+    stale = {"decoders": {"pillow": "1.0"}, "files": {**old, stored: [state, "an older message"]}}
+    file.write_text(json.dumps(stale))
+    with monkeypatch.context() as patch:
+        patch.setattr(Items, "remove", lambda *_: stop())
+        with pytest.raises(KeyboardInterrupt):
+            build(folder)
+    assert json.loads(file.read_text())["decoders"] == {"pillow": "1.0"}
     file.write_text(json.dumps(old))  # As older versions of openimp wrote it.
     assert build(folder).skipped[str(folder / "broken.png")] != "an older message"
 

@@ -11,13 +11,11 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import reduce
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 
@@ -115,17 +113,21 @@ def _read_csv(file: str, delimiter: str = ",") -> pa.Table:
                 column_types=dict.fromkeys(header, pa.string()), null_values=[""], strings_can_be_null=True
             ),
         )
-        if table.column_names == header:
-            return _without_empty_rows(table)
+        unnamed = table.columns[len(header) :]
+        if table.column_names[: len(header)] == header and all(len(cells) == cells.null_count for cells in unnamed):
+            return _without_empty_end(table.select(range(len(header))))
     return _to_arrow(_csv_rows(file, delimiter))
 
 
-def _without_empty_rows(table: pa.Table) -> pa.Table:
-    """Spreadsheets write rows without a value below a table."""
-    is_empty = [column.is_null() for column in table.columns]
-    if not is_empty or not pc.any(reduce(pc.and_, is_empty)).as_py():
-        return table
-    return table.filter(pc.invert(reduce(pc.and_, is_empty)))
+def _without_empty_end(table: pa.Table) -> pa.Table:
+    """Without the rows below the last one that has a value, which spreadsheets write.
+
+    Empty rows above it stay, so that the numbers of rows do not change.
+    """
+    end = len(table)
+    while end and not any(column[end - 1].is_valid for column in table.columns):
+        end -= 1
+    return table.slice(0, end)
 
 
 def _csv_header(lines: Any, delimiter: str) -> list[str]:
@@ -152,15 +154,20 @@ def _csv_rows(file: str, delimiter: str = ",") -> Iterator[dict[str, Any]]:
         try:
             header = _csv_header(lines, delimiter)
             end = lines.line_num
+            empty_rows = 0  # since the last row that has a value; see `_without_empty_end`
             for cells in lines:
                 line = end + 1  # A row begins on the line after the end of the row before it.
                 end = lines.line_num
                 while len(cells) > len(header) and not cells[-1]:
                     cells.pop()
                 if len(cells) > len(header):
-                    raise ValueError(f"line {line} has {counted(len(cells), 'cell')}, the header {len(header)}")
+                    raise ValueError(f"line {line} has {counted(len(cells), 'cell')}, the header {len(header)} names")
                 if any(cells):
+                    yield from (dict.fromkeys(header) for _ in range(empty_rows))
+                    empty_rows = 0
                     yield dict.fromkeys(header) | {column: cell or None for column, cell in zip(header, cells)}
+                elif cells:
+                    empty_rows += 1
         except csv.Error as error:
             raise ValueError(f"line {lines.line_num}: {error}") from None
 

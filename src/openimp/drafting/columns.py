@@ -129,7 +129,7 @@ def inspect(
     if text and is_optional and label and not label.are_numbers:
         notes.append(
             f"{shown(text.name)}: {text.bad:.0%} of the rows have none, so the classes are the texts; "
-            f"--text {shown(text.name)} trains on the others only"
+            f"openimp init --text {shown(text.name)} trains on the others only"
         )
         plain_columns = [name for name in plain_columns if name != text.name]
         text = None

@@ -217,12 +217,12 @@ class Model(nn.Module):
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, found {batch_size}")
         reader = self._modality(modality)
-        view = self._checked_view(modality)
+        view = self.checked_view(modality)
         return ItemEncoder(self.imp, reader, view, towards, self.precision, batch_size=batch_size, normalize=normalize)
 
-    def _checked_view(self, modality: str) -> Any:
+    def checked_view(self, modality: str) -> Any:
         """The view of a modality, which the user may have changed. UserError if it does not fit."""
-        view = checked(type(self.views[modality]), self.views[modality], f"views[{modality!r}]")
+        view = checked(type(self.config.views[modality]), self.views[modality], f"views[{modality!r}]")
         try:
             self._modality(modality).check(view)
         except ValueError as error:
@@ -255,7 +255,7 @@ class Model(nn.Module):
         """Writes the model to a new or empty folder, which `load` opens."""
         folder = Path(folder)
         require_empty(folder)
-        config = self.config.model_copy(update={"views": {name: self._checked_view(name) for name in self.views}})
+        config = self.config.model_copy(update={"views": {name: self.checked_view(name) for name in self.views}})
         folder.mkdir(parents=True, exist_ok=True)
         recipe = self.saved_recipe.text()
         save_model(folder, self.imp, config, self.modalities, recipe)
@@ -317,14 +317,14 @@ class Model(nn.Module):
         read pictures."""
         if self._picture_modality is None:
             return None
-        return partial(self._picture_modality.preprocess, view=self.views[self._picture_modality.name])
+        return partial(self._picture_modality.preprocess, view=self.checked_view(self._picture_modality.name))
 
     @property
     def tokenizer(self) -> Callable[[str | list[str]], Tensor] | None:
         """Converts texts to ids (B, L) for `encode`, as in open_clip. None if the model does not read texts."""
         if self._text_modality is None:
             return None
-        return partial(self._text_modality.tokenize, length=self.views[self._text_modality.name].length)
+        return partial(self._text_modality.tokenize, length=self.checked_view(self._text_modality.name).length)
 
     @property
     def logit_scale(self) -> Tensor:
@@ -363,6 +363,6 @@ def _as_list(inputs: Any) -> list[Any]:
     """One input or several as a list. Several may be in an iterator, an array of texts, or a column of pandas."""
     if isinstance(inputs, list | tuple | Iterator) or hasattr(inputs, "to_list"):
         return list(inputs)
-    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OU":
+    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OU" and inputs.ndim:
         return list(inputs.tolist())
     return [inputs]

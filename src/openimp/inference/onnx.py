@@ -98,7 +98,7 @@ def _export_modality(model: Model, name: str, outputs: dict[str, list[str]], fol
     modality = model.modalities[name]
     if not isinstance(modality, Tensors):
         raise UserError(f"{name} cannot be exported: it takes raw values, not a tensor")
-    expected = modality.tensor_input(model.views[name])
+    expected = modality.tensor_input(model.checked_view(name))
     graph = Graph(model.imp, name, modality, [others[0] for others in outputs.values()]).eval()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     file = folder / f"{name}.onnx"

@@ -1,5 +1,6 @@
 """`openimp index`: brings an index up to date with folders, or with the media of a run's recipe."""
 
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -133,9 +134,9 @@ def _build(
     name = str(model)
     if paths is None and Name.parse(name).scheme == OPEN_CLIP:
         raise UserError(f"{name}: comes without media; name files or folders, and the index with --out")
-    given = None if paths is None else [Path(path).expanduser() for path in paths]
-    forgotten = [Path(path).expanduser() for path in forget]
-    folder = Path(out).expanduser() if out else _default_folder(name, has_paths=paths is not None)
+    given = None if paths is None else [Path(os.path.expanduser(path)) for path in paths]
+    forgotten = [Path(os.path.expanduser(path)) for path in forget]
+    folder = Path(os.path.expanduser(out)) if out else _default_folder(name, has_paths=paths is not None)
     opened = load(name)
     modalities = {
         modality_name: modality
@@ -164,6 +165,8 @@ def _build(
         fingerprint=fingerprint(opened),
         towards={modality: opened.partner(modality) for modality in modalities},
     )
+    if forgotten and read_metadata(folder) is None:
+        raise UserError(f"--forget: {folder} is not an index")
     with locked(folder):
         _write_metadata(folder, metadata, opened, replace=given is None)
         items = Items(folder, opened.imp.config.embed_dim)
@@ -189,7 +192,7 @@ def _build(
             raise
         skipped = {path: reason for path, (_, reason) in update.skipped.items()}
         count = items.table.count_rows()
-        if not count:
+        if not count and not forgotten:
             path, reason = next(iter(skipped.items()), ("nothing", "there are no media"))
             raise UserError(f"no file can be read; the first: {escaped(path)}: {reason}")
         items.compact()

@@ -29,7 +29,7 @@ from openimp.search.folder import INDEX_FILES, Metadata, built_with, own_index, 
 from openimp.search.media import media_state, row_media, source_table
 from openimp.search.parts import nfc
 from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, Space, Words
-from openimp.search.table import IndexChanged, Items, any_of, below, between, quoted
+from openimp.search.table import IndexChanged, Items, any_of, below, between, chunks, quoted
 
 T = TypeVar("T")
 
@@ -266,7 +266,7 @@ class Index:
         if name not in model.modalities:
             raise UserError(f"the model has no modality {name!r}{nearest(name, model.modalities)}")
         modality = model.modalities[name]
-        encoder = ItemEncoder(model.imp, modality, model.views[name], towards=None, precision=model.precision)
+        encoder = ItemEncoder(model.imp, modality, model.checked_view(name), towards=None, precision=model.precision)
         text = str(value) if modality.reads_text else None
         if text is not None and not text.strip():
             raise UserError("the text to search for is empty")
@@ -403,8 +403,7 @@ class Index:
 
     def _nearest(self, vector: np.ndarray, filters: Sequence[str], count: int, left_out: Sequence[str]) -> list[Hit]:
         """The `count` items that are closest to a vector (Z,). The files with the paths `left_out` are left out."""
-        if left_out:
-            filters = [*filters, f"NOT {any_of('path', left_out)}"]
+        filters = [*filters, *(f"NOT {any_of('path', paths)}" for paths in chunks(left_out))]
         where = " AND ".join(filters) or None
         hits = []
         for row in self._read(lambda items: items.nearest(vector, count, where)):

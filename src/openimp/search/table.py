@@ -199,7 +199,7 @@ class Items:
         """The rows with one of these values in a column; vectors are lists of floats."""
         rows = []
         with _read_errors():
-            for chunk in _chunks(values):
+            for chunk in chunks(values):
                 rows += self.table.search().where(any_of(column, chunk)).select(columns).to_list()
         return rows
 
@@ -217,7 +217,7 @@ class Items:
     @_write_errors()
     def remove(self, paths: Iterable[str]) -> None:
         """Removes all rows of some paths."""
-        for chunk in _chunks(paths):
+        for chunk in chunks(paths):
             self.table.delete(any_of("path", chunk))
 
     @_write_errors()
@@ -294,7 +294,7 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _chunks(values: Iterable[str]) -> Iterator[list[str]]:
+def chunks(values: Iterable[str]) -> Iterator[list[str]]:
     iterator = iter(values)
     while chunk := list(islice(iterator, FILTER_VALUES)):
         yield chunk

@@ -52,16 +52,19 @@ class Update:
         self.roots: tuple[str, ...] | None = None
         if given is not None:
             self.roots = (*forgotten, *(_below(path) for path in given if path not in self.absent))
+            # A folder without files may be in another one that has some.
+            self.absent = {path: n for path, n in self.absent.items() if not _below(path).startswith(self.roots)}
         # By `IndexedFile.content`, the path of the first row of any source that has this content. Later rows with it
         # are duplicates, and left out.
         self.first_row: dict[tuple[str, str], str] = {}
         self.gone = {path for path in self.stored if self._is_gone(path)}
         self.moved: set[str] = set()  # the paths in `gone` whose content now has another path
-        self.decoders = _decoder_versions(model)
         skipped = read_skipped(folder)
         self.skipped = dict(skipped.files)
+        # The versions with which all skipped files were tried. An interrupted update has not tried all of them again.
+        self.tried_with = skipped.decoders
         self.to_retry: set[str] = set()  # the stored files of which other decoders could not read some parts
-        if skipped.decoders != self.decoders:
+        if skipped.decoders != _decoder_versions(model):
             self.skipped = {path: skip for path, skip in skipped.files.items() if path in self.stored}
             self.to_retry = set(self.skipped)
         # The path of an indexed file with the same content, by `IndexedFile.content`. A file with unreadable parts is
@@ -94,6 +97,7 @@ class Update:
             list(progress_bar)  # Ends it.
         self.items.remove(self.gone)
         self.counts["removed"] = len(self.gone - self.moved)
+        self.tried_with = _decoder_versions(self.model)
         self._write_skipped()
 
     def has_items_in(self, path: Path) -> bool:
@@ -222,7 +226,7 @@ class Update:
             self.counts["new"] += 1
 
     def _write_skipped(self) -> None:
-        skipped = Skipped(decoders=self.decoders, files=self.skipped)
+        skipped = Skipped(decoders=self.tried_with, files=self.skipped)
         write_text(self.folder / SKIPPED, skipped.model_dump_json(indent=1))
 
 

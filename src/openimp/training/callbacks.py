@@ -30,7 +30,7 @@ class Callback:
         if one is written."""
 
     def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
-        """Called after each evaluation, with the lines of results.jsonl."""
+        """Called after each evaluation, with the lines of results.jsonl. Sets that cannot be measured have none."""
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
         """Called once a checkpoint is complete on disk, which may be some steps after `step`."""
@@ -59,7 +59,10 @@ class EarlyStopping(Callback):
         self._without_gain = 0
 
     def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
-        metric = fmean(main_metric(result) for result in results if result["set"] == self.set)
+        metrics = [main_metric(result) for result in results if result["set"] == self.set]
+        if not metrics:  # The set could not be measured.
+            return
+        metric = fmean(metrics)
         self._without_gain = 0 if metric > self._best else self._without_gain + 1
         self._best = max(self._best, metric)
         if self._without_gain >= self.patience:

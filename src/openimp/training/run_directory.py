@@ -95,7 +95,7 @@ class RunDirectory:
         require_same_run(newest, self.recipe, trainer, allow_changed_data)
         return newest
 
-    def finished(self, trainer: str) -> bool:
+    def finished(self, trainer: str, allow_changed_data: bool = False) -> bool:
         """Whether the run has made all steps and has been evaluated, so that resuming would do nothing."""
         checkpoints = common_checkpoints(self.path)
         if not checkpoints or step_of(checkpoints[-1]) < self.recipe.train.steps:
@@ -106,7 +106,7 @@ class RunDirectory:
             verify(checkpoints[-1])
         except UserError:
             return False  # A run that resumes from the previous checkpoint reports the damage.
-        require_same_run(checkpoints[-1], self.recipe, trainer)
+        require_same_run(checkpoints[-1], self.recipe, trainer, allow_changed_data)
         return True
 
     def begin(self, config: str, recipe: str) -> None:

@@ -70,7 +70,7 @@ def train(
     distributed.start()
     variant = variant or Variant()
     with locked(run):
-        if resume and RunDirectory(run, recipe).finished(variant.name):
+        if resume and RunDirectory(run, recipe).finished(variant.name, allow_changed_data):
             complete = True
             console.print(f"{run}: all {recipe.train.steps:,} steps are done and evaluated already", soft_wrap=True)
         else:
@@ -335,16 +335,19 @@ class Trainer(Parts):
         """Evaluates the EMA if there is one, else the model. If the result is the best so far, saves a checkpoint.
 
         `evaluation.best` names the set that decides. `watch(passes, description)` wraps the forward passes; with
-        `Stop.watch`, a signal stops them.
+        `Stop.watch`, a signal stops them. NotMeasured: a set could not be measured, but the others were.
         """
         self.confirm_and_gather_bad_examples()
-        if self.recipe.evaluation.sets:
-            self._evaluated_step = self.step
-            results = self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
-            self._announce_checkpoint()  # Before `keep_best`, whose checkpoint would be the newest.
-            self.validation.keep_best(self.step, self.checkpointing, self.state)
-            self._announce_checkpoint()
-            self.callbacks.on_evaluation(self.step, results)
+        if not self.recipe.evaluation.sets:
+            return
+        results, failure = self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
+        self._evaluated_step = None if failure else self.step
+        self._announce_checkpoint()  # Before `keep_best`, whose checkpoint would be the newest.
+        self.validation.keep_best(self.step, self.checkpointing, self.state, results)
+        self._announce_checkpoint()
+        self.callbacks.on_evaluation(self.step, results)
+        if failure:
+            raise failure
 
     def _evaluate_on_the_way(self, stop: Stop) -> None:
         """Evaluates before training goes on. A set that cannot be measured, for example because a disk is missing, is

@@ -31,11 +31,11 @@ class Validation:
 
     def evaluate(
         self, step: int, ema: EMA | None, metrics: Metrics, watch: Progress | None = None
-    ) -> list[dict[str, Any]]:
+    ) -> tuple[list[dict[str, Any]], NotMeasured | None]:
         """Measures the model after `step` steps, with the weights of `ema` if given. Writes, prints and returns the
-        results.
+        results, and says which sets could not be measured.
 
-        Then it raises NotMeasured if a set could not be measured. `watch` wraps the passes; see `Evaluator`.
+        `watch` wraps the passes; see `Evaluator`.
         """
         failure = None
         recipe = self.data.recipe
@@ -58,17 +58,21 @@ class Validation:
         if results:
             distributed.run_on_rank_zero(lambda: metrics.write_results(results))
             console.print(table(results))
-        if failure:
-            raise failure
-        return results
+        return results, failure
 
-    def keep_best(self, step: int, checkpointing: Checkpointing, state: Callable[[], dict[str, Any]]) -> None:
-        """Saves a checkpoint if the evaluation after `step` steps is the best so far, and links to the best one.
+    def keep_best(
+        self,
+        step: int,
+        checkpointing: Checkpointing,
+        state: Callable[[], dict[str, Any]],
+        results: list[dict[str, Any]],
+    ) -> None:
+        """Saves a checkpoint if the `results` after `step` steps are the best so far, and links to the best one.
 
         `state` returns what the checkpoint stores; see `Checkpointing.save`. All ranks call it, or none.
         """
         name = self.data.recipe.evaluation.best
-        if name is None:
+        if name is None or name not in {result["set"] for result in results}:  # No set decides, or it could not be measured.
             return
         checkpointing.wait()
         saved = {step, *map(step_of, checkpoints(self.run))}
