@@ -1,7 +1,9 @@
 # An image with the command openimp. For GPUs, add: --build-arg TORCH=cu128
 #
 #   docker build --tag openimp . && docker run --rm openimp demo
-#   docker run --rm --publish 8000:8000 --volume "$PWD:/data" openimp serve my.index --host 0.0.0.0
+#   docker run --rm --publish 8000:8000 --volume "$PWD:$PWD" --workdir "$PWD" openimp serve my.index --host 0.0.0.0
+#
+# An index has absolute paths, so the folder has the same path in the container.
 FROM python:3.11-slim
 
 ARG TORCH=cpu

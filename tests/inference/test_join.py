@@ -61,6 +61,25 @@ def test_paths_stay_valid_and_captions_are_read(tiny_model_folder, media_folder,
     assert len(first["embedding"]) == 32
 
 
+def test_selected_rows_are_joined(tiny_model_folder, media_folder, tmp_path):
+    rows = [{"file": str(media_folder / f"{i % 3}.png"), "kind": "ab"[i % 2], "number": i} for i in range(8)]
+    (media_folder / "many.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = f"{{path: {media_folder}/many.jsonl, where: {{kind: b}}, limit: 3}}"
+    out = tmp_path / "out.parquet"
+    try:
+        done = embed_rows(tiny_model_folder, source, out, "image", "file", batch_size=2)
+    finally:
+        (media_folder / "many.jsonl").unlink()
+    table = pq.read_table(out)
+    assert (done.rows, done.bad) == (3, [])
+    assert set(table["kind"].to_pylist()) == {"b"}
+    numbers = table["number"].to_pylist()
+    files = [rows[number]["file"] for number in numbers]
+    assert table["file"].to_pylist() == files
+    expected = openimp.load(tiny_model_folder).encode_image(files, normalize=True)
+    np.testing.assert_allclose(table["embedding"].to_pylist(), expected.cpu(), atol=0.02)
+
+
 def test_the_source_that_a_first_join_prints_can_be_joined_again(tiny_model_folder, media_folder, tmp_path, capsys):
     (media_folder / "rows.csv").write_text("file,caption\n0.png,noise\n")
     try:

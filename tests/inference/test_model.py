@@ -7,6 +7,7 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas
 import PIL.Image
@@ -233,7 +234,13 @@ def test_unreadable_inputs_are_named(model, tmp_path):
 def test_inputs_may_be_in_any_ordinary_container(model):
     texts = ["noise", "a square"]
     expected = model.encode_text(texts)
-    for container in (tuple(texts), iter(texts), np.array(texts), pandas.Series(texts)):
+    for container in (
+        tuple(texts),
+        iter(texts),
+        np.array(texts),
+        pandas.Series(texts),
+        datasets.Dataset.from_dict({"t": texts})["t"],
+    ):
         assert torch.equal(model.encode_text(container), expected)
     assert model.encode_image(torch.zeros(0, 3, 32, 32)).shape == (0, 32)
     sound = np.random.default_rng(0).normal(0, 0.1, 8000)

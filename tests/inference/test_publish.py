@@ -16,8 +16,10 @@ from openimp.common.errors import UserError
 from openimp.common.json_lines import append, read_lines
 from openimp.data.files import BUNDLED_LICENSES, DEMO
 from openimp.inference.model import Model
+from openimp.inference.model_card import model_card
 from openimp.inference.public_recipe import public_path, shorten_paths
 from openimp.inference.publish import push
+from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
 
 
@@ -193,6 +195,26 @@ def test_names_of_the_data_add_no_markup_to_the_card(tmp_path, tiny_recipe, tiny
     assert line.count("|") == 6
     assert (tmp_path / "out" / "NOTICE").read_bytes() == (DEMO / "NOTICE").read_bytes()
     assert "Each of these pairs has a space of its own" in text, "the spaces are disjoint"
+
+
+def test_a_model_with_classes_only_is_not_said_to_have_embeddings(tmp_path, tiny_recipe):
+    tasks = tiny_recipe().to_dict()["tasks"]
+    tasks = {"video": tasks["video"] | {"objectives": [{"type": "classification", "label": "label"}]}}
+    tasks["video"]["inputs"] = {"video": "video"}
+    for view in tasks["video"]["views"]:
+        view.pop("text", None)
+    recipe = tiny_recipe(tasks=tasks, modalities={"vision": {"patch": [2, 8, 8]}})
+    (source,) = {task.source for task in recipe.tasks.values()}
+    classes = {f"{source}:label": ["a", "b"]}
+    modalities = recipe.make_modalities()
+    network = IMP.from_config(recipe.to_config(classes), modalities)
+    saved = SavedRecipe(recipe.to_yaml(), tmp_path / "recipe.yaml")
+    model = Model(network, recipe.to_config(classes), modalities, saved_recipe=saved)
+    card = model_card(model, tmp_path, "me/classes", None)
+    assert "no embeddings" in card
+    assert 'model.classify_video(["FILE.' in card
+    for wrong in ("Its embeddings", "sentence_transformer", "openimp embed", "space of its own"):
+        assert wrong not in card
 
 
 def test_the_licenses_of_all_bundled_data_are_known():

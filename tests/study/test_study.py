@@ -192,6 +192,17 @@ def test_a_model_for_some_tasks_has_no_learning_rates_of_stems_of_others(little_
     assert part_recipe(study, part, 0, smoke=True).optimizer.lr_scale == {"stems.vision": 0.1, "encoder": 0.5}
 
 
+def test_a_study_whose_folder_was_moved_trains_nothing_again(done, little_data, tmp_path):
+    file, runs, out = done
+    steps = {path: read_lines(path)[-1]["totals"] for path in runs.rglob("metrics.jsonl")}
+    moved = little_data.rename(tmp_path / "moved")
+    try:
+        assert run_study(str(moved / file.name), runs, out)
+    finally:
+        moved.rename(little_data)
+    assert {path: read_lines(path)[-1]["totals"] for path in runs.rglob("metrics.jsonl")} == steps
+
+
 def test_finished_runs_are_not_trained_again(done):
     file, runs, out = done
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")}

@@ -22,6 +22,7 @@ def find_model(name: str | Path) -> Path:
     """
     if not isinstance(name, str | Path):
         raise UserError(f"expected the name or the folder of a model, found {type(name).__name__}")
+    name = name.as_posix() if isinstance(name, Path) else name
     scheme, identifier = Name.parse(name)
     if scheme == BUNDLED:
         return _bundled(identifier)

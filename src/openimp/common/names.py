@@ -28,7 +28,7 @@ class Name(NamedTuple):
     @classmethod
     def parse(cls, name: str | Path) -> "Name":
         """Parses a name. What begins with no scheme is a path."""
-        text = str(name)
+        text = name.as_posix() if isinstance(name, Path) else name  # On Windows, `str` would write hub:OWNER\NAME.
         scheme, colon, rest = text.partition(":")
         if colon and scheme in SCHEMES:
             return cls(scheme, rest)

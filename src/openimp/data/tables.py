@@ -257,17 +257,17 @@ class Table(Rows):
             yield self._stored(range(start, min(start + size, len(self))))
 
     def arrow(self, rows: range) -> Any:
-        """Consecutive rows as a pyarrow.Table, with the values of `Table.rows`; unreadable texts are null.
-
-        Only for a table from which no row was dropped.
-        """
-        assert self._kept is None
-        data = self._data.slice(rows.start, len(rows))
-        data = getattr(data, "table", data)  # `datasets` wraps its tables.
+        """Consecutive rows as a pyarrow.Table, with the values of `Table.rows`; unreadable texts are null."""
+        stored = self._stored(rows)
+        if self._kept is None or not rows:
+            parts = [self._data.slice(rows.start, len(rows))]
+        else:  # One row at a time, because `take` would first copy all chunks of a column into one.
+            parts = [self._data.slice(row, 1) for row in stored]
+        data = pa.concat_tables([getattr(part, "table", part) for part in parts])  # `datasets` wraps its tables.
         for column in self._text_functions:
             index = data.column_names.index(column)
             is_list = pa.types.is_nested(data.schema.field(index).type)
-            texts = [None if isinstance(value, Unreadable) else value for value in self._values(column, rows)]
+            texts = [None if isinstance(value, Unreadable) else value for value in self._values(column, stored)]
             text_type = pa.list_(pa.string()) if is_list else pa.string()
             data = data.set_column(index, column, pa.array(texts, text_type))
         return data.replace_schema_metadata(None)

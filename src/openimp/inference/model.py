@@ -360,8 +360,9 @@ class Model(nn.Module):
 
 
 def _as_list(inputs: Any) -> list[Any]:
-    """One input or several as a list. Several may be in an iterator, an array of texts, or a column of pandas."""
-    if isinstance(inputs, list | tuple | Iterator) or hasattr(inputs, "to_list"):
+    """One input or several as a list. Several may be in a sequence, iterator, array of texts or pandas column."""
+    is_sequence = isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | bytearray | memoryview)
+    if is_sequence or isinstance(inputs, Iterator) or hasattr(inputs, "to_list"):
         return list(inputs)
     if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OU" and inputs.ndim:
         return list(inputs.tolist())

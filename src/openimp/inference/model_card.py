@@ -14,6 +14,7 @@ from openimp.common.errors import UserError
 from openimp.common.modality import Modality
 from openimp.common.names import HUB, Name, is_bundled, is_url
 from openimp.common.versions import openimp_version
+from openimp.data.batch import head_key
 from openimp.data.files import BUNDLED_LICENSES
 from openimp.data.sources import open_source
 from openimp.data.trust import trained_here
@@ -80,6 +81,7 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
         },
         pairs=pairs,
         examples={name: _example(model.modalities[name]) for name in names if any(name in pair for pair in pairs)},
+        classified={name: _example(model.modalities[name]) for name in _classified(recipe)},
         sources=_sources(recipe, folder),
         init=public_path(recipe.train.init) if recipe.train.init else None,
         teachers=sorted({public_path(teacher.model) for task in recipe.tasks.values() for teacher in task.teachers}),
@@ -96,6 +98,17 @@ def training_sources(recipe: Recipe) -> dict[str, Source]:
     """The sources that tasks read, by name."""
     names = dict.fromkeys(task.source for task in recipe.tasks.values() if task.weight)
     return {name: recipe.sources[name] for name in names}
+
+
+def _classified(recipe: Recipe) -> list[str]:
+    """The modalities on which exactly one classification head was trained, so that no head must be named."""
+    heads: dict[str, set[str]] = {}
+    for task in recipe.tasks.values():
+        for objective in task.objectives if task.weight else ():
+            if column := objective.class_column():
+                for name in objective.modalities(task):
+                    heads.setdefault(name, set()).add(head_key(task.source, column.name))
+    return [name for name, keys in heads.items() if len(keys) == 1]
 
 
 def _example(modality: Modality) -> str:

@@ -43,6 +43,8 @@ TEXT_CONFIG = "text_tower_config.json"
 """The configuration of a text tower from transformers."""
 TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}
 """Options of tokenizers in configurations of the library. Others, such as trust_remote_code, are refused."""
+UNSTABLE = {"is_local", "local_files_only", "transformers_version"}
+"""Entries that tell how transformers wrote a file, and would change the hash of a model that is the same."""
 CODE = {"auto_map", "attn_implementation", "_attn_implementation", "experts_implementation"}
 """Entries that name classes in other files, or kernels on the Hugging Face Hub, which transformers may download and
 run."""
@@ -132,14 +134,14 @@ def layers_in(files: Mapping[str, str]) -> int:
 
 
 def _without_code(name: str, text: str) -> str:
-    """A JSON file without the entries that name code."""
+    """A JSON file without the entries that name code or are `UNSTABLE`."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: damaged: {error}") from None
-    if not isinstance(data, dict) or CODE.isdisjoint(data):
+    if not isinstance(data, dict) or (CODE | UNSTABLE).isdisjoint(data):
         return text
-    return json.dumps({key: value for key, value in data.items() if key not in CODE})
+    return json.dumps({key: value for key, value in data.items() if key not in CODE | UNSTABLE})
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from openimp.checkpoint.folder import load_run_recipe
 from openimp.checkpoint.resume import FREE
@@ -128,6 +128,15 @@ def _run(runs: Path, title: str, training: Training) -> Path:
     return runs / title / f"{file_name(training.arm)}-{training.model_number}-seed{training.seed}"
 
 
+def _is_free(key: str, was: Any, now: Any) -> bool:
+    """Whether a difference changes no result: also another place of a source whose folder was moved."""
+    if not key.startswith("sources."):
+        return key in FREE
+    if key.endswith((".path", ".root")) and isinstance(was, str) and isinstance(now, str):
+        return Path(was).name == Path(now).name and not Path(was).exists()
+    return key.endswith(".license")
+
+
 def _check_same_recipes(recipe_by_run: Mapping[Path, Recipe]) -> None:
     """Raises UserError if the study has changed since some of its runs: they have other recipes. It names them all.
 
@@ -137,7 +146,7 @@ def _check_same_recipes(recipe_by_run: Mapping[Path, Recipe]) -> None:
     for run, recipe in recipe_by_run.items():
         if (run / "recipe.yaml").exists():
             all_differences = differences(load_run_recipe(run).to_dict(), recipe.to_dict())
-            if relevant := [difference for difference in all_differences if difference[0] not in FREE]:
+            if relevant := [difference for difference in all_differences if not _is_free(*difference)]:
                 changed[run] = relevant
     if changed:
         first_run = next(iter(changed))

@@ -72,7 +72,8 @@ class Validation:
         `state` returns what the checkpoint stores; see `Checkpointing.save`. All ranks call it, or none.
         """
         name = self.data.recipe.evaluation.best
-        if name is None or name not in {result["set"] for result in results}:  # No set decides, or it could not be measured.
+        measured = {result["set"] for result in results}
+        if name is None or name not in measured:
             return
         checkpointing.wait()
         saved = {step, *map(step_of, checkpoints(self.run))}
