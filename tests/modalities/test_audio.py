@@ -11,6 +11,7 @@ from recordings import counting, film
 from recordings import sound_file as file
 
 from openimp.common.modality import BadMedia
+from openimp.data.order import example_rng
 from openimp.modalities.audio import Audio, _at_speed, log_mel, mel_filters
 from openimp.modalities.sound import resample
 
@@ -71,6 +72,20 @@ def test_a_training_cut_reads_only_its_part(form):
         assert np.abs(whole[start : start + len(part)] - part).max() < 300
         starts.add(start)
     assert len(starts) == 6
+
+
+@pytest.mark.parametrize("speed", [0.0, 0.2])
+def test_sounds_start_at_the_moment_at_which_clips_start(speed):
+    """Also with changes of speed, for which more is read than is heard."""
+    total = 20 * RATE
+    raw = file(np.arange(total) / total)
+    view = Audio.View(seconds=SHORT.seconds, speed=speed)
+    for seed in range(6):
+        synchronous = example_rng(7, seed, sync=True)
+        start = synchronous.sync_start * (total - 2 * AUDIO.samples(view))  # not so late that it would not fit
+        synchronous.sync_start = start / total
+        heard = AUDIO.transform(AUDIO.decode(raw, [view], synchronous), view, synchronous)
+        assert heard[0] * total == pytest.approx(start, abs=0.01 * AUDIO.samples(view))
 
 
 def test_a_long_sound_is_read_where_evaluation_hears_it():

@@ -179,6 +179,29 @@ def test_equal_texts_that_are_values_are_positives_with_either_loss(kind):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_a_text_without_a_known_word_says_nothing_about_its_picture(kind):
+    """Its embedding is 0. As a positive, it would only push its picture away from all other texts."""
+    model = small()
+    encoded = encoded_of(4)
+    with torch.no_grad():
+        encoded["text"].features[1] = 0
+    positive = torch.eye(4, dtype=torch.bool)
+    positive[1, 1] = False
+    objective = Contrastive(type="contrastive", loss=kind, pairs=[["image", "text"]])
+    found = losses_of(model, objective, encoded, item=torch.arange(4))["image-text"]
+    logits = similarities(model, encoded)
+    assert not logits[:, 1].any()
+    if kind == "softmax":
+        rows = softmax_nce(logits, positive)
+        assert rows[1] == 0
+        expected = (rows.mean() + softmax_nce(logits.T, positive.T).mean()) / 2
+    else:
+        _, bias = model.temperature("image", "text")()
+        expected = sigmoid_nce(logits, positive, bias).mean()
+    torch.testing.assert_close(found, expected)
+
+
 def test_values_of_a_column_need_texts_to_compare_with():
     with refuses():
         Recipe.build(

@@ -25,6 +25,7 @@ def train(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor], step
 def test_a_step_is_that_of_torch(monkeypatch):
     """With torch's iterations."""
     monkeypatch.setattr(newton_schulz, "COEFFICIENTS", ((3.4445, -4.7750, 2.0315),) * 5)
+    monkeypatch.setattr(newton_schulz, "MARGIN", 1.0)
     shapes = (ROWS, COLUMNS), (COLUMNS, ROWS), (7, 7)
     ours = weights(*shapes)
     theirs = weights(*shapes)
@@ -69,3 +70,16 @@ def test_singular_values_of_any_scale_come_close_to_one():
         values = torch.linalg.svdvals(orthogonalize(x.bfloat16()).float())
         assert values.min() > 0.68
         assert values.max() < 1.32
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.001, 1.0039, 0.9962, 3.01])
+def test_a_matrix_of_rank_one_does_not_explode(scale):
+    """Its singular value is its norm, which bf16 may round down."""
+    constant = torch.full((1, ROWS, COLUMNS), scale / (ROWS * COLUMNS) ** 0.5)
+    generator = torch.Generator().manual_seed(0)
+    product = torch.randn(5, ROWS, 1, generator=generator) @ torch.randn(5, 1, COLUMNS, generator=generator)
+    product *= scale / product.norm(dim=(1, 2), keepdim=True)
+    found = orthogonalize(torch.cat([constant, product]).bfloat16()).float()
+    largest = torch.linalg.svdvals(found)[:, 0]
+    assert largest.min() > 0.7
+    assert largest.max() < 1.3

@@ -27,6 +27,8 @@ from openimp.modalities.sound import (
 
 CURVE_POINTS = 5
 """Control points of a random change of the spectrum, evenly spaced on the mel scale."""
+ROUNDING = 4
+"""Samples by which the length of a part may differ after resampling."""
 TINY = 1e-30
 """Least squared magnitude. Its root is far too small to change FLOOR in fp32."""
 FLOOR = 1e-6
@@ -200,6 +202,8 @@ class Audio(Modality):
         speed = 1 + rng.uniform(-view.speed, view.speed) if view.speed else 1.0
         needed = ceil(count * speed)
         start = media.random_start(len(item), needed, rng)
+        if getattr(rng, "sync_start", None) is not None and len(item) <= ceil(count * (1 + view.speed)) + ROUNDING:
+            start = 0  # `decode` has cut the sound at this moment already.
         gain = 10 ** (rng.uniform(-view.gain, view.gain) / 20)
         sound = _cut(item, start, needed)
         if view.speed:

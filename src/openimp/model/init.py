@@ -44,7 +44,8 @@ def mimetic_keys_(qkv_weight: Tensor) -> None:
 def mimetic_output_(out_weight: Tensor, qkv_weight: Tensor) -> None:
     """Makes the output layer of an attention layer minus the transpose of its values' weights.
 
-    Their product is then about minus the identity, as in trained vision Transformers (arXiv 2305.09828).
+    Their product is then about minus the identity, divided by the number of heads. In trained vision Transformers, it
+    is also a negative multiple of the identity (arXiv 2305.09828).
     """
     if has_torch_function_unary(out_weight):
         handle_torch_function(mimetic_output_, (out_weight, qkv_weight), out_weight, qkv_weight)

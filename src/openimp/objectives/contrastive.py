@@ -27,6 +27,10 @@ from openimp.recipe.tasks import Task
 
 MAX_VALUES = 32
 """Largest number of values of a list that `positives_in` compares with texts."""
+NOBODY_OF_FIRST = -1
+"""The id of the first modality's embeddings that are 0. Other ids are numbers of rows, or hashes of 64 bits."""
+NOBODY_OF_SECOND = -2
+"""The same for the second modality. It differs, so that no two of them are positives."""
 DUPLICATE_TEXT_WARNING = 0.1
 """Share of duplicate texts in a batch above which `positives_by` is suggested."""
 
@@ -122,22 +126,22 @@ class Contrastive(Objective):
             z_MZ = model.project(encoded[b].features, b, a)
             draws_a = len(z_NZ) // len(targets["item"])
             draws_b = len(z_MZ) // len(targets["item"])
-            ids_NI = self._ids(a, b, draws_a, targets)
-            ids_MJ = self._ids(b, a, draws_b, targets)
+            ids_NI = _of_known(self._ids(a, b, draws_a, targets), z_NZ, NOBODY_OF_FIRST)
+            ids_MJ = _of_known(self._ids(b, a, draws_b, targets), z_MZ, NOBODY_OF_SECOND)
             temperature, bias = model.temperature(a, b)()
             with full_precision(z_NZ.device):
                 if self.loss == "softmax" and has_all_embeddings:
                     loss = both_ways(softmax_nce, 1 / temperature * z_NZ, ids_NI, z_MZ, ids_MJ)
                 elif self.loss == "softmax":
                     all_b, all_a = all_gather(z_MZ, z_NZ)
-                    all_ids_a = self._ids(a, b, draws_a, all_targets)
-                    all_ids_b = self._ids(b, a, draws_b, all_targets)
+                    all_ids_a = _of_known(self._ids(a, b, draws_a, all_targets), all_a, NOBODY_OF_FIRST)
+                    all_ids_b = _of_known(self._ids(b, a, draws_b, all_targets), all_b, NOBODY_OF_SECOND)
                     loss_a = mean_by_blocks(softmax_nce, 1 / temperature * z_NZ, ids_NI, all_b, all_ids_b)
                     loss_b = mean_by_blocks(softmax_nce, 1 / temperature * z_MZ, ids_MJ, all_a, all_ids_a)
                     loss = (loss_a + loss_b) / 2
                 else:
                     (all_b,) = all_gather(z_MZ)
-                    all_ids_b = self._ids(b, a, draws_b, all_targets)
+                    all_ids_b = _of_known(self._ids(b, a, draws_b, all_targets), all_b, NOBODY_OF_SECOND)
                     biased = partial(sigmoid_nce, bias=bias)
                     loss = mean_by_blocks(biased, 1 / temperature * z_NZ, ids_NI, all_b, all_ids_b)
                 losses[f"{a}-{b}"] = loss
@@ -196,6 +200,15 @@ class Contrastive(Objective):
             f"{duplicate_share:.0%} of a batch's texts belong to other examples too, and the loss pushes these apart; "
             "with `positives_by: COLUMN`, a contrastive objective treats rows with equal values as one item"
         )
+
+
+def _of_known(ids_NI: Tensor, z_NZ: Tensor, nobody: int) -> Tensor:
+    """The ids of embeddings, or `nobody` if an embedding is 0.
+
+    The embedding of a text without a known word is 0. If it were a positive of its picture, the loss would only push
+    the picture away from all other texts.
+    """
+    return torch.where((z_NZ != 0).any(1, keepdim=True), ids_NI, nobody)
 
 
 def _is_text(modality: str) -> bool:

@@ -68,14 +68,15 @@ def softmax_nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
     2004.11362). With one positive per row, it is InfoNCE.
 
     A constant is subtracted: the smallest possible average, log(number of positives). So the loss of a row is 0 if its
-    positives share all of the probability equally.
+    positives share all of the probability equally. A row without a positive costs nothing.
 
     IMP uses MIL-NCE, which sums the probabilities of the positives. Then one near positive is enough, and classes with
     many examples in a batch are learned slowly.
     """
     positives_N = same_NM.sum(1)
-    mean_positive_N = torch.where(same_NM, logits_NM, 0).sum(1) / positives_N
-    return logits_NM.logsumexp(1) - mean_positive_N - positives_N.log()
+    count_N = positives_N.clamp(min=1)
+    mean_positive_N = torch.where(same_NM, logits_NM, 0).sum(1) / count_N
+    return torch.where(positives_N > 0, logits_NM.logsumexp(1) - mean_positive_N - count_N.log(), 0.0)
 
 
 def sigmoid_nce(logits_NM: Tensor, same_NM: Tensor, bias: Tensor | float = 0.0) -> Tensor:

@@ -13,6 +13,9 @@ COEFFICIENTS = (8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, 
 
 They are chosen for singular values from 0.01 to 1. Each iteration moves the values as close to 1 as such a polynomial
 can (Polar Express, arXiv 2505.16932). After the third, all are between 0.73 and 1.27."""
+MARGIN = 1.01
+"""bf16 rounds a norm and a quotient by up to 0.4 %. A singular value above 1, as a matrix of rank 1 could then have,
+would explode: 1.004 would become 50."""
 BATCH_NUMBERS = 2**24
 """Most numbers in a batch of matrices, unless a single parameter has more."""
 
@@ -42,7 +45,7 @@ def orthogonalize(x_NRC: Tensor) -> Tensor:
 
     Those below 0.01 of the Frobenius norm become 80 times as large.
     """
-    x_NRC = x_NRC / x_NRC.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x_NRC = x_NRC / (MARGIN * x_NRC.norm(dim=(1, 2), keepdim=True)).clamp(min=1e-7)
     is_wide = x_NRC.shape[1] <= x_NRC.shape[2]
     for a, b, c in COEFFICIENTS:
         # The smaller of the two Gram matrices. Both give the same result.

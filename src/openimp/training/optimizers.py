@@ -14,6 +14,9 @@ from openimp.parallel.muon import Muon
 from openimp.recipe.schema import Recipe
 from openimp.recipe.training import Optimizer
 
+PUBLIC_TABLES = ("positional_embedding", "pos_embed", "cls_token", "reg_token")
+"""Ends of the names of tables in models of open_clip and timm."""
+
 
 def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Optimizer]:
     """Fused AdamW, and Muon for the hidden matrices if the recipe has a `muon_lr`. Every rank must call this.
@@ -26,6 +29,7 @@ def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Opt
     # Tables, and the biases of experts, have two dimensions like kernels.
     undecayed = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     undecayed |= {weight for module in model.experts() for weight in module.parameters() if weight.ndim == 2}
+    undecayed |= {weight for name, weight in model.named_parameters() if name.endswith(PUBLIC_TABLES)}
     by_options: dict[tuple[float, float], list[nn.Parameter]] = {}  # by weight decay and lr factor
     for parameter in model.parameters():
         if parameter.requires_grad and parameter not in muon_matrices:

@@ -199,7 +199,9 @@ def _cumulative_flops(batches: StepBatches, step_costs: Costs) -> np.ndarray | N
     """
     if batches.data.recipe.alternation.views != "sequence":
         return None
-    flops = batches.schedule.per_step({task_view: cost.flops for task_view, cost in step_costs.items()})
+    # Without passes that are repeated to save memory, which may change when the run is resumed.
+    flops_of = {task_view: cost.flops - cost.repeated_flops for task_view, cost in step_costs.items()}
+    flops = batches.schedule.per_step(flops_of)
     return np.cumsum([0, *flops])
 
 
