@@ -1,6 +1,5 @@
 """Figures of classes: splits, mean average precision, and trained heads, against other ways to compute them."""
 
-import shutil
 import tracemalloc
 
 import numpy as np
@@ -294,7 +293,8 @@ OPTIONS = "inputs: {image: file}, label: label, view: {image: {size: 16}}"
 
 def test_a_training_keeps_the_results_of_the_sets_that_can_be_measured(own_data, tmp_path, capsys):
     """A set is lost on the way, for example with its disk. That is an error only at the end of the training."""
-    shutil.copy(own_data / "pictures" / "red" / "0.png", own_data / "x.png")
+    picture = (own_data / "pictures" / "red" / "0.png").read_bytes()
+    (own_data / "x.png").write_bytes(picture)
     (own_data / "lost.jsonl").write_text('{"file": "x.png", "label": "red"}')
     lost = f"evaluation.sets.lost={{type: zero_shot, source: lost, {OPTIONS}}}"
     changes = ["train.steps=2", "evaluation.every=1", "sources.lost={path: lost.jsonl}", lost, "evaluation.best=tones"]
@@ -312,6 +312,10 @@ def test_a_training_keeps_the_results_of_the_sets_that_can_be_measured(own_data,
     with refuses():
         train(recipe, tmp_path / "run", callbacks=[LosesASet(), EarlyStopping("lost", patience=1)])
     assert evaluated == [(1, 3), (2, 3)]
+    (own_data / "x.png").write_bytes(picture)
+    with refuses():  # Although a callback ends the training as soon as it can.
+        train(recipe, tmp_path / "stopped", callbacks=[LosesASet(), EarlyStopping("tones", patience=1)])
+    (own_data / "x.png").unlink(missing_ok=True)
     assert (tmp_path / "run" / "checkpoints" / "best").exists()
     measured = [(line["step"], line["set"]) for line in read_lines(tmp_path / "run" / "results.jsonl")]
     assert measured == [(step, name) for step in (1, 2) for name in ("colours", "tones", "tones")]

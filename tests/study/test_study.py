@@ -193,11 +193,12 @@ def test_a_model_for_some_tasks_has_no_learning_rates_of_stems_of_others(little_
 
 
 def test_a_study_whose_folder_was_moved_trains_nothing_again(done, little_data, tmp_path):
-    file, runs, out = done
+    file, runs, _ = done
+    runs = Path(shutil.copytree(runs, tmp_path / "runs"))
     steps = {path: read_lines(path)[-1]["totals"] for path in runs.rglob("metrics.jsonl")}
     moved = little_data.rename(tmp_path / "moved")
     try:
-        assert run_study(str(moved / file.name), runs, out)
+        assert run_study(str(moved / file.name), runs, tmp_path / "out")
     finally:
         moved.rename(little_data)
     assert {path: read_lines(path)[-1]["totals"] for path in runs.rglob("metrics.jsonl")} == steps

@@ -122,8 +122,8 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     # After a power failure, the run's logs must not be older than its checkpoint.
     for log in run.glob("*.jsonl"):
         sync(log)
-    # The step has a checkpoint if that is damaged, so that the run resumed from an earlier one, or if the run resumed
-    # from it with a changed recipe.
+    # The folder exists in two cases: this step's checkpoint was damaged, and the run resumed from an earlier one; or
+    # the run resumed from this checkpoint with a changed recipe, and saves the step again.
     replaced = _set_aside(folder) if folder.exists() else None
     os.replace(draft, folder)
     sync(folder.parent)

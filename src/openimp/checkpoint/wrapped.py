@@ -34,6 +34,7 @@ from openimp.modalities.open_clip import (
     import_open_clip,
     layers_in,
     library_errors,
+    without_entries,
 )
 from openimp.model.open_clip import OpenCLIP, build
 from openimp.recipe.schema import Recipe
@@ -42,6 +43,8 @@ LAYOUT = 1
 """Version of what is made of a model. Folders of other versions are not used."""
 TRAINING_DATA = f"{OPEN_CLIP}:training-data"
 """The source of a model as its authors published it. It cannot be read."""
+UNSTABLE = {"is_local", "local_files_only", "transformers_version"}
+"""Entries that tell how transformers wrote a file. They would change the hash of a model that is the same."""
 HUB = "hf-hub:"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 """File names of a local model's weights, in order of preference. Any other safetensors file comes last."""
@@ -224,4 +227,4 @@ def _files(name: str, public: Public) -> dict[str, str]:
             with TemporaryDirectory() as folder:
                 import_open_clip().get_tokenizer(public.name).save_pretrained(folder)
                 files |= {file.name: read_text(file) for file in Path(folder).glob("*.json")}
-    return checked_files(files)
+    return {name: without_entries(UNSTABLE, name, text) for name, text in checked_files(files).items()}

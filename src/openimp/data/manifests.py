@@ -11,11 +11,14 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 
@@ -32,7 +35,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 CACHED_BYTES = 2**26
 """Bytes of manifests from which on their table is kept in the cache folder. Smaller manifests are read faster than
 `datasets`, which opens a cached table, is imported."""
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 """Version of the files in the cache folder. Files of another version are not read."""
 
 
@@ -124,10 +127,11 @@ def _without_empty_end(table: pa.Table) -> pa.Table:
 
     Empty rows above it stay, so that the numbers of rows do not change.
     """
-    end = len(table)
-    while end and not any(column[end - 1].is_valid for column in table.columns):
-        end -= 1
-    return table.slice(0, end)
+    if not len(table) or any(column[-1].is_valid for column in table.columns):
+        return table
+    has_value = reduce(pc.or_, [column.is_valid() for column in table.columns])
+    rows = np.flatnonzero(has_value.to_numpy())
+    return table.slice(0, rows[-1] + 1 if len(rows) else 0)
 
 
 def _csv_header(lines: Any, delimiter: str) -> list[str]:

@@ -42,8 +42,9 @@ class RetrievalResult(Predicted):
     def answers(self, query_index: int, k: int) -> list[Answer]:
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.
 
-        In a tie, wrong candidates come first, and NaN counts against the model. So the best correct candidate is at the
-        position `rank[query_index]`, unless the similarity of any correct candidate is NaN: that rank is the last.
+        In a tie, wrong candidates come first, and NaN counts against the model. So in the order of all candidates, the
+        best correct one is at position `rank[query_index]`. Exception: if the similarity of a correct candidate is NaN,
+        all wrong candidates count as better in `rank`.
         """
         similarity_M = (self.candidate_MZ @ self.query_NZ[query_index]).cpu().numpy()
         correct_candidates = self.correct_pairs[self.correct_pairs[:, 0] == query_index, 1]
@@ -82,7 +83,7 @@ def retrieve(
     242 notes with the names of 109 instruments make 109 texts, and all notes of an instrument are correct for its name.
     """
     a, b = options.inputs  # the names of two modalities
-    # `towards`, because a modality may share a different space with each other modality.
+    # `towards`, because in a disjoint space a modality has a projection head for every other modality.
     encoded_by_modality = {
         a: evaluator.encode(options, a, table, towards=b),
         b: evaluator.encode(options, b, table, towards=a),

@@ -52,6 +52,7 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
     recipe = model.recipe
     names = list(model.modalities)
     pairs = [pair for pair in combinations(names, 2) if model.imp.share_a_space(*pair)]
+    embedded = [name for name in names if any(model.imp.share_a_space(name, other) for other in names)]
     tags = ["openimp", "multimodal", *names]
     if recipe.model.moe:
         tags.append("mixture-of-experts")
@@ -80,7 +81,8 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
             stem: public_path(options.tower) for stem, options in recipe.modalities.items() if hasattr(options, "tower")
         },
         pairs=pairs,
-        examples={name: _example(model.modalities[name]) for name in names if any(name in pair for pair in pairs)},
+        embedded=embedded,
+        examples={name: _example(model.modalities[name]) for name in embedded},
         classified={name: _example(model.modalities[name]) for name in _classified(recipe)},
         sources=_sources(recipe, folder),
         init=public_path(recipe.train.init) if recipe.train.init else None,

@@ -202,8 +202,9 @@ class Audio(Modality):
         speed = 1 + rng.uniform(-view.speed, view.speed) if view.speed else 1.0
         needed = ceil(count * speed)
         start = media.random_start(len(item), needed, rng)
-        if getattr(rng, "sync_start", None) is not None and len(item) <= ceil(count * (1 + view.speed)) + ROUNDING:
-            start = 0  # `decode` has cut the sound at this moment already.
+        is_cut = abs(len(item) - count * (1 + view.speed)) <= ROUNDING
+        if getattr(rng, "sync_start", None) is not None and is_cut:
+            start = 0  # `decode` has cut the sound at this moment.
         gain = 10 ** (rng.uniform(-view.gain, view.gain) / 20)
         sound = _cut(item, start, needed)
         if view.speed:

@@ -9,7 +9,7 @@ Shape suffixes: B examples, T frames, C channels, H height, W width, L tokens, P
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -43,8 +43,6 @@ TEXT_CONFIG = "text_tower_config.json"
 """The configuration of a text tower from transformers."""
 TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}
 """Options of tokenizers in configurations of the library. Others, such as trust_remote_code, are refused."""
-UNSTABLE = {"is_local", "local_files_only", "transformers_version"}
-"""Entries that tell how transformers wrote a file, and would change the hash of a model that is the same."""
 CODE = {"auto_map", "attn_implementation", "_attn_implementation", "experts_implementation"}
 """Entries that name classes in other files, or kernels on the Hugging Face Hub, which transformers may download and
 run."""
@@ -86,7 +84,7 @@ def checked_files(json_files: Mapping[str, str]) -> dict[str, str]:
     """
     if CONFIG not in json_files:
         raise UserError(f"{CONFIG}: missing, so the model of open_clip cannot be built")
-    files = {name: _without_code(name, text) for name, text in json_files.items()}
+    files = {name: without_entries(CODE, name, text) for name, text in json_files.items()}
     config = json.loads(files[CONFIG])
     check_config(config)
     text = config["model_cfg"]["text_cfg"]
@@ -133,15 +131,15 @@ def layers_in(files: Mapping[str, str]) -> int:
     return sum(count for count in counts if isinstance(count, int) and count > 0)
 
 
-def _without_code(name: str, text: str) -> str:
-    """A JSON file without the entries that name code or are `UNSTABLE`."""
+def without_entries(keys: Set[str], name: str, text: str) -> str:
+    """The text of a JSON file without the entries that have these keys."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: damaged: {error}") from None
-    if not isinstance(data, dict) or (CODE | UNSTABLE).isdisjoint(data):
+    if not isinstance(data, dict) or keys.isdisjoint(data):
         return text
-    return json.dumps({key: value for key, value in data.items() if key not in CODE | UNSTABLE})
+    return json.dumps({key: value for key, value in data.items() if key not in keys})
 
 
 @contextmanager

@@ -41,9 +41,8 @@ class Usage(NamedTuple):
     """How one input of a pass uses the experts of one sparse layer.
 
     Attributes:
-        load_E: each expert's share of all filled slots, which are those that hold a valid token. Within a group of
-            `ExpertGroups` it is about equal, because experts choose equally many tokens; it shows how much each group
-            is used.
+        load_E: each expert's share of all filled slots, which are those that hold a valid token. The experts that read
+            this input have about equal shares, because they choose equally many tokens. Experts of other stems have 0.
         gate_E: each expert's share of the sum of all gates. It shows which experts of a group the router prefers.
         dropped: scalar, the number of this rank's tokens that no expert took, divided by the mean number of tokens per
             rank. Its mean over ranks is the share of all tokens that no expert took.
@@ -108,7 +107,7 @@ def valid_tokens_per_rank(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
 
 
 def split_tokens(values: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Splits the first dimension (T), the tokens of all inputs, into (B, L) per input, which `shapes` has."""
+    """Splits the first dimension, the tokens of all inputs, into a tensor (B, L, ...) per input. `shapes`: (B, L)."""
     split_sizes = [examples * length for examples, length in shapes]
     return [part.unflatten(0, shape) for part, shape in zip(values.split(split_sizes), shapes)]
 

@@ -112,7 +112,7 @@ def plans(
         raise UserError(f"--gpus: {gpus} GPUs do not divide a batch evenly: {', '.join(uneven)}")
     model = meta_model(recipe, modalities, classes)
     if recipe.parallel.shard_degree is None:
-        bytes_per_gpu = GPUS[gpu].memory_gib * GIB
+        bytes_per_gpu = GPUS[gpu].memory_gib * GIB  # `default_layout` subtracts what is not usable, as in a run.
         recipe_layout = default_layout(recipe, model, gpus, min(gpus, GPUS_PER_NODE), bytes_per_gpu)
     precision: Precision = "fp32" if recipe.train.precision == "fp32" else "bf16"
 
@@ -183,7 +183,7 @@ def active_parameters(model: Embedder) -> int | None:
     moe = model.config.moe
     if moe is None:
         return parameters
-    # `experts` returns modules of several experts. The first one has those of the first group.
+    # `experts` lists the `Experts` of each sparse layer and group. The first is that of the first group.
     expert_size = parameter_count(model.experts()[0]) / moe.group_sizes[0]
     # A token uses at most all experts of its group. If the groups differ in size, the largest counts.
     experts_per_token = min(moe.capacity_factor, max(moe.group_sizes))

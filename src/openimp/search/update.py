@@ -62,7 +62,7 @@ class Update:
         skipped = read_skipped(folder)
         self.skipped = dict(skipped.files)
         # The versions with which all skipped files were tried. An interrupted update has not tried all of them again.
-        self.tried_with = skipped.decoders
+        self.tried_with = skipped.decoders if skipped.files else _decoder_versions(model)
         self.to_retry: set[str] = set()  # the stored files of which other decoders could not read some parts
         if skipped.decoders != _decoder_versions(model):
             self.skipped = {path: skip for path, skip in skipped.files.items() if path in self.stored}

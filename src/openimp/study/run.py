@@ -4,6 +4,7 @@ A study is a YAML file, such as those in `studies/`. Each arm is the study's rec
 such models that share the arm's FLOPs.
 """
 
+import glob
 import os
 import shlex
 from collections import defaultdict
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 from openimp.checkpoint.folder import load_run_recipe
 from openimp.checkpoint.resume import FREE
 from openimp.common.errors import UserError
+from openimp.common.names import has_scheme, is_url
 from openimp.common.progress import console
 from openimp.recipe.evaluation import Retrieval
 from openimp.recipe.file import differences
@@ -133,7 +135,8 @@ def _is_free(key: str, was: Any, now: Any) -> bool:
     if not key.startswith("sources."):
         return key in FREE
     if key.endswith((".path", ".root")) and isinstance(was, str) and isinstance(now, str):
-        return Path(was).name == Path(now).name and not Path(was).exists()
+        is_gone = not (has_scheme(was) or is_url(was) or glob.glob(was, recursive=True))
+        return Path(was).name == Path(now).name and is_gone
     return key.endswith(".license")
 
 

@@ -99,7 +99,7 @@ class PendingStep:
 class QueuedUpdate(NamedTuple):
     """An update whose steps are in the state Queued. Its gradient norm tells whether it was applied.
 
-    It usually has one step. If a study sums the losses of all tasks, it has a *round*, which is one step of each task.
+    Its steps are a *round*: usually one step or, if a study sums the losses of all tasks, one step of each task.
     """
 
     steps: list[PendingStep]
@@ -123,6 +123,7 @@ class Trainer(Parts):
         self.callbacks = callbacks or Callbacks()
         self._announced_step = self.checkpointing.newest_step  # of the last checkpoint that the callbacks know
         self._evaluated_step: int | None = None
+        self._failure: NotMeasured | None = None  # of the last evaluation
         self._callback_stops = False  # Whether a callback has raised StopTraining in `on_checkpoint`.
         self.encode_all = in_chunks(self.model.encode_all, self.recipe.memory.chunk_size)
         self.step = self.checkpointing.newest_step
@@ -169,6 +170,8 @@ class Trainer(Parts):
         if self._evaluated_step != self.step:
             with suppress(StopTraining):  # The training is over already.
                 self.evaluate(stop.watch)
+            if self._failure:  # A callback has raised StopTraining instead.
+                raise self._failure
         self.checkpointing.wait()
         self._announce_checkpoint()
         self.log.bad_examples.report()
@@ -202,14 +205,14 @@ class Trainer(Parts):
                 if self._callback_stops:
                     raise StopTraining
         except (Interrupted, UserError):
-            with suppress(StopTraining):  # The reason to stop here goes before a callback's.
+            with suppress(StopTraining):  # This error goes before a callback's StopTraining.
                 self.confirm_and_gather_bad_examples()  # If the queued step failed too, its error is raised instead.
             raise
 
     def make_step(self, loaded: LoadedBatch) -> Losses:
         """Queues one step on the device, and returns the losses of its task.
 
-        The step that ends a round, usually each, also queues the gradients and the update of the weights.
+        The last step of a round, which usually is its only one, also queues gradients and the update of the weights.
         """
         visit = loaded.visit
         if self.variant.before_step:
@@ -335,13 +338,17 @@ class Trainer(Parts):
         """Evaluates the EMA if there is one, else the model. If the result is the best so far, saves a checkpoint.
 
         `evaluation.best` names the set that decides. `watch(passes, description)` wraps the forward passes; with
-        `Stop.watch`, a signal stops them. NotMeasured: a set could not be measured, but the others were.
+        `Stop.watch`, a signal stops them.
+
+        Raises:
+            NotMeasured: a set could not be measured; the others were.
         """
         self.confirm_and_gather_bad_examples()
         if not self.recipe.evaluation.sets:
             return
         results, failure = self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
         self._evaluated_step = None if failure else self.step
+        self._failure = failure
         self._announce_checkpoint()  # Before `keep_best`, whose checkpoint would be the newest.
         self.validation.keep_best(self.step, self.checkpointing, self.state, results)
         self._announce_checkpoint()
