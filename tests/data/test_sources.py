@@ -811,6 +811,13 @@ def test_a_header_that_claims_a_terabyte_or_leads_astray(tmp_path, headers, good
         stream.media(rest["png"])
 
 
+def test_texts_of_windows_programs_in_a_tar_have_no_byte_order_mark(tmp_path):
+    mark = "\ufeff".encode()
+    file = write_tar(tmp_path / "x.tar", {"0.txt": mark + b"a cat", "0.cls": mark + b"7"})
+    (row,) = first_rows(opened(file, **in_order(stream=True)), 1)
+    assert (row["txt"], row["cls"]) == ("a cat", 7)
+
+
 def test_a_compressed_tar_is_told(tmp_path):
     file = write_tar(tmp_path / "x.tar", {"0.txt": b"zero"})
     file.write_bytes(gzip.compress(file.read_bytes()))

@@ -107,6 +107,13 @@ def test_the_best_text_is_read_and_classes_with_names_are_preferred():
     assert (task.text.name, task.label.are_numbers) == ("title", True)
 
 
+def test_lists_of_captions_may_be_padded():
+    (task,) = tasks(numbered(30, captions=[["a cat", None], ["a dog", "it sits"], [None, ""]]))
+    assert task.text.name == "captions"
+    assert {*task.text.sample} == {"a cat", "a dog", "it sits"}
+    assert task.text.bad == pytest.approx(1 / 3)
+
+
 def test_numbers_as_classes_make_no_texts():
     for label in (0, 1), ("0", "1"):
         (task,) = tasks(numbered(4, label=label))

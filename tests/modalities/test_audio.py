@@ -107,6 +107,13 @@ def test_lists_of_numbers_in_tables_become_integers_of_another_type():
     np.testing.assert_array_equal(AUDIO.decode(samples.astype(np.int64), [SHORT]), AUDIO.decode(samples, [SHORT]))
 
 
+def test_a_sound_in_half_precision_keeps_its_sign_at_full_scale():
+    samples = sine(440, level=1.0)
+    samples[:9] = 1.0
+    found = AUDIO.decode(samples.astype(np.float16), [SHORT]).astype(int)
+    assert np.abs(found - AUDIO.decode(samples, [SHORT])).max() < 20
+
+
 def test_clips_of_a_long_sound_that_ends_before_its_header_claims():
     """The pictures of this film are longer than its sound."""
     samples = rng().integers(-9999, 9999, 305 * 8000).astype(np.int16) / 32767

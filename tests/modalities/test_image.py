@@ -82,6 +82,16 @@ def test_what_heic_pictures_need_is_said(tmp_path):
     assert "a HEIC picture, which needs pillow-heif: pip install 'openimp[heif]'" in done.stderr
 
 
+@pytest.mark.parametrize(("largest", "seen_as"), [(1.0, 255), (200.0, 200), (65535.0, 255)])
+def test_pictures_of_floating_point_numbers_keep_their_grays(largest, seen_as):
+    ramp = np.linspace(0, largest, 60, dtype=np.float32)[None].repeat(40, 0)
+    found = IMAGE.decode(file(PIL.Image.fromarray(ramp), "TIFF"), [Image.View()])
+    assert found.shape == (40, 60, 3)
+    np.testing.assert_allclose(found[0, :, 1], np.linspace(0, seen_as, 60), atol=1)
+    with refuses(BadMedia):
+        IMAGE.decode(file(PIL.Image.fromarray(ramp * np.nan), "TIFF"), [Image.View()])
+
+
 def test_16_bits_are_three_equal_channels():
     ramp = np.arange(600).reshape(20, 30) * 100
     wide = IMAGE.decode(file(PIL.Image.fromarray(ramp.astype(np.uint16)), "PNG"), [Image.View()])

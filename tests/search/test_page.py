@@ -151,6 +151,49 @@ def test_dropped_and_pasted_files_are_searched_for(server, page, little_data: Pa
         page.wait_for_url("**file=*")
         assert results(page)[0] == "a blue square"
         assert "mine.png" in page.locator("#parts").inner_text()
+    # A spreadsheet puts a picture of the copied cells beside their text.
+    page.goto(server.url)
+    is_left_to_the_browser = page.evaluate(
+        """(content) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(content)], "cells.png"));
+            data.setData("text/plain", "a red square");
+            data.setData("text/html", "<td>a red square</td>");
+            const given = { clipboardData: data, bubbles: true, cancelable: true };
+            return document.body.dispatchEvent(new ClipboardEvent("paste", given));
+        }""",
+        content,
+    )
+    assert is_left_to_the_browser
+
+
+def test_more_results_follow_where_the_reader_is_and_the_skip_link_keeps_what_was_typed(server, page):
+    page.goto(f"{server.url}/?q=a+red+square&k=12")
+    more = page.get_by_role("link", name="Show more results")
+    more.scroll_into_view_if_needed()
+    place = page.evaluate("scrollY")
+    assert place > 0
+    more.click()
+    has_status(page, "^The first 24|^39 results|results")
+    api.expect(page.locator("#results .card").nth(12)).to_be_visible(timeout=SECONDS)
+    assert page.evaluate("scrollY") == place
+    focused = "[...document.querySelectorAll('.card')].indexOf(document.activeElement.closest('.card'))"
+    assert page.evaluate(focused) == 12, "the keyboard continues at the first new result"
+    page.locator("#q").fill("typed, not sent")
+    page.evaluate("document.querySelector('.skip').click()")
+    page.wait_for_url("**#results")
+    assert page.locator("#q").input_value() == "typed, not sent"
+
+
+def test_a_browser_without_the_size_of_a_query_searches(server, browser):
+    """As Safari before version 17."""
+    page = browser.new_page()
+    page.add_init_script("delete URLSearchParams.prototype.size")
+    page.goto(server.url)
+    page.locator("#q").fill("a red square")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**q=a+red+square")
+    page.close()
 
 
 def test_the_microphone_is_searched_with(server, page):

@@ -18,6 +18,7 @@ from openimp.common.modality import Classes, Modalities
 from openimp.common.names import Name, map_path
 from openimp.common.protocols import load_learned
 from openimp.model.embedder import Embedder
+from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.file import differences, flat
 from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
@@ -145,7 +146,10 @@ def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
 
 
 def _open_saved(init: str, key: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
-    folder = find_model(init)
+    if Name.parse(init).scheme is None:  # Other ranks may not see the newest checkpoint of a run yet.
+        folder = Path(run_on_rank_zero(lambda: str(find_model(init))))
+    else:
+        folder = find_model(init)
     saved_config, learned, _ = read_config(folder)
     # Two names with the same last part mean the same public model, wherever its folder is.
     if init != recipe.model.wrap and _wrapped_name(saved_config) != _wrapped_name(recipe):

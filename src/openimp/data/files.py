@@ -109,6 +109,8 @@ def inside(root: Path, path: str) -> Path:
     """
     if "::" in path and path.startswith("zip://"):  # So `datasets` names a file in a zip.
         raise BadMedia(f"{path} is in an archive, which openimp does not open; unpack it, or store bytes in Parquet")
+    if path.startswith("hf://"):  # So `datasets` names a file of a streamed data set.
+        raise BadMedia(f"{path} is not on this machine; leave out stream, or stream a data set of Parquet files")
     shown_path = path if len(path) <= LONGEST_SHOWN_PATH else f"{path[:LONGEST_SHOWN_PATH]}..."  # It may be base64.
     try:
         # Not as Path objects, which take longer to resolve and to compare. This is called for each example.

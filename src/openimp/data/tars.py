@@ -194,9 +194,9 @@ def _parse(extension: str, data: bytes) -> Any:
     kind = extension.rsplit(".", 1)[-1]
     try:
         if kind == "txt":
-            return data.decode()
+            return data.decode("utf-8-sig")  # Windows programs write a byte order mark.
         if kind in INTEGERS:
-            return int(data)
+            return int(data.decode("utf-8-sig"))
         if kind == "json":
             return json.loads(data)
     except (ValueError, RecursionError) as error:

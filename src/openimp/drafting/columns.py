@@ -253,13 +253,22 @@ def _by_use(names: Sequence[str]) -> dict[str, list[str]]:
 def _text_columns(table: Table, names: Sequence[str]) -> list[TextColumn]:
     columns = []
     for name, values in sample(table, names, SAMPLED_ROWS).items():
-        present = [value for value in values if value and not isinstance(value, Unreadable)]
-        texts = [text for value in present for text in (value if isinstance(value, list) else [value])]
+        texts_of_rows = [_items(value) for value in values]
+        present = [value for value, texts_of_row in zip(values, texts_of_rows) if texts_of_row]
+        texts = [text for texts_of_row in texts_of_rows for text in texts_of_row]
         if all(isinstance(text, str) for text in texts) and not all(map(_is_number, texts)):
             items = len({item_key(value) for value in present})
             texts = [" ".join(text[:MAX_LENGTH].split()) for text in texts]
             columns.append(TextColumn(name, texts, items, 1 - len(present) / len(values)))
     return columns
+
+
+def _items(value: Any) -> list[Any]:
+    """The items of a cell that are not empty: of a list, or one."""
+    if isinstance(value, Unreadable):
+        return []
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if item is not None and item != ""]
 
 
 def _class_column(

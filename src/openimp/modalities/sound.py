@@ -36,7 +36,9 @@ def array_samples(raw: np.ndarray) -> np.ndarray:
         raise BadMedia(f"expected int16 or float samples (N,) or (N, channels), found {raw.dtype} {list(raw.shape)}")
     if raw.ndim == 2 and raw.shape[1] > MAX_CHANNELS:
         raise BadMedia(f"expected samples (N, channels), found {raw.shape[1]} channels; transpose (channels, N)")
-    return raw.astype(np.float32) / 32767 if raw.dtype == np.int16 else raw
+    if raw.dtype == np.int16:
+        return raw.astype(np.float32) / 32767
+    return raw.astype(np.float32) if raw.dtype == np.float16 else raw  # float16 cannot hold 32767.
 
 
 def sampled_array(raw: dict[str, Any], target: int) -> tuple[np.ndarray, int]:

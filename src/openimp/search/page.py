@@ -66,12 +66,8 @@ class Page:
         self.modality_of = {extension: name for name in reversed(files) for extension in files[name].extensions}
         self.shared: dict[str, Any] = {
             "folder": index.folder,
-            "counts": index.counts,
-            "folders": index.folders,
             "colors": {name: f"c{i % 6}" for i, name in enumerate(modalities)},
             "reads_text": len(files) < len(modalities),
-            "has_words": index.has_words,
-            "has_dates": index.has_dates,
             "readable": list(files),
             "accepted": list(self.modality_of),
             "recordable": next((name for name in files if kind_of(files[name]) == "audio"), ""),
@@ -182,7 +178,14 @@ class Page:
         return {name: getattr(hit, name) for name in PUBLISHED} | urls
 
     def _render(self, template: str, code: int = 200, **values: Any) -> HTMLResponse:
-        page = TEMPLATES.get_template(template).render(self.shared | values)
+        index = self.index  # It may have been opened again since the last page, with newer items.
+        of_index = {
+            "counts": index.counts,
+            "folders": index.folders,
+            "has_words": index.has_words,
+            "has_dates": index.has_dates,
+        }
+        page = TEMPLATES.get_template(template).render(self.shared | of_index | values)
         return HTMLResponse(page.encode(errors="replace"), code, {"Cache-Control": "no-store"})
 
     async def refuse(self, request: Request, error: Exception) -> Response:

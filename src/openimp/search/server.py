@@ -58,6 +58,7 @@ def serve(index: Index, host: str, port: int, names: Sequence[str] = ()) -> None
         limit_concurrency=256,
         ws="none",
         lifespan="off",
+        timeout_graceful_shutdown=2,  # A paused clip or a sleeping phone would keep the server for ever.
     )
     with suppress(KeyboardInterrupt):
         uvicorn.Server(options).run([listener])

@@ -7,6 +7,7 @@ const RECORDED_SECONDS = 30;
 let newest = 0; // number of the newest request; answers to older ones are dropped
 let recorder = null;
 let asking = false; // for the microphone
+let shown = location.search; // the query on the page
 
 function explain(problem = "") {
   $("#problem p").textContent = problem;
@@ -37,6 +38,7 @@ async function go(url, { entry = "push", whole = false } = {}) {
     $("#status").textContent = $("#status", page).textContent;
     document.title = page.title;
     if (entry) history[`${entry}State`](null, "", url);
+    shown = new URL(url, location.href).search;
     if (whole) reveal();
   } catch (error) {
     if (own === newest) explain(error.message);
@@ -52,7 +54,8 @@ function address(changes = {}) {
   if (fields.get("by") === "both") fields.delete("by");
   for (const name of ["q", "under", "since", "until"]) if (!fields.get(name)) fields.delete(name);
   for (const [name, value] of Object.entries(changes)) value ? fields.set(name, value) : fields.delete(name);
-  return fields.size ? `/?${fields}` : "/";
+  const query = fields.toString(); // Not `fields.size`, which Safari has only since 2023.
+  return query ? `/?${query}` : "/";
 }
 
 // Searches with a file instead of other files and items. The text and the filters are kept.
@@ -126,9 +129,13 @@ document.addEventListener("click", async (event) => {
   const link = event.target.closest("a[data-go]"), button = event.target.closest("button");
   if (link && $("#query") && !(event.ctrlKey || event.metaKey || event.shiftKey)) {
     event.preventDefault();
+    const place = scrollY, known = document.querySelectorAll(".card").length;
+    const isMore = link.closest(".next");
     await go(link.href);
-    $("#status").focus(); // The link is gone; the keyboard continues at the results.
-    scrollTo(0, 0);
+    const firstNew = isMore && document.querySelectorAll(".card")[known];
+    // The link is gone. The keyboard continues at the results or, after "Show more results", at the first new one.
+    (firstNew ? $("a, button", firstNew) : $("#status")).focus({ preventScroll: true });
+    scrollTo(0, firstNew ? place : 0);
   } else if (button?.closest("#problem")) explain();
   else if (button?.id === "choose") $("#file").click();
   else if (button?.id === "record") record(button);
@@ -146,7 +153,9 @@ document.addEventListener("input", ({ target }) => {
   if (target.name === "min") target.nextElementSibling.textContent = Number(target.value) ? Number(target.value).toFixed(2) : "any";
 });
 document.addEventListener("paste", (event) => {
-  const file = $("#query") && event.clipboardData.files[0];
+  // Office puts a picture of copied cells beside their text.
+  const isText = ["text/plain", "text/html"].every((type) => event.clipboardData.types.includes(type));
+  const file = $("#query") && !isText && event.clipboardData.files[0];
   if (file) event.preventDefault(), upload(file, file.name);
 });
 for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
@@ -171,5 +180,8 @@ if (!matchMedia("(prefers-reduced-motion: reduce)").matches) {
 document.addEventListener("error", ({ target }) => {
   if (target.matches?.("video, audio")) target.closest(".card").classList.add("fails");
 }, true);
-addEventListener("popstate", () => $("#query") && go(location.href, { entry: null, whole: true }));
+addEventListener("popstate", () => {
+  // A link within the page changes only the hash.
+  if ($("#query") && location.search !== shown) go(location.href, { entry: null, whole: true });
+});
 reveal();
