@@ -68,7 +68,8 @@ def test_help_shows_defaults_that_are_not_constants_and_the_version_is_the_one_t
 def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
     """As the shell sees it, from a worker process too."""
     for file in own_data.glob("*.wav"):
-        file.write_bytes(b"no sound")
+        if file.name != "0.wav":  # If none could be read, that would be told before the workers start.
+            file.write_bytes(b"no sound")
     command = [sys.executable, "-m", "openimp", "train", str(own_data / "recipe.yaml"), "--run", str(own_data / "run")]
     changes = sets("tasks.named.weight=0", "train.num_workers=1")
     done = subprocess.run([*command, *changes], capture_output=True, text=True)

@@ -158,8 +158,8 @@ def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
 
     # A run that saved nothing is drafted again, because its data may have been mended.
     shutil.rmtree("runs/classes/checkpoints")
-    for file in Path("classes").rglob("*.png"):
-        file.with_suffix(".txt").write_text(f"a caption of {file}")
+    for file in [*Path("classes").rglob("*.*")]:
+        file.with_suffix(".txt").write_text(f"a caption of number {file.stem}")
     code, _, err = openimp("train", "classes", "--resume", "auto", "--set", "train.steps=1")
     assert code == 0, err
     assert Recipe.load("runs/classes/recipe.yaml").tasks["classes"].inputs["text"].columns == ["text"]

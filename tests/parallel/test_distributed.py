@@ -256,7 +256,7 @@ def test_ranks_share_what_one_of_them_prepares(two_ranks):
     """Rank 0 fits the tokenizer and decodes a cached source, and both start from the weights of another model."""
     prepared = facts(two_ranks)["prepared"]
     assert [rank["fitted"] for rank in prepared] == [1, 0]
-    assert [rank["decoded"] for rank in prepared] == [24, 0]
+    assert [rank["decoded"] for rank in prepared] == [1 + 24, 1], "each rank tries one row first"
     assert prepared[0]["tokenizer"] == prepared[1]["tokenizer"]
     assert all(rank["same weights"] for rank in prepared)
 
