@@ -107,7 +107,7 @@ class Saver:
 def _begin(draft: Path, text_files: Mapping[str, str]) -> None:
     # Drafts (.tmp) and half-removed checkpoints (.old) of a process that was killed.
     for leftover in draft.parent.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # NFS keeps files that a process has mapped.
+        shutil.rmtree(leftover)
     draft.mkdir(parents=True)
     for name, text in text_files.items():
         (draft / name).write_text(text, encoding="utf-8")
@@ -129,7 +129,7 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     sync(folder.parent)
     sync(run)
     if replaced:
-        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(replaced)
 
 
 def _remove_others(folder: Path, keep: int) -> None:
@@ -151,11 +151,8 @@ def _remove_others(folder: Path, keep: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a checkpoint. It is renamed first, so that a crash leaves no half of it.
-
-    What cannot be removed, because a process on NFS reads it, is removed at a later save.
-    """
-    shutil.rmtree(_set_aside(folder), ignore_errors=True)
+    """Removes a checkpoint. It is renamed first, so that a crash leaves no half of it."""
+    shutil.rmtree(_set_aside(folder))
 
 
 def _set_aside(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class Page:
         self.receiving = Semaphore(RECEIVED_AT_ONCE)
         self.temporary_folder = tempfile.TemporaryDirectory(prefix="openimp-serve-")
         self.cached_thumbnail = lru_cache(maxsize=4096)(self._draw_item)
+        self.of_index = self._of_index()
         modalities = index.model.modalities
         files = {name: modality for name, modality in modalities.items() if not modality.reads_text}
         # If two modalities share an extension, it belongs to the first one.
@@ -127,8 +129,23 @@ class Page:
             return _cannot_search(str(error))
 
     async def _answer(self, request: Request) -> Answer:
-        parameters = request.query_params
-        return await to_thread.run_sync(answer, self.index, self.uploads, parameters, limiter=self.searching)
+        def find() -> Answer:
+            found = answer(self.index, self.uploads, request.query_params)
+            with suppress(UserError):  # `found` tells of it.
+                self.of_index = self._of_index()
+            return found
+
+        return await to_thread.run_sync(find, limiter=self.searching)
+
+    def _of_index(self) -> dict[str, Any]:
+        """What all pages show of the index. It may have been opened again, and have newer items."""
+        index = self.index
+        return {
+            "counts": index.counts,
+            "folders": index.folders,
+            "has_words": index.has_words,
+            "has_dates": index.has_dates,
+        }
 
     def _read(self, name: str, modality: str, content: bytes) -> Upload:
         try:
@@ -178,14 +195,7 @@ class Page:
         return {name: getattr(hit, name) for name in PUBLISHED} | urls
 
     def _render(self, template: str, code: int = 200, **values: Any) -> HTMLResponse:
-        index = self.index  # It may have been opened again since the last page, with newer items.
-        of_index = {
-            "counts": index.counts,
-            "folders": index.folders,
-            "has_words": index.has_words,
-            "has_dates": index.has_dates,
-        }
-        page = TEMPLATES.get_template(template).render(self.shared | of_index | values)
+        page = TEMPLATES.get_template(template).render(self.shared | self.of_index | values)
         return HTMLResponse(page.encode(errors="replace"), code, {"Cache-Control": "no-store"})
 
     async def refuse(self, request: Request, error: Exception) -> Response:

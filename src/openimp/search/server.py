@@ -1,5 +1,7 @@
 """`openimp serve`: a web server for the search page."""
 
+import asyncio
+import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -60,5 +62,12 @@ def serve(index: Index, host: str, port: int, names: Sequence[str] = ()) -> None
         lifespan="off",
         timeout_graceful_shutdown=2,  # A paused clip or a sleeping phone would keep the server for ever.
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_an_error)
     with suppress(KeyboardInterrupt):
         uvicorn.Server(options).run([listener])
+
+
+def _is_an_error(record: logging.LogRecord) -> bool:
+    """Whether a line of uvicorn's log tells of more than requests that end because the server stops."""
+    is_cancelled = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not is_cancelled and not str(record.msg).startswith("Cancel %s running task")

@@ -7,7 +7,7 @@ const RECORDED_SECONDS = 30;
 let newest = 0; // number of the newest request; answers to older ones are dropped
 let recorder = null;
 let asking = false; // for the microphone
-let shown = location.search; // the query on the page
+let entered = location.search; // the query of the current entry of the browser's history
 
 function explain(problem = "") {
   $("#problem p").textContent = problem;
@@ -37,8 +37,7 @@ async function go(url, { entry = "push", whole = false } = {}) {
     for (const id of whole ? ["query", "results"] : ["parts", "results"]) $(`#${id}`).replaceWith($(`#${id}`, page));
     $("#status").textContent = $("#status", page).textContent;
     document.title = page.title;
-    if (entry) history[`${entry}State`](null, "", url);
-    shown = new URL(url, location.href).search;
+    if (entry) history[`${entry}State`](null, "", url), (entered = location.search);
     if (whole) reveal();
   } catch (error) {
     if (own === newest) explain(error.message);
@@ -129,13 +128,13 @@ document.addEventListener("click", async (event) => {
   const link = event.target.closest("a[data-go]"), button = event.target.closest("button");
   if (link && $("#query") && !(event.ctrlKey || event.metaKey || event.shiftKey)) {
     event.preventDefault();
-    const place = scrollY, known = document.querySelectorAll(".card").length;
-    const isMore = link.closest(".next");
+    const known = document.querySelectorAll(".card").length, isMore = link.closest(".next");
     await go(link.href);
     const firstNew = isMore && document.querySelectorAll(".card")[known];
+    if (firstNew) firstNew.tabIndex = -1; // The card itself: its first link may be hidden, and a button would play.
     // The link is gone. The keyboard continues at the results or, after "Show more results", at the first new one.
-    (firstNew ? $("a, button", firstNew) : $("#status")).focus({ preventScroll: true });
-    scrollTo(0, firstNew ? place : 0);
+    (firstNew || $("#status")).focus({ preventScroll: true });
+    if (!firstNew) scrollTo(0, 0);
   } else if (button?.closest("#problem")) explain();
   else if (button?.id === "choose") $("#file").click();
   else if (button?.id === "record") record(button);
@@ -181,7 +180,8 @@ document.addEventListener("error", ({ target }) => {
   if (target.matches?.("video, audio")) target.closest(".card").classList.add("fails");
 }, true);
 addEventListener("popstate", () => {
-  // A link within the page changes only the hash.
-  if ($("#query") && location.search !== shown) go(location.href, { entry: null, whole: true });
+  const moved = location.search !== entered; // A link within the page changes only the hash.
+  entered = location.search;
+  if ($("#query") && moved) go(location.href, { entry: null, whole: true });
 });
 reveal();
