@@ -193,6 +193,7 @@ def test_a_browser_without_the_size_of_a_query_searches(server, browser):
     page.locator("#q").fill("a red square")
     page.keyboard.press("Enter")
     page.wait_for_url("**q=a+red+square")
+    assert results(page)[0] == "a red square"
     page.close()
 
 

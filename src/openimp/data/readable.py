@@ -15,7 +15,7 @@ TRIED_ROWS = 50
 
 
 def require_readable(table: Table, modality: Modality, spec: Input, view: Any, error_prefix: str) -> None:
-    """Raises UserError if an input has media in some of the tried rows, none of which can be read.
+    """Tries rows until the media of one can be read. UserError if all that have media are unreadable.
 
     A wrong folder would otherwise be noticed when the task has its first step, or after training.
     """

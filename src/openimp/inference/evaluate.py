@@ -51,7 +51,7 @@ def evaluate(
     overrides = [overrides] if isinstance(overrides, str) else list(overrides)
     if sets is not None:
         sets = [sets] if isinstance(sets, str) else list(sets)
-    user_sources: Collection[str] = ()  # the names of the sources whose place the user tells
+    user_sources: Collection[str] = ()  # names of sources whose path the user gave
     reasons: list[str] = []  # why sets do not fit the model
     if recipe or overrides:
         measured, user_sources, reasons = _with_sets(measured, str(recipe) if recipe else None, overrides, sets)

@@ -414,7 +414,7 @@ class Index:
     def _with_words(
         self, words: Words, all_words: bool, vector: np.ndarray | None, where: str, count: int
     ) -> list[Hit]:
-        """`count` items whose texts have words, the best by BM25 first, and of equal ones the closest to a vector."""
+        """The `count` best items by BM25. Items with equal BM25 are ordered by their cosine with the vector."""
         rows, item_vectors = self._read(lambda items: items.with_words(words, all_words, count, where))
         cosines = [None] * len(rows) if vector is None else (item_vectors @ vector).tolist()
         bm25 = [row.pop("_score") for row in rows]

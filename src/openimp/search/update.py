@@ -63,7 +63,7 @@ class Update:
         self.skipped = dict(skipped.files)
         # The versions with which all skipped files were tried. An interrupted update has not tried all of them again.
         self.tried_with = skipped.decoders if skipped.files else _decoder_versions(model)
-        self.to_retry: set[str] = set()  # the stored files of which other decoders could not read some parts
+        self.to_retry: set[str] = set()  # stored files with parts that an older version of a decoder could not read
         if skipped.decoders != _decoder_versions(model):
             self.skipped = {path: skip for path, skip in skipped.files.items() if path in self.stored}
             self.to_retry = set(self.skipped)

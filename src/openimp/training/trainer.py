@@ -170,7 +170,7 @@ class Trainer(Parts):
         if self._evaluated_step != self.step:
             with suppress(StopTraining):  # The training is over already.
                 self.evaluate(stop.watch)
-            if self._failure:  # A callback has raised StopTraining instead.
+            if self._failure:
                 raise self._failure
         self.checkpointing.wait()
         self._announce_checkpoint()
@@ -183,7 +183,7 @@ class Trainer(Parts):
         if self.step == 0 and self.recipe.starts_from_weights:
             self.evaluate(stop.watch)  # The baseline: later results show what was forgotten.
         if self.step and self._is_due(evaluate_every, self.step):
-            self._evaluate_on_the_way(stop)  # The interrupted run may have saved this step without evaluating it.
+            self.evaluate(stop.watch)  # The interrupted run may have saved this step without evaluating it.
         loaded_batches = self.log.timer.timed(load_batches(self.batches, self.step))
         try:
             # The alternation has chosen the task and the view of each batch: `loaded.visit`.
@@ -201,7 +201,7 @@ class Trainer(Parts):
                 if self._is_due(save_every, steps_done):
                     self.save()
                 if self._is_due(evaluate_every, steps_done):
-                    self._evaluate_on_the_way(stop)
+                    self.evaluate(stop.watch)
                 if self._callback_stops:
                     raise StopTraining
         except (Interrupted, UserError):
@@ -340,8 +340,8 @@ class Trainer(Parts):
         `evaluation.best` names the set that decides. `watch(passes, description)` wraps the forward passes; with
         `Stop.watch`, a signal stops them.
 
-        Raises:
-            NotMeasured: a set could not be measured; the others were.
+        If a set cannot be measured, for example because its disk is missing, training goes on. `_failure` says why, and
+        is an error at the end of the training.
         """
         self.confirm_and_gather_bad_examples()
         if not self.recipe.evaluation.sets:
@@ -349,20 +349,12 @@ class Trainer(Parts):
         results, failure = self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
         self._evaluated_step = None if failure else self.step
         self._failure = failure
+        if failure:
+            console.print(str(failure), soft_wrap=True)
         self._announce_checkpoint()  # Before `keep_best`, whose checkpoint would be the newest.
         self.validation.keep_best(self.step, self.checkpointing, self.state, results)
         self._announce_checkpoint()
         self.callbacks.on_evaluation(self.step, results)
-        if failure:
-            raise failure
-
-    def _evaluate_on_the_way(self, stop: Stop) -> None:
-        """Evaluates before training goes on. A set that cannot be measured, for example because a disk is missing, is
-        an error only at the end of the training."""
-        try:
-            self.evaluate(stop.watch)
-        except NotMeasured as error:
-            console.print(f"{error}; training goes on", soft_wrap=True)
 
     def _is_due(self, every: int | None, steps_done: int) -> bool:
         """Whether `steps_done` is a multiple of `every`. False within a round and after the last step."""
