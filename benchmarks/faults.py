@@ -15,12 +15,9 @@ One that spoils a checkpoint in the making also costs the steps that were made m
 `--write` puts the table into docs/results/faults.md.
 """
 
-import argparse
 import os
-import platform
 import re
 import resource
-import shlex
 import shutil
 import signal
 import sys
@@ -31,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import hostile
-import torch
+import results_page
 from trainings import (
     BATCH,
     EVERY,
@@ -50,9 +47,7 @@ from trainings import (
 
 from openimp.checkpoint.folder import checkpoints, load_model, read_state, step_of
 from openimp.common.json_lines import read_lines
-from openimp.common.versions import openimp_version, processor
 
-ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 60
 """Seconds within which all processes must have ended once one of them died."""
 WHILE_SAVING = 2 * EVERY
@@ -230,7 +225,8 @@ def changed_source(bench: Bench) -> list[Outcome]:
 
 def hostile_media(bench: Bench) -> list[Outcome]:
     """One outcome for each file, one for the memory that all take, and one for more of them than the recipe allows."""
-    peace, data = (hostile.more_data(bench.data, bench.folder / name) for name in ("more data", "hostile data"))
+    peace = hostile.more_data(bench.data, bench.folder / "more data")
+    data = hostile.more_data(bench.data, bench.folder / "hostile data")
     names = {fault: write(data) for fault, write in hostile.FILES.items()}
     memory, lines = [], []
     for folder in (peace, data):
@@ -280,26 +276,15 @@ cannot be read, there is none to compare with. For such a file its neighbour in 
 besides these files would count as samples lost. At most the steps of one checkpoint's interval are lost, but where a
 checkpoint is spoilt in the making: then those that were made while it was written are lost as well.
 """
-
-
-def table(outcomes: list[Outcome]) -> str:
-    head = [
-        "| fault | noticed | steps lost | samples lost or seen twice | weights in the end |",
-        "|---|---|---:|---:|---|",
-    ]
-    return "\n".join([*head, *(outcome.row() for outcome in outcomes)])
+COLUMNS = ["fault", "noticed", "steps lost", "samples lost or seen twice", "weights in the end"]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results_page.make_parser(__doc__)
     parser.add_argument(
         "--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT", help=", ".join(FAULTS)
     )
-    parser.add_argument("--write", action="store_true", help="into docs/results/faults.md")
-    args = parser.parse_args()
-    # Asked for here, and kept from now on: the checkout may move on meanwhile.
-    if args.write and "-dirty" in openimp_version():
-        parser.error("--write: the checkout was changed since its commit, which the page names; commit first")
+    args = results_page.parse(parser)
     outcomes, begin = [], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench.of_little_data(Path(folder))
@@ -310,18 +295,10 @@ def main() -> int:
             outcomes += found
             good = "as it should be" if all(outcome.ok for outcome in found) else "NOT AS IT SHOULD BE"
             print(f"{name}: {good}, {time.monotonic() - begin:.0f} s", flush=True)
-    print(table(outcomes))
-    if args.write:
-        head = (
-            "# Faults, and what they cost\n\n"
-            "Written by `benchmarks/faults.py`, whose head says what is measured and how.\n\n"
-            f"- Command: `{shlex.join(['python', 'benchmarks/faults.py', *sys.argv[1:]])}`\n"
-            f"- openimp: {openimp_version()}\n"
-            f"- Versions: Python {platform.python_version()}, torch {torch.__version__}\n"
-            f"- Hardware: {processor()}, {os.cpu_count()} cores\n"
-            f"- Runs: {STEPS} steps of {BATCH} examples, a checkpoint every {EVERY}\n\n"
-        )
-        (ROOT / "docs" / "results" / "faults.md").write_text(head + table(outcomes) + "\n" + NOTES, encoding="utf-8")
+    runs = f"- Runs: {STEPS} steps of {BATCH} examples, a checkpoint every {EVERY}\n\n"
+    table = results_page.table(COLUMNS, *(outcome.row() for outcome in outcomes))
+    head = results_page.head("Faults, and what they cost", "torch")
+    results_page.publish(head + runs + table + NOTES, "faults", args.write)
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 

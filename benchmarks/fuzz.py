@@ -10,21 +10,17 @@ number determine a file. Failing files are kept, and the exit code is 1 if there
 docs/results/hostile.md.
 """
 
-import argparse
 import io
 import multiprocessing
 import os
-import platform
-import shlex
 import sys
 import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +28,17 @@ import av
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+import results_page
 import soundfile
 from trainings import most_memory
 
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.progress import track
 from openimp.common.protocols import Dated
-from openimp.common.versions import openimp_version, processor
 from openimp.modalities.audio import Audio
 from openimp.modalities.image import Image
 from openimp.modalities.video import Video
 
-ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120
 """Limit on the wall-clock time of one file, in seconds."""
 MEMORY = 700 * 10**6
@@ -356,19 +351,12 @@ def fuzz(name: str, files: int, seed: int, worker: Worker, failures: Path) -> Ro
 def page(rows: list[Row], seed: int) -> str:
     """The text of docs/results/hostile.md."""
     total = Row("all", *(sum(getattr(row, key) for row in rows) for key in ("files", "decoded", "refused")))
-    total.slowest, total.memory = max(row.slowest for row in rows), max(row.memory for row in rows)
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("pillow", "av", "soundfile", "numpy", "torch"))
+    total.slowest = max(row.slowest for row in rows)
+    total.memory = max(row.memory for row in rows)
     ffmpeg = ".".join(map(str, av.library_versions["libavcodec"]))
     lines = [
-        "# Fuzzing of media files",
-        "",
-        "Written by `benchmarks/fuzz.py`; its docstring describes the measurement.",
-        "",
-        f"- Command: `{shlex.join(['python', 'benchmarks/fuzz.py', *sys.argv[1:]])}`",
-        f"- openimp: {openimp_version()}, seed {seed}",
-        f"- Versions: Python {platform.python_version()}, {libraries}, libavcodec {ffmpeg}, "
-        f"libsndfile {soundfile.__libsndfile_version__}",
-        f"- Hardware: {processor()}, {os.cpu_count()} cores",
+        f"- Decoders: libavcodec {ffmpeg}, libsndfile {soundfile.__libsndfile_version__}",
+        f"- Seed: {seed}",
         "",
         "| format | files | decoded | refused | failed | maximum CPU time | peak memory |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -377,33 +365,25 @@ def page(rows: list[Row], seed: int) -> str:
         "A file failed if the process crashed, exceeded the time limit, used more than 700 MB, or raised anything but",
         "BadMedia. The peak memory is that of the whole process, including Python, torch and the decoders.",
     ]
-    return "\n".join(lines) + "\n"
-
-
-def share(files: int, names: list[str]) -> Iterator[tuple[str, int]]:
-    """Divides the number of files among the formats as equally as possible."""
-    for i, name in enumerate(names):
-        yield name, files * (i + 1) // len(names) - files * i // len(names)
+    libraries = ("pillow", "av", "soundfile", "numpy", "torch")
+    return results_page.head("Fuzzing of media files", *libraries) + "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results_page.make_parser(__doc__)
     parser.add_argument("--files", type=int, default=10_000, help="number of files, over all formats")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=FORMATS, default=list(FORMATS), metavar="FORMAT")
-    parser.add_argument("--write", action="store_true", help="write docs/results/hostile.md")
-    args = parser.parse_args()
-    if args.write and "-dirty" in openimp_version():
-        parser.error("--write: the page names a commit, but the checkout has uncommitted changes; commit them first")
-    failures, rows = Path(tempfile.gettempdir()) / f"openimp-fuzz-{os.getpid()}", []
-    for name, files in share(args.files, args.only):
+    args = results_page.parse(parser)
+    failures = Path(tempfile.gettempdir()) / f"openimp-fuzz-{os.getpid()}"
+    rows = []
+    for i, name in enumerate(args.only):
+        # As equally as possible.
+        files = args.files * (i + 1) // len(args.only) - args.files * i // len(args.only)
         worker = Worker()  # One per format, so that its peak memory is that of the format.
         rows.append(fuzz(name, files, args.seed, worker, failures))
         worker.stop()
-    text = page(rows, args.seed)
-    print(text)
-    if args.write:
-        (ROOT / "docs" / "results" / "hostile.md").write_text(text, encoding="utf-8")
+    results_page.publish(page(rows, args.seed), "hostile", args.write)
     return int(any(row.decoded + row.refused < row.files for row in rows))
 
 

@@ -9,15 +9,14 @@ training on one GPU starts with the same weights and batch as the eager one, so 
 gradient caching has a larger batch, and must only be finite. The page has, for each training, its throughput, MFU, data
 wait, and peak memory compared with `openimp plan`; how long a checkpoint stops the training and how long writing it
 takes; and how fast `openimp embed` embeds the pictures. A training that fails is a row with its error. `--write` writes
-docs/results/gpu.md. The exit code is 1 if anything failed or losses disagree. Without CUDA, a small version runs on the
-CPU, which tests the script.
+docs/results/gpu.md and needs CUDA. The exit code is 1 if anything failed or losses disagree. Without CUDA, a small
+version runs on the CPU, which tests the script.
 """
 
 import argparse
 import json
 import math
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -29,11 +28,11 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import results_page
 import torch
 
 from openimp.common.json_lines import read_lines
 from openimp.common.progress import console, track
-from openimp.common.versions import openimp_version, processor
 from openimp.inference.embed import embed
 from openimp.parallel import distributed
 from openimp.planning.plan import plans
@@ -41,7 +40,6 @@ from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "gpu.md"
 CUDA = torch.cuda.is_available()
 PICTURES, SIDE, STEPS, SKIPPED = (4096, 256, 40, 10) if CUDA else (32, 32, 4, 2)
 """Number of pictures, their pixels per side, steps, and steps that are not measured."""
@@ -227,10 +225,10 @@ def agrees(setting: Setting, found: Measured | str, eager: Measured | str) -> bo
     return abs(found.first_loss - eager.first_loss) <= TOLERANCE * abs(eager.first_loss)
 
 
-def row(setting: Setting, found: Measured | str, fine: bool) -> str:
+def row(setting: Setting, found: Measured | str, fine: bool) -> list[str]:
     """A row of the table."""
     if isinstance(found, str):
-        return f"| {setting.name} | {setting.ranks} | FAILED: {found.replace('|', '/')} |" + " |" * 9
+        return [setting.name, str(setting.ranks), f"FAILED: {found.replace('|', '/')}", *[""] * 9]
     gib = f"{found.memory / 2**30:.1f}" if found.memory else ""
     ratio = f"{found.memory / found.planned:.2f}" if found.memory else ""
     cells = [
@@ -240,10 +238,10 @@ def row(setting: Setting, found: Measured | str, fine: bool) -> str:
         f"{found.save_blocks:.2f} / {found.save:.1f} ({found.saved / 2**30:.2f} GiB)",
         f"{found.first_loss:.3f}" + ("" if fine else " DIFFERS"),
     ]  # fmt: skip
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return [*map(str, cells)]
 
 
-def report(rows: list[str], gpus: int, rate: float | None) -> str:
+def report(rows: list[list[str]], gpus: int, rate: float | None) -> str:
     """The page."""
     hardware = f"{gpus} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if CUDA else "no GPU"
     columns = ["model", "GPUs" if CUDA else "ranks", "batch", "examples/s", "tokens/s", "MFU", "data wait",
@@ -251,52 +249,37 @@ def report(rows: list[str], gpus: int, rate: float | None) -> str:
                "first loss"]  # fmt: skip
     speed = "" if rate is None else f"\n`openimp embed` embeds {rate:,.0f} pictures/s, loading the model included.\n"
     small = "" if CUDA else " Without CUDA the models and batches are tiny; the figures only test the script."
-    return f"""# Training on GPUs
-
-Written by `benchmarks/gpu.py`; its docstring describes the measurement.{small}
-
-- Command: `{shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]])}`
-- openimp: {openimp_version()}
-- Versions: Python {sys.version.split()[0]}, torch {torch.__version__}
-- Hardware: {hardware}; {processor()}, {os.cpu_count()} cores
+    return f"""{results_page.head("Training on GPUs", "torch")}- GPUs: {hardware}.{small}
 - {PICTURES:,} JPEG pictures of {SIDE * 5 // 4} x {SIDE} pixels; {STEPS} steps, of which the first {SKIPPED} are not
   measured; bf16; seed 0. MFU is the `mfu` of docs/metrics.md.
 
-| {" | ".join(columns)} |
-| {" | ".join(["---"] * len(columns))} |
-{chr(10).join(rows)}
-{speed}"""
+{results_page.table(columns, *rows)}{speed}"""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="also write docs/results/gpu.md; needs CUDA")
+    parser = results_page.make_parser(__doc__)
     parser.add_argument("--train", nargs=2, type=Path, metavar=("RECIPE", "RUN"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = results_page.parse(parser)
+    if args.write and not CUDA:
+        parser.error("--write: needs CUDA")
     if args.train:
         train_once(*args.train)
         return 0
-    # Checked first, because the checkout may change during the measurement. `openimp_version` caches its result.
-    if args.write and (not CUDA or "-dirty" in openimp_version()):
-        parser.error("--write: needs CUDA and a checkout without uncommitted changes, because the page names a commit")
     gpus = torch.cuda.device_count() if CUDA else 2
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         manifest = make_data(folder)
-        todo, eager, rows, fine, rate = settings(gpus), dict[str, Measured | str](), list[str](), True, None
+        todo, eager, rows, fine, rate = settings(gpus), dict[str, Measured | str](), list[list[str]](), True, None
         for i, setting in enumerate(track(todo, "trainings")):
             found = measure(setting, manifest, folder / str(i))
             eager.setdefault(setting.recipe, found)
             same = agrees(setting, found, eager[setting.recipe])
             rows.append(row(setting, found, same))
-            print(rows[-1], flush=True)
+            print(*rows[-1], sep=" | ", flush=True)
             fine &= same
         if not isinstance(eager["imp_b"], str):
             rate = embedding_rate(folder / "0" / "run", folder / "pictures", folder / "vectors.parquet")
-    text = report(rows, gpus, rate)
-    print(text)
-    if args.write:
-        RESULTS.write_text(text, encoding="utf-8")
+    results_page.publish(report(rows, gpus, rate), "gpu", args.write)
     return 0 if fine else 1
 
 

@@ -10,21 +10,17 @@ process must have printed no traceback, and its peak memory must be below the li
 failed. `--write` writes docs/results/serve.md.
 """
 
-import argparse
 import json
-import os
-import platform
-import shlex
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+import results_page
 from fuzz import FORMATS, mutated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -35,12 +31,10 @@ from trainings import most_memory
 from openimp.checkpoint.folder import save_model
 from openimp.common.progress import track
 from openimp.common.protocols import Learned
-from openimp.common.versions import openimp_version, processor
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
 from openimp.search import build_index
 
-ROOT = Path(__file__).resolve().parents[1]
 MEMORY = 1500 * 10**6
 """Limit on the peak memory of the server, in bytes. Python, torch and LanceDB use about 600 MB of it."""
 LIBRARIES = ("starlette", "uvicorn", "lancedb", "pillow", "av", "soundfile", "torch")
@@ -136,14 +130,11 @@ def requests(server: Server, folder: Path, known: str, seed: int, count: int) ->
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results_page.make_parser(__doc__)
     parser.add_argument("--uploads", type=int, default=2000)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="write docs/results/serve.md")
-    args = parser.parse_args()
-    if args.write and "-dirty" in openimp_version():
-        parser.error("--write: the page names a commit, but the checkout has uncommitted changes; commit them first")
+    args = results_page.parse(parser)
     uploads, asked, failures, slowest = Counter[str](), Counter[int](), [], 0.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -169,31 +160,21 @@ def main() -> int:
     ]
     if memory > MEMORY:
         failures.append(f"the server used {memory:,} bytes")
-    text = "\n".join([
-        "# Hostile uploads and requests to the search page",
-        "",
-        "Written by `benchmarks/hostile_requests.py`; its docstring describes the measurement.",
-        "",
-        f"- Command: `{shlex.join(['python', 'benchmarks/hostile_requests.py', *sys.argv[1:]])}`",
-        f"- openimp: {openimp_version()}, seed {args.seed}",
-        f"- Versions: Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
-        f"- Hardware: {processor()}, {os.cpu_count()} cores",
-        "",
-        "| | |",
-        "|---|---:|",
-        *(f"| uploads that were {outcome} | {count:,} |" for outcome, count in sorted(uploads.items())),
-        f"| slowest upload | {slowest:.2f} s |",
-        *(f"| requests that were answered with {status} | {count:,} |" for status, count in sorted(asked.items())),
-        f"| peak memory of the server | {memory / 1e6:.0f} MB |",
-        f"| failures | {len(failures)} |",
-        "",
-        "A failure is an upload that is neither encoded nor refused in a sentence, a status of 500 or above, bytes of",
-        "a file that is not indexed, a page that no longer answers, a traceback, or more than 1,500 MB of memory.",
-    ]) + "\n"  # fmt: skip
-    print(text, *failures, sep="\n")
-    if args.write:
-        (ROOT / "docs" / "results" / "serve.md").write_text(text, encoding="utf-8")
+    rows = [
+        *([f"uploads that were {outcome}", f"{count:,}"] for outcome, count in sorted(uploads.items())),
+        ["slowest upload", f"{slowest:.2f} s"],
+        *([f"requests that were answered with {status}", f"{count:,}"] for status, count in sorted(asked.items())),
+        ["peak memory of the server", f"{memory / 1e6:.0f} MB"],
+        ["failures", str(len(failures))],
+    ]
+    explanation = """
+A failure is an upload that is neither encoded nor refused in a sentence, a status of 500 or above, bytes of
+a file that is not indexed, a page that no longer answers, a traceback, or more than 1,500 MB of memory.
+"""
+    head = results_page.head("Hostile uploads and requests to the search page", *LIBRARIES)
+    head += f"- Seed: {args.seed}\n"
+    results_page.publish(f"{head}\n{results_page.table(['', ''], *rows)}{explanation}", "serve", args.write)
+    print(*failures, sep="\n")
     return int(bool(failures))
 
 

@@ -20,27 +20,24 @@ held out. The arms of drafts are these two tasks of the recipe, and the recipes 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
+import results_page
 import yaml
 
 from openimp.common.errors import counted
 from openimp.common.progress import console
-from openimp.common.versions import openimp_version, processor
 from openimp.evaluation.results import main_metric, read_results
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "recipes" / "photos_and_speech.yaml"
 TITLES = {
@@ -341,41 +338,29 @@ def _percent(top1: list[float]) -> str:
 
 def report(measured: dict[str, Measured], args: argparse.Namespace) -> str:
     """The results as a page."""
-    lines = [
-        f"# {TITLES[args.data]}",
-        "",
-        INTRODUCTIONS[args.data],
-        "",
-        "| training | top-1 | steps | CPU minutes |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    for name, arm in measured.items():
-        minutes = statistics.mean(arm.seconds) / 60
-        lines.append(f"| {name} | {_percent(arm.top1)} | {arm.steps:,} | {minutes:.1f} |")
+    rows = [["training", "top-1", "steps", "CPU minutes"]]
     held_out: dict[str, list[list[float]]] = {}
     for name, arm in measured.items():
+        minutes = statistics.mean(arm.seconds) / 60
+        rows.append([name, _percent(arm.top1), f"{arm.steps:,}", f"{minutes:.1f}"])
         method, _, test = name.partition("; ")
         if test.startswith("without "):
             held_out.setdefault(method, []).append(arm.top1)
     for method, top1_of_speakers in held_out.items():
         means = [statistics.mean(top1) for top1 in zip(*top1_of_speakers)]  # over the speakers, per seed
-        lines.append(f"| {method}; mean over the held-out speakers | {_percent(means)} | | |")
+        rows.append([f"{method}; mean over the held-out speakers", _percent(means), "", ""])
     seeds = "one seed" if args.seeds == 1 else f"mean and standard deviation over {args.seeds} seeds"
-    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "timm", "open_clip_torch"))
-    lines += [
-        "",
-        f"Accuracy in percent: {seeds}. The steps have a budget of {args.minutes:g} CPU minutes; the column also "
-        "counts reading the data and the test.",
-        "",
-        f"Written by `python benchmarks/peers.py {args.data} ... --minutes {args.minutes:g}`: openimp "
-        f"{openimp_version()}, {versions}, Python {platform.python_version()}; {processor()}, one thread.",
-        "",
-    ]
-    return "\n".join(lines)
+    return f"""{results_page.head(TITLES[args.data], "torch", "timm", "open_clip_torch")}
+{INTRODUCTIONS[args.data]}
+
+{results_page.table(*rows)}
+Accuracy in percent: {seeds}. The steps have a budget of {args.minutes:g} CPU minutes; the column also counts reading
+the data and the test. Each training has one thread.
+"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results_page.make_parser(__doc__)
     parser.add_argument("data", choices=list(TITLES))
     parser.add_argument("files", nargs="+", help="cifar10-train.parquet cifar10-test.parquet, fsdd.parquet, or all")
     parser.add_argument("--minutes", type=float, default=10.0, help="CPU time of each training")
@@ -388,10 +373,7 @@ def main() -> None:
     parser.add_argument(
         "--tune", action="store_true", help="train on nine tenths of the training rows, and test on the rest"
     )
-    parser.add_argument("--write", action="store_true", help="also write docs/results/peers-DATA.md")
-    args = parser.parse_args()
-    if args.write and "-dirty" in openimp_version():
-        parser.error("--write: the page names a commit, but the checkout has uncommitted changes; commit them first")
+    args = results_page.parse(parser)
     files = [str(Path(file).resolve()) for file in args.files]
     with TemporaryDirectory() as folder:
         if args.data == "speech":
@@ -407,10 +389,7 @@ def main() -> None:
         if args.only:
             arms = [arm for arm in arms if any(word in arm.name for word in args.only)]
         measured = measure(arms, args.seeds, 60 * args.minutes, args.jobs, args.smoke)
-    text = report(measured, args)
-    print(text)
-    if args.write:
-        (RESULTS / f"peers-{args.data}.md").write_text(text, encoding="utf-8")
+    results_page.publish(report(measured, args), f"peers-{args.data}", args.write)
 
 
 if __name__ == "__main__":

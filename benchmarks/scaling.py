@@ -10,9 +10,7 @@ are a warm-up and do not count. Because machines are shared, ratios are taken wi
 `--write` puts the table into docs/results/scaling.md.
 """
 
-import argparse
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -20,13 +18,12 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+import results_page
 
 from openimp.common.json_lines import read_lines
-from openimp.common.versions import openimp_version, processor
 from openimp.recipe.schema import Recipe
 
-ROOT = Path(__file__).resolve().parents[1]
+RECIPE = "mixture"
 LOG_EVERY = 10
 
 
@@ -58,13 +55,13 @@ SETTINGS = {
 }
 
 
-def examples_per_s(setting: Setting, steps: int, recipe: str) -> float:
+def examples_per_s(setting: Setting, steps: int) -> float:
     """Throughput of a training, without its first `LOG_EVERY` steps; of independent trainings, the sum."""
     changes = [f"train.steps={steps}", "optimizer.warmup_steps=1", f"train.log_every={LOG_EVERY}", "evaluation.sets={}",
                "train.save_every=1000000", "alternation.kind=cycle", "train.num_workers=0",
                 *setting.changes]  # fmt: skip
     if setting.independent:
-        for name, task in Recipe.load(recipe, []).tasks.items():
+        for name, task in Recipe.load(RECIPE, []).tasks.items():
             batches = {f"tasks.{name}.batch_size": task.batch_size}
             batches |= {
                 f"tasks.{name}.views.{i}.batch_size": view.batch_size
@@ -74,7 +71,7 @@ def examples_per_s(setting: Setting, steps: int, recipe: str) -> float:
             changes += [f"{key}={batch // setting.ranks}" for key, batch in batches.items()]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.ranks)]
     together = setting.ranks > 1 and not setting.independent
-    command = [sys.executable, *(torchrun if together else []), "-m", "openimp", "train", recipe]
+    command = [sys.executable, *(torchrun if together else []), "-m", "openimp", "train", RECIPE]
     command += [part for change in changes for part in ("--set", change)]
     with tempfile.TemporaryDirectory() as folder:
         runs = [Path(folder) / f"run{i}" for i in range(1 if together else setting.ranks)]
@@ -95,38 +92,22 @@ def rate(run: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="mixture")
-    parser.add_argument(
-        "--only", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="SETTING", help="; ".join(SETTINGS)
-    )
+    parser = results_page.make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--write", action="store_true", help="into docs/results/scaling.md")
-    args = parser.parse_args()
-    if args.write and args.only != list(SETTINGS):
-        parser.error("--write: is for the whole table; leave out --only")
-    # Asked for here, and kept from now on: the checkout may move on meanwhile.
-    if args.write and "-dirty" in openimp_version():
-        parser.error("--write: the checkout was changed since its commit, which the page names; commit first")
-    rounds = [
-        [examples_per_s(SETTINGS[name], args.steps, args.recipe) for name in args.only] for _ in range(args.rounds)
-    ]
-    lines = [f"| ranks | examples/s | against {args.only[0]} |", "|---|---:|---:|"]
-    for name, rates in zip(args.only, zip(*rounds)):
+    args = results_page.parse(parser)
+    rounds = [[examples_per_s(setting, args.steps) for setting in SETTINGS.values()] for _ in range(args.rounds)]
+    rows = [["ranks", "examples/s", "against 1"]]
+    for name, rates in zip(SETTINGS, zip(*rounds)):
         ratio = statistics.median(rate / others[0] for rate, others in zip(rates, rounds))
-        lines.append(f"| {name} | {statistics.median(rates):.0f} | {ratio:.2f} |")
-    table = "\n".join(lines)
-    print(table)
-    if args.write:
-        command = shlex.join(["python", "benchmarks/scaling.py", *sys.argv[1:]])
-        head = (
-            f"# Several ranks on one machine\n\n`{command}`: the recipe {args.recipe}, {args.steps} steps, one thread "
-            "per rank. A rank makes its batches itself, except in the last two rows. The figures are medians of "
-            f"{args.rounds} rounds. Two independent ranks are two trainings on half of the batch each.\n\n"
-        )
-        by = f"\n\n{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, openimp {openimp_version()}.\n"
-        (ROOT / "docs" / "results" / "scaling.md").write_text(head + table + by, encoding="utf-8")
+        rows.append([name, f"{statistics.median(rates):.0f}", f"{ratio:.2f}"])
+    explanation = (
+        f"- Trainings: the recipe {RECIPE}, {args.steps} steps, one thread per rank. A rank makes its batches itself, "
+        f"except in the last two rows. The figures are medians of {args.rounds} rounds. Two independent ranks are two "
+        "trainings on half of the batch each\n\n"
+    )
+    head = results_page.head("Several ranks on one machine", "torch")
+    results_page.publish(head + explanation + results_page.table(*rows), "scaling", args.write)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measures search: how fast files are indexed, how fast an index is searched, and what a kill costs.
+"""Measures search: how fast files are indexed, and how fast an index is searched.
 
     pip install -e '.[search]'
     python benchmarks/search.py            # about half an hour on two cores; exit code 1 if a bar is missed
@@ -14,34 +14,26 @@
   the times, as a median over pairs, and recall@10 compared with that product.
 - Pages: 16 clients ask `openimp serve` for the page of a text, each for another one, and take turns with bare calls of
   `Index.search` with these texts, one after the other. The result is the ratio of pages and calls per second.
-- Kills: a process that indexes is killed at a random moment, again and again. Then one more indexes the rest. The index
-  must equal that of an undisturbed process.
 """
 
-import argparse
-import os
-import random
-import shlex
-import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
 import numpy as np
 import PIL.Image
+import results_page
 import torch
+from results_page import Row
 
 from openimp.checkpoint.folder import save_model
 from openimp.common.progress import console
 from openimp.common.protocols import Learned
-from openimp.common.versions import openimp_version, processor
 from openimp.inference.embed import embed
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
@@ -49,21 +41,9 @@ from openimp.search import build_index, open_index
 from openimp.search.table import Items, schema
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from processes import Process
 from served import serving
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "search.md"
 SIZE, LATENT = 256, 24
-
-
-@dataclass(frozen=True)
-class Row:
-    """A figure of the report."""
-
-    what: str
-    figure: str
-    bar: str
-    reached: bool
 
 
 def write_model(folder: Path) -> Path:
@@ -205,79 +185,28 @@ def measure_queries(number: int, queries: int, folder: Path) -> list[Row]:
     ]
 
 
-def measure_kills(model: Path, pictures: Path, kills: int, folder: Path) -> Row:
-    """The index after many kills compared with that of an undisturbed process."""
-
-    def start(name: str) -> Process:
-        return Process("-m", "openimp", "index", model, pictures, "--out", folder / f"{name}.index")
-
-    begin = time.perf_counter()
-    start("whole").wait()
-    whole, rng, killed = time.perf_counter() - begin, random.Random(0), 0
-    for _ in range(kills):
-        process = start("killed")
-        time.sleep(rng.uniform(0, whole))
-        killed += process.poll() is None
-        process.kill()
-        process.wait()
-        if rng.random() < 0.2:  # Otherwise the last kills would find nothing left to do.
-            shutil.rmtree(folder / "killed.index", ignore_errors=True)
-    start("killed").wait()
-    tables = [Items(folder / f"{name}.index").table.to_arrow().sort_by("id") for name in ("whole", "killed")]
-    vectors = [np.array(table["vector"].to_pylist(), np.float32) for table in tables]
-    same = tables[0].drop(["vector"]) == tables[1].drop(["vector"]) and np.allclose(*vectors, atol=5e-3)
-    what = f"kill -9 at {kills} random moments of indexing ({killed} before its end), then to the end"
-    return Row(what, "the same index" if same else "ANOTHER INDEX", "the same index", same)
-
-
-def report(rows: list[Row], command: str) -> str:
-    """The page of results."""
-    lines = [
-        "# Search: speed of indexing and queries, and kills",
-        "",
-        "Written by `benchmarks/search.py`; its docstring describes the measurements.",
-        "",
-        f"- Command: `{command}`",
-        f"- openimp: {openimp_version()}",
-        f"- Versions: Python {sys.version.split()[0]}, torch {torch.__version__}, lancedb {version('lancedb')}",
-        f"- Hardware: {processor()}, {os.cpu_count()} cores; threads used by torch: {torch.get_num_threads()}",
-        "",
-        "| what | measured; median (interquartile range) | bar |",
-        "| --- | --- | --- |",
-        *(f"| {row.what} | {row.figure} | {row.bar}: {'reached' if row.reached else 'NOT reached'} |" for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=10_000, help="pictures")
-    parser.add_argument("--vectors", type=int, default=1_000_000, help="vectors that are searched")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument(
-        "--smoke", action="store_true", help="a few files and vectors, to check that the benchmark runs"
-    )
-    parser.add_argument("--write", action="store_true", help="also write docs/results/search.md")
-    args = parser.parse_args()
-    # Checked first, because the checkout may change during the measurement. `openimp_version` caches its result.
-    if args.write and "-dirty" in openimp_version():
-        parser.error("--write: the page names a commit, but the checkout has uncommitted changes; commit them first")
-    files, vectors, kills = (40, 2000, 1) if args.smoke else (args.files, args.vectors, args.kills)
+    parser = results_page.make_parser(__doc__)
+    parser.add_argument("--smoke", action="store_true", help="little data, to check that the benchmark runs")
+    args = results_page.parse(parser)
+    files, vectors, turns, queries = (40, 2000, 2, 5) if args.smoke else (10_000, 1_000_000, 10, 200)
     with TemporaryDirectory() as name:
         folder = Path(name)
-        model, pictures = write_model(folder / "model"), folder / "pictures"
+        model = write_model(folder / "model")
+        pictures = folder / "pictures"
         paths = write_pictures(pictures, files)
         rows = [
-            measure_rates(model, paths, 2 if args.smoke else 10, folder),
+            measure_rates(model, paths, turns, folder),
             measure_again(model, pictures, files, folder),
-            measure_pages(folder / "all.index", 16, 2 if args.smoke else 10),
-            *measure_queries(vectors, 5 if args.smoke else 200, folder / "vectors.index"),
-            measure_kills(model, pictures, kills, folder),
+            measure_pages(folder / "all.index", 16, turns),
+            *measure_queries(vectors, queries, folder / "vectors.index"),
         ]
-    text = report(rows, shlex.join(["python", "benchmarks/search.py", *sys.argv[1:]]))
-    print(text)
-    if args.write:
-        RESULTS.write_text(text, encoding="utf-8")
+    table = results_page.table(
+        ["what", "measured; median (interquartile range)", "bar"], *(row.cells() for row in rows)
+    )
+    head = results_page.head("Search: speed of indexing and queries", "torch", "lancedb")
+    threads = f"- Threads used by torch: {torch.get_num_threads()}\n\n"
+    results_page.publish(head + threads + table, "search", args.write)
     return 0 if args.smoke or all(row.reached for row in rows) else 1
 
 

@@ -12,7 +12,7 @@ library is first. A ratio is that of two neighboring turns, and its row shows th
 and the largest.
 
 - Opening, first: until the number of rows is known, with empty caches. Again: with the caches of the turn before.
-- `where`: the numbers of the rows with one of ten classes; for pyarrow, `equal` and `indices_nonzero`.
+- `where`: the numbers of the rows with one of a hundred classes; for pyarrow, `equal` and `indices_nonzero`.
 - Memory: growth of the private memory of a new process that opens the data again and reads each text once.
 - Reading: batches of 256 rows in random order. With pictures, Pillow decodes them in both libraries.
 - Training: `openimp train` on the Parquet file for one step, with a tiny model. Beside it: from the start of Python to
@@ -21,23 +21,18 @@ and the largest.
 - Indexing: as benchmarks/search.py measures it.
 """
 
-import argparse
 import csv
 import io
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
-from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import datasets
@@ -46,16 +41,16 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import results_page
 import webdataset
-from search import Row, measure_again, measure_rates, write_model, write_pictures
+from results_page import Row
+from search import measure_again, measure_rates, write_model, write_pictures
 
-from openimp.common.versions import openimp_version, processor
 from openimp.data.sources import open_source
 from openimp.data.streams import Stream
 from openimp.data.tables import Table
 from openimp.recipe.tasks import Source
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "size.md"
 CLASSES = 100
 BATCH = 256
 RECIPE = """
@@ -101,27 +96,11 @@ print(private_bytes() - before)
 """
 
 
-class Caches:
-    """Cache folders for both libraries, in `folder`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._numbers = count()
-        self.renew()
-
-    def renew(self) -> None:
-        """Empty ones, for the next opening."""
-        number = next(self._numbers)
-        self.datasets = str(self.folder / f"datasets-{number}")
-        os.environ["OPENIMP_CACHE"] = str(self.folder / f"openimp-{number}")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars of `datasets`."""
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
+def new_cache(folder: Path) -> str:
+    """Gives both libraries empty caches in `folder`, and returns that of `datasets`."""
+    cache = mkdtemp(dir=folder)
+    os.environ["OPENIMP_CACHE"] = f"{cache}/openimp"
+    return f"{cache}/datasets"
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -231,13 +210,13 @@ def open_table(path: Path, **options: Any) -> Table:
     return table
 
 
-def measure_opening(name: str, path: Path, caches: Caches, turns: int, most: float) -> list[Row]:
+def measure_opening(name: str, path: Path, folder: Path, turns: int, most: float) -> list[Row]:
     """Opening with empty caches, and again."""
     first: tuple[list[float], list[float]] = ([], [])
     again: tuple[list[float], list[float]] = ([], [])
-    libraries = [lambda: len(open_table(path)), lambda: len(load_peer(path, caches.datasets))]
     for turn in range(turns):
-        caches.renew()
+        cache = new_cache(folder)
+        libraries = [lambda: len(open_table(path)), lambda cache=cache: len(load_peer(path, cache))]
         for times in (first, again):
             for library in (1, 0) if turn % 2 else (0, 1):
                 times[library].append(seconds(libraries[library]))
@@ -245,17 +224,6 @@ def measure_opening(name: str, path: Path, caches: Caches, turns: int, most: flo
         ratio_row(f"{name}: opening, first", *first, "datasets", most=most),
         ratio_row(f"{name}: opening, again", *again, "datasets", most=most),
     ]
-
-
-def measure_walk(path: Path, turns: int) -> Row:
-    """Opening a folder again, beside listing it."""
-
-    def walk(folder: str) -> int:
-        entries = [*os.scandir(folder)]
-        return sum(walk(entry.path) if entry.is_dir() else 1 for entry in entries)
-
-    times = in_turns(lambda: seconds(lambda: len(open_table(path))), lambda: seconds(lambda: walk(str(path))), turns)
-    return ratio_row("folder: opening", *times, "an os.scandir walk")
 
 
 def measure_where(path: Path, turns: int) -> Row:
@@ -270,20 +238,21 @@ def measure_where(path: Path, turns: int) -> Row:
     return ratio_row("where", *times, "pyarrow.compute", most=3)
 
 
-def measure_memory(name: str, path: Path, caches: Caches, rows: int) -> Row:
+def measure_memory(name: str, path: Path, folder: Path, rows: int) -> Row:
+    cache = new_cache(folder)
     open_table(path)
-    load_peer(path, caches.datasets)
+    load_peer(path, cache)
     ours, theirs = (
-        float(subprocess.check_output([sys.executable, "-c", MEMORY, library, path, caches.datasets])) / rows
+        float(subprocess.check_output([sys.executable, "-c", MEMORY, library, path, cache])) / rows
         for library in ("openimp", "datasets")
     )
     return ratio_row(f"{name}: memory per row", [ours], [theirs], "datasets", unit=" bytes")
 
 
-def measure_reading(path: Path, caches: Caches, examples: int, turns: int, decode: bool) -> Row:
+def measure_reading(path: Path, folder: Path, examples: int, turns: int, decode: bool) -> Row:
     """Rows in random order. Both libraries read the same rows."""
     table = open_table(path)
-    peer = load_peer(path, caches.datasets)
+    peer = load_peer(path, new_cache(folder))
     order = np.random.default_rng(0).permutation(len(table))[:examples]
     batches = np.array_split(order, max(1, examples // BATCH))
 
@@ -326,101 +295,74 @@ def run(*command: str | Path) -> None:
     subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
 
 
-def measure_training(path: Path, folder: Path, caches: Caches, turns: int) -> Row:
+def measure_training(path: Path, folder: Path, turns: int) -> Row:
     """`openimp train` for one step, with empty caches."""
     recipe = folder / "size.yaml"
     recipe.write_text(RECIPE.format(path=path))
-    run_numbers = count()
 
     def ours() -> float:
-        caches.renew()
-        return seconds(lambda: run("-m", "openimp", "train", recipe, "--run", folder / f"run-{next(run_numbers)}"))
+        new_cache(folder)
+        return seconds(lambda: run("-m", "openimp", "train", recipe, "--run", mkdtemp(dir=folder)))
 
     def theirs() -> float:
-        caches.renew()
-        return seconds(lambda: run("-c", PEER_OF_TRAINING, path, caches.datasets))
+        cache = new_cache(folder)
+        return seconds(lambda: run("-c", PEER_OF_TRAINING, path, cache))
 
     times = in_turns(ours, theirs, turns)
     return ratio_row("Parquet: openimp train, one step", *times, "first batch of datasets")
 
 
-def measure_init(folder: Path, caches: Caches) -> Row:
-    caches.renew()
-    ours = seconds(lambda: run("-m", "openimp", "init", folder))
-    theirs = seconds(lambda: load_peer(folder, caches.datasets))
+def measure_init(pictures: Path, folder: Path) -> Row:
+    cache = new_cache(folder)
+    ours = seconds(lambda: run("-m", "openimp", "init", pictures))
+    theirs = seconds(lambda: load_peer(pictures, cache))
     return ratio_row("folder: openimp init", [ours], [theirs], "datasets opens it")
 
 
-class Rows(list[Row]):
-    """The rows of the report. Each is printed as soon as it is known, because all take half an hour."""
-
-    def add(self, *rows: Row) -> None:
-        for row in rows:
-            print(f"{row.what}: {row.figure}", file=sys.stderr, flush=True)
-            self.append(row)
-
-
-def report(rows: list[Row], command: str) -> str:
-    """The page of results."""
-    libraries = ("torch", "datasets", "pyarrow", "webdataset", "lancedb")
-    lines = [
-        "# Data of ordinary size: openimp beside other libraries",
-        "",
-        "Written by `benchmarks/size.py`; its docstring describes the data and the measurements.",
-        "",
-        f"- Command: `{command}`",
-        f"- openimp: {openimp_version()}",
-        f"- Versions: Python {sys.version.split()[0]}, {', '.join(f'{name} {version(name)}' for name in libraries)}",
-        f"- Hardware: {processor()}, {os.cpu_count()} cores",
-        "",
-        "| what (openimp; the other library) | ratio; median (smallest to largest) | bar |",
-        "| --- | --- | --- |",
-    ]
-    for row in rows:
-        verdict = f"{row.bar}: {'reached' if row.reached else 'NOT reached'}" if row.bar else "none"
-        lines.append(f"| {row.what} | {row.figure} | {verdict} |")
-    return "\n".join(lines) + "\n"
+def measure_all(folder: Path, rows: int, files: int, shards: int, indexed: int, turns: int) -> Iterator[Row]:
+    """The rows of the report, one after the other, because all take half an hour."""
+    tables = write_tables(folder, rows)
+    for kind, path in tables.items():
+        yield from measure_opening(kind, path, folder, turns, 1.5)
+        yield measure_memory(kind, path, folder, rows)
+    parquet = tables["Parquet, 100 row groups"]
+    yield measure_where(parquet, turns)
+    yield measure_reading(parquet, folder, min(rows, 100_000), turns, decode=False)
+    yield measure_training(parquet, folder, turns)
+    pictures = write_folder(folder / "pictures", files)
+    yield from measure_opening("folder", pictures, folder, max(1, turns // 2), 1.0)
+    yield measure_init(pictures, folder)
+    yield measure_reading(pictures, folder, min(files, 10_000), turns, decode=True)
+    yield measure_tars(write_tars(folder / "tars", shards, 1000), shards * 1000, max(1, turns // 2))
+    model = write_model(folder / "model")
+    indexed_pictures = write_pictures(folder / "indexed pictures", indexed)
+    yield measure_rates(model, indexed_pictures, pairs=max(2, indexed // 1000), folder=folder)
+    yield measure_again(model, folder / "indexed pictures", indexed, folder)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results_page.make_parser(__doc__)
     parser.add_argument("--turns", type=int, default=5, help="of each library")
     parser.add_argument("--smoke", action="store_true", help="little data, to check that the benchmark runs")
-    parser.add_argument("--write", action="store_true", help="also write docs/results/size.md")
-    args = parser.parse_args()
-    # Checked first, because the checkout may change during the measurement. `openimp_version` caches its result.
-    if args.write and "-dirty" in openimp_version():
-        parser.error("--write: the page names a commit, but the checkout has uncommitted changes; commit them first")
-    rows_number, files, tars, pictures = (2000, 200, 2, 40) if args.smoke else (1_000_000, 100_000, 100, 10_000)
-    turns = 1 if args.smoke else args.turns
-    with TemporaryDirectory() as name, quiet():
+    args = results_page.parse(parser)
+    datasets.disable_progress_bars()
+    cells = []
+    reached = True
+    with TemporaryDirectory() as name:
         folder = Path(name)
-        caches = Caches(folder / "caches")
-        caches.folder.mkdir()
-        report_rows = Rows()
-        tables = write_tables(folder, rows_number)
-        for kind, path in tables.items():
-            report_rows.add(*measure_opening(kind, path, caches, turns, 1.5))
-            report_rows.add(measure_memory(kind, path, caches, rows_number))
-        parquet = tables["Parquet, 100 row groups"]
-        report_rows.add(measure_where(parquet, turns))
-        report_rows.add(measure_reading(parquet, caches, min(rows_number, 100_000), turns, decode=False))
-        report_rows.add(measure_training(parquet, folder, caches, turns))
-        picture_folder = write_folder(folder / "pictures of classes", files)
-        report_rows.add(*measure_opening("folder", picture_folder, caches, max(1, turns // 2), 1.0))
-        report_rows.add(measure_init(picture_folder, caches))
-        report_rows.add(measure_walk(picture_folder, turns))
-        report_rows.add(measure_reading(picture_folder, caches, min(files, 10_000), turns, decode=True))
-        report_rows.add(measure_tars(write_tars(folder / "tars", tars, 1000), tars * 1000, max(1, turns // 2)))
-        model = write_model(folder / "model")
-        paths = write_pictures(folder / "pictures", pictures)
-        report_rows.add(measure_rates(model, paths, 2 if args.smoke else 10, folder))
-        report_rows.add(measure_again(model, folder / "pictures", pictures, folder))
-    text = report(report_rows, shlex.join(["python", "benchmarks/size.py", *sys.argv[1:]]))
-    print(text)
-    if args.write:
-        RESULTS.write_text(text, encoding="utf-8")
-    return 0 if args.smoke or all(row.reached for row in report_rows) else 1
+        if args.smoke:
+            rows = measure_all(folder, rows=2000, files=200, shards=2, indexed=40, turns=1)
+        else:
+            rows = measure_all(folder, rows=1_000_000, files=100_000, shards=100, indexed=10_000, turns=args.turns)
+        for row in rows:
+            print(f"{row.what}: {row.figure}", file=sys.stderr, flush=True)
+            cells.append(row.cells())
+            reached &= row.reached
+    columns = ["what (openimp; the other library)", "ratio; median (smallest to largest)", "bar"]
+    libraries = ("torch", "datasets", "pyarrow", "webdataset", "lancedb")
+    head = results_page.head("Data of ordinary size: openimp beside other libraries", *libraries)
+    results_page.publish(f"{head}\n{results_page.table(columns, *cells)}", "size", args.write)
+    return 0 if args.smoke or reached else 1
 
 
 if __name__ == "__main__":

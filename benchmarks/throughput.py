@@ -13,10 +13,6 @@ because fused attention, the default, is the slower one on CPUs for 64 tokens. T
 Muon, of its most frequent task and view.
 """
 
-import argparse
-import os
-import platform
-import shlex
 import statistics
 import sys
 import time
@@ -25,12 +21,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import results_page
 import timm.layers
 import torch
 import torch.nn.functional as F
@@ -42,7 +38,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.common.device import autocast, keep_freed_memory, product_speed
 from openimp.common.progress import console
-from openimp.common.versions import openimp_version, processor
 from openimp.data.batch import Batch, head_key
 from openimp.data.loaded_batch import LoadedBatch
 from openimp.model.imp import IMP
@@ -52,7 +47,6 @@ from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
 SIZE, PATCH, CLASSES = 128, 16, 1000
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "throughput.md"
 CPU = torch.device("cpu")
 
 
@@ -202,7 +196,7 @@ def images(batch: int) -> tuple[np.ndarray, Tensor]:
     return pixels, torch.from_numpy(rng.integers(0, CLASSES, batch))
 
 
-def openimp_step(batch: int, name: str, drop: float = 0.0, compiled: bool = False, **changes: Any) -> Step:
+def openimp_step(batch: int, name: str, drop: float = 0.0, **changes: Any) -> Step:
     """The model of a bundled recipe with some values changed, on a batch as openimp's loader returns it."""
     model = {**Recipe.load(name).model.model_dump(), **changes}
     task = {
@@ -220,8 +214,6 @@ def openimp_step(batch: int, name: str, drop: float = 0.0, compiled: bool = Fals
     rngs = [np.random.default_rng(i) for i in range(batch)]
     tokens = modalities["image"].tokens(pixels, recipe.tasks["all"].views[0]["image"], rngs)
     data = Batch({"image": tokens}, [{"label": label}])
-    for block in imp.blocks() if compiled else ():
-        block.compile(dynamic=False)
     count = tokens.coords.shape[0] * tokens.coords.shape[1]
     return ModelStep(imp, lambda: task_losses(imp, recipe.tasks["all"], data).total, count)
 
@@ -240,21 +232,21 @@ def timm_step(batch: int, fused: bool, **changes: Any) -> Step:
     return ModelStep(vit, lambda: F.cross_entropy(vit(x).float(), label), batch * (SIZE // PATCH) ** 2)
 
 
-def comparisons(smoke: bool, compiled: bool, folder: Path) -> list[Comparison]:
+def comparisons(smoke: bool, folder: Path) -> list[Comparison]:
     """The rows of the table. `folder` is an empty one."""
     batch, fewer = (2, {"layers": 2}) if smoke else (64, {})
     moe = {**Recipe.load("imp_moe_s").model.model_dump()["moe"], **({"layers": 1} if smoke else {})}
     by_stem = {**moe, "experts": {"vision": moe["experts"]}}
 
-    def dense(drop: float = 0.0, compiled: bool = False) -> Step:
-        return openimp_step(batch, "imp_s", drop, compiled, **fewer)
+    def dense(drop: float = 0.0) -> Step:
+        return openimp_step(batch, "imp_s", drop, **fewer)
 
-    def sparse(compiled: bool = False, **changes: Any) -> Step:
-        return openimp_step(batch, "imp_moe_s", compiled=compiled, **{"moe": moe, **fewer, **changes})
+    def sparse(**changes: Any) -> Step:
+        return openimp_step(batch, "imp_moe_s", **{"moe": moe, **fewer, **changes})
 
     base = dense()
     one_thread, two_threads = demo_steps(smoke, folder)
-    found = [
+    return [
         Comparison("IMP-S", base, "timm ViT, fused attention", timm_step(batch, fused=True, **fewer), 0.9),
         Comparison("IMP-S", base, "timm ViT, plain attention", timm_step(batch, fused=False, **fewer), 0.9),
         Comparison("IMP-MoE-S", sparse(), "IMP-S", base, 0.8),
@@ -263,49 +255,30 @@ def comparisons(smoke: bool, compiled: bool, folder: Path) -> list[Comparison]:
         Comparison("IMP-S, 75% of tokens dropped", dense(0.75), "IMP-S", base, 3.0),
         Comparison("demo, two threads", two_threads, "demo, one thread", one_thread),
     ]
-    if compiled:
-        both = dense(compiled=True), sparse(compiled=True)
-        found += [
-            Comparison(f"{name}, compiled", step, "IMP-S", base) for name, step in zip(("IMP-S", "IMP-MoE-S"), both)
-        ]
-    return found
 
 
 def report(found: list[Comparison]) -> str:
     """The results page."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *(item.row() for item in found)]
-    return f"""# Throughput of a training step
-
-Written by `benchmarks/throughput.py`; its docstring describes the measurement.
-
-- Command: `{shlex.join(["python", "benchmarks/throughput.py", *sys.argv[1:]])}`
-- openimp: {openimp_version()}
-- Versions: Python {platform.python_version()}, torch {torch.__version__}, timm {version("timm")}
-- Hardware: {processor()}, {os.cpu_count()} cores; threads used: {torch.get_num_threads()}
-- Pairs per row: {len(found[0].ratios)}; bf16 autocast; seed 0
+    head = results_page.head("Throughput of a training step", "torch", "timm")
+    return f"""{head}- Pairs per row: {len(found[0].ratios)}; bf16 autocast; seed 0
+- Threads used: {torch.get_num_threads()}
 - FLOPs are those of forward and backward passes. MFU (model FLOPs utilization) is FLOPs per second as a share of those
   of a large matrix product
 
-{chr(10).join("| " + " | ".join(cells) + " |" for cells in rows)}
-"""
+{results_page.table(COLUMNS, *(item.row() for item in found))}"""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results_page.make_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=15, help="pairs of steps per row")
     parser.add_argument("--threads", type=int, default=1, help="threads that torch uses")
-    parser.add_argument("--compile", action="store_true", help="also measure torch.compile; compiling takes minutes")
     parser.add_argument("--smoke", action="store_true", help="a few tiny steps, to check that the benchmark runs")
-    parser.add_argument("--write", action="store_true", help="also write docs/results/throughput.md")
-    args = parser.parse_args()
-    # Checked first, because the checkout may change during the measurement. `openimp_version` caches its result.
-    if args.write and "-dirty" in openimp_version():
-        parser.error("--write: the page names a commit, but the checkout has uncommitted changes; commit them first")
+    args = results_page.parse(parser)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # As in training.
     pairs = 2 if args.smoke else max(2, args.pairs)
     with TemporaryDirectory() as folder:
-        found = comparisons(args.smoke, args.compile, Path(folder))
+        found = comparisons(args.smoke, Path(folder))
     if args.smoke:
         found = [replace(item, required=None) for item in found]
     for step in {id(step): step for item in found for step in (item.variant, item.baseline)}.values():
@@ -315,11 +288,7 @@ def main() -> int:
     for i in track(range(pairs), "pairs", console=Console(stderr=True)):
         for item in found:
             item.measure(swap=i % 2 == 1)
-    text = report(found)
-    print(text)
-    if args.write:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(text, encoding="utf-8")
+    results_page.publish(report(found), "throughput", args.write)
     return 0 if all(item.reached for item in found) else 1
 
 

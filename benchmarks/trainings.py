@@ -61,10 +61,10 @@ class Outcome:
     def ok(self) -> bool:
         return bool(self.noticed) and self.steps <= self.limit and not self.samples and self.same is not False
 
-    def row(self) -> str:
+    def row(self) -> list[str]:
         same = {True: "the same", False: "OTHERS", None: ""}[self.same]
         cells = (self.fault, self.noticed or "NOT NOTICED", self.steps, self.samples, same)
-        return "| " + " | ".join(str(cell).replace("|", r"\|") for cell in cells) + " |"
+        return [str(cell).replace("|", r"\|") for cell in cells]
 
 
 @dataclass

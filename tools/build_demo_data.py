@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
-from demo_data_docs import check_size, write_card, write_contact_sheet, write_licenses, write_sums
+from demo_data_docs import write_card, write_contact_sheet, write_licenses, write_sums
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -369,7 +369,6 @@ def build(cache: Path) -> None:
     write_parquet("notes", note_rows(soundfont))
     write_licenses(DEMO, SOURCES, lambda name, pattern: next(members(fetch(name, cache), pattern))[1].decode())
     write_sums(DEMO)
-    check_size(DEMO)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Builds a corpus of icons with names from the icon sets of the npm package @iconify/json.
 
     python tools/build_icons.py OUT                     # download, verify, build OUT/icons.parquet and OUT/NOTICE
-    python tools/build_icons.py OUT --package PACKAGE   # the same from a package that you have: a folder or a .tgz
+    python tools/build_icons.py OUT --package PACKAGE   # the same from a .tgz that you have
     python tools/build_icons.py OUT --bundle --card --contact-sheet   # for maintainers, from OUT/icons.parquet
 
 It takes about three minutes on one core. Besides openimp's dependencies it needs resvg_py (`pip install resvg_py`), and
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from demo_data_docs import check_size, write_sums
+from demo_data_docs import write_sums
 from icon_docs import write_card, write_contact_sheet, write_notice
 from icon_names import named_icons
 from icon_sets import fetch, read_about, read_sets, set_split
@@ -109,19 +109,19 @@ def bundle(package: Path, out: Path) -> None:
     write_parquet(DEMO / "icons.parquet", rows)
     write_notice(DEMO / "NOTICE-icons", DEMO / "LICENSES", rows, read_about(package), DEMO / "LICENSES")
     write_sums(DEMO)
-    check_size(DEMO)
 
 
 def main() -> None:
     """Builds the corpus, or what the options ask for from the corpus."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the corpus")
-    parser.add_argument("--package", type=Path, help="folder or .tgz of the package: do not download it")
+    parser.add_argument("--package", type=Path, help=".tgz of the package: do not download it")
     parser.add_argument("--bundle", action="store_true", help="write the subset into src/openimp/data/demo")
     parser.add_argument("--card", action="store_true", help="refresh the numbers in docs/icons-card.md")
     parser.add_argument("--contact-sheet", action="store_true", help="redraw docs/images/icons.png")
     args = parser.parse_args()
-    out, asked = args.out.resolve(), args.bundle or args.card or args.contact_sheet
+    out = args.out.resolve()
+    asked = args.bundle or args.card or args.contact_sheet
     out.mkdir(parents=True, exist_ok=True)
     if not asked:
         build(args.package or fetch(out), out)

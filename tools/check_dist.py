@@ -10,11 +10,11 @@ import argparse
 import tarfile
 import zipfile
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 LIMIT = 50 * 10**6
 """Most bytes of a file. The bundled data takes most of them."""
-NEEDED = (
+NEEDED_IN_WHEEL = {
     "openimp/py.typed",
     "openimp/recipes/demo.yaml",
     "openimp/studies/moe.yaml",
@@ -22,8 +22,11 @@ NEEDED = (
     "openimp/data/demo/NOTICE",
     "openimp/search/static/search.css",
     "openimp/report/templates/page.html",
-)
-"""Files of the wheel that are not Python."""
+    "licenses/LICENSE",
+    "licenses/src/openimp/data/demo/NOTICE",
+}
+"""Files that are not Python. Those of the folder of metadata are without its name, which has the version."""
+NEEDED_IN_SOURCE = {"pyproject.toml", "README.md"}
 
 
 def main() -> None:
@@ -33,26 +36,25 @@ def main() -> None:
     (wheel,) = folder.glob("*.whl")
     (source,) = folder.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
         sizes = {entry.filename: entry.compress_size for entry in archive.infolist()}
     with tarfile.open(source) as archive:
-        source_names = {"/".join(PurePosixPath(name).parts[1:]) for name in archive.getnames()}
-    problems = [f"{wheel.name}: lacks {name}" for name in NEEDED if name not in names]
-    licenses = [name for name in names if ".dist-info/licenses/" in name]
-    if not {"LICENSE", "NOTICE"} <= {PurePosixPath(name).name for name in licenses}:
-        problems.append(f"{wheel.name}: lacks licenses")
+        source_names = {name.partition("/")[2] for name in archive.getnames()}
+    wheel_names = sizes.keys() | {name.partition(".dist-info/")[2] for name in sizes}
+    problems = [f"{wheel.name}: lacks {name}" for name in sorted(NEEDED_IN_WHEEL - wheel_names)]
+    problems += [f"{source.name}: lacks {name}" for name in sorted(NEEDED_IN_SOURCE - source_names)]
     problems += [
-        f"{wheel.name}: {name} is not a part of the package" for name in names if not name.startswith("openimp")
+        f"{wheel.name}: {name} is not a part of the package" for name in sizes if not name.startswith("openimp")
     ]
-    problems += [f"{source.name}: lacks {name}" for name in ("pyproject.toml", "README.md") if name not in source_names]
-    problems += [f"{file.name}: more than {LIMIT:,} bytes" for file in (wheel, source) if file.stat().st_size > LIMIT]
     by_folder: Counter[str] = Counter()
     for name, size in sizes.items():
-        by_folder["/".join(PurePosixPath(name).parts[:2])] += size
+        by_folder["/".join(name.split("/")[:2])] += size
     for name, size in by_folder.most_common(20):
         print(f"{size:12,} bytes  {name}")
     for file in (wheel, source):
-        print(f"{file.stat().st_size:12,} bytes  {file.name}")
+        size = file.stat().st_size
+        print(f"{size:12,} bytes  {file.name}")
+        if size > LIMIT:
+            problems.append(f"{file.name}: more than {LIMIT:,} bytes")
     if problems:
         raise SystemExit("\n".join(problems))
 

@@ -75,13 +75,6 @@ def write_sums(demo: Path) -> None:
     (demo / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for digest, name in sums))
 
 
-def check_size(demo: Path, limit: float = 36.5e6) -> None:
-    """Stops if the folder is larger than the limit in bytes."""
-    size = sum(f.stat().st_size for f in demo.rglob("*") if f.is_file())
-    if size > limit:
-        raise SystemExit(f"{demo} holds {size / 1e6:.1f} MB, more than {limit / 1e6:.1f} MB")
-
-
 def markdown(head: list[str], rows: list[list[Any]]) -> str:
     """Returns a Markdown table."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]

@@ -64,12 +64,7 @@ def fetch(folder: Path) -> Path:
 
 
 def members(package: Path) -> Iterator[tuple[str, bytes]]:
-    """Yields (path below package/, content) of the JSON files of the package's folder or archive."""
-    if package.is_dir():
-        package = package / "package" if (package / "package").is_dir() else package
-        for path in [package / "collections.json", *sorted(package.glob("json/*.json"))]:
-            yield path.relative_to(package).as_posix(), path.read_bytes()
-        return
+    """Yields (path below package/, content) of the JSON files of the package's archive."""
     with tarfile.open(package) as tar:
         for member in tar:
             if member.isfile() and re.fullmatch(r"package/(collections|json/[^/]+)\.json", member.name):

@@ -147,11 +147,9 @@ def _show_item(axis: Axes, value: bytes, model: Model) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/demo-results.png")
-    options = parser.parse_args()
-    write_table(options.run, options.readme)
-    write_picture(options.run, options.picture)
+    run = parser.parse_args().run
+    write_table(run, ROOT / "README.md")
+    write_picture(run, ROOT / "docs/images/demo-results.png")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 
 pytest.importorskip("lancedb")
-from everyday_words import main, says
+from everyday_words import main
 
 from openimp.search import build_index
 
@@ -25,9 +25,3 @@ def test_the_words_of_texts_are_found(tiny_model_folder, tmp_path, monkeypatch, 
     rows = dict(row[2:].split(" | ", 1) for row in capsys.readouterr().out.splitlines() if row.startswith("| "))
     assert rows["words"] == rows["both"] == "1 | 100.0% | 100.0% |"
     assert rows["meaning"] != rows["both"]
-
-
-def test_a_text_says_a_word_in_the_singular_or_plural():
-    assert says("Three DOGS, one bone", "dog")
-    assert not says("a hotdog", "dog")
-    assert not says(None, "dog")

@@ -3,13 +3,13 @@
 import pytest
 
 pytest.importorskip("timm")
-from throughput import COLUMNS, comparisons, report
+from throughput import comparisons, report
 
 pytestmark = pytest.mark.slow
 
 
 def test_every_comparison_is_measured(tmp_path):
-    rows = comparisons(smoke=True, compiled=False, folder=tmp_path)
+    rows = comparisons(smoke=True, folder=tmp_path)
     for row in rows:
         for swap in (False, True):
             row.measure(swap)
@@ -20,6 +20,4 @@ def test_every_comparison_is_measured(tmp_path):
     assert demo.variant.flops() == demo.baseline.flops() > 0
     dropped = next(row for row in rows if "dropped" in row.name)
     assert dropped.variant.tokens * 4 == dropped.baseline.tokens
-    table = [line.split(" | ") for line in report(rows).splitlines() if line.startswith(("| IMP", "| demo"))]
-    assert len(table) == len(rows)
-    assert {len(cells) for cells in table} == {len(COLUMNS)}
+    assert sum(line.startswith(("| IMP", "| demo")) for line in report(rows).splitlines()) == len(rows)
