@@ -1,13 +1,12 @@
 """Small made data in the layouts of local copies of CIFAR-10 and of the Free Spoken Digit Dataset."""
 
-import io
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
-import soundfile
+from little import png
+from recordings import sound_file
 
 PHOTOS = ["airplane", "automobile", "bird"]
 DIGITS = ["zero", "one", "two"]
@@ -15,17 +14,11 @@ SPEAKERS = ["george", "theo"]
 
 
 def picture(number: int) -> dict[str, bytes | None]:
-    pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
-    file = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": None}
+    return {"bytes": png(number), "path": None}
 
 
 def sound(number: int) -> dict[str, bytes | None]:
-    file = io.BytesIO()
-    wave = 0.3 * np.sin(np.arange(4000) * 0.05 * (1 + number % 3))
-    soundfile.write(file, wave, 8000, format="WAV")
-    return {"bytes": file.getvalue(), "path": None}
+    return {"bytes": sound_file(0.3 * np.sin(np.arange(4000) * 0.05 * (1 + number % 3)), 8000), "path": None}
 
 
 def write(folder: Path) -> None:

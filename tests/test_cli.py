@@ -1,6 +1,5 @@
 """The command line: help that is the docstring, one line for what the user can mend, commands that do their work."""
 
-import json
 import os
 import re
 import shutil
@@ -85,8 +84,6 @@ def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
     ("change", "message"),
     [
         ("train.stepz=1", "recipe.yaml: train: unknown key 'stepz'; did you mean 'steps'?"),
-        ("tasks.named.views.0.image.size=20", "recipe.yaml: tasks.named.views[0].image: size* use 16 or 24"),
-        ("tasks.heard.inputs.text=captoin", "tasks.heard: source sounds (*no column 'captoin'*'caption'?"),
         ("tasks.heard.inputs.audio=sond", "tasks.heard: source sounds (*no column 'sond'*'sound'?"),
         ("tasks.named.objectives.1.label=lable", "tasks.named: source pictures (*'lable'; did you mean 'label'?"),
         ("tasks.named.objectives.0.positives_by=nam", "tasks.named: source pictures (*'nam'; did you mean 'name'?"),
@@ -318,44 +315,29 @@ def test_a_run_that_is_there_and_a_checkpoint_of_another_recipe_are_refused(refu
         assert file.read_bytes() == before
 
 
-def spoil(folder: Path) -> set[str]:
-    """Spoils three pictures, each in its own way, and returns their names."""
-    whole = (folder / "pictures/red/1.png").read_bytes()
-    contents = {"red/1.png": whole[: len(whole) // 2], "green/2.png": b"", "blue/3.png": bytes(reversed(whole))}
-    for name, content in contents.items():
-        (folder / "pictures" / name).write_bytes(content)
-    return set(contents)
-
-
 @pytest.mark.slow
-def test_broken_files_are_skipped_counted_and_named_and_too_many_stop_the_run(
-    openimp, succeeded, refused, own_data, tmp_path
-):
-    broken, run = spoil(own_data), tmp_path / "run"
-    train = ("train", own_data / "recipe.yaml", "--run")
-    changes = sets("train.steps=20", "train.max_bad_fraction=0.5", "tasks.heard.weight=0", "train.num_workers=1")
-    out = succeeded(*train, run, *changes)
-    assert f"3 examples could not be read; {run / 'skipped.jsonl'} lists them\n" in out
-    lines = read_lines(run / "skipped.jsonl")
-    assert {line["where"] for line in lines} == broken
-    assert all(line["task"] == "named" and line["why"] for line in lines)
-    state = json.loads((run / "checkpoints" / "step-00000020" / "state.json").read_text())
-    assert state["bad"]["named"]["bad"] == len(lines)
-    (colours,) = [line for line in read_lines(run / "results.jsonl") if line["set"] == "colours"]
-    assert (colours["n"], colours["skipped"]) == (21, 3)
-    assert {row.split(": ")[0] for row in colours["skipped_rows"]} == broken
-
-    run = tmp_path / "stopped"
+def test_broken_files_are_skipped_counted_and_named_and_too_many_stop_the_run(openimp, refused, own_data, tmp_path):
+    run = tmp_path / "run"
+    whole = (own_data / "pictures/red/1.png").read_bytes()
+    broken = {"red/1.png": whole[: len(whole) // 2], "green/2.png": b"", "blue/3.png": bytes(reversed(whole))}
+    for name, content in broken.items():
+        (own_data / "pictures" / name).write_bytes(content)
     changes = sets("train.steps=60", "train.max_bad_fraction=0.05", "tasks.heard.weight=0")
-    told = refused(*train, run, *changes)
+    train = ("train", own_data / "recipe.yaml", "--run", run, *changes)
+    told = refused(*train)
     part = "examples could not be read, more than train.max_bad_fraction 0.05; for example "
     assert re.search(f"task named: .*{part}", told)
     assert any(name in told for name in broken)
     assert f"{run / 'skipped.jsonl'} lists all; to go on with the others, resume with --set " in told
     lines = read_lines(run / "skipped.jsonl")
-    assert {line["where"] for line in lines} <= broken
+    assert {line["where"] for line in lines} <= broken.keys()
     assert checkpoints(run)[-1].name == f"step-{lines[-1]['step'] + 1:08d}", "the steps up to there are kept"
-    assert openimp(*train, run, "--resume", *changes, "--set", told.rpartition(" ")[2])[0] == 0
+    code, out, err = openimp(*train, "--resume", "--set", told.rpartition(" ")[2])
+    assert code == 0, err
+    assert f"3 examples could not be read; {run / 'skipped.jsonl'} lists them\n" in out
+    (colours,) = [line for line in read_lines(run / "results.jsonl") if line["set"] == "colours"]
+    assert (colours["n"], colours["skipped"]) == (21, 3)
+    assert {row.split(": ")[0] for row in colours["skipped_rows"]} == broken.keys()
 
 
 def test_train_prints_the_mixture_and_the_results(succeeded, little_data, tmp_path, monkeypatch):
@@ -455,7 +437,6 @@ def test_rows_get_the_vectors_of_a_model_from_which_another_one_learns(
         ([*join[:3], out, "--out", out, *choice], "already; name another one"),
         (join, "--modality: expected image or text or audio, found none"),
         ([*join, *choice[:2]], "--column: name the column or the text template that audio reads"),
-        ([*join, *choice[:2], "--column", "sond"], "has no column 'sond'; did you mean 'sound'?"),
         (["embed", little_run, sound, *choice[2:4]], "--column needs --join"),
         ([*join, *choice, sound], "drop files"),
         (["embed", little_run], "name files or folders to embed, or a source with --join"),

@@ -83,10 +83,6 @@ def outside(tmp_path, monkeypatch):
         find.cache_clear()
 
 
-def test_there_are_pages():
-    assert {"README.md", "CONTRIBUTING.md", "recipe.md", "data.md", "modalities.md"} <= {page.name for page in PAGES}
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_recipe_and_part_of_one_is_valid(page, outside):
     for name, text in blocks(page, "yaml"):
@@ -131,11 +127,16 @@ def test_the_examples_of_the_data_page_are_read(tmp_path, monkeypatch):
     assert read == {"photos", "songs", "birds", "shards", "stream"}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
-def test_the_python_on_the_page_runs(page, little_data, little_run, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def demo_run(little_run, tmp_path, monkeypatch):
+    """The current folder has the little run for the demo's."""
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     Path("runs/demo").symlink_to(little_run)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_the_python_on_the_page_runs(page, little_data, demo_run):
     for name, file in {"cat.png": "pictures/red/0.png", "dog.png": "pictures/blue/0.png", "flute.ogg": "0.wav"}.items():
         Path(name).symlink_to(little_data / file)
     Path("mine.yaml").symlink_to(little_data / "recipe.yaml")
@@ -150,13 +151,10 @@ def test_the_python_on_the_page_runs(page, little_data, little_run, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_the_search_page_runs(little_data, little_run, tmp_path, monkeypatch):
+def test_the_search_page_runs(little_data, demo_run, monkeypatch):
     """The commands and the code, with the little run for the demo's, its pictures for the photos, and a sound."""
     pytest.importorskip("lancedb")
-    monkeypatch.chdir(tmp_path)
-    for folder in ("runs", "music"):
-        Path(folder).mkdir()
-    Path("runs/demo").symlink_to(little_run)
+    Path("music").mkdir()
     shutil.copytree(little_data / "pictures", "photos/2025")
     for name, file in {"cat.png": "pictures/red/0.png", "riff.wav": "0.wav", "music/0.wav": "1.wav"}.items():
         shutil.copy(little_data / file, name)
@@ -177,10 +175,7 @@ def test_the_search_page_runs(little_data, little_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_publishing_page_runs(little_data, little_run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("runs").mkdir()
-    Path("runs/demo").symlink_to(little_run)
+def test_the_publishing_page_runs(little_data, demo_run):
     Path("flute.wav").symlink_to(little_data / "0.wav")
     noise = np.random.default_rng(0).integers(0, 256, (16, 40, 3), np.uint8)
     PIL.Image.fromarray(noise).save("cat.png")
@@ -202,27 +197,13 @@ def test_a_modality_from_another_package_is_as_the_page_says(outside, tmp_path, 
         if not name:
             exec(code, {})
     ((_, text),) = blocks(page, "yaml")
-    recipe = Recipe.build(yaml.load(text, RecipeLoader), tmp_path)
-    recipe.train.num_workers, recipe.train.steps = 0, 2
-    modalities = recipe.make_modalities()
-    batches = StepBatches(TaskData(recipe, modalities))
-    batches.data.fit()
-    task = next(iter(recipe.tasks.values()))
-    name = next(name for name in task.inputs if name != "text")
-    modality, view = modalities[name], task.views[0][name]
-    spec = modality.stem_spec()
-
-    batch = batches[0].batch.tokens[name]
-    assert batch.values.shape == (task.batch_size, modality.length(view), spec.values)
-    clips = modality.encode_input(np.random.default_rng(0).normal(size=(900, 3)), view)
-    whole = modality.tokens(clips, view, None)
-    undropped = modality.length(view.model_copy(update={"drop_tokens": 0.0}))
-    assert whole.values.shape == (view.clips, undropped, spec.values)
-    for tokens in (batch, whole):
-        assert tokens.coords.shape == (*tokens.values.shape[:2], len(spec.axes))
-        assert tokens.coords.dtype == torch.int64
-        assert (tokens.coords >= 0).all()
-        assert (tokens.coords < torch.tensor(spec.axes)).all()
+    recipe = Recipe.build(yaml.load(text, RecipeLoader) | {"train": {"steps": 2, "num_workers": 0}}, tmp_path)
+    assert train(recipe, tmp_path / "run")
+    (result,) = read_lines(tmp_path / "run" / "results.jsonl")
+    assert (result["n"], result["candidates"]) == (64, 2)
+    model = openimp.load(tmp_path / "run", "cpu")
+    traces = [np.random.default_rng(0).normal(size=(length, 3)) for length in (100, 900)]
+    assert model.encode_accelerometer(traces).shape == (2, 64)
 
 
 def test_an_error_of_an_objective_from_another_package_names_the_objective(outside):
@@ -230,19 +211,7 @@ def test_an_error_of_an_objective_from_another_package_names_the_objective(outsi
         Recipe.build(framed("objectives: [{type: contrastive}, {type: similarity, between: [image], score: score}]"))
 
 
-@pytest.mark.parametrize("kind", ["modalities", "objectives"])
-def test_the_packages_of_the_pages_can_be_installed(kind):
-    tomllib = pytest.importorskip("tomllib", reason="new in Python 3.11")
-    page = ROOT / "docs" / f"{kind}.md"
-    ((_, text),) = [found for found in blocks(page, "toml") if found[0] == "pyproject.toml"]
-    data = tomllib.loads(text)
-    (module,) = [name.removesuffix(".py") for name, _ in blocks(page, "python") if name]
-    assert data["build-system"]["build-backend"] == "setuptools.build_meta"
-    assert data["project"].keys() >= {"name", "version"}
-    assert data["tool"]["setuptools"]["py-modules"] == [module]
-
-
-def test_an_objective_from_another_package_is_trained_saved_and_loaded(outside, little_data, tmp_path, capsys):
+def test_an_objective_from_another_package_is_trained_saved_and_loaded(outside, little_data, tmp_path):
     """Pictures with the right and with a wrong text, and in the column the cosine that they should have."""
     ((_, objectives),) = blocks(ROOT / "docs" / "objectives.md", "yaml")
     names = ("red", "green", "blue", "white")

@@ -1,14 +1,13 @@
-"""The command line: one function per command, without logic. Its docstring is its help."""
+"""The command line: one function per command, whose docstring is its help. `commands` has what takes more lines."""
 
 import errno
-import functools
 import inspect
 import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,6 +31,8 @@ RunOption = Annotated[
 AllowSourcesOption = Annotated[
     bool, typer.Option("--allow-sources", help="Let the recipe of a model that was not trained here read any source.")
 ]
+ModalityOption = Annotated[str | None, typer.Option(help="Modality of the files.", show_default="by their extensions")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Files per batch.")]
 
 
 def _print_version(requested: bool) -> None:
@@ -78,9 +79,14 @@ def init(
     ] = None,
 ) -> None:
     """Inspect your data and print a recipe that trains on it: openimp init photos > mine.yaml."""
-    from openimp.commands import run_init
+    from openimp.common.progress import notice
+    from openimp.drafting.draft import draft_recipe
 
-    run_init(paths, text, label, tower or [])
+    drafted = draft_recipe(paths, text, label, tower or [])
+    for note in drafted.notes:
+        notice(note)
+    sys.stdout.buffer.write(drafted.text.encode())
+    sys.stdout.flush()
 
 
 @app.command()
@@ -142,13 +148,11 @@ def embed(
         typer.Argument(help="Files, or folders with files, on disk or at URLs (s3://...).", show_default="see --join"),
     ] = None,
     out: Annotated[str, typer.Option(help="The Parquet file to write.")] = "embeddings.parquet",
-    modality: Annotated[
-        str | None, typer.Option(help="Modality of the files.", show_default="by their extensions")
-    ] = None,
+    modality: ModalityOption = None,
     towards: Annotated[
         str | None, typer.Option(help="Modality to compare the embeddings with, if spaces are disjoint.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Files per batch.")] = 64,
+    batch_size: BatchSizeOption = 64,
     join: Annotated[
         str | None,
         typer.Option(
@@ -164,18 +168,20 @@ def embed(
     ] = None,
 ) -> None:
     """Embed files or, with --join, the rows of a source, and write the embeddings to a Parquet file."""
-    from openimp.commands import run_embed
+    from openimp.inference.embed import embed as embed_files
     from openimp.inference.join import embed_rows
 
-    if join is None:
-        join_options = {"--column": column, "--to": to}
-        run_embed(
-            run, files or [], out, modality=modality, towards=towards, batch_size=batch_size, join_options=join_options
-        )
-    elif files:
+    if join is None and (column or to):
+        option = "--column" if column else "--to"
+        raise UserError(f"{option} needs --join, the source whose rows to embed")
+    if join is None and not files:
+        raise UserError("name files or folders to embed, or a source with --join")
+    if join is not None and files:
         raise UserError("--join embeds the rows of a source; drop files")
-    else:
+    if join is not None:
         embed_rows(run, join, out, modality, column, to=to or "embedding", towards=towards, batch_size=batch_size)
+    elif files:
+        embed_files(run, files, out, modality, towards, batch_size=batch_size)
 
 
 @app.command()
@@ -201,11 +207,9 @@ def classify(
     head: Annotated[
         str | None, typer.Option(help="The classification head, SOURCE:COLUMN, if the model has several.")
     ] = None,
-    modality: Annotated[
-        str | None, typer.Option(help="Modality of the files.", show_default="by their extensions")
-    ] = None,
+    modality: ModalityOption = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of classes to print per file.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Files per batch.")] = 64,
+    batch_size: BatchSizeOption = 64,
 ) -> None:
     """Print the most probable classes of each file: those of a trained head, or those that you name.
 
@@ -227,38 +231,29 @@ def index(
     forget: Annotated[
         list[Path] | None, typer.Option(help="Remove the items of this file or folder. Can be repeated.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Files per batch.")] = 64,
+    batch_size: BatchSizeOption = 64,
     allow_sources: AllowSourcesOption = False,
 ) -> None:
     """Embed files into an index for search, or bring an index up to date."""
-    from openimp.common.versions import warn_of_vulnerable_libraries
     from openimp.search import build_index
 
-    warn_of_vulnerable_libraries()
     build_index(model, paths or None, out, batch_size, allow_sources=allow_sources, forget=forget or ())
 
 
 def _with_query_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replaces `**queries` of a command with an option --NAME for each modality that is installed."""
     signature = inspect.signature(command)
-    parameters = [
-        parameter for parameter in signature.parameters.values() if parameter.kind != inspect.Parameter.VAR_KEYWORD
-    ]
+    *parameters, _ = signature.parameters.values()
     for name in sorted(point.name for point in entry_points(group="openimp.modalities")):
         option = typer.Option(
             f"--{name}", help="A file to search with or, if the modality reads texts, a text. Can be repeated."
         )
         kind = Annotated[list[str] | None, option]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
-
-    @functools.wraps(command)
-    def run(**options: Any) -> None:
-        command(**options)
-
     # typer reads both.
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
 
 
 @app.command()
@@ -316,9 +311,7 @@ def serve(
 ) -> None:
     """Serve a web page to search an index with texts, files and recordings."""
     from openimp.commands import run_serve
-    from openimp.common.versions import warn_of_vulnerable_libraries
 
-    warn_of_vulnerable_libraries()
     run_serve(what, host, port, name or [], allow_sources)
 
 
@@ -339,10 +332,8 @@ def push(
     ] = None,
 ) -> None:
     """Upload a model with a model card to the Hugging Face Hub, so that openimp.load can open it by name."""
-    from openimp.common.versions import warn_of_vulnerable_libraries
     from openimp.inference.publish import push as push_model
 
-    warn_of_vulnerable_libraries()
     push_model(run, name, to, private, license, overrides=set_ or [])
 
 
@@ -369,9 +360,11 @@ def report(
     allow_sources: AllowSourcesOption = False,
 ) -> None:
     """Write one HTML page about a run: curves, use of experts, results, and queries with their answers."""
-    from openimp.commands import run_report
+    from openimp.common.progress import console, track
+    from openimp.report.write import write_report
 
-    run_report(run, out, allow_sources)
+    file = write_report(run, out, track, allow_sources)
+    console.print(f"{file}: {file.stat().st_size / 1e6:.2f} MB", soft_wrap=True)
 
 
 @app.command()
@@ -421,13 +414,13 @@ def _has_workers(name: str, overrides: list[str]) -> bool:
     from openimp.common.threads import core_count
     from openimp.recipe.file import read_recipe
 
-    cores = core_count()
+    has_many_cores = core_count() >= MANY_CORES
     if Path(name).exists() and Path(name).suffix not in (".yaml", ".yml"):
-        return cores >= MANY_CORES
+        return has_many_cores
     try:
         recipe, _ = read_recipe(name, overrides)
     except UserError:  # Data that is not on disk, or a mistake that `run_train` names.
-        return cores >= MANY_CORES
+        return has_many_cores
     train = recipe.get("train")
     return not isinstance(train, dict) or train.get("num_workers") != 0
 
@@ -454,8 +447,7 @@ def main() -> None:
         # If the disk is full, the error has no file name.
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        file = "" if error.filename is None else f"{error.filename}: "
-        print(printable(f"openimp: {file}{error.strerror}"), file=sys.stderr)
+        print(printable(f"openimp: {error.filename or 'disk'}: {error.strerror}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -30,7 +29,6 @@ from openimp.drafting.draft import draft_recipe, is_data, recipe_name
 from openimp.evaluation.baseline import comparison
 from openimp.evaluation.evaluate import NotMeasured
 from openimp.evaluation.results import latest, read_results, table
-from openimp.inference.embed import embed
 from openimp.inference.evaluate import evaluate
 from openimp.inference.model import load
 from openimp.parallel import distributed
@@ -39,7 +37,6 @@ from openimp.planning.tables import print_costs, print_model, print_plan
 from openimp.recipe.file import RecipeLoader, override
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
-from openimp.report.write import write_report
 from openimp.search.build import build_and_open
 from openimp.search.folder import METADATA, own_index
 from openimp.search.index import open_index
@@ -47,6 +44,8 @@ from openimp.search.query import By, Like, Query
 from openimp.training.metrics_file import read_metrics
 from openimp.training.trainer import train
 
+RESUME: dict[str | None, bool | Literal["auto"]] = {None: False, "": True, "auto": "auto"}
+"""The argument of `train` for a value of --resume."""
 MAX_TEXT = 100
 """Maximum number of characters of an item's text in a list of results."""
 
@@ -65,29 +64,19 @@ def run_demo(overrides: list[str], run: Path | None) -> None:
     )
 
 
-def run_init(paths: list[str], text: str | None, label: str | None, towers: list[str]) -> None:
-    """Prints a recipe for data to standard output, and to standard error what was found."""
-    drafted = draft_recipe(paths, text, label, towers)
-    for note in drafted.notes:
-        notice(note)
-    sys.stdout.buffer.write(drafted.text.encode())
-    sys.stdout.flush()
-
-
 def run_train(name: str, overrides: list[str], run: Path | None, resume: str | None, allow_changed_data: bool) -> None:
     """Trains a recipe, or data, into `run` or into runs/NAME. `resume` is the value of --resume: "" or auto."""
-    if resume not in (None, "", "auto"):
+    if resume not in RESUME:
         raise UserError(f"--resume: expected auto or nothing, found {resume}")
     drafts = is_data(name)
     recipe = _recipe_for(name, overrides, run, resume) if drafts else Recipe.load(name, overrides, Path.cwd())
     run = run or Path("runs") / recipe.name
-    resumes: bool | Literal["auto"] = "auto" if resume == "auto" else resume is not None
-    is_complete = train(recipe, run, resumes, allow_changed_data=allow_changed_data)
+    is_complete = train(recipe, run, RESUME[resume], allow_changed_data=allow_changed_data)
     if drafts and is_complete and int(os.environ.get("RANK", 0)) == 0:
         results = latest(read_results(run / "results.jsonl"))
         for line in chain.from_iterable(comparison(recipe, results, task) for task in recipe.tasks):
             console.print(line, soft_wrap=True)
-        has_classes = any(objective.class_column() for task in recipe.tasks.values() for objective in task.objectives)
+        has_classes = any(task.class_columns for task in recipe.tasks.values())
         commands = [f"openimp classify {run} FILES..."] if has_classes else []
         if recipe.to_config({}).pairs:
             commands.append(f"openimp serve {run}")
@@ -152,19 +141,19 @@ def run_eval(
         if sets or other or overrides or allow_sources:
             raise UserError("--mteb takes no evaluation sets, --recipe, --set or --allow-sources")
         return _run_benchmarks(path, mteb, out)
-    failure = None
     try:
-        results = evaluate(path, sets or None, other, overrides or (), allow_sources, progress=track)
+        _write_results(evaluate(path, sets or None, other, overrides or (), allow_sources, progress=track), out)
     except NotMeasured as error:
-        results = error.results
-        failure = error
+        _write_results(error.results, out)
+        raise
+
+
+def _write_results(results: list[dict[str, Any]], out: Path | None) -> None:
     if results:
         console.print(table(results))
     if out:
         for result in results:
             append(out, result)
-    if failure:
-        raise failure
 
 
 def _run_benchmarks(path: Path, tasks: list[str], out: Path | None) -> None:
@@ -175,7 +164,7 @@ def _run_benchmarks(path: Path, tasks: list[str], out: Path | None) -> None:
     try:
         from openimp.inference import mteb_tasks
     except ImportError as error:
-        advice = "pip install 'openimp[eval]'" if sys.version_info >= (3, 11) else "it needs Python 3.11 or newer"
+        advice = "pip install 'openimp[eval]', with Python 3.11 or newer"
         raise UserError(f"mteb cannot be imported ({error}): {advice}") from None
     folder = find_model(str(path))
     model = load(folder)
@@ -244,24 +233,6 @@ def run_search(
         console.print("no item has these words")
 
 
-def run_embed(
-    run: Path,
-    files: list[str],
-    out: str,
-    modality: str | None,
-    towards: str | None,
-    batch_size: int,
-    join_options: dict[str, str | None],
-) -> None:
-    """Embeds files. The `join_options` need --join, so none of them may have a value."""
-    for option, value in join_options.items():
-        if value is not None:
-            raise UserError(f"{option} needs --join, the source whose rows to embed")
-    if not files:
-        raise UserError("name files or folders to embed, or a source with --join")
-    embed(run, files, out, modality, towards, batch_size=batch_size)
-
-
 def run_serve(what: Path, host: str, port: int, names: Sequence[str] = (), allow_sources: bool = False) -> None:
     """Serves the search page of an index, or of the media of a run's recipe."""
     if (has_scheme(what) and not is_bundled(what)) or (what / CONFIG).exists():
@@ -289,12 +260,6 @@ def run_serve(what: Path, host: str, port: int, names: Sequence[str] = (), allow
     serve(index, host, port, names)
 
 
-def run_report(run: Path, out: Path | None, allow_sources: bool) -> None:
-    """Writes a run's page."""
-    file = write_report(run, out, track, allow_sources)
-    console.print(f"{file}: {file.stat().st_size / 1e6:.2f} MB", soft_wrap=True)
-
-
 def run_info(what: str, overrides: list[str]) -> None:
     """Describes a recipe, a model, or a run. A run without a checkpoint is described by its recipe."""
     path = Path(what)
@@ -302,7 +267,7 @@ def run_info(what: str, overrides: list[str]) -> None:
     is_name = has_scheme(what)
     if (is_name or is_folder) and overrides:
         raise UserError(f"{path}: --set changes a recipe, and this is a run or a model")
-    has_model = is_folder and (checkpoints(path) or (path / "config.json").exists())
+    has_model = is_folder and (checkpoints(path) or (path / CONFIG).exists())
     if is_name or has_model or (is_folder and not (path / "recipe.yaml").exists()):
         folder = find_model(what)
         config, modalities, saved_recipe = describe_model(folder)
@@ -331,6 +296,18 @@ def run_info(what: str, overrides: list[str]) -> None:
         _print_run(path)
 
 
+def _print_run(path: Path) -> None:
+    if lines := read_metrics(path / "metrics.jsonl"):
+        rows = [
+            (task, f"{used.steps:,}", f"{used.examples:,}", f"{used.tokens:,}", f"{used.flops:.4g}")
+            for task, used in lines[-1].totals.items()
+        ]
+        head = ("task", "steps", "examples", "tokens", "FLOPs")
+        console.print(number_table(f"spent up to step {lines[-1].step}", head, rows))
+    if results := read_results(path / "results.jsonl"):
+        console.print(table(latest(results)))
+
+
 def run_plan(name: str, overrides: list[str], gpus: int | None, gpu: str, mfu: float) -> None:
     """Prints the needs of a run of a recipe, and which layout suits it. By default, as few GPUs as its layout needs."""
     recipe = Recipe.load(name, overrides, Path.cwd())
@@ -353,16 +330,13 @@ def _classes(recipe: Recipe) -> dict[str, list[Any]]:
     """The classes of each head. A head whose classes are neither listed nor in readable data counts as one class."""
     classes = {}
     for name, task in recipe.tasks.items():
-        for objective in task.objectives:
-            column = objective.class_column()
-            if column is None:
-                continue
+        options = recipe.sources[task.source]
+        is_remote = is_url(options.path or "") or (options.hub is not None and not Path(options.hub).is_dir())
+        for column in task.class_columns:
             head = head_key(task.source, column.name)
             if column.classes:
                 classes[head] = list(column.classes)
                 continue
-            options = recipe.sources[task.source]
-            is_remote = is_url(options.path or "") or (options.hub is not None and not Path(options.hub).is_dir())
             try:
                 if is_remote:
                     raise UserError(f"source {task.source} is not downloaded for this; list the classes in the recipe")
@@ -372,15 +346,3 @@ def _classes(recipe: Recipe) -> dict[str, list[Any]]:
                 classes[head] = [None]
                 console.print(f"head {head} counts as one class: {error}", soft_wrap=True)
     return classes
-
-
-def _print_run(path: Path) -> None:
-    if lines := read_metrics(path / "metrics.jsonl"):
-        rows = [
-            (task, f"{used.steps:,}", f"{used.examples:,}", f"{used.tokens:,}", f"{used.flops:.4g}")
-            for task, used in lines[-1].totals.items()
-        ]
-        head = ("task", "steps", "examples", "tokens", "FLOPs")
-        console.print(number_table(f"spent up to step {lines[-1].step}", head, rows))
-    if results := read_results(path / "results.jsonl"):
-        console.print(table(latest(results)))

@@ -161,13 +161,17 @@ def test_the_end_of_a_training_waits_for_its_checkpoint(little_data, tmp_path, d
 
 @pytest.mark.slow
 def test_a_checkpoint_of_several_ranks_loads_on_one_and_four(little_data, tmp_path):
-    """Bit for bit. What the four save is loaded again by one."""
+    """Bit for bit, replicas and shards of experts too. Each number is saved once."""
     run = tmp_path / "run"
-    for ranks, step in ((2, 3), (4, 4)):
-        processes.run(*torchrun(ranks, __file__, "save", little_data, run), check=True)
+    experts = "parallel={shard_degree: 1, expert_degree: 2}"
+    for ranks, step, layout in ((2, 3, "parallel={}"), (4, 4, experts)):
+        processes.run(*torchrun(ranks, __file__, "save", little_data, run, layout), check=True)
         folder, expected = checkpoints(run)[-1], load_file(run / f"saved {step}.safetensors")
         assert folder.name == f"step-{step:08d}"
-        assert len(list((folder / "model").iterdir())) == ranks
+        shards = [load_file(file) for file in (folder / "model").iterdir()]
+        assert len(shards) == ranks
+        for name, tensor in dcp.read(folder / "model").items():
+            assert sum(shard[name].numel() for shard in shards if name in shard) == tensor.numel(), name
         assert_equal(files_of(folder), expected)
         assert_equal(tensors_of(training_of(little_data, run, resume=True)), expected)
         assert openimp.load(run).encode_text(["a red square"]).isfinite().all()
@@ -183,18 +187,6 @@ def test_a_checkpoint_of_several_ranks_loads_on_one_and_four(little_data, tmp_pa
                     openimp.load(run)
             moved.rename(lost)
     openimp.load(run)
-
-
-@pytest.mark.slow
-def test_tensors_of_any_mesh_are_saved_once_and_loaded_into_any_other(tmp_path):
-    """Replicas, shards in two dimensions, tensors that all ranks or only some have, scalars, fewer rows than ranks."""
-    processes.run(*torchrun(4, __file__, "meshes", tmp_path), check=True)
-    expected = whole_tensors()
-    assert_equal(dcp.read(tmp_path / "saved"), expected)
-    shards = [load_file(file) for file in sorted((tmp_path / "saved").iterdir())]
-    assert len(shards) == 4
-    for name, tensor in expected.items():
-        assert sum(shard[name].numel() for shard in shards if name in shard) == tensor.numel(), name
 
 
 @pytest.mark.slow
@@ -264,61 +256,9 @@ def test_an_older_checkpoint_that_cannot_be_removed_is_an_error(little_data, tmp
         verify(folder)
 
 
-def whole_tensors() -> dict[str, Tensor]:
-    return {
-        "sharded": torch.arange(30.0).view(10, 3),
-        "few rows": torch.arange(2.0).view(2, 1),
-        "one row": torch.ones(1),
-        "replicated": torch.arange(12.0).view(4, 3),
-        "both ways": torch.arange(56.0).view(8, 7),
-        "twice": torch.arange(32.0).view(16, 2),
-        "plain": torch.arange(5.0),
-        "scalar": torch.tensor(7.0),
-        "bf16": torch.arange(6.0).bfloat16(),
-        **{f"only on rank {rank}": torch.full((3,), float(rank)) for rank in range(4)},
-    }
-
-
-def meshes(folder: Path) -> None:
-    """Saves tensors sharded over meshes of one and two dimensions, and loads them into shards on other meshes."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    distributed.start()
-    line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
-    row, column, all_of_it = Shard(0), Shard(1), Replicate()
-    at_first = {
-        "sharded": (line, [row]), "few rows": (line, [row]), "one row": (square, [all_of_it, row]),
-        "replicated": (square, [all_of_it, row]), "both ways": (square, [row, column]), "twice": (square, [row, row]),
-        "bf16": (line, [row]),
-    }  # fmt: skip
-    later = {
-        "sharded": (square, [row, column]), "few rows": (square, [row, all_of_it]), "replicated": (line, [row]),
-        "both ways": (square, [column, row]), "twice": (line, [all_of_it]), "plain": (line, [row]),
-    }  # fmt: skip
-    whole = whole_tensors()
-    saved, target = (
-        {
-            name: distribute_tensor(fill(tensor), *where[name]) if name in where else fill(tensor)
-            for name, tensor in whole.items()
-        }
-        for where, fill in ((at_first, torch.clone), (later, torch.zeros_like))
-    )
-    local = {name: x for name, x in saved.items() if name[-1] == str(distributed.rank()) or "only" not in name}
-    buffers: dict[str, Tensor] = {}
-    earlier = dcp.stage({name: torch.zeros_like(tensor) for name, tensor in local.items()}, buffers)
-    staged = dcp.stage(local, buffers)
-    assert all(tensor is earlier[name] for name, tensor in staged.items())
-    (file,) = dcp.save(folder / "saved", staged, distributed.new_group(distributed.TIMEOUT))
-    assert file.name.startswith(f"shard-0000{distributed.rank() + 1}-")
-    distributed.barrier()
-    dcp.load(folder / "saved", target)
-    assert_equal({name: full_tensor(tensor) for name, tensor in target.items()}, whole)
-
-
-def save(folder: Path, run: Path) -> None:
+def save(folder: Path, run: Path, layout: str) -> None:
     """Resumes a run, if there is one, for one step; otherwise trains three, of both tasks. Records all tensors."""
-    training = training_of(folder, run, resume=run.exists())
+    training = training_of(folder, run, layout, resume=run.exists())
     record(training, run / f"loaded {training.step}.safetensors")
     save_after(training, 1 if training.step else 3, wait=False)
     record(training, run / f"saved {training.step}.safetensors")
@@ -352,9 +292,9 @@ def harmed(harm: str, folder: Path, run: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    what, *paths = sys.argv[1:]
-    if what in ("kill", "fill"):
-        harmed(what, *map(Path, paths))
+    what, data, directory, *layout = sys.argv[1:]
+    if what == "save":
+        save(Path(data), Path(directory), *layout)
     else:
-        {"save": save, "meshes": meshes}[what](*map(Path, paths))
+        harmed(what, Path(data), Path(directory))
     distributed.shut_down()

@@ -77,10 +77,6 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
 
 def test_entries_that_nothing_has_read_for_long_are_removed(cache):
     written: list[str] = []
-    cache.mkdir(parents=True, mode=0o700)
-    cache.parent.chmod(0o700)
-    (cache / "file").write_text("of an older version")
-    os.utime(cache / "file", (0, 0))
     for key in ("old", "read"):
         number(key, written)
         long_ago = time.time() - (UNUSED_DAYS + 1) * DAY

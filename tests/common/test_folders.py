@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from openimp.common.folders import files_below
 from openimp.data.files import locate
 from openimp.data.sources import open_source
 from openimp.drafting.finding import find
@@ -76,12 +75,3 @@ def test_a_pattern_in_a_url_matches_what_it_matches_on_disk(folder):
     for pattern, names in (("*.csv", ["a.csv"]), (".*.csv", [".b.csv"]), (".c/*.csv", [".c/d.csv"])):
         assert [Path(file).relative_to(folder).as_posix() for file in locate("s", f"{folder}/{pattern}")[1]] == names
         assert locate("s", f"{folder.as_uri()}/{pattern}")[1] == [f"{folder.as_uri()}/{name}" for name in names]
-
-
-def test_each_folder_is_listed_once_in_the_order_of_paths(folder, monkeypatch):
-    listed, scandir = list[str](), os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: (listed.append(str(path)), scandir(path))[1])
-    paths = [entry.path for entry in files_below(folder)]
-    assert [os.path.relpath(path, folder) for path in paths] == READ
-    assert [Path(path) for path in paths] == sorted(map(Path, paths))
-    assert listed == [str(folder / name) for name in ("", "cat", "cat/b.d", "dog")]

@@ -15,7 +15,6 @@ from openimp.common import json_lines, safe_files
 from openimp.common.cache import cache_folder
 from openimp.common.json_lines import append, forget_after, own_lines, read_lines
 from openimp.common.safe_files import private_folder, replacing, write_text
-from openimp.inference.embed import embed
 from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report
 from openimp.training.trainer import train
@@ -49,17 +48,6 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_a_link_in_the_place_of_an_old_draft_is_not_followed(victim, tmp_path, tiny_model_folder, media_folder):
-    for name in (".metrics.jsonl.tmp", ".vectors.parquet.tmp", ".page.html.tmp"):
-        (tmp_path / name).symlink_to(victim)
-    append(tmp_path / "metrics.jsonl", {"step": 1})
-    append(tmp_path / "metrics.jsonl", {"step": 2})
-    forget_after(tmp_path / "metrics.jsonl", 1)
-    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
-    embed(tiny_model_folder, [media_folder / "0.png"], tmp_path / "vectors.parquet")
-    write_report(tiny_model_folder, tmp_path / "page.html")
-
-
 def test_a_link_under_the_name_of_a_draft_or_a_result_is_not_followed(victim, tmp_path, monkeypatch):
     monkeypatch.setattr(safe_files, "token_hex", lambda _: "guessed")
     (tmp_path / ".page.html.guessed.tmp").symlink_to(victim)
@@ -89,13 +77,25 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 def test_drafts_that_killed_processes_left_are_removed(victim, tmp_path):
     names = ("file.0123456789abcdef", "file.fedcba9876543210", "file." + 16 * "0", "more." + 16 * "0")
     old, new, link, other = (tmp_path / f".{name}.tmp" for name in names)
-    for draft in (old, new, other):
+    folder = tmp_path / f".file.{16 * '1'}.tmp"
+    folder.mkdir()
+    for draft in (old, new, other, folder / "part"):
         draft.touch()
     link.symlink_to(victim)
-    for draft in (old, link, other):
+    for draft in (old, link, other, folder):
         os.utime(draft, (0, 0), follow_symlinks=False)
     write_text(tmp_path / "file", "text")
-    assert [draft for draft in (old, new, link, other) if draft.is_symlink() or draft.exists()] == [new, link, other]
+    assert {*tmp_path.iterdir()} == {tmp_path / "file", victim, new, other}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no getuid")
+def test_drafts_of_other_users_are_left(tmp_path, monkeypatch):
+    draft = tmp_path / f".file.{16 * '0'}.tmp"
+    draft.touch()
+    os.utime(draft, (0, 0))
+    monkeypatch.setattr(os, "getuid", lambda: draft.stat().st_uid + 1)
+    write_text(tmp_path / "file", "text")
+    assert draft.exists()
 
 
 def test_a_draft_is_closed_before_it_is_renamed(tmp_path, monkeypatch):

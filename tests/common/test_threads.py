@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from openimp.common.threads import in_main_thread, map_ahead
+from openimp.common.threads import map_ahead
 
 
 def test_results_come_in_order_and_items_are_read_only_a_few_ahead():
@@ -48,9 +48,3 @@ def test_work_that_nobody_waits_for_is_not_begun():
     threading.Timer(0.1, may_end.set).start()
     results.close()  # Waits for the work that is being done.
     assert begun == [0, 1]
-
-
-def test_only_the_main_thread_can_handle_signals():
-    assert in_main_thread()
-    (in_thread,) = map_ahead(lambda _: in_main_thread(), [None])
-    assert not in_thread

@@ -81,28 +81,6 @@ def test_batches_are_bitwise_equal_with_any_number_of_workers(little_data):
         torch.set_num_threads(threads)
 
 
-def test_an_example_is_what_it_would_be_alone(little_data):
-    """Read by itself, one modality after the other with one generator, though a batch goes through them in turn."""
-    batches = opened(little_data, "tasks.named.inputs.text={column: [label, 'a {label}'], draw: 3}", NO_EVALUATION)
-    for step in range(4):
-        visit, batch = (item := batches[step]).visit, item.batch
-        task = batches.data.recipe.tasks[visit.task]
-        view, source = task.views[visit.view], batches.data.source_of_task[visit.task]
-        key = seed_key(batches.data.recipe.seed, visit.task, "augment")
-        for i, example in enumerate(source.rows(item.rows)):
-            rng, arrays = example_rng(key, visit.start + i), {}
-            for name, spec in task.inputs.items():
-                modality, arrays[name] = batches.data.modalities[name], []
-                for _ in range(spec.draw):
-                    raw = fill(spec.columns, example, rng) if name == "text" else source.media(example[spec.column])
-                    arrays[name].append(modality.transform(modality.decode(raw, [view[name]], rng), view[name], rng))
-            for name, spec in task.inputs.items():
-                alone = batches.data.modalities[name].tokens(np.stack(arrays[name]), view[name], [rng] * spec.draw)
-                mine = batch.tokens[name].values[i * spec.draw : (i + 1) * spec.draw]
-                torch.testing.assert_close(mine, alone.values, rtol=1e-5, atol=1e-5)
-                assert torch.equal(batch.tokens[name].coords[i * spec.draw : (i + 1) * spec.draw], alone.coords)
-
-
 SYNC = """
 name: sync
 modalities: {vision: {patch: [4, 16, 16]}, audio: {window: 256, hop: 256, bins: 16}}
@@ -359,3 +337,25 @@ def test_a_worker_prints_no_traceback_if_a_handover_is_cut_off(capfd):
     worker.join()
     assert worker.exitcode == 0
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_example_is_what_it_would_be_alone(little_data):
+    """Read by itself, one modality after the other with one generator, though a batch goes through them in turn."""
+    batches = opened(little_data, "tasks.named.inputs.text={column: [label, 'a {label}'], draw: 3}", NO_EVALUATION)
+    for step in range(4):
+        visit, batch = (item := batches[step]).visit, item.batch
+        task = batches.data.recipe.tasks[visit.task]
+        view, source = task.views[visit.view], batches.data.source_of_task[visit.task]
+        key = seed_key(batches.data.recipe.seed, visit.task, "augment")
+        for i, example in enumerate(source.rows(item.rows)):
+            rng, arrays = example_rng(key, visit.start + i), {}
+            for name, spec in task.inputs.items():
+                modality, arrays[name] = batches.data.modalities[name], []
+                for _ in range(spec.draw):
+                    raw = fill(spec.columns, example, rng) if name == "text" else source.media(example[spec.column])
+                    arrays[name].append(modality.transform(modality.decode(raw, [view[name]], rng), view[name], rng))
+            for name, spec in task.inputs.items():
+                alone = batches.data.modalities[name].tokens(np.stack(arrays[name]), view[name], [rng] * spec.draw)
+                mine = batch.tokens[name].values[i * spec.draw : (i + 1) * spec.draw]
+                torch.testing.assert_close(mine, alone.values, rtol=1e-5, atol=1e-5)
+                assert torch.equal(batch.tokens[name].coords[i * spec.draw : (i + 1) * spec.draw], alone.coords)

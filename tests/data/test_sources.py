@@ -27,7 +27,7 @@ from PIL import Image
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.common.objective import ClassColumn
-from openimp.data import files, hub, parquet
+from openimp.data import files, hub, parquet, tars
 from openimp.data.manifests import BLOCK_BYTES
 from openimp.data.sources import open_source
 from openimp.data.streams import Stream
@@ -174,14 +174,6 @@ def test_a_caption_that_leaves_the_folder_is_not_read(tmp_path):
     assert "leaves the folder" in value.reason
 
 
-def test_class_folders_that_are_links_are_not_listed(tmp_path):
-    write_folder(tmp_path / "root")
-    (tmp_path / "private" / "letters").mkdir(parents=True)
-    (tmp_path / "private" / "letters" / "to-her.txt").write_text("x")
-    (tmp_path / "root" / "linked").symlink_to(tmp_path / "private")
-    assert set(opened(tmp_path / "root").column("label")) == {"cat", "dog"}
-
-
 def test_folders_without_classes_and_without_files(tmp_path):
     fails(path=str(tmp_path))
     fails(path=str(tmp_path), root="/")
@@ -232,33 +224,27 @@ def test_paths_are_those_of_files_that_are_not_embedded(tmp_path):
     assert opened(tmp_path / "y.parquet").paths("x") == ["c.png"]
 
 
-@pytest.mark.parametrize("values", [[b"cat", b"dog"], [datetime.date(2026, 1, 1), datetime.date(2026, 1, 2)]])
-def test_classes_are_texts_or_numbers_that_a_checkpoint_can_store(tmp_path, values):
-    pq.write_table(pa.table({"label": values}), tmp_path / "x.parquet")
+def test_classes_are_texts_or_numbers_that_a_checkpoint_can_store(tmp_path):
+    pq.write_table(pa.table({"label": [b"cat", b"dog"]}), tmp_path / "x.parquet")
     with refuses():
         classes_of(opened(tmp_path / "x.parquet"), ClassColumn("label", False, None), "tasks.a")
 
 
-def test_class_numbers_become_their_names(tmp_path):
-    features = datasets.Features({"label": datasets.ClassLabel(names=["cat", "dog"]), "n": datasets.Value("int64")})
+def test_class_numbers_and_lists_of_them_become_their_names(tmp_path):
     file = tmp_path / "x.parquet"
-    datasets.Dataset.from_dict({"label": [1, 0, -1], "n": [0, 1, 2]}, features=features).to_parquet(file)
-    for stream in (False, True):
-        assert [row["label"] for row in first_rows(opened(file, **in_order(stream)), 3)] == ["dog", "cat", None]
-    assert opened(file, where={"label": "cat"}).column("n") == [1]
-
-
-def test_lists_of_class_numbers_become_their_names(tmp_path):
-    file = tmp_path / "x.parquet"
-    features = datasets.Features({"labels": datasets.Sequence(datasets.ClassLabel(names=["cat", "dog"]))})
-    datasets.Dataset.from_dict({"labels": [[1, 0], [], None, [1]]}, features=features).to_parquet(file)
+    label = datasets.ClassLabel(names=["cat", "dog"])
+    features = datasets.Features({"one": label, "several": datasets.Sequence(label)})
+    numbers = {"one": [1, 0, -1, None], "several": [[1, 0], [], None, [1]]}
+    datasets.Dataset.from_dict(numbers, features=features).to_parquet(file)
+    names = {"one": ["dog", "cat", None, None], "several": [["dog", "cat"], [], None, ["dog"]]}
     for stream in (False, True):
         rows = first_rows(opened(file, **in_order(stream)), 4)
-        assert [row["labels"] for row in rows] == [["dog", "cat"], [], None, ["dog"]]
+        assert {column: [row[column] for row in rows] for column in names} == names
     table = opened(file)
-    assert table.arrow(range(4)).column("labels").to_pylist() == [["dog", "cat"], [], None, ["dog"]]
-    assert len(opened(file, where={"labels": "cat"})) == 1
-    assert classes_of(table, ClassColumn("labels", True, None), "tasks.a") == ["cat", "dog"]
+    assert table.arrow(range(4)).to_pydict() == names
+    assert opened(file, where={"one": "cat"}).column("several") == [[]]
+    assert len(opened(file, where={"several": "cat"})) == 1
+    assert classes_of(table, ClassColumn("several", True, None), "tasks.a") == ["cat", "dog"]
 
 
 def test_files_with_different_columns_are_one_table(tmp_path):
@@ -340,8 +326,6 @@ def test_json_manifests(tmp_path, form):
         ("x.jsonl", b'{"a": 1}\n\n[1]\n'),
         ("x.jsonl", b'{"a": 1}\n{"a": "b"}\n'),
         ("x.jsonl", b'\n{"a": ' + b"[" * 200_000),
-        ("x.json", b"[" * 200_000),
-        ("x.json", b"[]"),
         ("x.json", b'[{"a": 1},\n 1]'),
         ("x.json", b'[{"a": 1},\n nonsense]'),
     ],
@@ -351,24 +335,16 @@ def test_corrupt_manifests(tmp_path, name, content):
     fails(path=f"{tmp_path}/{name}")
 
 
-def test_a_long_text_is_read_beside_a_row_with_fewer_cells(tmp_path):
-    (tmp_path / "x.csv").write_text(f"file,text\na.jpg\nb.jpg,{'x' * 200_000}\n")
-    assert [len(row["text"] or "") for row in all_rows(opened(tmp_path / "x.csv"))] == [0, 200_000]
-
-
 # Selected rows
 
 
-@pytest.mark.parametrize(
-    ("where", "kept"),
-    [({"half": 1}, range(1, 40, 2)), ({"half": "1", "name": ["n23", "n24"]}, [23])],
-)
-def test_where(shards, where, kept):
+def test_where(shards):
+    where = {"half": "1", "name": ["n23", "n24", "n25"]}
     table = opened(shards / "*.parquet", where=where)
-    assert all_rows(table) == [DATA[i] for i in kept]
-    assert table.row_name(0) == f"part-{kept[0] // 20}.parquet[{kept[0] % 20}]"
+    assert all_rows(table) == [DATA[23], DATA[25]]
+    assert table.row_name(0) == "part-1.parquet[3]"
     stream = opened(shards / "*.parquet", where=where, lanes=1, stream=True)
-    assert sorted(names(stream, 0, len(kept))) == sorted(DATA[i]["name"] for i in kept)
+    assert {*names(stream, 0, 2)} == {"n23", "n25"}
 
 
 @pytest.mark.parametrize(
@@ -811,13 +787,6 @@ def test_a_header_that_claims_a_terabyte_or_leads_astray(tmp_path, headers, good
         stream.media(rest["png"])
 
 
-def test_texts_of_windows_programs_in_a_tar_have_no_byte_order_mark(tmp_path):
-    mark = "\ufeff".encode()
-    file = write_tar(tmp_path / "x.tar", {"0.txt": mark + b"a cat", "0.cls": mark + b"7"})
-    (row,) = first_rows(opened(file, **in_order(stream=True)), 1)
-    assert (row["txt"], row["cls"]) == ("a cat", 7)
-
-
 def test_a_compressed_tar_is_told(tmp_path):
     file = write_tar(tmp_path / "x.tar", {"0.txt": b"zero"})
     file.write_bytes(gzip.compress(file.read_bytes()))
@@ -893,39 +862,34 @@ def test_tars(tmp_path, kind):
 
 
 def test_samples_of_a_tar_that_are_not_whole(tmp_path):
-    members = {"0.jpg": b"0", "0.json": b'{"a": 1}', "0.txt": b"zero", "1.jpg": b"1"}
-    members |= {"2.txt": b"two", "2.json": b'{"a": 1}', "2.jpg": b"2"}
-    members |= {"3.txt": b"\xff", "3.json": b"{]", "4.jpg": b"4", "4.JPG": b"4"}
+    mark = "\ufeff".encode()  # which Windows programs write
+    members = {
+        "0.jpg": b"0",
+        "1.cls": mark + b"7",
+        "1.json": b'{"a": 1}',
+        "2.txt": mark + b"two",
+        "2.json": b'{"b": 1}',
+    }
+    members |= {"3.txt": b"\xff", "3.json": b"{]", "4.json": b"[" * 200_000}
+    members |= {"5.jpg": b"5", "5.JPG": b"5", "5.__key__": b"6"}
     stream = opened(write_tar(tmp_path / "x.tar", members), **in_order(stream=True))
-    assert stream.columns == ["__key__", "jpg", "json.a", "txt"]
-    _, one, two, three, four = first_rows(stream, 5)
-    assert one == {"__key__": "1", "jpg": b"1", "json.a": None, "txt": None}
-    assert two == {"__key__": "2", "jpg": b"2", "json.a": 1, "txt": "two"}
-    assert four["jpg"] == Unreadable("example 4 has two members .jpg")
-    for value in (one["txt"], three["txt"], three["json.a"]):
+    assert stream.columns == ["__key__", "jpg", "cls", "json.a", "txt", "json.b", "json"]
+    empty = dict.fromkeys(stream.columns)
+    zero, one, two, three, four, five = first_rows(stream, 6)
+    assert five["jpg"] == Unreadable("example 5 has two members .jpg")
+    assert zero == empty | {"__key__": "0", "jpg": b"0"}
+    assert one == empty | {"__key__": "1", "cls": 7, "json.a": 1}
+    assert two == empty | {"__key__": "2", "txt": "two", "json.b": 1}
+    for value in (zero["txt"], three["txt"], three["json"], four["json"]):
         with refuses(BadMedia):
             stream.media(value)
 
 
-def test_members_that_the_first_sample_of_a_tar_lacks(tmp_path):
-    members = {"0.jpg": b"0", "1.jpg": b"1", "1.json": b'{"a": 1}', "2.txt": b"two", "2.json": b'{"b": 2}'}
-    stream = opened(write_tar(tmp_path / "x.tar", members), **in_order(stream=True))
-    assert stream.columns == ["__key__", "jpg", "json.a", "txt", "json.b"]
-    assert [row["txt"] for row in first_rows(stream, 3)] == [None, None, "two"]
-
-
-@pytest.mark.parametrize("broken", [b"{broken", b"[" * 200_000], ids=["cut", "deep"])
-def test_a_first_json_that_is_broken(tmp_path, broken):
-    """The columns are those of the next one, and the rest of its sample is as good as any other."""
-    members = {"0.png": png(7), "0.json": broken}
-    only = opened(write_tar(tmp_path / "y.tar", members), **in_order(stream=True))
-    assert only.columns == ["__key__", "png", "json"]
-    assert isinstance(first_rows(only, 1)[0]["json"], Unreadable)
-    members |= {"1.png": png(1), "1.json": b'{"caption": "c"}'}
-    stream = opened(write_tar(tmp_path / "x.tar", members), **in_order(stream=True))
-    assert stream.columns == ["__key__", "png", "json.caption"]
-    first, second = first_rows(stream, 2)
-    assert (first["png"], first["json.caption"], second["json.caption"]) == (png(7), None, "c")
+def test_opening_a_stream_reads_a_limited_number_of_bytes_of_all_its_tars(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "COLUMN_BYTES", 30_000)
+    for i in range(5):
+        write_tar(tmp_path / f"{i}.tar", {f"a.{i}": b"x"})  # of 10,240 bytes
+    assert opened(tmp_path / "*.tar", stream=True).columns == ["__key__", "0", "1", "2"]
 
 
 @pytest.mark.parametrize(("place", "kept"), [(30, 7), (-400, 6), (-512, 6)])

@@ -54,16 +54,6 @@ def copies(count, kind="png"):
     return names
 
 
-def test_each_kind_of_media_is_paired_with_the_text():
-    media = {name: [f"{i}.{kind}" for i in range(3)] for name, kind in (("a", "png"), ("b", "wav"), ("c", "mp4"))}
-    rows = [{name: row[name] for name in (*media, "caption")} for row in numbered(6, **media, caption="text {}")]
-    assert [(task.media.kind, task.text.name) for task in tasks(rows)] == [
-        ("image", "caption"),
-        ("audio", "caption"),
-        ("video", "caption"),
-    ]
-
-
 def test_texts_that_repeat_but_are_missing_in_a_row_are_texts():
     rows = numbered(60, caption=["a cat", "a dog"] * 30)
     rows[7]["caption"] = ""
@@ -114,12 +104,6 @@ def test_lists_of_captions_may_be_padded():
     assert task.text.bad == pytest.approx(1 / 3)
 
 
-def test_numbers_as_classes_make_no_texts():
-    for label in (0, 1), ("0", "1"):
-        (task,) = tasks(numbered(4, label=label))
-        assert (task.text, task.label.classes) == (None, list(label))
-
-
 @pytest.mark.parametrize("species", ["a species {}", ["owl", "hen", "jay"]])
 def test_a_chosen_text_is_read_although_it_could_be_the_class(species):
     rows = numbered(30, species=species, label=["wild", "tame"], caption="a caption {}")
@@ -165,20 +149,11 @@ def test_of_folders_with_the_same_names_the_one_named_like_the_table_is_read():
     for folder in ("augmented", "test", "train"):
         for number in range(12 if folder == "train" else 6):
             copy("0.png", f"data/{folder}/{number}.png")
-    for table in ("train", "test"):
-        write([{"file": f"{i}.png", "text": f"a {i}"} for i in range(6)], f"data/{table}.jsonl")
-    write([{"file": f"{i}.png", "text": f"a {i}"} for i in range(12)], "data/all.jsonl")
-    roots = {}
-    for table in ("train", "test", "all"):
+    for table, rows in {"train": 6, "test": 6, "all-1": 12, "all-2": 12}.items():
+        write([{"file": f"{i}.png", "text": f"a {i}"} for i in range(rows)], f"data/{table}.jsonl")
+    for table, root in {"train": "train", "test": "test", "all-*": "train"}.items():
         ((task,), _) = inspect(Candidate({"path": f"data/{table}.jsonl"}), None, None)
-        roots[table] = task.source["root"]
-    assert roots == {"train": "data/train", "test": "data/test", "all": "data/train"}
-    write([{"file": "0.png", "text": "a"}] * 6, "shards/1/a.jsonl")
-    copy("0.png", "shards/images/0.png")
-    write([{"file": "0.png", "text": "a b"}] * 6, "shards/a-1.jsonl")
-    write([{"file": "0.png", "text": "a c"}] * 6, "shards/a-2.jsonl")
-    ((task,), _) = inspect(Candidate({"path": "shards/a-*.jsonl"}), None, None)
-    assert task.source["root"] == "shards/images"
+        assert task.source["root"] == f"data/{root}"
 
 
 def test_paths_may_start_at_a_folder_beside_the_table_also_of_a_test_split():
@@ -272,9 +247,6 @@ def test_a_source_that_cannot_be_read_does_not_hide_the_others():
         assert part in "\n".join(notes)
     with refuses():
         find_tasks(["set/broken.parquet"])
-    Path("notes.txt").write_text("notes")
-    with refuses():
-        find_tasks(["notes.txt"])
 
 
 def test_a_table_of_something_else_does_not_hide_the_media_of_a_folder():

@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import shutil
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from messages import refuses
 from PIL import Image
 from recordings import picture_file
 
@@ -95,7 +95,6 @@ def tasks_of_kinds(media_folder: Path, *kinds: str):
 FORMATS = {
     "captions": (lambda: write_files("media", captions=True), "media"),
     "csv": (write_csv, "pictures.csv"),
-    "parquet": (lambda: write_parquet("pictures.parquet", NAMES), "pictures.parquet"),
     "numbers": (lambda: write_parquet("pictures.parquet", NUMBERS), "pictures.parquet"),
     "hub": (lambda: [write_parquet(f"hub/{split}.parquet", NAMES) for split in ("train", "test")], "hub:hub"),
 }
@@ -205,6 +204,12 @@ def test_a_picture_whose_text_names_a_side_is_not_mirrored_with_a_tower_for_text
         assert [view["image"]["flip"] for view in task["views"]] == [False, False]
 
 
+def test_two_towers_of_one_stem_are_refused(media_folder):
+    tasks = [*tasks_of_kinds(media_folder, "png"), *tasks_of_kinds(media_folder, "mp4")]
+    with refuses():
+        assemble("all", tasks, CPU, {"image": ChosenTower("timm:a", 24), "video": ChosenTower("hub:b/c", 24)})
+
+
 def test_the_caches_of_all_sources_together_are_bounded(media_folder):
     tasks = tasks_of_kinds(media_folder, "png")
     small = replace(CPU, host_memory=CPU.host_memory / 100)
@@ -247,6 +252,11 @@ def test_names_from_the_data_cannot_change_the_recipe():
     assert name in {objective.get("label") for objective in draft.recipe["tasks"]["rows"]["objectives"]}
 
 
+def test_any_text_of_the_data_is_read_again_as_it_is():
+    recipe = {"sources": {"a": {"where": {"label": ["a\x85b", "two\nlines", "\u2028", "naïve", "x" * 200]}}}}
+    assert yaml.load(write(recipe, {}), RecipeLoader) == recipe
+
+
 def test_sparse_texts_and_objects_in_a_group_column_are_drafted():
     """Three of four texts are missing, and a user is an object."""
     titles = [caption if i % 4 == 0 else None for i, (_, caption, _) in enumerate(examples(120))]
@@ -265,13 +275,6 @@ def test_the_recipe_names_the_command_that_drafts_it_again_and_columns_that_are_
         code, out, err = openimp("init", "pictures.csv", option, "id")
         assert (code, out) == (2, "")
         assert option in err
-
-
-def test_tars_are_to_be_converted_or_streamed(openimp):
-    tarfile.open("shard-0.tar", "w").close()
-    code, out, err = openimp("init", "shard-*.tar")
-    assert (code, out) == (2, "")
-    assert "tars are read as a stream: set stream: true, or convert them to Parquet, which docs/data.md shows" in err
 
 
 @pytest.mark.parametrize(

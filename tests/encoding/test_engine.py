@@ -8,7 +8,6 @@ import torch
 
 import openimp
 from openimp.common.modality import BadMedia
-from openimp.common.threads import THREADS
 from openimp.encoding import engine
 from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
 
@@ -64,31 +63,6 @@ def test_items_that_are_divided_at_whole_batches_have_the_same_vectors_bit_for_b
     parts = dict(encoder.encode(items[:4])) | dict(encoder.encode(items[4:]))
     assert passes == 2 * clips
     assert all(torch.equal(whole[number], parts[number]) for number, length in enumerate(lengths) if length)
-
-
-def test_nothing_is_encoded_if_nothing_can_be_read(model, passes):
-    encoder = model.item_encoder("audio", "text", 2, "test")
-    results = list(encoder.encode(sounds(encoder, [None] * 5)))
-    assert [str(why) for _, why in results] == [f"sound {i} is broken" for i in range(5)]
-    assert passes == []
-    assert list(encoder.encode([])) == []
-    assert encoder.stack([]).shape == (0, 32)
-
-
-def test_items_are_read_only_a_few_ahead(model):
-    """Because a long clip takes much memory."""
-    taken = []
-
-    def numbered(items):
-        for item in items:
-            taken.append(item)
-            yield item
-
-    encoder = model.item_encoder("audio", "text", 2, "test")
-    results = encoder.encode(numbered(sounds(encoder, [8000] * 60)))
-    next(results)
-    assert len(taken) <= 2 + 2 * THREADS + 2
-    assert len(list(results)) == 59
 
 
 def test_chunks_have_the_vectors_of_their_items_on_the_cpu(model, monkeypatch):

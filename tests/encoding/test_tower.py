@@ -201,7 +201,7 @@ def test_crops_are_further_vectors_of_a_picture(data, clip):
     assert len(np.unique(vectors, axis=0)) == 3
 
 
-def test_an_encoder_above_a_tower_trains_resumes_and_searches(data, clip, tmp_path):
+def test_an_encoder_above_a_tower_trains_and_resumes(data, clip, tmp_path):
     """Texts are read by an ordinary stem."""
     name, _ = clip
     model = {"width": 32, "layers": 1, "heads": 2, "mlp_dim": 64, "space": "joint", "embed_dim": 24}
@@ -214,11 +214,6 @@ def test_an_encoder_above_a_tower_trains_resumes_and_searches(data, clip, tmp_pa
     shutil.rmtree(last)
     train(recipe, run, resume=True)
     assert all(torch.equal(weight, weights[name]) for name, weight in read_weights(last).items())
-    index = CliRunner().invoke(app, ["index", str(run)], catch_exceptions=False)
-    assert index.exit_code == 0, index.output
-    found = CliRunner().invoke(app, ["search", str(run / "search.index"), "red", "-k", "2"])
-    assert found.exit_code == 0, found.output
-    assert "image" in found.output
     card = model_card(openimp.load(run, "cpu"), last, "me/model", None)
     assert f"reads vision with the frozen encoder open_clip:local-dir:{Path(name).name}, which is not part" in card
     assert "reads text with" not in card
@@ -247,15 +242,6 @@ def test_a_model_of_openimp_is_a_tower_for_sounds(data, tmp_path):
     assert vector.norm() == pytest.approx(32**0.5, rel=1e-4)
     train(recipe, tmp_path / "run")
     assert openimp.load(tmp_path / "run", "cpu").encode_audio(file).shape == (1, 32)
-
-    # Also by a tower, texts are compared with pictures first, whichever task comes first.
-    stems = {"audio": {"tower": "openimp:base"}, "vision": {"tower": "openimp:base"}, "text": {"vocab_size": 300}}
-    sounds = yaml.safe_load(SOUNDS)
-    pictures = yaml.safe_load(BOUND)
-    both = {key: sounds[key] | pictures[key] for key in ("sources", "tasks")}
-    model = {"width": 32, "layers": 1, "heads": 1, "mlp_dim": 32, "space": "disjoint", "embed_dim": 32}
-    train(recipe_of(data, "", modalities=stems, model=model, evaluation={}, **both), tmp_path / "both")
-    assert openimp.load(tmp_path / "both", "cpu").partner("text") == "image"
 
     # A tower that cannot be opened is no fault of the files, so the index does not remember them as unreadable.
     shutil.move(tmp_path / "tower", tmp_path / "elsewhere")
@@ -385,10 +371,9 @@ def test_a_tower_of_a_strangers_model_is_not_opened_before_it_is_used(data, clip
         assert CliRunner().invoke(app, ["info", str(folder)], catch_exceptions=False).exit_code == 0
     with refuses():
         openimp.load(folder, "cpu").encode_text("red")
-    for content in ("[]", "{", '{"fingerprint": "a", "features": "24"}'):
-        (folder / "tower-text.json").write_text(content)
-        with refuses():
-            openimp.load(folder, "cpu")
+    (folder / "tower-text.json").write_text('{"fingerprint": "a", "features": "24"}')
+    with refuses():
+        openimp.load(folder, "cpu")
 
 
 def test_configurations_that_name_code_are_refused(data, tmp_path):

@@ -1,20 +1,10 @@
-import numpy as np
-import pytest
-
 from openimp.common.progress import console
-from openimp.evaluation.metrics import interval
 from openimp.evaluation.results import table
 
 COMMON = {"n": 1350, "interval": [0.052, 0.0711], "skipped": 0}
 RETRIEVAL = COMMON | {"set": "unseen vendor", "task": "image -> text", "r1": 0.0613, "r5": 0.2144, "r10": 0.3,
                       "median_rank": 31.5, "mrr": 0.1234, "chance": 0.0007}  # fmt: skip
 ZERO_SHOT = COMMON | {"set": "groups", "task": "image -> group", "top1": 0.5, "top5": 1.0, "chance": 0.1}
-
-
-def test_the_interval_is_that_of_drawing_queries_with_replacement():
-    hit = np.arange(40) < 13
-    draws = np.random.default_rng(1).integers(0, 40, (20_000, 40))
-    assert interval(hit) == pytest.approx(np.quantile(hit[draws].mean(1), [0.025, 0.975]), abs=0.026)
 
 
 def printed(*results) -> tuple[list[str], list[str]]:

@@ -1,16 +1,10 @@
 """A result names all that it depends on: the same thing has the same names, another thing has others."""
 
 import json
-import os
-import shutil
 import subprocess
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 from little import png
 
@@ -24,12 +18,11 @@ ZERO_SHOT = {"type": "zero_shot", "inputs": {"image": "picture"}, "label": "word
 
 @pytest.fixture
 def manifest(tmp_path):
-    """Names four pictures and sounds, two of them of split test."""
+    """Names four pictures, two of them of split test."""
     lines = []
     for i, word in enumerate(WORDS):
         (tmp_path / f"{i}.png").write_bytes(png(i))
-        soundfile.write(tmp_path / f"{i}.wav", np.random.default_rng(i).normal(0, 0.1, 9000), 16_000)
-        row = {"picture": f"{i}.png", "sound": f"{i}.wav", "word": word, "part": "test" if i < 2 else "train"}
+        row = {"picture": f"{i}.png", "word": word, "part": "test" if i < 2 else "train"}
         lines.append(json.dumps(row) + "\n")
     (tmp_path / "things.jsonl").write_text("".join(lines))
     return tmp_path / "things.jsonl"
@@ -79,9 +72,6 @@ def test_prompts_have_a_version(measure):
     versions = [prompts_version(**changes) for changes in options]
     assert len(set(versions)) == 6
     assert prompts_version(prompts=["a {}"]) == versions[1]
-    pair = {"type": "retrieval", "view": {"image": {"size": 16}, "text": {"length": 8}}}
-    pairs = [measure(**pair, inputs={"image": "picture", "text": text}) for text in ("word", "a {word}")]
-    assert len({result["prompts_version"] for result in pairs}) == 2
 
 
 def test_decoders_are_those_of_the_set_and_the_precision_is_that_of_training(measure):
@@ -89,11 +79,6 @@ def test_decoders_are_those_of_the_set_and_the_precision_is_that_of_training(mea
         result = measure(precision=precision)
         assert (result["precision"], result["torch"]) == (precision, torch.__version__)
         assert result["decoders"] == {name: version(name) for name in ("pillow", "tokenizers")}
-    views = {"image": {"size": 16}, "audio": {"seconds": 0.512}}
-    inputs = {"image": "picture", "audio": "sound"}
-    result = measure({"space": "joint"}, type="retrieval", inputs=inputs, view=views)
-    assert result["prompts_version"] is None
-    assert result["decoders"] == {name: version(name) for name in ("pillow", "soundfile", "av")}
 
 
 def test_a_checkpoint_is_named_by_all_of_its_tensors_and_by_what_was_learned(tiny_recipe, tiny_model):
@@ -112,19 +97,8 @@ def test_a_checkpoint_is_named_by_all_of_its_tensors_and_by_what_was_learned(tin
     assert len({name, fitted, checkpoint_fields(model.bfloat16(), modalities)["checkpoint"]}) == 3
 
 
-@pytest.mark.slow
-def test_the_version_names_the_commit_of_a_checkout_and_of_no_other_project(tmp_path):
-    """A copy of the package reports the commit of the checkout it lies in as src/openimp, and only then."""
-    package = Path(sys.modules["openimp"].__file__).parent
-
-    def reported(folder: Path) -> str:
-        shutil.copytree(package, folder / "openimp", ignore=shutil.ignore_patterns("data", "__pycache__"))
-        code = "from openimp.common.versions import openimp_version as v, PACKAGE; print(PACKAGE.parent, v())"
-        env = {**os.environ, "PYTHONPATH": str(folder)}
-        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        path, _, name = out.stdout.strip().partition(" ")
-        assert path == str(folder)
-        return name
+def test_the_version_names_the_commit_of_a_checkout_and_of_no_other_project(tmp_path, monkeypatch):
+    """The package is in src/openimp of the checkout."""
 
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
@@ -132,5 +106,7 @@ def test_the_version_names_the_commit_of_a_checkout_and_of_no_other_project(tmp_
     git("init", "-q")
     git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "first")
     head = git("rev-parse", "--short", "HEAD").strip()
-    assert reported(tmp_path / "src") == f"{version('openimp')} ({head})"
-    assert reported(tmp_path / ".venv" / "lib" / "site-packages") == version("openimp")
+    for folder, name in (("src", f"{version('openimp')} ({head})"), (".venv/lib", version("openimp"))):
+        (tmp_path / folder / "openimp").mkdir(parents=True)
+        monkeypatch.setattr("openimp.common.versions.PACKAGE", tmp_path / folder / "openimp")
+        assert openimp_version.__wrapped__() == name

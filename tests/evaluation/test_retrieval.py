@@ -1,6 +1,5 @@
 """Retrieval: ranks against a full sort, and which items are the same."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -145,13 +144,6 @@ def test_equal_names_and_equal_pictures_are_one_item(named):
         assert result["chance"] == pytest.approx(8 / 7 / 5)
 
 
-def test_equal_files_under_two_names_are_one_item(named, tmp_path):
-    for name, seed in (("a", 0), ("b", 1), ("copy", 0)):
-        (tmp_path / f"{name}.png").write_bytes(png(seed))
-    results = evaluate(*named(["a.png", "b.png", "copy.png"], ["red", "green", "red"]))
-    assert [result["n"] for result in results] == [2, 2]
-
-
 def test_parts_positives_and_evaluation_agree_which_texts_are_equal(named):
     """Texts of which the model reads the same, because it reads too little, are not equal."""
     long = "a red square and nothing but a red square, "
@@ -167,22 +159,6 @@ def test_parts_positives_and_evaluation_agree_which_texts_are_equal(named):
         "evaluation": to_text["candidates"],
     }
     assert counts == dict.fromkeys(counts, len(equal))
-
-
-def test_results_are_json_and_say_what_was_measured_and_progress_counts_rows(named):
-    shown = []
-
-    def progress(items, description):
-        for item in items:
-            shown.append((description, item))
-            yield item
-
-    results = evaluate(*named(), step=7, progress=progress)
-    assert shown == [(f"things: {side}", row) for side in ("image", "text") for row in range(8)]
-    assert json.loads(json.dumps(results)) == results
-    result = results[0]
-    assert (result["set"], result["type"], result["step"], result["source"]) == ("things", "retrieval", 7, "pictures")
-    assert (result["skipped"], result["skipped_rows"], result["prompts"]) == (0, [], None)
 
 
 def test_sources_that_were_checked_before_training_are_not_opened_again(named):
@@ -223,3 +199,10 @@ def test_what_cannot_be_measured_is_told_and_the_mode_is_restored(named, picture
     assert made.model.training
     with refuses():
         evaluate(*made, sets=["thing"])
+
+
+def test_equal_files_under_two_names_are_one_item(named, tmp_path):
+    for name, seed in (("a", 0), ("b", 1), ("copy", 0)):
+        (tmp_path / f"{name}.png").write_bytes(png(seed))
+    results = evaluate(*named(["a.png", "b.png", "copy.png"], ["red", "green", "red"]))
+    assert [result["n"] for result in results] == [2, 2]

@@ -10,7 +10,7 @@ from messages import refuses
 from safetensors import safe_open
 
 import openimp
-from openimp.checkpoint.find import BUNDLED_MODELS, find_model
+from openimp.checkpoint.find import BUNDLED_MODELS
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.cache import cache_folder
 from openimp.data.sources import open_source
@@ -77,9 +77,3 @@ def test_it_is_among_the_models():
     assert openimp.list_models("openimp:*") == ["openimp:base"]
     if find_spec("open_clip"):
         assert "open_clip:ViT-B-16-SigLIP2/webli" in openimp.list_models("*SigLIP2*")
-
-
-def test_an_unknown_name_is_refused():
-    with refuses():
-        find_model("openimp:bass")
-    assert find_model("openimp:base") == Path(openimp.__file__).parent / "models/base"

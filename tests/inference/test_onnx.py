@@ -16,7 +16,6 @@ from openimp.inference.onnx import export
 
 pytestmark = pytest.mark.slow
 
-DENSE = {"moe": None}
 EXPERT_CHOICE = {"moe": {"experts": 4, "layers": 1}}
 BY_STEM = {"moe": {"experts": {"vision": 4, "audio": 2, "text": 2}, "layers": 1}}
 BIASED = {"moe": {"experts": 4, "layers": 1}, "bias": True, "gelu": "erf"}
@@ -59,12 +58,11 @@ def inputs(model, name, batch):
 @pytest.mark.parametrize(
     ("changes", "tasks", "vision"),
     [
-        (DENSE, ["image", "video", "audio"], {}),
         (EXPERT_CHOICE, ["image", "video", "audio"], CONVOLVED),
         (BY_STEM, ["image", "video", "audio"], {}),
         (BIASED, ["image", "video"], GRID),
     ],
-    ids=["dense", "expert_choice", "experts by stem", "as in public ViTs"],
+    ids=["expert_choice", "experts by stem", "as in public ViTs"],
 )
 def test_onnxruntime_computes_the_vectors_of_the_model(changes, tasks, vision, exported):
     """At batch sizes other than that of the export, for each modality that an output is compared with."""

@@ -27,7 +27,6 @@ from openimp.common.json_lines import read_lines
 from openimp.evaluation.provenance import checkpoint_fields
 from openimp.inference.model import Model
 from openimp.inference.onnx import export
-from openimp.planning.costs import short
 from openimp.recipe.schema import Recipe
 
 TEXTS = ["a red square", "A  Cat's &amp; dog, green!", "", "blue " * 40, "unheard-of"]
@@ -130,6 +129,8 @@ def test_a_changed_folder_is_converted_again(tmp_path):
     save_file(load_file(weights) | {"logit_scale": torch.tensor(3.0)}, weights)
     assert openimp.load(name).logit_scale.item() == pytest.approx(3.0)
     assert find_model(name) != before
+    weights.rename(weights.with_name("any.safetensors"))
+    assert openimp.load(name).logit_scale.item() == pytest.approx(3.0)
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -190,12 +191,6 @@ def test_the_commands_take_a_name(clip, little_data, tmp_path, monkeypatch):
     assert len(table) == 24
     own = openimp.load(clip).encode_image(table["path"][3].as_py(), normalize=True)[0]
     np.testing.assert_allclose(table["embedding"][3].as_py(), own.numpy(), atol=0.01)  # They may be computed in bf16.
-    described = invoke("info", clip)
-    assert described.startswith(f"{clip}: a model of recipe model\n")
-    assert "GFLOPs" in described
-    invoke("report", clip, "--out", "page.html")
-    parameters = sum(weight.numel() for weight in openimp.load(clip).parameters())
-    assert short(parameters) in Path("page.html").read_text()
     invoke("push", clip, "me/clip", "--to", "public")
     assert str(Path(clip.rpartition(":")[2]).parent) not in Path("public/config.json").read_text()
     assert torch.equal(openimp.load("public").encode_text("a cat"), openimp.load(clip).encode_text("a cat"))
@@ -215,8 +210,8 @@ def test_a_folder_is_indexed_and_searched(clip, little_data, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("open_clip:ViT-B-32", "names no weights; expected open_clip:ViT-B-32/TAG with one of the tags .*laion2b"),
-        ("open_clip:ViT-B-32/nonsense", "no weights 'nonsense' of ViT-B-32"),
+        ("open_clip:ViT-B-32", "ViT-B-32: expected open_clip:ViT-B-32/TAG with one of the tags .*laion2b"),
+        ("open_clip:ViT-B-32/nonsense", "nonsense: expected open_clip:ViT-B-32/TAG"),
         ("open_clip:ViT-B-23/openai", "no model 'ViT-B-23'; did you mean"),
         ("open_clip:ViT-B-32/openai", "another activation: use open_clip:ViT-B-32-quickgelu/openai"),
         ("open_clip:local-dir:nowhere", "no such folder"),
@@ -240,7 +235,7 @@ def test_files_that_could_hold_code_are_refused(clip, tmp_path):
             openimp.load(f"open_clip:local-dir:{folder}")
 
     refused("does not fit the model", width=64)
-    refused("tokenizer_kwargs: trust_remote_code cannot be used", tokenizer_kwargs={"trust_remote_code": True})
+    refused("tokenizer_kwargs.trust_remote_code: expected 'clean' or", tokenizer_kwargs={"trust_remote_code": True})
     edit(folder / "open_clip_config.json", lambda config: config["model_cfg"]["text_cfg"].pop("tokenizer_kwargs"))
     weights.write_bytes(b"damaged")
     refused("open_clip_model.safetensors: damaged")
@@ -257,8 +252,8 @@ def test_files_that_could_hold_code_are_refused(clip, tmp_path):
     [
         ("clip", "text_cfg", {"layers": 10**9}, "asks for 1000000002 layers, but"),
         ("clip", "vision_cfg", {"layers": [2, 10**9]}, "asks for 1000000004 layers, but"),
-        ("clip", "text_cfg", {"context_length": 10**6}, "context_length: expected 1 to 8192, found 1000000"),
-        ("clip", "preprocess_cfg", {"size": [10**6, 4]}, r"preprocess_cfg.size: expected sides of 1 to 4096, found \["),
+        ("clip", "text_cfg", {"context_length": 10**6}, "context_length: must be at most 8192, found 1000000"),
+        ("clip", "preprocess_cfg", {"size": [10**6, 4]}, "preprocess_cfg.size.0: must be at most 4096, found 1000000"),
         ("bert", "text_tower", {"num_hidden_layers": 10**9}, "asks for 1000000002 layers, but the weights are only"),
     ],
 )
@@ -300,7 +295,6 @@ def test_a_wrapped_model_cannot_be_exported(clip, tmp_path):
         ({}, {"model": {"wrap": "open_clip:x/y", "width": 128}}),
         ({"views": [{"image": {"size": 64}}]}, {}),
         ({}, {"train": {"init": "timm:vit_base_patch16_siglip_224"}}),
-        ({}, {"model": {"wrap": "timm:x"}}),
     ],
 )
 def test_what_a_wrapped_model_cannot_do_is_said_in_a_sentence(task, changes):

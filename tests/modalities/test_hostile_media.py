@@ -1,12 +1,8 @@
 """Attacks by media files: each is carried out, on real files."""
 
 import io
-import os
-import pickle
-import socket
 import struct
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -51,36 +47,22 @@ def png(width, height, *chunks):
     return b"".join([b"\x89PNG\r\n\x1a\n", header, *chunks, chunk(b"IDAT", pixels), chunk(b"IEND", b"")])
 
 
-@pytest.mark.parametrize(("modality", "view"), [(VIDEO, CLIP), (AUDIO, SOUND)], ids=["video", "audio"])
-def test_a_relative_path_that_looks_like_a_url_sends_no_request(modality, view, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
-        address = server.getsockname()
-        path = f"http:/127.0.0.1:{address[1]}/x.mp4"
-        os.makedirs(os.path.dirname(path))
-        with open(path, "wb") as file:
-            file.write(film())
-
-        def first_client():
-            connection, client = server.accept()
-            connection.close()
-            return client
-
-        client = pool.submit(first_client)
-        try:
-            out = modality.decode(path, [view])
-        finally:
-            with socket.create_connection(address) as mine:
-                assert client.result() == mine.getsockname()
-    np.testing.assert_array_equal(out, modality.decode(film(), [view]))
-
-
-@pytest.mark.parametrize("name", ["concat:secret.ts", "subfile,,start,0,end,0,,:secret.ts", "file:secret.ts", "pipe:0"])
-def test_a_path_that_looks_like_a_protocol_reads_its_own_file(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "http:/127.0.0.1:9/x.mp4",
+        *("concat:secret.ts", "subfile,,start,0,end,0,,:secret.ts", "file:secret.ts", "pipe:0"),
+    ],
+)
+def test_a_path_that_looks_like_a_url_or_a_protocol_reads_its_own_file(name, tmp_path, monkeypatch):
+    """A request would be refused, because nothing listens there."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.ts").write_bytes(film(8, "mpegts", "mpeg2video", "mp2"))
-    (tmp_path / name).write_bytes(film(3))
-    assert len(VIDEO.decode(name, [CLIP])) == 3
+    own = tmp_path / name
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_bytes(film(3))
+    for modality, view in ((VIDEO, CLIP), (AUDIO, SOUND)):
+        np.testing.assert_array_equal(modality.decode(name, [view]), modality.decode(film(3), [view]))
 
 
 def test_no_container_may_open_another_file(tmp_path, monkeypatch):
@@ -120,17 +102,6 @@ def test_pictures_that_unpack_to_gigabytes_are_refused_before_they_do():
         IMAGE.decode(encoded(PIL.Image.new("RGB", (4200, 4200)), "JPEG2000"), [PICTURE])
 
 
-def test_an_icon_that_holds_a_large_picture_is_refused_before_it_is_decoded(monkeypatch):
-    def icon(picture):
-        return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(picture), 22) + picture
-
-    assert IMAGE.decode(icon(png(16, 16)), [PICTURE]).shape == (16, 16, 4)
-    huge = icon(png(7000, 5000))
-    monkeypatch.setattr(PIL.PngImagePlugin.PngImageFile, "load_prepare", lambda _: pytest.fail("it is decoded"))
-    with refuses(BadMedia):
-        IMAGE.decode(huge, [PICTURE])
-
-
 def test_text_and_profiles_that_unpack_to_gigabytes_are_refused():
     packed = zlib.compress(bytes(2**26))
     for bomb in (chunk(b"zTXt", b"k\0\0" + packed), chunk(b"iCCP", b"k\0\0" + packed)):
@@ -158,7 +129,6 @@ def test_a_gif_may_not_grow_behind_its_header():
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
 def test_an_animation_of_too_many_pixels_in_all_is_refused(form, monkeypatch):
-    monkeypatch.setattr(media, "CHECK_EVERY", 2**16)
     monkeypatch.setattr(media, "MAX_WORK", 40 * 256 * 256)
     frames = recordings.counting(60, 256, 256, step=1)
     assert VIDEO.decode(recordings.animation(frames[:30], form), [CLIP]).shape == (30, 37, 37, 3)
@@ -168,7 +138,6 @@ def test_an_animation_of_too_many_pixels_in_all_is_refused(form, monkeypatch):
 
 def test_frames_before_those_that_are_read_count_too(monkeypatch):
     """A long film of a single key frame is decoded from its start, whatever part of it is seen."""
-    monkeypatch.setattr(media, "CHECK_EVERY", 2**16)
     monkeypatch.setattr(media, "MAX_WORK", 200 * 32 * 48)
     late = film(400)
     with refuses(BadMedia):
@@ -187,7 +156,6 @@ def test_frames_before_those_that_are_read_count_too(monkeypatch):
 )
 def test_what_takes_too_long_is_given_up(modality, view, raw, monkeypatch):
     modality.decode(raw, [view])
-    monkeypatch.setattr(media, "CHECK_EVERY", 2**16)
     monkeypatch.setattr(media, "MAX_CPU", -1)
     with refuses(BadMedia):
         modality.decode(raw, [view])
@@ -272,19 +240,8 @@ def test_films_are_the_ones_that_ffmpeg_reads(name, tmp_path):
         path.write_bytes(raw)
         with av.open(str(path)) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        with av.open(str(path)) as container:
-            samples = [frame.to_ndarray() for frame in av_frames(container)]
         for source in (raw, path):
             np.testing.assert_array_equal(VIDEO.decode(source, [Video.View(size=256)]), np.stack(frames))
-            heard = Audio(Audio.Config(sample_rate=48_000)).decode(source, [Audio.View(seconds=1.024)])
-            expected = np.concatenate(samples, axis=1).mean(axis=0).clip(-1, 1)
-            np.testing.assert_array_equal(heard, np.round(expected * 32767).astype(np.int16))
-
-
-def av_frames(container):
-    """The frames of the first sound, as float of one row a channel."""
-    planar = av.AudioResampler("fltp")
-    return [part for frame in container.decode(audio=0) for part in planar.resample(frame)]
 
 
 @pytest.mark.parametrize("name", ["WAV", "FLAC", "OGG", "MP3", "AIFF"])
@@ -297,8 +254,3 @@ def test_sounds_are_the_ones_that_libsndfile_reads(name, tmp_path):
         for source in (raw, path):
             heard = Audio(Audio.Config(sample_rate=rate)).decode(source, [Audio.View(seconds=1.024)])
             np.testing.assert_array_equal(heard, expected)
-
-
-@pytest.mark.parametrize("modality", [IMAGE, VIDEO, AUDIO])
-def test_modalities_pickle(modality):
-    assert pickle.loads(pickle.dumps(modality)).stem_spec() == modality.stem_spec()

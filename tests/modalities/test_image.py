@@ -14,8 +14,8 @@ from messages import refuses
 from recordings import picture_file as file
 
 from openimp.common.modality import BadMedia
-from openimp.modalities.image import Image
-from openimp.modalities.media import coordinates
+from openimp.modalities.image import Image, upright
+from openimp.modalities.media import coordinates, patchify
 from openimp.modalities.video import Video
 from openimp.modalities.vision import center_box, inception_box, jitter_matrix
 
@@ -36,6 +36,11 @@ def smooth(height, width):
     out[..., 0] = np.linspace(0, 255, width)[None]
     out[..., 1] = np.linspace(0, 255, height)[:, None]
     return out
+
+
+def drawn(item, view, count):
+    """What training sees of a picture in so many steps."""
+    return np.stack([IMAGE.transform(item, view, rng(seed)) for seed in range(count)])
 
 
 def test_pictures_of_phones_are_read_and_turned_upright(tmp_path):
@@ -68,6 +73,8 @@ def test_exif_data_of_a_wrong_type_do_not_make_a_picture_unreadable(tmp_path):
     seen = smooth(40, 60)
     PIL.Image.fromarray(np.rot90(seen).copy()).save(tmp_path / "x.jpg", exif=exif, quality=95)
     assert IMAGE.decode(tmp_path / "x.jpg", [Image.View()]).shape == seen.shape
+    with upright(tmp_path / "x.jpg") as picture:
+        assert 0x0112 not in picture.getexif(), "a library would turn the picture again"
 
 
 def test_what_heic_pictures_need_is_said(tmp_path):
@@ -119,8 +126,7 @@ def test_transparency_is_white_in_evaluation_and_any_colour_in_training():
     clear = np.zeros((64, 64, 4), np.uint8)
     view = Image.View(size=64, jitter=0.0)
     assert (IMAGE.transform(clear, view, None) == 255).all()
-    colours = {tuple(IMAGE.transform(clear, view, rng(seed))[5, 5]) for seed in range(8)}
-    assert len(colours) == 8
+    assert len(np.unique(drawn(clear, view, 8)[:, 5, 5], axis=0)) == 8
 
 
 @given(height=st.integers(1, 300), width=st.integers(1, 300), size=st.sampled_from([16, 32, 64]))
@@ -164,7 +170,7 @@ def test_evaluation_resizes_to_288_and_crops_256_by_default():
 
 def test_training_crops_follow_their_options():
     item, view = smooth(80, 80), Image.View(size=32, flip=False, jitter=0.0, crop=0.3)
-    crops = np.stack([IMAGE.transform(item, view, rng(seed)) for seed in range(60)])
+    crops = drawn(item, view, 60)
     spread = crops[:, :, -1, 0].mean(1) - crops[:, :, 0, 0].mean(1)
     assert 0.33 * 255 < spread.min() < 0.6 * 255  # sqrt(0.3 / 2) = 0.39 of the width at least
     assert spread.max() > 0.85 * 255
@@ -182,7 +188,7 @@ def test_training_crops_are_up_to_a_factor_wider_or_taller_than_the_view(largest
 
 def test_half_of_the_training_pictures_are_mirrored_and_one_in_five_keeps_its_colors():
     item, view = smooth(32, 32), Image.View(size=32, crop=1.0, jitter=0.4)
-    pictures = [IMAGE.transform(item, view, rng(seed)) for seed in range(400)]
+    pictures = drawn(item, view, 400)
     assert 0.4 < np.mean([out[0, 0, 0] > out[0, -1, 0] for out in pictures]) < 0.6
     assert 0.15 < np.mean([(out == item).all() or (out[:, ::-1] == item).all() for out in pictures]) < 0.25
 
@@ -191,7 +197,7 @@ def test_jitter_changes_colours_but_neither_black_nor_grey_from_grey():
     luma = [0.299, 0.587, 0.114, 0]
     np.testing.assert_allclose(np.reshape(jitter_matrix(1, 1, 0), (3, 4)), [luma] * 3, atol=1e-9)
     grey = np.full((32, 32, 3), 100, np.uint8)
-    outs = np.stack([IMAGE.transform(grey, Image.View(size=32, jitter=0.4), rng(seed)) for seed in range(20)])
+    outs = drawn(grey, Image.View(size=32, jitter=0.4), 20)
     assert (np.ptp(outs.astype(int), axis=-1) <= 1).all()
     assert outs[:, 0, 0, 0].std() > 10
 
@@ -214,6 +220,13 @@ def test_tokens_are_patches_in_order_with_their_coordinates():
     assert tokens.coords[0].tolist() == [[0, 0, 0], [0, 0, 10], [0, 0, 21], [0, 16, 0], [0, 16, 10], [0, 16, 21]]
     with refuses(TypeError):
         IMAGE.from_tensor(torch.zeros(1, 32, 32, 3))
+
+
+def test_tensors_and_grids_that_are_not_whole_patches_are_refused():
+    with pytest.raises(ValueError, match="size: height of 40 pixels is not a multiple of 16"):
+        IMAGE.from_tensor(torch.zeros(1, 3, 40, 32))
+    with pytest.raises(ValueError, match=r"\[40, 32\] does not consist of whole patches of \[16, 16\]"):
+        patchify(torch.zeros(1, 40, 32, 3), (16, 16))
 
 
 @given(drop=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 99))
@@ -252,7 +265,7 @@ def test_each_place_of_a_grid_has_a_position_of_its_own():
 
 def test_an_absolute_axis_has_the_same_row_however_many_patches_there_are():
     grid = Image.Config(absolute={"frames": 64, "width": 512})
-    rows = coordinates((2, 4, 4), grid.tables, grid.spans)
+    rows = coordinates((2, 4, 4), grid.tables, spans=(16, 0, 32))
     assert rows[:, 0].unique().tolist() == [0, 1]
     assert rows[:4, 2].tolist() == [0, 1, 2, 3]
     assert rows[:, 1].unique().tolist() == [0, 8, 16, 24]

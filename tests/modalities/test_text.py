@@ -35,10 +35,6 @@ def test_training_is_deterministic_and_learns_words(text):
     assert (ids != PAD).sum() == 3  # two words and the end
 
 
-def test_case_makes_no_difference(text):
-    assert torch.equal(text.tokenize("A RED Car"), text.tokenize("a red car"))
-
-
 @given(st.text(st.characters(exclude_categories=[]), max_size=60), st.integers(1, 20))
 @example("half of a pair \ud83d", 8)
 @settings(max_examples=100, deadline=None)
@@ -207,7 +203,6 @@ def _precompiled(replacement: bytes, size: int = 256, **changes: int) -> dict[st
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 CLIP = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-
 LLAMA = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -258,12 +253,9 @@ def _split(regex: str) -> dict[str, Any]:
         _file([3]),
     ],
 )
-def test_a_tokenizer_that_could_fill_the_memory_or_never_end_is_refused(tmp_path, file):
+def test_a_tokenizer_that_could_fill_the_memory_or_never_end_is_refused(file):
     with refuses():
         opened(file)
-    (tmp_path / "t.json").write_text(file)
-    with pytest.raises(UserError):
-        Text(Text.Config(tokenizer=str(tmp_path / "t.json"))).fit([])
 
 
 def test_padding_and_decoders_of_a_model_are_left_out():

@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.data.step_batches import StepBatches
 from openimp.data.task_data import TaskData
@@ -62,24 +60,19 @@ def test_chunks_and_activation_checkpointing_change_no_gradient(little_data, cas
 
 
 @pytest.mark.slow
-def test_less_memory_for_the_same_batch_and_all_flops_are_counted(little_data, tmp_path, peak_bytes):
+def test_the_same_batch_needs_less_memory(little_data, tmp_path, peak_bytes):
     large = [
         "model={width: 32, heads: 2, mlp_dim: 128, layers: 4, embed_dim: 32, moe: {experts: 2, layers: 2}}",
         "tasks.named.batch_size=64",
         "tasks.heard.weight=0",
         "evaluation={}",
     ]
-    peaks, flops = {}, {}
-    for name, less in (("all", "{}"), ("pieces", "{chunk_size: 16}"), ("again", "{activation_checkpointing: true}")):
+    peaks = []
+    for less in ("{}", "{chunk_size: 16}", "{activation_checkpointing: true}"):
         recipe = Recipe.load(little_data / "recipe.yaml", [*COMMON, *large, f"memory={less}"])
-        training = Trainer(set_up(recipe, tmp_path / name))
+        training = Trainer(set_up(recipe, tmp_path / less))
         loaded = training.batches[0]
-        peaks[name] = peak_bytes(lambda t=training, step=loaded: t.forward(step).total.backward())
-        # Of the other kinds of attention the counter does not know the CPU's.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            training.forward(loaded).total.backward()
-        flops[name] = counter.get_total_flops()
-        assert flops[name] == training.log.costs["named", loaded.visit.view].flops
-    assert peaks["pieces"] < 0.5 * peaks["all"]
-    assert peaks["again"] < 0.7 * peaks["all"]
-    assert flops["pieces"] > 1.25 * flops["all"]
+        peaks.append(peak_bytes(lambda t=training, step=loaded: t.forward(step).total.backward()))
+    whole, pieces, again = peaks
+    assert pieces < 0.5 * whole
+    assert again < 0.7 * whole

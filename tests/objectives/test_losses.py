@@ -1,6 +1,7 @@
 """The losses against loops over single pairs."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from openimp.common.modality import StemSpec, Tokens
 from openimp.common.objective import Objective, TargetSizes
 from openimp.data.batch import Batch, head_key
 from openimp.model.imp import IMP, Encoded
-from openimp.objectives.classification import Classification, sigmoid_classification, softmax_classification
+from openimp.objectives.classification import Classification, sigmoid_classification
 from openimp.objectives.contrastive import Contrastive
 from openimp.objectives.distill import Distill
 from openimp.objectives.losses import task_losses
@@ -49,9 +50,24 @@ def encoded_of(items: int, draw: int = 1) -> dict[str, Encoded]:
     return {name: Encoded(torch.randn(n, 16), []) for name, n in rows.items()}
 
 
+def task_in_recipe(inputs: tuple[str, ...], *objectives: dict[str, Any]) -> Task:
+    """The only task of a recipe, which is checked as a whole."""
+    task = {"source": "all", "inputs": {name: name for name in inputs}, "objectives": list(objectives)}
+    sources = {"all": {"path": "x.parquet"}}
+    return Recipe.build({"name": "x", "sources": sources, "tasks": {"all": task}}).tasks["all"]
+
+
 def similarities(model: IMP, encoded: dict[str, Encoded]) -> torch.Tensor:
     image, text = (model.project(encoded[a].features, a, b) for a, b in (("image", "text"), ("text", "image")))
     return (image @ text.T) / model.config.init_temperature
+
+
+def loss_by_marks(model: IMP, logits: torch.Tensor, positive: torch.Tensor, kind: str) -> torch.Tensor:
+    """The contrastive loss of similarities, given which of them are of positives."""
+    if kind == "softmax":
+        return (softmax_nce(logits, positive).mean() + softmax_nce(logits.T, positive.T).mean()) / 2
+    _, bias = model.temperature("image", "text")()
+    return sigmoid_nce(logits, positive, bias).mean()
 
 
 def test_duplicate_texts_are_counted_unless_the_recipe_says_which_rows_are_one_item():
@@ -67,16 +83,6 @@ def test_duplicate_texts_are_counted_unless_the_recipe_says_which_rows_are_one_i
     values = Contrastive(type="contrastive", positives_in="keywords")
     assert values.warning(task_of(values), tokens, targets) is None
     assert items.warning(task_of(items), tokens, targets) is None
-
-
-def test_softmax_nce_of_distinct_items_is_cross_entropy_both_ways():
-    model = small()
-    encoded = encoded_of(5)
-    logits, diagonal = similarities(model, encoded), torch.arange(5)
-    expected = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
-    found = losses_of(model, Contrastive(type="contrastive"), encoded, item=torch.tensor([3, 1, 4, 15, 9]))
-    assert list(found) == ["image-text"]
-    torch.testing.assert_close(found["image-text"], expected)
 
 
 @pytest.mark.parametrize("draw", [1, 2])
@@ -161,25 +167,6 @@ def test_media_are_no_positives_of_each_other_because_of_a_value():
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_equal_texts_that_are_values_are_positives_with_either_loss(kind):
-    """Without a column that identifies items; the loss is that of the marks written out by hand."""
-    rows = [{"keywords": ["pet"]}, {"keywords": ["pet", "dog"]}, {"keywords": []}]
-    objective = Contrastive(type="contrastive", loss=kind, positives_in="keywords")
-    model = small()
-    encoded = encoded_of(3)
-    positive = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
-    targets = targets_of(objective, task_of(objective), rows, ["Pet", "pet ", "star"])
-    found = losses_of(model, objective, encoded, **targets)["image-text"]
-    logits = similarities(model, encoded)
-    if kind == "softmax":
-        expected = (softmax_nce(logits, positive).mean() + softmax_nce(logits.T, positive.T).mean()) / 2
-    else:
-        _, bias = model.temperature("image", "text")()
-        expected = sigmoid_nce(logits, positive, bias).mean()
-    torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_a_text_without_a_known_word_says_nothing_about_its_picture(kind):
     """Its embedding is 0. As a positive, it would only push its picture away from all other texts."""
     model = small()
@@ -192,34 +179,18 @@ def test_a_text_without_a_known_word_says_nothing_about_its_picture(kind):
     found = losses_of(model, objective, encoded, item=torch.arange(4))["image-text"]
     logits = similarities(model, encoded)
     assert not logits[:, 1].any()
-    if kind == "softmax":
-        rows = softmax_nce(logits, positive)
-        assert rows[1] == 0
-        expected = (rows.mean() + softmax_nce(logits.T, positive.T).mean()) / 2
-    else:
-        _, bias = model.temperature("image", "text")()
-        expected = sigmoid_nce(logits, positive, bias).mean()
-    torch.testing.assert_close(found, expected)
+    assert softmax_nce(logits, positive)[1] == 0
+    torch.testing.assert_close(found, loss_by_marks(model, logits, positive, kind))
 
 
 def test_values_of_a_column_need_texts_to_compare_with():
     with refuses():
-        Recipe.build(
-            {
-                "name": "x",
-                "sources": {"all": {"path": "all.parquet"}},
-                "tasks": {
-                    "all": {
-                        "source": "all",
-                        "inputs": {"image": "image", "audio": "audio"},
-                        "objectives": [{"type": "contrastive", "positives_in": "keywords"}],
-                    }
-                },
-            }
-        )
+        task_in_recipe(("image", "audio"), {"type": "contrastive", "positives_in": "keywords"})
 
 
-def test_a_text_is_a_positive_of_each_example_that_has_it_as_a_value():
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("items", [None, "name"])
+def test_a_text_is_a_positive_of_each_example_that_has_it_as_a_value(items, kind):
     """The third text is a whole caption, which is in no list of keywords."""
     rows = [
         {"name": "dog face", "keywords": ["Dog", "pet"]},
@@ -227,27 +198,14 @@ def test_a_text_is_a_positive_of_each_example_that_has_it_as_a_value():
         {"name": "cat", "keywords": ["pet"]},
         {"name": "star", "keywords": None},
     ]
-    texts = ["dog", "blind", "cat, pet", "pet"]
-    objective = Contrastive(type="contrastive", positives_by="name", positives_in="keywords")
-    task = task_of(objective)
-    targets = targets_of(objective, task, rows, texts)
+    texts = ["dog", "blind ", "cat, pet", "Pet"]
+    objective = Contrastive(type="contrastive", loss=kind, positives_by=items, positives_in="keywords")
+    targets = targets_of(objective, task_of(objective), rows, texts)
     positive = torch.tensor([[1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)  # image, text
     model = small()
     encoded = encoded_of(4)
-    logits = similarities(model, encoded)
-    expected = (softmax_nce(logits, positive).mean() + softmax_nce(logits.T, positive.T).mean()) / 2
+    expected = loss_by_marks(model, similarities(model, encoded), positive, kind)
     torch.testing.assert_close(losses_of(model, objective, encoded, **targets)["image-text"], expected)
-
-
-def test_the_sigmoid_loss_is_siglips():
-    """Algorithm 1 of arXiv 2303.15343, written down again."""
-    torch.manual_seed(0)
-    n, t_prime, b = 7, torch.tensor(math.log(10.0)), torch.tensor(-10.0)
-    image, text = F.normalize(torch.randn(n, 8)), F.normalize(torch.randn(n, 8))
-    logits = image @ text.T * t_prime.exp() + b
-    labels = 2 * torch.eye(n) - torch.ones(n, n)
-    expected = -torch.log(torch.sigmoid(labels * logits)).sum() / n
-    torch.testing.assert_close(sigmoid_nce(logits, torch.eye(n, dtype=torch.bool)).mean(), expected)
 
 
 def test_only_named_pairs_are_compared():
@@ -263,15 +221,10 @@ def test_only_named_pairs_are_compared():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_classification_losses_by_hand(smoothing):
+def test_the_sigmoid_classification_loss_by_hand(smoothing):
     logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0]])
-    logs = logits.log_softmax(-1)
-    target = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]) * (1 - smoothing) + smoothing / 3
-    found = softmax_classification(logits, torch.tensor([0, 2]), smoothing)
-    torch.testing.assert_close(found, -(target * logs).sum(1).mean())
-
     marks = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
-    soft = marks * (1 - smoothing) + (1 - marks) * 0 + smoothing / 2
+    soft = marks * (1 - smoothing) + smoothing / 2
     yes, no = torch.sigmoid(logits).log(), torch.sigmoid(-logits).log()
     expected = -(soft * yes + (1 - soft) * no).mean()
     torch.testing.assert_close(sigmoid_classification(logits, marks, smoothing), expected)
@@ -284,12 +237,19 @@ def test_classification_is_of_the_modalities_without_a_mask_unless_one_is_named(
     label = torch.tensor([0, 4, 2])
 
     def losses(**options):
-        return losses_of(model, Classification(type="classification", label="label", **options), encoded, label=label)
+        objective = Classification(type="classification", label="label", label_smoothing=0.1, **options)
+        return losses_of(model, objective, encoded, label=label)
 
     assert list(losses()) == ["image:label", "audio:label"]
     assert list(losses(of="text")) == ["text:label"]
     logits = model.classifiers["all:label"](encoded["audio"].features)
-    torch.testing.assert_close(losses(of="audio")["audio:label"], F.cross_entropy(logits, label))
+    torch.testing.assert_close(losses(of="audio")["audio:label"], F.cross_entropy(logits, label, label_smoothing=0.1))
+
+
+def test_a_class_that_is_listed_twice_is_named():
+    for classes, name in ((["red", "blue", "red"], "red"), ([1, 2, 2], "2")):
+        with pytest.raises(ValueError, match=f"classes: '{name}' is listed twice"):
+            Classification(type="classification", label="label", classes=classes)
 
 
 @pytest.mark.parametrize(("label", "loss"), [("label", "softmax"), ("tags", "sigmoid")])
@@ -313,27 +273,16 @@ def test_every_drawn_row_is_classified_by_its_examples_label(label, loss):
 def test_a_tasks_objectives_are_summed_with_their_weights(moe):
     """And the routers' own losses, summed over sparse layers and averaged over modalities, are added as they are."""
     model = small(moe)
-    recipe = Recipe.build(
-        {
-            "name": "x",
-            "sources": {"all": {"path": "x.parquet"}},
-            "tasks": {
-                "one": {
-                    "source": "all",
-                    "inputs": {"image": "i", "text": "t"},
-                    "objectives": [
-                        {"type": "contrastive", "weight": 0.25},
-                        {"type": "classification", "label": "label", "of": "image", "weight": 3.0},
-                        {"type": "classification", "label": "tags", "of": "image", "loss": "sigmoid"},
-                    ],
-                }
-            },
-        }
+    task = task_in_recipe(
+        ("image", "text"),
+        {"type": "contrastive", "weight": 0.25},
+        {"type": "classification", "label": "label", "of": "image", "weight": 3.0},
+        {"type": "classification", "label": "tags", "of": "image", "loss": "sigmoid"},
     )
     tokens = Tokens(torch.randn(4, 3, 6), torch.arange(3).expand(4, -1)[..., None])
     targets = [{"item": torch.arange(4)}, {"label": torch.tensor([0, 1, 2, 3])}, {"label": torch.eye(5)[:4]}]
     batch = Batch({"image": tokens, "text": tokens}, targets)
-    found = task_losses(model, recipe.tasks["one"], batch)
+    found = task_losses(model, task, batch)
     parts = found.parts
     assert list(parts) == ["image-text", "image:label", "image:tags", *(["router"] if moe else [])]
     expected = 0.25 * parts["image-text"] + 3 * parts["image:label"] + parts["image:tags"] + parts.get("router", 0)
@@ -344,48 +293,28 @@ def test_a_tasks_objectives_are_summed_with_their_weights(moe):
         torch.testing.assert_close(parts["router"], torch.stack(aux).sum().detach() / 2)
     assert found.total.requires_grad
     assert not any(part.requires_grad for part in parts.values())
+    usages = [stats for layers in found.usage.values() for stats in layers]
+    assert len(usages) == (4 if moe else 0)
+    assert not any(number.requires_grad for stats in usages for number in stats)
 
 
-def test_the_losses_of_an_objectives_pairs_are_averaged():
-    """As in the release, so that a task of three modalities weighs as much as one of two."""
+def test_all_modalities_are_encoded_in_one_pass_and_the_losses_of_pairs_are_averaged():
+    """However many pairs a modality is in: the encoder is nearly all of the work, and a task of three modalities weighs
+    as much as one of two, as in the release."""
     model = small()
     names = ("image", "audio", "text")
-    recipe = Recipe.build(
-        {
-            "name": "x",
-            "sources": {"all": {"path": "x.parquet"}},
-            "tasks": {
-                "one": {"source": "all", "inputs": {n: n for n in names}, "objectives": [{"type": "contrastive"}]}
-            },
-        }
-    )
     tokens = Tokens(torch.randn(4, 3, 6), torch.arange(3).expand(4, -1)[..., None])
     batch = Batch(dict.fromkeys(names, tokens), [{"item": torch.arange(4)}])
-    found = task_losses(model, recipe.tasks["one"], batch)
-    assert len(found.parts) == 3
-    torch.testing.assert_close(found.total.detach(), torch.stack([*found.parts.values()]).mean())
-
-
-def test_all_modalities_are_encoded_in_one_pass():
-    """However many pairs a modality is in: the encoder is nearly all of the work."""
-    model = small()
-    task = {
-        "source": "all",
-        "inputs": {n: n for n in ("image", "audio", "text")},
-        "objectives": [{"type": "contrastive"}],
-    }
-    recipe = Recipe.build({"name": "x", "sources": {"all": {"path": "x.parquet"}}, "tasks": {"one": task}})
-    tokens = Tokens(torch.randn(2, 3, 6), torch.arange(3).expand(2, -1)[..., None])
-    batch = Batch({n: tokens for n in ("image", "audio", "text")}, [{"item": torch.arange(2)}])
     passes = []
 
     def counted(inputs):
-        passes.append(list(inputs))
+        passes.append(tuple(inputs))
         return model.encode_all(inputs)
 
-    losses = task_losses(model, recipe.tasks["one"], batch, counted)
-    assert passes == [["image", "audio", "text"]]
-    assert len(losses.parts) == 3
+    found = task_losses(model, task_in_recipe(names, {"type": "contrastive"}), batch, counted)
+    assert passes == [names]
+    assert len(found.parts) == 3
+    torch.testing.assert_close(found.total.detach(), torch.stack([*found.parts.values()]).mean())
 
 
 def test_heads_are_named_by_source_and_column():

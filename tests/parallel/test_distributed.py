@@ -488,7 +488,7 @@ def initialization(folder: Path, out: Path) -> list[Any]:
         model = deferred.build(
             lambda: Variant().build_model(trainer.recipe, trainer.data.modalities, trainer.data.classes)
         )
-        setup._distribute(trainer.recipe, model, trainer.device, 0)
+        setup._distribute(trainer.recipe, model, trainer.device)
         deferred.initialize(model)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     peak = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))

@@ -47,10 +47,3 @@ def test_every_part_of_the_schema_has_a_section(tool):
     parts |= {part for modality in modalities for part in (modality.Config, modality.View)}
     parts |= {*tool.builtin_objectives().values()}
     assert parts - {BaseModel, Objective, Strict, ModelConfig, ComparedPair} == set(tool.sections())
-
-
-def test_links_lead_to_their_sections(tool):
-    page = tool.PAGE.read_text(encoding="utf-8")
-    headings = {tool._anchor(line.removeprefix("## ")) for line in page.splitlines() if line.startswith("## ")}
-    links = {part.partition(")")[0] for part in page.split("](#")[1:]}
-    assert links == headings

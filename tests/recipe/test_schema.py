@@ -8,8 +8,8 @@ from messages import refuses
 from pydantic import ValidationError
 
 import openimp
-from openimp.recipe.file import find_file, parse_mapping, read_recipe, to_yaml
-from openimp.recipe.model import absolute_name
+from openimp.common.names import absolute_name
+from openimp.recipe.file import parse_mapping, read_recipe, to_yaml
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
 
@@ -45,16 +45,11 @@ REFUSED = [
     "evaluation.sets.colours.view.audio={}",
     "modalities.vision.pach=8",
     "modalities.visions={}",
-    "optimizer.clip=1",
-    "tasks.named.views.0.share=2",
     "tasks.named.views.0.image.drop=0.5",
     "tasks.named.views.0.image.drop_tokens=1.0",
     "tasks.heard.views.0.audio.drop_tokens=1.0",
-    "batch.micro=4",
     "model.moe={experts:8, layers:2}",
-    "tasks.named.views.0={weight:2}",
     "modalities.vision.extent=[64, 512, 512]",
-    "evaluation.sets.colours.texts={red: scarlet}",
     "zzz=1",
     # A wrong type or value is answered with what was expected and what was found.
     "train.steps=many",
@@ -67,7 +62,6 @@ REFUSED = [
     "train=fast",
     "name=",
     "tasks.named.views.0.image.size=big",
-    "tasks.named.views.0.image.size=[16, 16, 16]",
     "sources.pictures.where={label: [red, 1.5]}",
     "sources.pictures.where={label: 1.5}",
     "tasks.named.objectives.0.type=contrast",
@@ -94,12 +88,10 @@ REFUSED = [
     "sources.pictures.hub=x/y",
     "sources.pictures={path: x.tar, stream: true, cache: disk}",
     "sources.pictures.split=test",
-    "sources.pictures.revision=main",
     "name=../../x",
     "name='..'",
     "name=/tmp/x",
     'name="a\\ab"',
-    "sources.pictures.config=x",
     "sources.pictures.window=9",
     "sources.pictures.part={of: 4}",
     "sources.pictures.part={of: 4, keep: [4]}",
@@ -189,15 +181,6 @@ def test_a_file_that_is_no_recipe_is_told_in_one_sentence(tmp_path, text):
         Recipe.load(file)
 
 
-def test_a_recipe_is_found_by_path_or_by_name(file):
-    assert find_file(str(file)) == file
-    assert find_file("demo").name == "demo.yaml"
-    with refuses():
-        Recipe.load("dem")
-    with refuses():
-        Recipe.load("nowhere.yaml")
-
-
 def test_overrides_reach_everything(file, tmp_path):
     recipe = Recipe.load(
         file,
@@ -272,11 +255,6 @@ def test_an_override_that_changes_nothing_is_refused(file, text):
 def test_a_number_is_a_number_however_it_is_written(file, number):
     """YAML 1.1 takes 1e-3 for a word."""
     assert Recipe.load(file, [f"optimizer.lr={number}"]).optimizer.lr == 0.001
-
-
-def test_words_that_look_a_little_like_numbers_stay_words(file):
-    for word in ("e-3", "1e", "v1e3", "1e3x"):
-        assert Recipe.load(file, [f"name={word}"]).name == word
 
 
 @pytest.mark.parametrize("name", [None, *BUNDLED])
@@ -381,14 +359,8 @@ def test_a_mistake_in_keywords_is_told_in_the_same_words(little_data):
 
 
 @pytest.mark.parametrize(
-    "text", ["1e5", "4190e10", "12E3", "1_0e2", "null", "yes", "0x1f", "1.5", "~", "a: b", "", "é"]
+    "text", ["1e5", "4190e10", "12E3", "1_0e2", "e-3", "1e", "1e3x", "null", "yes", "0x1f", "1.5", "~", "a: b", "", "é"]
 )
 def test_texts_survive_being_saved_as_yaml(text):
     data = {"value": text, text: [text, 1.5, 10, True, None]}
-    assert parse_mapping(to_yaml(data), Path("recipe.yaml"), "recipe") == data
-
-
-def test_a_recipe_may_have_as_many_values_as_its_text_has_characters():
-    """A saved recipe has the classes of the files that the user's recipe names, but aliases stay limited."""
-    data = {"classes": {f"class {i}": f"name {i}" for i in range(70_000)}}
     assert parse_mapping(to_yaml(data), Path("recipe.yaml"), "recipe") == data

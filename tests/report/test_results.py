@@ -17,7 +17,7 @@ def classified(counts: np.ndarray) -> Classified:
     """Answers with this confusion matrix."""
     truth, predicted = (np.repeat(index.ravel(), counts.ravel()) for index in np.indices(counts.shape))
     names = [f"<{i:03}>" for i in range(len(counts))]
-    return Classified("a", "b", names, np.arange(len(truth)), truth, predicted, np.where(truth == predicted, 1, 2))
+    return Classified("a", "b", names, truth, predicted, np.where(truth == predicted, 1, 2))
 
 
 def rows(table: ElementTree.Element) -> list[list[str]]:

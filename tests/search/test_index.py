@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-import yaml
 from conftest import TEXTS
 from filelock import FileLock
 from messages import refuses
@@ -31,13 +30,12 @@ import openimp
 from openimp.checkpoint.folder import checkpoints
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
-from openimp.common.safe_files import write_text
+from openimp.common.safe_files import sha256, write_text
 from openimp.encoding.engine import ItemEncoder
 from openimp.modalities.image import Image
 from openimp.modalities.video import Video
-from openimp.recipe.file import RecipeLoader
 from openimp.recipe.schema import Recipe
-from openimp.search import IndexResult, build_index, open_index
+from openimp.search import IndexResult, Query, build_index, open_index
 from openimp.search.build import build_and_open
 from openimp.search.folder import METADATA, NEWER_OPTIONS, read_metadata
 from openimp.search.media import Media, joined, media_of_recipe, media_state
@@ -533,6 +531,19 @@ def test_a_file_whose_time_is_none_has_no_date(build, media_folder, tmp_path, re
     assert row["date"] is None
 
 
+def test_a_file_that_disappears_while_it_is_read_is_skipped(build, folder, tmp_path, monkeypatch):
+    def hash_and_remove(file):
+        digest = sha256(file)
+        if file.name == "0.png":
+            file.unlink()
+        return digest
+
+    monkeypatch.setattr("openimp.search.parts.sha256", hash_and_remove)
+    done = build(folder)
+    assert done.skipped[str(folder / "0.png")] == "No such file or directory"
+    assert done.new == 13
+
+
 def test_links_out_of_the_folder_are_not_followed(build, folder, tmp_path):
     (tmp_path / "private.txt").write_text("noise", encoding="utf-8")
     (folder / "link.txt").symlink_to(tmp_path / "private.txt")
@@ -616,15 +627,17 @@ def test_a_run_indexes_the_media_of_its_recipe_and_new_texts_without_them(own_da
     assert "new/search.index: 1 file of folders had other weights" in capsys.readouterr().err.replace("\n", "")
 
 
-def test_a_modality_that_is_compared_with_no_other_is_not_indexed(own_data, tmp_path):
+def test_a_modality_that_is_compared_with_no_other_is_neither_indexed_nor_searched_with(own_data, tmp_path):
     """Here pictures have classes only."""
-    classes = "named: {source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label}]}"
-    heard = "heard: {source: sounds, inputs: {audio: sound, text: caption}, objectives: [{type: contrastive}]}"
-    for name, tasks in (("both", f"{{{classes}, {heard}}}"), ("classes", f"{{{classes}}}")):
-        recipe = yaml.load((own_data / "recipe.yaml").read_text(), RecipeLoader)
-        recipe |= {"tasks": yaml.safe_load(tasks), "modalities": {}, "train": {"steps": 1}, "evaluation": {}}
-        train(Recipe.build(recipe, own_data), tmp_path / name)
-    assert build_index(tmp_path / "both").items == 15
+    named = "{source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label}]}"
+    heard = "{source: sounds, inputs: {audio: sound, text: caption}, objectives: [{type: contrastive}]}"
+    for name, tasks in (("both", f"{{named: {named}, heard: {heard}}}"), ("classes", f"{{named: {named}}}")):
+        changes = [f"tasks={tasks}", "modalities={}", "train={steps: 1}", "evaluation={}"]
+        train(Recipe.load(own_data / "recipe.yaml", changes), tmp_path / name)
+    done = build_index(tmp_path / "both")
+    assert done.items == 15
+    with refuses():
+        open_index(done.folder).search([Query("image", own_data / "pictures" / "red" / "0.png"), "a tone"])
     with refuses():
         build_index(tmp_path / "classes")
 
@@ -637,46 +650,41 @@ def test_one_folder_may_be_given_as_a_string(tiny_model_folder, media_folder, tm
         index.search("noise", by="word")
 
 
-def test_all_captions_of_a_row_are_searched_whatever_reads_it_first(own_data, tmp_path):
+def test_all_captions_of_a_row_are_its_text_whatever_reads_it_first(own_data):
     lines = [json.loads(line) for line in (own_data / "sounds.jsonl").read_text().splitlines()]
     for i, line in enumerate(lines):
         line["captions"] = [line["caption"], f"a second caption {i}"]
     (own_data / "sounds.jsonl").write_text("\n".join(map(json.dumps, lines)))
     tasks = """tasks={
-      classes: {source: sounds, inputs: {audio: sound}, objectives: [{type: classification, label: caption}],
-                batch_size: 4, views: [{audio: {seconds: 0.512}}]},
-      heard: {source: sounds, inputs: {audio: sound, text: captions}, objectives: [{type: contrastive}], batch_size: 4,
-              views: [{audio: {seconds: 0.512}}]}}"""
-    modalities = "modalities={audio: {window: 512, hop: 256, bins: 32}, text: {vocab_size: 300, positions: 16}}"
-    changes = [tasks, modalities, "train.steps=1", "evaluation={}"]
-    train(Recipe.load(own_data / "recipe.yaml", changes), tmp_path / "run")
-    index = open_index(build_index(tmp_path / "run").folder)
-    assert {row["text"] for row in rows(index.folder).values()} >= {f"{lines[0]['caption']}; a second caption 0"}
+      classes: {source: sounds, inputs: {audio: sound}, objectives: [{type: classification, label: caption}]},
+      heard: {source: sounds, inputs: {audio: sound, text: captions}, objectives: [{type: contrastive}]}}"""
+    assert f"{lines[0]['caption']}; a second caption 0" in {item.text() for item in media_of(own_data, tasks)}
 
 
-def test_a_row_without_a_caption_has_the_text_of_its_class(own_data, tmp_path):
+def test_a_row_without_a_caption_has_the_text_of_its_class(own_data):
     for i, file in enumerate(sorted((own_data / "pictures").rglob("*.png"))):
         if i:
             file.with_suffix(".txt").write_text(f"caption {i}")
-    tasks = """tasks={named: {source: pictures, inputs: {image: file, text: text}, batch_size: 4,
-      objectives: [{type: contrastive}, {type: classification, label: label}],
-      views: [{image: {size: 16}, text: {length: 8}}]}}"""
-    changes = [
-        tasks,
-        "modalities={vision: {patch: [1, 8, 8]}, text: {vocab_size: 300, positions: 16}}",
-        "train.steps=1",
-        "train.max_bad_fraction=0.5",
-        "evaluation={}",
-    ]
-    train(Recipe.load(own_data / "recipe.yaml", changes), tmp_path / "run")
-    index = open_index(build_index(tmp_path / "run").folder)
-    (hit,) = index.search("blue", by="words")
-    assert hit.path.endswith("blue/0.png")
+    tasks = """tasks={named: {source: pictures, inputs: {image: file, text: text},
+      objectives: [{type: contrastive}, {type: classification, label: label}]}}"""
+    (path,) = [item.path for item in media_of(own_data, tasks) if item.text() == "blue"]
+    assert path.endswith("blue/0.png")
 
 
-def test_a_run_that_saves_while_its_media_are_indexed_can_be_searched(own_data, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    train(Recipe.load(own_data / "recipe.yaml"), run)
+def test_the_class_of_a_task_without_texts_is_the_text_of_its_items(own_data):
+    task = "{source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label}]}"
+    texts = {item.text() for item in media_of(own_data, f"tasks={{named: {task}}}")}
+    assert texts == {"red", "green", "blue", "white"}
+
+
+def media_of(data: Path, tasks: str) -> list[Media]:
+    """The media of a recipe with other tasks, which need not be trained for this."""
+    recipe = Recipe.load(data / "recipe.yaml", [tasks, "modalities={}", "evaluation={}"])
+    return list(media_of_recipe(recipe, recipe.make_modalities()))
+
+
+def test_a_run_that_saves_while_its_media_are_indexed_can_be_searched(little_run, tmp_path, monkeypatch):
+    run = Path(shutil.copytree(little_run, tmp_path / "run"))
     newest = checkpoints(run)[-1]
     hidden = newest.rename(tmp_path / "hidden")
     compact = Items.compact
@@ -686,8 +694,7 @@ def test_a_run_that_saves_while_its_media_are_indexed_can_be_searched(own_data, 
         compact(items)
 
     monkeypatch.setattr(Items, "compact", compact_after_save)
-    index = build_and_open(run, allow_sources=False)
-    assert index.search("a red square", k=3)
+    assert build_and_open(run, allow_sources=False).search("a red square", k=3)
     assert checkpoints(run)[-1] == newest
 
 
@@ -743,14 +750,6 @@ def test_a_file_that_two_sources_name_changes_with_the_text_of_either():
     assert (both.text(), changed.text()) == ("a cat; a pet", "a cat; a dog")
     assert both.state != changed.state
     assert media_state(both.state) == "S"
-
-
-def test_the_class_of_a_task_without_texts_is_the_text_of_its_items(own_data, tmp_path):
-    task = "{source: pictures, inputs: {image: file}, batch_size: 8, views: [{image: {size: 16}}], "
-    task += "objectives: [{type: classification, label: label}]}"
-    recipe = Recipe.load(own_data / "recipe.yaml", ["evaluation={}", f"tasks.named={task}"])
-    media = media_of_recipe(recipe, recipe.make_modalities())
-    assert {item.text() for item in media if item.modality == "image"} == {"red", "green", "blue", "white"}
 
 
 def test_a_text_beside_media_is_their_caption_and_no_item(build, media_folder, tmp_path, embedded):

@@ -33,7 +33,7 @@ STUDIES = sorted(
     {path.stem for path in Path(find_file("moe", "studies")).parent.glob("*.yaml")} - {"photos_and_speech"}
 )
 """The bundled studies of bundled data. recipe/test_photos_and_speech.py runs the other one."""
-TRAINED = ["alternation", "conflict", "distillation", "moe", "peer", "tower"]
+TRAINED = ["alternation", "conflict", "distillation", "peer", "tower"]
 """Studies that differ in more than the keys of their recipes."""
 LITTLE = {
     "title": "Little arms",
@@ -50,6 +50,8 @@ LITTLE = {
 
 
 PLAIN = Outcome(flops=123_456_789, steps=1, parameters=1, seconds=1.0, scores={"s": 0.5})
+HEARD_TOO = """tasks.heard_too={source: sounds, inputs: {audio: sound, text: caption}, batch_size: 6,
+    objectives: [{type: contrastive}], views: [{audio: {seconds: 0.512}, text: {length: 8}}]}"""
 
 
 def write_study(folder: Path, **changes: object) -> Path:
@@ -166,7 +168,7 @@ def test_a_small_recipe_has_the_classes_and_words_of_the_whole(little_data, tmp_
     assert small.tasks["streamed"].batch_size == 24
 
 
-def test_a_model_for_some_tasks_is_not_measured_with_the_heads_of_others(little_data):
+def test_a_model_for_some_tasks_has_no_heads_and_learning_rates_of_others(little_data):
     reads = "inputs: {image: file}, label: label"
     changes = [
         f"sources.again={{path: {little_data}/pictures}}",
@@ -174,43 +176,29 @@ def test_a_model_for_some_tasks_is_not_measured_with_the_heads_of_others(little_
         f"""evaluation={{best: other_classes, sets: {{
           named_classes: {{type: classification, task: named, source: pictures, {reads}}},
           other_classes: {{type: classification, task: other, source: again, {reads}}}}}}}""",
+        "optimizer.lr_scale={stems.audio: 0.5, stems.vision: 0.1, encoder: 0.5}",
     ]
     arms = {"whole": {}, "each": [{"tasks": ["named"]}, {"tasks": ["other"]}]}
     study, _ = read_study(str(write_study(little_data, arms=arms, set=changes)), smoke=False)
     write_study(little_data)
-    named, other = (part_recipe(study, part, 0, smoke=True).evaluation for part in study.arms["each"])
+    recipes = [part_recipe(study, part, 0, smoke=True) for part in study.arms["each"]]
+    named, other = (recipe.evaluation for recipe in recipes)
     assert (list(named.sets), named.best) == (["named_classes"], None)
     assert (list(other.sets), other.best) == (["other_classes"], "other_classes")
-
-
-def test_a_model_for_some_tasks_has_no_learning_rates_of_stems_of_others(little_data):
-    changes = ["optimizer.lr_scale={stems.audio: 0.5, stems.vision: 0.1, encoder: 0.5}"]
-    arms = {"whole": {}, "named": {"tasks": ["named"]}}
-    study, _ = read_study(str(write_study(little_data, arms=arms, set=changes)), smoke=False)
-    write_study(little_data)
-    (part,) = study.arms["named"]
-    assert part_recipe(study, part, 0, smoke=True).optimizer.lr_scale == {"stems.vision": 0.1, "encoder": 0.5}
+    assert recipes[0].optimizer.lr_scale == {"stems.vision": 0.1, "encoder": 0.5}
 
 
 def test_a_study_whose_folder_was_moved_trains_nothing_again(done, little_data, tmp_path):
     file, runs, _ = done
     runs = Path(shutil.copytree(runs, tmp_path / "runs"))
-    steps = {path: read_lines(path)[-1]["totals"] for path in runs.rglob("metrics.jsonl")}
+    before = {path: path.read_text() for path in runs.rglob("metrics.jsonl")}
     moved = little_data.rename(tmp_path / "moved")
     try:
         assert run_study(str(moved / file.name), runs, tmp_path / "out")
     finally:
         moved.rename(little_data)
-    assert {path: read_lines(path)[-1]["totals"] for path in runs.rglob("metrics.jsonl")} == steps
-
-
-def test_finished_runs_are_not_trained_again(done):
-    file, runs, out = done
-    before = {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")}
-    (out / "little.md").unlink()
-    assert run_study(str(file), runs, out)
-    assert {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")} == before
-    assert (out / "little.md").exists()
+    assert {path: path.read_text() for path in runs.rglob("metrics.jsonl")} == before
+    assert (tmp_path / "out" / "little.md").exists()
 
 
 @pytest.mark.parametrize(
@@ -219,12 +207,12 @@ def test_finished_runs_are_not_trained_again(done):
         (
             {"arms": LITTLE["arms"] | {"half": {"flops_factor": 0.5, "set": ["optimizer.lr=0.5"]}}},
             r"half-0-seed0: trained with optimizer.lr .*, now 0.5; "
-            r"remove \S*half-0-seed0 \S*half-0-seed1 to train them again",
+            r"to train again, remove \S*half-0-seed0 \S*half-0-seed1$",
         ),
         # `train` alone would take them for the results of the changed evaluation set.
         (
             {"set": ["evaluation.sets.tones.view.text.length=7"]},
-            r"trained with evaluation\.sets\.tones\.view\.text\.length .*, now 7; remove",
+            r"trained with evaluation\.sets\.tones\.view\.text\.length .*, now 7; to train again, remove",
         ),
         (
             {"conflict": True, "arms": {"together": {}, "half": {"flops_factor": 0.5}}},
@@ -270,21 +258,11 @@ def test_results_of_published_benchmarks_are_no_scores_of_a_study(little_run, tm
     assert after.scores == before.scores
 
 
-@pytest.mark.parametrize("out", ["file", "file/folder"])
-def test_an_impossible_results_folder_is_reported_before_training(done, tmp_path, out):
+def test_an_impossible_results_folder_is_reported_before_training(done, tmp_path):
     (tmp_path / "file").touch()
     with refuses():
-        run_study(str(done[0]), tmp_path / "runs", tmp_path / out)
+        run_study(str(done[0]), tmp_path / "runs", tmp_path / "file")
     assert not (tmp_path / "runs").exists()
-
-
-def test_two_models_of_an_arm_cannot_share_an_evaluation_set(own_data, tmp_path):
-    data = yaml.safe_load((own_data / "recipe.yaml").read_text())
-    data["tasks"]["heard_too"] = data["tasks"]["heard"]
-    (own_data / "recipe.yaml").write_text(yaml.safe_dump(data))
-    study = write_study(own_data, arms={"a": {}, "b": [{"tasks": ["heard"]}, {"tasks": ["heard_too"]}]})
-    with refuses():
-        run_study(str(study), tmp_path / "runs", tmp_path / "out")
 
 
 def test_a_study_refuses_several_processes(done, tmp_path, monkeypatch):
@@ -353,10 +331,11 @@ def test_a_mistake_in_a_study_is_reported_before_training(own_data, tmp_path):
         {"arms": arms | {"../b": {}}},
         {"arms": {"x y": {}, "x_y": {}}},
         {"arms": arms | {"b": {"tasks": ["named", "named"]}}},
-        {"arms": arms | {"b": {"init": "a"}}},
+        {"seeds": [0, 1, 0]},
         {"flops": 1e300},
         {"flops": 2e7},
         {"arms": arms | {"b": [{"tasks": ["named"]}] * 2}},
+        {"set": [HEARD_TOO], "arms": arms | {"b": [{"tasks": ["heard"]}, {"tasks": ["heard_too"]}]}},
         {"arms": arms | {"b": {"set": ["optimizer={lr: 1e-3, warmup_steps: 7}"]}}},
         {"set": ["tasks.named.weight=0"], "arms": arms | {"b": {"tasks": ["named"]}}},
         {"set": ["evaluation.sets={}"]},

@@ -207,6 +207,7 @@ def test_a_run_resumes(tmp_path):
         assert torch.equal(resumed.model.state_dict()[name], tensor)
 
 
+@pytest.mark.parametrize("trained", ["image"], indirect=True)
 def test_only_a_study_loads_the_towers(trained):
     recipe, run = trained
     for use in (

@@ -97,16 +97,8 @@ def test_a_callback_that_fails_costs_no_step(recipe, tmp_path):
     assert recorded.steps[0][0] == 4
 
 
-def test_early_stopping_waits_for_a_gain(recipe, tmp_path):
+def test_early_stopping_waits_for_a_gain_and_begins_anew_in_each_training(recipe, tmp_path):
     """With a learning rate of zero nothing improves."""
-    frozen = openimp.Recipe.build({**recipe.to_dict(), "optimizer": {"lr": 1e-30, "warmup_steps": 1}})
-    recorded = Recorded()
-    openimp.train(frozen, tmp_path / "run", callbacks=[recorded, openimp.EarlyStopping("colours", patience=1)])
-    assert recorded.evaluations == [2, 4]
-    assert {line["step"] for line in read_lines(tmp_path / "run" / "results.jsonl")} == {2, 4}
-
-
-def test_early_stopping_begins_anew_in_each_training(recipe, tmp_path):
     frozen = openimp.Recipe.build({**recipe.to_dict(), "optimizer": {"lr": 1e-30, "warmup_steps": 1}})
     stopping = openimp.EarlyStopping("colours", patience=1)
     for name in ("first", "second"):

@@ -13,7 +13,6 @@ from messages import refuses
 import openimp
 from openimp.common.json_lines import read_lines
 from openimp.common.modality import BadMedia
-from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
 from openimp.data.task_data import TaskData
 from openimp.encoding.tower import make_teachers
@@ -21,7 +20,6 @@ from openimp.inference.join import embed_rows
 from openimp.model.imp import IMP
 from openimp.objectives.distill import unit_vector
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Source
 from openimp.training.trainer import train
 
 COLOURS = ["blue", "green", "red", "white"]
@@ -126,11 +124,6 @@ def test_a_row_without_a_vector_is_a_bad_example(data, tmp_path):
             "2": "expected a list of 24 numbers (the model's embed_dim), found None",
             "3": "a vector of length 0 has no direction",
         }
-    # `openimp embed` writes lists of a fixed size.
-    column = pa.array([None, [0.5] * SIZE], pa.list_(pa.float32(), SIZE))
-    pq.write_table(pa.table({"vector": column}), tmp_path / "fixed.parquet")
-    found = open_source("fixed", Source(path=str(tmp_path / "fixed.parquet"))).column("vector")
-    assert found == [None, [0.5] * SIZE]
     for value, why in ((["x"] * SIZE, "expected numbers in the list"), ([[1.0], []], "expected lists of equal length")):
         with pytest.raises(BadMedia, match=why):
             unit_vector(value, SIZE, "vector")

@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 from messages import refuses
-from processes import Process
 
 import openimp
 from openimp.checkpoint.folder import checkpoints, verify
@@ -18,23 +16,14 @@ from openimp.training.run_directory import LOCK, locked
 from openimp.training.trainer import train
 
 
-@pytest.mark.slow
 def test_a_second_training_in_the_same_directory_is_refused(little_data, tmp_path):
-    """The first one is another process, which holds the lock until it is interrupted."""
     run = tmp_path / "run"
     recipe = Recipe.load(little_data / "recipe.yaml")
-    hold = (
-        "import sys, time; from pathlib import Path; from openimp.training.run_directory import locked\n"
-        "with locked(Path(sys.argv[1])): print('locked'); time.sleep(600)"
-    )
-    first = Process("-c", hold, run)
-    assert first.stdout.readline() == "locked\n"
-    for resume in (False, True, "auto"):
-        with refuses():
-            train(recipe, run, resume)
-    first.send_signal(signal.SIGINT)
-    first.wait()
-    assert not run.exists()  # The first one wrote nothing.
+    with locked(run):
+        for resume in (False, True, "auto"):
+            with refuses():
+                train(recipe, run, resume)
+    assert not run.exists()  # Nothing was written.
     with locked(run):
         (run / "metrics.jsonl").touch()
     assert sorted(path.name for path in run.iterdir()) == [LOCK, "metrics.jsonl"]

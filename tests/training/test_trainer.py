@@ -143,8 +143,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, little_data, tmp_p
 def test_a_resumed_run_counts_steps_that_were_saved_before_they_were_logged(little_data, tmp_path):
     """A crash between two lines of metrics, after a checkpoint between them."""
 
-    def crash(_, step):
+    def crash(trainer, step):
         if step == 5:
+            trainer.checkpointing.wait()
             raise RuntimeError
 
     recipe = recipe_of(little_data, "train.log_every=8", "train.save_every=3", "evaluation={}")

@@ -31,7 +31,6 @@ from openimp.inference.join import embed_rows
 from openimp.inference.publish import push
 from openimp.parallel import distributed
 from openimp.parallel.layout import full_tensor
-from openimp.planning.plan import plans
 from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
@@ -156,12 +155,12 @@ def test_a_model_of_another_name_cannot_be_the_initial_one(data, name, tmp_path)
 
 def test_one_tower_learns_the_vectors_of_the_other_that_is_frozen(data, name, tmp_path):
     """LiT (arXiv 2111.07991), by distillation."""
-    rows = embed_rows(name, str(data / "pictures"), tmp_path / "rows.parquet", "image", "file", "vector")
+    embed_rows(name, str(data / "pictures"), tmp_path / "rows.parquet", "image", "file", "vector")
     objectives = (
         "tasks.named.objectives=[{type: distill, of: text, to: vector}, {type: distill, of: image, to: vector}]"
     )
     changes = [
-        "sources.pictures={path: " + f"{rows.out}, root: {data / 'pictures'}}}",
+        "sources.pictures={path: " + f"{tmp_path / 'rows.parquet'}, root: {data / 'pictures'}}}",
         objectives,
         "tasks.named.views=[{image: {crop: 1}}]",
         "tasks.paired.weight=0",
@@ -177,11 +176,6 @@ def test_one_tower_learns_the_vectors_of_the_other_that_is_frozen(data, name, tm
         learned = not key.startswith(("encoder.visual.", "scale."))
         assert torch.equal(value, after[key]) != (learned and not key.endswith("bias")) or key.endswith("bias"), key
         assert learned or not any(part.startswith(f"{key}|") for part in weights(tmp_path / "run", "optimizer")), key
-    modalities = Trainer(set_up(recipe, tmp_path / "planned")).data.modalities
-    found = next(plans(recipe, modalities, {}, gpus=2, gpu="h100", utilization=0.4))
-    assert found.frozen == sum(value.numel() for key, value in before.items() if key.startswith("encoder.visual."))
-    memory = {key: step.memory.gradients for key, step in found.step_needs.items()}
-    assert memory["named", 0] < 4 * (sum(found.parameters.values()) - found.frozen)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def read(folder: Path) -> dict[str, Tensor]:
         with _damage_as_user_error(folder):
             return load_file(file)  # It maps the file into memory and copies nothing.
     saved = _metadata(folder)
-    tensors = {name: torch.empty(info.size, dtype=info.properties.dtype) for name, info in saved.items()}
+    tensors = {name: torch.zeros(info.size, dtype=info.properties.dtype) for name, info in saved.items()}
     fill(folder, tensors)
     return tensors
 
@@ -134,9 +134,11 @@ def _complete(size: Sequence[int], shards: Iterable[Any]) -> bool:
     """Whether the shards, except empty ones, are the cells of a grid that covers the tensor, as on a device mesh."""
     boxes = []  # (start, stop) of each shard along each axis
     for shard in shards:
+        if not len(shard.offsets) == len(shard.sizes) == len(size):
+            return False
         if math.prod(shard.sizes):
-            sides = zip(shard.offsets, shard.sizes, size, strict=True)
-            boxes.append(tuple((start, start + length) for start, length, _ in sides))
+            sides = zip(shard.offsets, shard.sizes)
+            boxes.append(tuple((start, start + length) for start, length in sides))
     if not boxes:
         return math.prod(size) == 0
     axes = [sorted(set(intervals)) for intervals in zip(*boxes)]

@@ -25,7 +25,9 @@ def find_model(name: str | Path) -> Path:
     name = name.as_posix() if isinstance(name, Path) else name
     scheme, identifier = Name.parse(name)
     if scheme == BUNDLED:
-        return _bundled(identifier)
+        if identifier not in _bundled_names():
+            raise UserError(f"{name}: openimp comes with no such model{nearest(identifier, _bundled_names())}")
+        return BUNDLED_MODELS / identifier
     if scheme == OPEN_CLIP:
         return wrapped_folder(str(name))
     if scheme == HUB:
@@ -47,12 +49,6 @@ def list_models(pattern: str = "*") -> list[str]:
     if find_spec("open_clip"):
         names += public_names()
     return [name for name in names if fnmatchcase(name, pattern)]
-
-
-def _bundled(name: str) -> Path:
-    if name not in _bundled_names():
-        raise UserError(f"{BUNDLED}:{name}: openimp comes with no such model{nearest(name, _bundled_names())}")
-    return BUNDLED_MODELS / name
 
 
 def _bundled_names() -> list[str]:

@@ -32,7 +32,7 @@ from openimp.common.modality import Modalities, Modality
 from openimp.common.protocols import learned_files, load_learned
 from openimp.common.safe_files import read_text, sha256
 from openimp.common.schema import checked
-from openimp.model.build import architecture_of, build_model
+from openimp.model.build import build_model, count_layers
 from openimp.model.embedder import Embedder
 from openimp.model.init import SkipInit
 from openimp.parallel.distributed import rank, run_on_all_ranks, world_size
@@ -54,19 +54,15 @@ MODELS = ("IMP", "OpenCLIP")
 class SavedRecipe(NamedTuple):
     """The recipe in a model's folder. Using the model needs no recipe, so only `validated` parses it."""
 
-    content: str | dict[str, Any] | None  # the text of recipe.yaml; of format 6, the parsed recipe; None: no recipe
+    text: str | None  # in YAML; None: no recipe
     file: Path  # paths in the recipe are relative to its folder
 
     def validated(self) -> Recipe:
         """The recipe. UserError if there is none, or if it has a key that this version of openimp does not know."""
-        if self.content is None:
+        if self.text is None:
             raise UserError(f"{self.file}: missing; only embedding and search of files work without it")
-        data = parse_mapping(self.content, self.file, "recipe") if isinstance(self.content, str) else self.content
+        data = parse_mapping(self.text, self.file, "recipe")
         return Recipe.build(lift_recipe(data), self.file.parent, str(self.file))
-
-    def text(self) -> str | None:
-        """The recipe as YAML."""
-        return to_yaml(self.content) if isinstance(self.content, dict) else self.content
 
 
 def load_run_recipe(run: Path, overrides: Iterable[str] = (), folder: Path | None = None) -> Recipe:
@@ -116,11 +112,14 @@ def load_model(folder: Path) -> tuple[Embedder, SavedModel]:
     """
     saved = describe_model(folder)
     # A model of open_clip computes the values of buffers, which the meta device cannot.
-    on_meta_device = architecture_of(saved.config.model).builds_on_meta
+    on_meta_device = not saved.config.model.wrap
     # Without SkipInit, torch would import its compiler to initialize weights on the meta device, half a second of work.
     with torch.device("meta") if on_meta_device else nullcontext(), SkipInit():
         model = build_model(saved.config, saved.modalities)
-    load_weights(model, folder, assign=True)
+    try:
+        model.load_state_dict(read_weights(folder), assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{weights_folder(folder)}: does not fit the model: {one_line(error)}") from None
     return model.eval(), saved
 
 
@@ -133,7 +132,7 @@ def describe_model(folder: Path) -> SavedModel:
     config, learned, recipe = read_config(folder)
     modalities = config.make_modalities()
     load_learned(modalities.values(), learned)
-    layers = architecture_of(config.model).count_layers(config.model, modalities)
+    layers = count_layers(config.model, modalities)
     tensor_count = len(dcp.shapes(weights_folder(folder)))
     if layers > tensor_count:
         raise UserError(
@@ -159,7 +158,7 @@ def read_config(
         if data.get("format") == 6:
             recipe_data = lift_recipe(data["recipe"])
             data = lift_6(data, recipe_data)
-            recipe = SavedRecipe(recipe_data, file)
+            recipe = SavedRecipe(to_yaml(recipe_data), file)
         elif data.get("format") == 7:
             data = lift_7(data)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -204,14 +203,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return {name: weight.float() if weight.dtype is torch.float16 else weight for name, weight in weights.items()}
 
 
-def load_weights(model: Embedder, folder: Path, assign: bool = False) -> None:
-    """Loads the tensors of `read_weights`, which must be exactly those of the model."""
-    try:
-        model.load_state_dict(read_weights(folder), assign=assign)
-    except RuntimeError as error:
-        raise UserError(f"{weights_folder(folder)}: does not fit the model: {one_line(error)}") from None
-
-
 def weights_folder(folder: Path) -> Path:
     """The folder of the EMA if a checkpoint has one, else that of the weights."""
     ema = folder / "ema"
@@ -242,12 +233,9 @@ def verify(folder: Path) -> None:
 
 def _verify_share(folder: Path) -> None:
     manifest = _read_object(folder / MANIFEST)
-    present = set()
-    for path in folder.rglob("*"):
-        # File managers and network file systems add files whose names begin with a dot, which do not count.
-        if not path.is_dir() and not path.name.startswith("."):
-            present.add(path.relative_to(folder).as_posix())
-    present.discard(MANIFEST)
+    # File managers and network file systems add files whose names begin with a dot, which do not count.
+    paths = [path for path in folder.rglob("[!.]*") if not path.is_dir()]
+    present = {path.relative_to(folder).as_posix() for path in paths} - {MANIFEST}
     for name in sorted(manifest.keys() | present)[rank() :: world_size()]:
         path = folder / name
         if name not in manifest:

@@ -147,16 +147,11 @@ def _remove_others(folder: Path, keep: int) -> None:
     kept = {path for path in up_to_this if path.name == best} | set(up_to_this[-keep:])
     for path in saved:
         if path not in kept:
-            _remove(path)
-
-
-def _remove(folder: Path) -> None:
-    """Removes a checkpoint. It is renamed first, so that a crash leaves no half of it."""
-    shutil.rmtree(_set_aside(folder))
+            shutil.rmtree(_set_aside(path))
 
 
 def _set_aside(folder: Path) -> Path:
-    """Renames a checkpoint, so that it no longer counts as one, and returns the new path."""
+    """Renames a checkpoint before its removal, so that a crash leaves no half of it, and returns the new path."""
     renamed = folder.with_name(f".{folder.name}.old")
     os.replace(folder, renamed)
     return renamed

@@ -1,10 +1,10 @@
 """Starting a training run from the weights of another model, for fine-tuning (`train.init`)."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 from torch import Tensor
@@ -12,10 +12,10 @@ from torch import Tensor
 from openimp.checkpoint import dcp
 from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import RECIPE, read_config, weights_folder
-from openimp.checkpoint.public_vit import LIBRARIES, RGB, ViTWeights
+from openimp.checkpoint.public_vit import RGB, ViTWeights
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
-from openimp.common.names import Name, map_path
+from openimp.common.names import OPEN_CLIP, TIMM, Name, map_path
 from openimp.common.protocols import load_learned
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import run_on_rank_zero
@@ -30,29 +30,8 @@ MAX_LISTED = 10
 """Maximum number of options that an error lists. Models with different modalities differ in dozens."""
 
 
-class Weights(Protocol):
-    """Weights that a model can start from, by the names that they have in it."""
-
-    @property
-    def shapes(self) -> Mapping[str, Sequence[int]]:
-        """The shape of each tensor."""
-        ...
-
-    def __str__(self) -> str:
-        """The name of the weights, for messages."""
-        ...
-
-    def may_lack(self, name: str) -> bool:
-        """Whether the tensor `name` of the new model keeps its initial values if these weights lack it."""
-        ...
-
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fills tensors in place; of a DTensor, this rank's shard. Every rank must call this."""
-        ...
-
-
 class SavedWeights:
-    """The EMA in a checkpoint if it has one, else the weights. Each rank reads only its shards."""
+    """The EMA in a checkpoint if it has one, else the weights."""
 
     def __init__(self, folder: Path, shown_name: str) -> None:
         """`shown_name` is for messages."""
@@ -64,11 +43,15 @@ class SavedWeights:
         return self.shown_name
 
     def may_lack(self, name: str) -> bool:
-        """True for the experts of a stem that the saved model does not have."""
+        """Whether the tensor `name` of the new model keeps its initial values if these weights lack it.
+
+        True for the experts of a stem that the saved model does not have.
+        """
         group = re.search(r"\.groups\.\w+\.", name)
         return group is not None and not any(group[0] in saved for saved in self.shapes)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fills tensors in place; of a DTensor, this rank's shard. Every rank must call this."""
         dcp.fill(weights_folder(self.folder), tensors)
 
 
@@ -82,7 +65,7 @@ class WarmStart:
         stems: names of the stems for which the modalities have loaded the other model's state, such as its tokenizer.
     """
 
-    weights: Weights
+    weights: SavedWeights | ViTWeights
     key: str
     saved_classes: dict[str, list[Any]]
     stems: frozenset[str]
@@ -138,8 +121,14 @@ def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
         return None
     key = "model.wrap" if init is None else "train.init"
     try:
-        if wrap is None and Name.parse(str(init)).scheme in LIBRARIES:
+        scheme = Name.parse(str(init)).scheme
+        if wrap is None and scheme == TIMM:
             return _open_vit(str(init), recipe, modalities)
+        if wrap is None and scheme == OPEN_CLIP:
+            raise UserError(
+                f"{init}: the encoder can start from a model of timm, not of open_clip; expected timm:NAME, such as "
+                "timm:vit_base_patch16_siglip_224.v2_webli, or set model.wrap, which trains a model of open_clip"
+            )
         return _open_saved(str(init or wrap), key, recipe, modalities)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
@@ -177,11 +166,11 @@ def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
     if recipe.model.moe:
         raise UserError(f"{init}: a public vision Transformer is dense; set model.moe: null")
     weights = ViTWeights(init, modalities)
-    needed = {"model": weights.vit.model_options()}
+    needed = {"model": weights.model_options()}
     for modality in modalities.values():
         spec = modality.stem_spec()
         if spec.patch and spec.patch[-1] == RGB:
-            options = weights.vit.stem_options(recipe.modalities[modality.stem])
+            options = weights.stem_options(recipe.modalities[modality.stem])
             needed.setdefault("modalities", {})[modality.stem] = options
     needed_values = flat(needed)
     recipe_values = flat(recipe.to_dict())

@@ -104,7 +104,7 @@ def _find(name: str) -> Public:
 
 def _find_by_tag(library: Any, name: str) -> Public:
     identifier = Name.parse(name).rest
-    model, _, tag = identifier.rpartition("/") if "/" in identifier else (identifier, "", "")
+    model, _, tag = identifier.partition("/")
     architecture = library.get_model_config(model)
     weights_config = library.get_pretrained_cfg(model, tag)
     if architecture is None and Path(identifier).is_dir():
@@ -113,8 +113,7 @@ def _find_by_tag(library: Any, name: str) -> Public:
         raise UserError(f"{name}: open_clip has no model {model!r}{nearest(model, library.list_models())}")
     if not weights_config:
         tags = ", ".join(library.list_pretrained_tags_by_model(model)) or "none"
-        reason = f"open_clip has no weights {tag!r} of {model}" if tag else "names no weights"
-        raise UserError(f"{name}: {reason}; expected {OPEN_CLIP}:{model}/TAG with one of the tags {tags}")
+        raise UserError(f"{name}: expected {OPEN_CLIP}:{model}/TAG with one of the tags {tags}")
     if not _fits(weights_config, architecture):
         other = f"{model}-quickgelu" if weights_config.get("quick_gelu") else model.removesuffix("-quickgelu")
         raise UserError(f"{name}: these weights were trained with another activation: use {OPEN_CLIP}:{other}/{tag}")

@@ -83,7 +83,7 @@ def cached(kind: str, key: str, read: Callable[[Path], T], write: Callable[[Path
     the cache is full or read-only, that is a CacheError.
     """
     entry = cache_folder(kind) / key
-    with _locked(entry):
+    with FileLock(f"{entry}.lock"):  # The file stays, because another process may be about to lock it.
         if entry.exists():
             os.utime(entry)  # Before it is read, so that no other process removes it meanwhile.
             try:
@@ -96,21 +96,12 @@ def cached(kind: str, key: str, read: Callable[[Path], T], write: Callable[[Path
         return read(entry)
 
 
-def _locked(entry: Path, timeout: float = -1) -> FileLock:
-    """The lock of an entry. Its file stays, because another process may be about to lock it."""
-    return FileLock(f"{entry}.lock", timeout=timeout)
-
-
 def _remove_unused(folder: Path) -> None:
     oldest = time.time() - UNUSED_DAYS * 24 * 3600
     for entry in folder.iterdir():
         with suppress(OSError, Timeout):  # Timeout: another process uses the entry.
-            if entry.suffix == ".lock" or entry.stat().st_mtime >= oldest:
+            if not entry.is_dir() or entry.stat().st_mtime >= oldest:
                 continue
-            with _locked(entry, timeout=0):
-                if entry.stat().st_mtime >= oldest:
-                    continue
-                if entry.is_dir():
+            with FileLock(f"{entry}.lock", timeout=0):
+                if entry.stat().st_mtime < oldest:
                     shutil.rmtree(entry)
-                else:
-                    entry.unlink()  # Older versions of openimp stored files.

@@ -2,15 +2,15 @@
 
 import ctypes
 import platform
-import time
+import timeit
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
 from openimp.common.errors import UserError
+from openimp.common.versions import cpu_info
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -34,7 +34,7 @@ def precision_of(device: torch.device, precision: Precision) -> Literal["bf16", 
     if precision not in get_args(Precision):
         raise UserError(f"precision: expected {', '.join(map(repr, get_args(Precision)))}, found {precision!r}")
     if precision == "auto":
-        return "bf16" if has_bf16(device) else "fp32"
+        return "bf16" if _has_bf16(device) else "fp32"
     return precision
 
 
@@ -44,11 +44,7 @@ def product_speed(device: torch.device, precision: Literal["bf16", "fp32"]) -> f
     size = 8192 if device.type == "cuda" else 1024
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # Waits for a GPU.
-        seconds.append(time.perf_counter() - start)
+    seconds = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=6)  # `item` waits for a GPU.
     return 2 * size**3 / min(seconds)
 
 
@@ -85,7 +81,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def has_bf16(device: torch.device) -> bool:
+def _has_bf16(device: torch.device) -> bool:
     """Whether the processor computes bf16 natively and faster than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -93,14 +89,7 @@ def has_bf16(device: torch.device) -> bool:
         return False
     # On AMD, AVX-512 computes bf16 twice as fast as fp32. On Intel it is half as fast; Intel has AMX for bf16, which
     # virtual machines may hide. torch.ops.mkldnn._is_mkldnn_bf16_supported returns True even for emulation.
-    return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and _vendor() == "AuthenticAMD")
-
-
-@cache
-def _vendor() -> str:
-    """The CPU's vendor, such as "AuthenticAMD" or "GenuineIntel"."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # Not Linux. On Windows it is the end of "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD".
-        return platform.processor().rpartition(" ")[2]
-    return next((line.rpartition(" ")[2] for line in lines if line.startswith("vendor_id")), "")
+    vendor = cpu_info("vendor_id") or platform.processor()  # On Windows it ends with the vendor.
+    return torch.cpu._is_amx_tile_supported() or (
+        torch.cpu._is_avx512_bf16_supported() and vendor.endswith("AuthenticAMD")
+    )

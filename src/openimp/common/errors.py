@@ -19,19 +19,14 @@ def printable(text: str) -> str:
 
     Names can come from untrusted data or models, and an escape sequence in a name could control the terminal.
     """
-    if text.isprintable():
-        return text
     return "".join(character for character in text if character.isprintable() or character in "\n\t\xa0")
 
 
 def escaped(name: object) -> str:
     """A name, or a line with names, in which control characters are escaped, as in a string of Python."""
-    text = str(name)
-    if text.isprintable():
-        return text
     return "".join(
         character if character.isprintable() or character == "\xa0" else character.encode("unicode_escape").decode()
-        for character in text
+        for character in str(name)
     )
 
 
@@ -55,11 +50,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
-def by_extension(files: Mapping[str, int], most: int = 5) -> str:
-    """`.heic 20, .txt 1, others 3`: numbers of files of the `most` frequent extensions, and of all other files."""
+def by_extension(files: Mapping[str, int]) -> str:
+    """`.heic 20, .txt 1, others 3`: numbers of files of the five most frequent extensions, and of all other files."""
     ranked = sorted(files.items(), key=lambda item: (-item[1], item[0]))
-    texts = [f"{extension or 'without extension'} {count:,}" for extension, count in ranked[:most]]
-    others = sum(count for _, count in ranked[most:])
+    texts = [f"{extension or 'without extension'} {count:,}" for extension, count in ranked[:5]]
+    others = sum(count for _, count in ranked[5:])
     if others:
         texts.append(f"others {others:,}")
     return ", ".join(texts)

@@ -41,7 +41,7 @@ class _Console(Console):
 console = _Console(highlight=False, markup=False, emoji=False)
 """Standard output."""
 if not console.is_terminal:
-    console = _Console(highlight=False, markup=False, emoji=False, width=PLAIN_WIDTH)
+    console.width = PLAIN_WIDTH
 
 
 def notice(message: str) -> None:
@@ -109,9 +109,9 @@ def number_table(
     title: str, head: Iterable[str], rows: Iterable[Iterable[str]], below: Iterable[Iterable[str]] = ()
 ) -> Table:
     """A table whose columns are aligned to the right, except for the first. `below` are rows under a line."""
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(head):
-        table.add_column(column, justify="right" if i else "left")
+    table = Table(*head, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
     for row in rows:
         table.add_row(*row)
     table.add_section()

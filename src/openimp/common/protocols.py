@@ -20,7 +20,6 @@ class Learned(Protocol):
 
     def state(self) -> dict[str, str]:
         """What was learned, as {file name: text}; it is saved with the weights."""
-        ...
 
     def load_state(self, state: Mapping[str, str]) -> None:
         """Restores what `state` returned."""
@@ -32,11 +31,9 @@ class TextReader(Protocol):
 
     def tokenize(self, texts: str | list[str], length: int | None = None) -> Tensor:
         """Converts texts to ids (B, length)."""
-        ...
 
     def knows(self, value: Any, view: Any) -> bool:
         """False for a text without a word that the model knows: it is similar to nothing."""
-        ...
 
 
 @runtime_checkable
@@ -45,7 +42,6 @@ class PictureReader(Protocol):
 
     def preprocess(self, picture: Any, view: Any) -> Tensor:
         """Converts a Pillow picture, or whatever `decode` takes, to a tensor for `Tensors.from_tensor`."""
-        ...
 
 
 class TensorInput(NamedTuple):
@@ -66,11 +62,9 @@ class Tensors(Protocol):
         Raises:
             TypeError: the modality does not support this kind of tensor.
         """
-        ...
 
     def tensor_input(self, view: Any) -> TensorInput:
         """Describes what `from_tensor` takes in a view. UserError if the model cannot be exported."""
-        ...
 
 
 @runtime_checkable
@@ -79,14 +73,12 @@ class Pictured(Protocol):
 
     def show(self, value: Any, view: Any) -> bytes:
         """What evaluation sees, as a small WebP picture. BadMedia if the value cannot be read."""
-        ...
 
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
         """A WebP picture of a value, or of one of its `Segmented.segments`, for lists of results.
 
         Its sides have at most `side` pixels. BadMedia if the value cannot be read.
         """
-        ...
 
 
 @runtime_checkable
@@ -97,7 +89,6 @@ class Comparable(Protocol):
 
     def raw_features(self, item: np.ndarray, view: Any) -> np.ndarray:
         """Features (n,) fp32 of a decoded array, of the same size for all items, around 0."""
-        ...
 
 
 @runtime_checkable
@@ -109,11 +100,9 @@ class Segmented(Protocol):
 
         BadMedia if the value cannot be read.
         """
-        ...
 
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
         """Like `Modality.encode_input`, but for one of the `segments`."""
-        ...
 
 
 class Recorded(NamedTuple):
@@ -129,7 +118,6 @@ class Dated(Protocol):
 
     def recorded(self, value: Any) -> Recorded:
         """What the header of a file, or of its bytes, tells. BadMedia if it cannot be read."""
-        ...
 
 
 @runtime_checkable
@@ -141,7 +129,6 @@ class Towered(Protocol):
 
         `reads` return raw values, or raise BadMedia.
         """
-        ...
 
 
 @runtime_checkable
@@ -150,7 +137,6 @@ class Framed(Protocol):
 
     def shape(self, view: Any) -> tuple[int, int, int, int]:
         """Frames, height, width and channels of an example."""
-        ...
 
 
 def learned_files(modalities: Iterable[Modality]) -> dict[str, str]:

@@ -23,16 +23,10 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
     """Opens a temporary file beside `file`. When the block ends it replaces `file`; if the block fails it is removed.
 
     The temporary file has a random name, and opening it fails if that name exists, also as a link. So files and links
-    that other users put into the folder cannot redirect the write. Its mode is that of any new file. Temporary files of
+    that other users put into the folder cannot redirect the write. Its mode is that of any new file. Such files of
     this user that are older than a day are removed: the processes that wrote them were killed.
     """
-    for old in file.parent.glob(f".{glob.escape(file.name)}.{'[0-9a-f]' * 16}.tmp"):
-        with suppress(OSError):
-            status = old.lstat()
-            is_stale = time.time() - status.st_mtime > STALE
-            if is_stale and stat.S_ISREG(status.st_mode) and _is_own(status):
-                old.unlink()
-    draft = file.with_name(f".{file.name}.{token_hex(8)}.tmp")
+    draft = _new_draft(file)
     stream = draft.open("xb")  # O_CREAT | O_EXCL does not follow links.
     try:
         with stream:
@@ -52,11 +46,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
     What a killed process has left is removed after a day.
     """
-    for old in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-        with suppress(OSError):
-            if time.time() - old.stat().st_mtime > STALE:
-                shutil.rmtree(old)
-    draft = folder.with_name(f".{folder.name}.{token_hex(8)}.tmp")
+    draft = _new_draft(folder)
     draft.mkdir()
     try:
         yield draft
@@ -67,6 +57,20 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     sync(folder.parent)
+
+
+def _new_draft(path: Path) -> Path:
+    """A name for a new file or folder beside `path`. Removes what processes that were killed left under such names."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.tmp"):
+        with suppress(OSError):
+            status = old.lstat()
+            if time.time() - status.st_mtime <= STALE or not _is_own(status):
+                continue
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old)
+            else:
+                old.unlink()
+    return path.with_name(f".{path.name}.{token_hex(8)}.tmp")
 
 
 def file_state(file: str | Path) -> str:
@@ -153,12 +157,9 @@ def refuse_links(folder: Path, patterns: Iterable[str] = RUN_FILES) -> None:
         allowed.append(real_folder.parents[1] / "blobs")
     for pattern in patterns:
         for path in folder.glob(pattern):
-            if path.is_symlink():
-                target = Path(os.path.realpath(path))
-                if not any(target.is_relative_to(allowed_folder) for allowed_folder in allowed):
-                    raise UserError(
-                        f"{path}: is a link out of {folder}, which openimp does not follow; remove the link"
-                    )
+            target = Path(os.path.realpath(path))
+            if not any(target.is_relative_to(allowed_folder) for allowed_folder in allowed):
+                raise UserError(f"{path}: is a link out of {folder}, which openimp does not follow; remove the link")
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise UserError(f"{path}: is not a regular file")
 

@@ -39,6 +39,15 @@ class Strict(BaseModel):
                     raise ValueError(unknown_key(str(key), cls.model_fields, cls.renamed))
         return data
 
+    def refuse(self, keys: Iterable[str], reason: str) -> None:
+        """Raises ValueError if one of the keys has another value than its default.
+
+        Defaults pass, because a resolved recipe contains them.
+        """
+        for key in keys:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} {reason}")
+
 
 def unknown_key(key: str, known: Iterable[str], renamed: Mapping[str, str] = {}) -> str:
     """The error message for a key that a mapping does not have."""
@@ -61,9 +70,7 @@ class TextFrom(str):
 def _absolute(name: Any, info: ValidationInfo) -> Any:
     """Makes a relative path absolute, also that of `timm:local-dir:FOLDER`."""
     folder = base_folder(name, info)
-    if not isinstance(name, str) or folder is None:
-        return name
-    return absolute_name(name, folder)
+    return absolute_name(name, folder) if isinstance(name, str) and folder is not None else name
 
 
 def base_folder(text: Any, info: ValidationInfo) -> str | Path | None:
@@ -114,7 +121,9 @@ def as_text(value: Any) -> str:
 
 Share = Annotated[float, Field(ge=0, le=1)]
 PartialShare = Annotated[float, Field(ge=0, lt=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 

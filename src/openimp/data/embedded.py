@@ -37,16 +37,12 @@ Readers = Iterable[Callable[[], Any]]
 
 def embed_column(table: Table, modality: Any, column: str, views: list[Any], progress: Progress | None) -> DecodedStore:
     """The vectors of the media in a table's column, by row."""
-    code = decoding_key(modality, views)
-    states = row_states(table, column)
 
     def readers_of(rows: range) -> Readers:
         return (partial(table.media, row[column]) for chunk in table.chunks(rows, [column]) for row in chunk)
 
-    def part_key(rows: range) -> str:
-        return stable_hash([*code, *(states[row] for row in rows)])
-
-    return _embed(modality, f"{table.name}.{column}", len(table), readers_of, part_key, progress=progress)
+    code = decoding_key(modality, views)
+    return _embed(modality, code, f"{table.name}.{column}", row_states(table, column), readers_of, progress)
 
 
 class EmbeddedTexts:
@@ -54,15 +50,11 @@ class EmbeddedTexts:
 
     def __init__(self, modality: Towered, texts: Iterable[str], progress: Progress | None) -> None:
         distinct = list(dict.fromkeys(texts))
-        code = decoding_of(modality)
 
         def readers_of(numbers: range) -> Readers:
             return (partial(str, distinct[number]) for number in numbers)
 
-        def part_key(numbers: range) -> str:
-            return stable_hash([*code, *(distinct[number] for number in numbers)])
-
-        self._store = _embed(modality, "texts", len(distinct), readers_of, part_key, progress=progress)
+        self._store = _embed(modality, decoding_of(modality), "texts", distinct, readers_of, progress)
         self._number = {text: number for number, text in enumerate(distinct)}
 
     def __getitem__(self, text: str) -> np.ndarray:
@@ -106,18 +98,18 @@ def _text_rows(table: Table, templates: list[str]) -> Iterator[dict[str, Any]]:
 
 def _embed(
     modality: Towered,
+    code: list[Any],
     name: str,
-    count: int,
+    states: list[Any],
     readers_of: Callable[[range], Readers],
-    part_key: Callable[[range], str],
     progress: Progress | None,
 ) -> DecodedStore:
-    """Embeds `count` items, except those that an earlier run has embedded.
+    """Embeds items, except those that an earlier run has embedded.
 
-    `name` is shown with the progress. For a range of item numbers, `readers_of` returns the functions that read these
-    items, and `part_key` a hash of these items and their tower.
+    `code` determines how an item is embedded. `name` is shown with the progress. `states` has a value for each item
+    that changes with it. For a range of item numbers, `readers_of` returns the functions that read these items.
     """
-    numbers = range(count)
+    numbers = range(len(states))
     bar = iter(progress(numbers, f"embedding {name}") if progress else numbers)
 
     def write(folder: Path, part: range, part_bar: Iterator[int]) -> None:
@@ -129,10 +121,11 @@ def _embed(
         return folder / ROWS_FILE
 
     files = []
-    for start in range(0, count, ITEMS_PER_FILE):
+    for start in range(0, len(states), ITEMS_PER_FILE):
         part = numbers[start : start + ITEMS_PER_FILE]
+        key = stable_hash([*code, *states[start : part.stop]])
         part_bar = islice(bar, len(part))
-        files.append(cached("embedded", part_key(part), checked_file, partial(write, part=part, part_bar=part_bar)))
+        files.append(cached("embedded", key, checked_file, partial(write, part=part, part_bar=part_bar)))
         list(part_bar)  # If an earlier run has embedded the part, the bar advances here.
     next(bar, None)  # Ends the bar.
     return read_store(*files)

@@ -45,8 +45,8 @@ class ExampleReader:
         task = self.data.recipe.tasks[visit.task]
         source = self.data.source_of_task[visit.task]
         columns = sorted(self.data.columns(task))
+        rows = positions
         if isinstance(source, Stream):
-            rows = list(positions)
             named_rows = source.read(visit.start, positions, columns)
         else:
             rows = rows_at(self.data.recipe.seed, visit.task, len(source), np.array(positions, np.int64)).tolist()
@@ -55,10 +55,10 @@ class ExampleReader:
         same_start = task.views[visit.view].sync
         loaded = {}
         for position, row, (row_name, values) in zip(positions, rows, named_rows):
-            loaded[position] = Example(row, row_name, values, example_rng(key, position, same_start))
-        for example in loaded.values():
+            example = Example(row, row_name, values, example_rng(key, position, same_start))
             # First, because media of an example with a bad target are not decoded.
             self._read_targets(visit.task, example)
+            loaded[position] = example
         for modality_name in task.inputs:
             self._decode(visit, modality_name, loaded.values())
         for example in loaded.values():
@@ -77,10 +77,10 @@ class ExampleReader:
                 loaded |= self.load(visit, [candidate])
             if not loaded[candidate].bad:
                 return loaded[candidate]
-        bad_example = loaded[position]
+        first = loaded[position]
         raise UserError(
             f"tasks.{visit.task}: {counted(visit.batch_size, 'example')} in a row could not be read in step "
-            f"{visit.step}; first: {bad_example.name}: {bad_example.bad}"
+            f"{visit.step}; first: {first.name}: {first.bad}"
         )
 
     def _decode(self, visit: Visit, modality_name: str, examples: Iterable[Example]) -> None:

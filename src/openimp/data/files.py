@@ -31,8 +31,7 @@ BUNDLED_LICENSES = {
 
 BLOCK = 2**18
 """Bytes that are read at once from a file that is read forward. Each lane of a stream has a file open."""
-LONGEST_SHOWN_PATH = 300
-"""Most characters of a path in a message."""
+
 READ_AHEAD = 2**22
 """Bytes that fsspec requests at once. Some file systems would request, and hold, 50 MB per file."""
 
@@ -43,9 +42,9 @@ def is_utf8(name: str) -> bool:
 
 
 def locate(name: str, path: str) -> tuple[Path, list[str]]:
-    """The base folder of a source's `path`, and the files that it matches, sorted.
+    """The `folder_of_pattern` of a source's `path`, and the files that it matches, sorted.
 
-    The base folder is the part before the first `*`, or the folder of a single file. For a URL it has no meaning.
+    For a URL, that folder has no meaning.
     """
     if is_url(path):
         return Path(), _matching_urls(name, path)
@@ -57,10 +56,8 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
         path = str(DEMO / file_name)
     if os.path.isdir(path):
         return Path(path), [path]
-    wildcards = r"[*?\[]"
     files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     if not files:  # The folder may be called "birds [2]".
-        wildcards = r"[*?]"
         files = sorted(glob.glob(path.replace("[", "[[]"), recursive=True))
     if not files:
         hint = "; braces are no pattern, but * is" if "{" in path else ""
@@ -68,10 +65,16 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
     for file in files:
         if not os.path.isfile(file):
             raise UserError(f"source {name}: {file}: is not a regular file")
-    if files == [path]:
-        return Path(path).parent, files
-    before_pattern = re.split(wildcards, path)[0]
-    return Path(before_pattern + "_").parent, files
+    return folder_of_pattern(path), files
+
+
+def folder_of_pattern(path: str) -> Path:
+    """The folder of a file or, for a pattern, the last folder before its first wildcard.
+
+    It is the last one that exists: what has a wildcard names no folder, unless its brackets are part of its name, as in
+    "birds [2]".
+    """
+    return next(folder for folder in Path(path).parents if folder.is_dir())
 
 
 def _matching_urls(name: str, url: str) -> list[str]:
@@ -107,11 +110,10 @@ def inside(root: Path, path: str) -> Path:
 
     Only a regular file is accepted, because reading a pipe would never end.
     """
-    if "::" in path and path.startswith("zip://"):  # So `datasets` names a file in a zip.
-        raise BadMedia(f"{path} is in an archive, which openimp does not open; unpack it, or store bytes in Parquet")
-    if path.startswith("hf://"):  # So `datasets` names a file of a streamed data set.
-        raise BadMedia(f"{path} is not on this machine; leave out stream, or stream a data set of Parquet files")
-    shown_path = path if len(path) <= LONGEST_SHOWN_PATH else f"{path[:LONGEST_SHOWN_PATH]}..."  # It may be base64.
+    if path.startswith(("zip://", "hf://")):  # So `datasets` names a file in a zip, and of a streamed data set.
+        advice = "unpack the archive, leave out stream, or store bytes in Parquet files"
+        raise BadMedia(f"{path} is no file on this machine; {advice}")
+    shown_path = f"{path:.300}"  # It may be base64.
     try:
         # Not as Path objects, which take longer to resolve and to compare. This is called for each example.
         folder = str(root)

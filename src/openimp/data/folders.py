@@ -52,11 +52,9 @@ def open_folder(name: str, path: str) -> Table:
         if not is_utf8(file):
             raise UserError(f"source {name}: {path}: the name of {file!r} is not UTF-8; rename it")
     split_names = {file: os.path.splitext(file) for file in sizes}
+    texts = {stem: file for file, (stem, extension) in split_names.items() if extension.lower() == CAPTION}
     media_stems = {stem for stem, extension in split_names.values() if extension.lower() != CAPTION}
-    captions = {}  # the caption's file by stem
-    for file, (stem, extension) in split_names.items():
-        if extension.lower() == CAPTION and stem in media_stems:
-            captions[stem] = file
+    captions = {stem: file for stem, file in texts.items() if stem in media_stems}
     media = {file: parts for file, parts in split_names.items() if captions.get(parts[0]) != file}
     columns: dict[str, list[Any]] = {"file": [*media]}
     if classes:
@@ -68,8 +66,8 @@ def open_folder(name: str, path: str) -> Table:
     if captions:
         columns["text"] = [captions.get(stem) for stem, _ in media.values()]
     data = pa.table({column: pa.array(values, pa.string()) for column, values in columns.items()})
-    texts = {"text": partial(_read_caption, root)} if captions else {}
-    return Table(name, path, data, partial(str, stable_hash(sizes.items())), root, label="file", text_functions=texts)
+    readers = {"text": partial(_read_caption, root)} if captions else {}
+    return Table(name, path, data, partial(str, stable_hash(sizes.items())), root, label="file", text_functions=readers)
 
 
 def _read_caption(root: Path, path: str | None) -> str | Unreadable | None:

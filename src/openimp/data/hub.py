@@ -51,13 +51,17 @@ def quiet(name: str, path: str, bars: bool = False) -> Iterator[None]:
     except UserError:  # of openimp's cache
         raise
     except Exception as error:  # datasets and its hub client raise about twenty unrelated types.
-        cause = error.__cause__ or error  # datasets wraps what a user can fix.
-        raise UserError(f"source {name}: {path} cannot be read: {one_line(cause)}") from None
+        raise _unreadable(name, path, error) from None
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
         if hide_bars:
             datasets.enable_progress_bars()
+
+
+def _unreadable(name: str, path: str, error: Exception) -> UserError:
+    cause = error.__cause__ or error  # datasets wraps what a user can fix.
+    return UserError(f"source {name}: {path} cannot be read: {one_line(cause)}")
 
 
 def hub_root(source: Source) -> Path:
@@ -79,8 +83,8 @@ def as_table(name: str, path: str, data: Any, row_prefix: str, root: Path) -> Ta
     """Converts a `datasets.Dataset` to a table. Rows are named by `row_prefix` and their number."""
     files = [file["filename"] for file in data.cache_files]
     content = partial(_content, files, row_prefix, len(data))
-    text_functions = class_texts(data.features)
-    return Table(name, path, data.data, content, root, files=[(row_prefix, len(data))], text_functions=text_functions)
+    texts = class_texts(data.features)
+    return Table(name, path, data.data, content, root, files=[(row_prefix, len(data))], text_functions=texts)
 
 
 def _content(files: list[str], row_prefix: str, rows: int) -> str:
@@ -93,24 +97,21 @@ def class_texts(features: Any) -> dict[str, Callable[[Any], Any]]:
     """For each column of class numbers, or of lists of them, the function from a value to names of classes."""
     from datasets import ClassLabel
 
-    text_functions: dict[str, Callable[[Any], Any]] = {}
-    for column, feature in features.items():
-        items = getattr(feature, "feature", None)  # of a list
-        if isinstance(feature, ClassLabel):
-            text_functions[column] = partial(_class_name, feature.names)
-        elif isinstance(items, ClassLabel):
-            text_functions[column] = partial(_class_names, items.names)
-    return text_functions
+    item_features = {column: getattr(feature, "feature", feature) for column, feature in features.items()}  # of lists
+    return {
+        column: partial(_class_text, feature.names)
+        for column, feature in item_features.items()
+        if isinstance(feature, ClassLabel)
+    }
 
 
-def _class_names(names: list[str], numbers: list[int | None] | None) -> list[str | None] | None:
-    return None if numbers is None else [_class_name(names, number) for number in numbers]
-
-
-def _class_name(names: list[str], number: int | None) -> str | None:
-    if number is None or number < 0:  # -1: the class is unknown.
+def _class_text(names: list[str], value: Any) -> Any:
+    """The name of a class, or of each class of a list."""
+    if isinstance(value, list):
+        return [_class_text(names, number) for number in value]
+    if value is None or value < 0:  # -1: the class is unknown.
         return None
-    return names[number]
+    return names[value]
 
 
 class HubShards:
@@ -146,5 +147,4 @@ class HubShards:
                 number += 1
                 yield (row_name, row), {"row": number, "reader": data.state_dict()}
         except Exception as error:  # As in `quiet`, which would run for every row.
-            cause = error.__cause__ or error
-            raise UserError(f"source {self._name}: {self._path} cannot be read: {one_line(cause)}") from None
+            raise _unreadable(self._name, self._path, error) from None

@@ -9,7 +9,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import reduce
 from itertools import islice
@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 
-from openimp.common.cache import CacheError, cache_folder, cached, stable_hash
+from openimp.common.cache import cached, stable_hash
 from openimp.common.errors import UserError, counted
 from openimp.common.safe_files import file_state
 
@@ -47,10 +47,6 @@ def read_manifests(name: str, path: str, files: list[str]) -> tuple[Any, list[in
     """
     if sum(map(os.path.getsize, files)) < CACHED_BYTES:
         return _read_all(name, path, files)
-    try:
-        cache_folder("manifests")
-    except UserError:  # It belongs to another user, or cannot be made.
-        return _read_all(name, path, files)
     state = stable_hash([CACHE_VERSION, *map(file_state, files)])
     try:
         return cached(
@@ -59,7 +55,9 @@ def read_manifests(name: str, path: str, files: list[str]) -> tuple[Any, list[in
             lambda folder: _open_cached(folder / "rows.arrow", state),
             lambda folder: _write_cached(folder / "rows.arrow", *_read_all(name, path, files), state),
         )
-    except (CacheError, OSError, ValueError, NotImplementedError):  # The disk is full, or the file system has no locks.
+    # The cache belongs to another user, its disk is full, or the file system has no locks. Or a manifest is wrong: then
+    # this raises again.
+    except (UserError, OSError, ValueError, NotImplementedError):
         return _read_all(name, path, files)
 
 
@@ -97,15 +95,15 @@ def _read_all(name: str, path: str, files: list[str]) -> tuple[pa.Table, list[in
         raise UserError(f"source {name}: {path}: {error}") from None
 
 
-def _csv_options(delimiter: str) -> dict[str, Any]:
-    """The options of `csv.reader`. Tabs separate plain texts, in which quotes are ordinary characters."""
-    return {"delimiter": delimiter, "quoting": csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL}
+def _csv_reader(lines: Iterable[str], delimiter: str) -> Any:
+    """A `csv.reader`. Tabs separate plain texts, in which quotes are ordinary characters."""
+    return csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL)
 
 
 def _read_csv(file: str, delimiter: str = ",") -> pa.Table:
     with suppress(csv.Error, pa.ArrowException):
         with open(file, encoding="utf-8-sig", newline="") as lines:  # -sig: Excel writes a byte order mark first.
-            header = _csv_header(csv.reader(lines, **_csv_options(delimiter)), delimiter)
+            header = _csv_header(_csv_reader(lines, delimiter), delimiter)
         table = pyarrow.csv.read_csv(
             file,
             pyarrow.csv.ReadOptions(block_size=BLOCK_BYTES),
@@ -119,7 +117,7 @@ def _read_csv(file: str, delimiter: str = ",") -> pa.Table:
         unnamed = table.columns[len(header) :]
         if table.column_names[: len(header)] == header and all(len(cells) == cells.null_count for cells in unnamed):
             return _without_empty_end(table.select(range(len(header))))
-    return _to_arrow(_csv_rows(file, delimiter))
+    return _without_empty_end(_to_arrow(_csv_rows(file, delimiter)))
 
 
 def _without_empty_end(table: pa.Table) -> pa.Table:
@@ -130,8 +128,8 @@ def _without_empty_end(table: pa.Table) -> pa.Table:
     if not len(table) or any(column[-1].is_valid for column in table.columns):
         return table
     has_value = reduce(pc.or_, [column.is_valid() for column in table.columns])
-    rows = np.flatnonzero(has_value.to_numpy())
-    return table.slice(0, rows[-1] + 1 if len(rows) else 0)
+    last_row = np.flatnonzero(has_value.to_numpy()).max(initial=-1)
+    return table.slice(0, last_row + 1)
 
 
 def _csv_header(lines: Any, delimiter: str) -> list[str]:
@@ -154,24 +152,17 @@ def _csv_rows(file: str, delimiter: str = ",") -> Iterator[dict[str, Any]]:
     """
     with open(file, encoding="utf-8-sig", newline="") as handle:
         csv.field_size_limit(max(BLOCK_BYTES, csv.field_size_limit()))  # As large as Arrow's cells.
-        lines = csv.reader(handle, **_csv_options(delimiter))
+        lines = _csv_reader(handle, delimiter)
         try:
             header = _csv_header(lines, delimiter)
             end = lines.line_num
-            empty_rows = 0  # since the last row that has a value; see `_without_empty_end`
             for cells in lines:
                 line = end + 1  # A row begins on the line after the end of the row before it.
                 end = lines.line_num
-                while len(cells) > len(header) and not cells[-1]:
-                    cells.pop()
-                if len(cells) > len(header):
+                if any(cells[len(header) :]):
                     raise ValueError(f"line {line} has {counted(len(cells), 'cell')}, the header {len(header)} names")
-                if any(cells):
-                    yield from (dict.fromkeys(header) for _ in range(empty_rows))
-                    empty_rows = 0
+                if cells:
                     yield dict.fromkeys(header) | {column: cell or None for column, cell in zip(header, cells)}
-                elif cells:
-                    empty_rows += 1
         except csv.Error as error:
             raise ValueError(f"line {lines.line_num}: {error}") from None
 
@@ -204,19 +195,21 @@ def _json_rows(file: str) -> Iterator[dict[str, Any]]:
     """
     is_list = _is_list(file)
     with open(file, encoding="utf-8-sig") as handle:
-        for number, row in enumerate(json.load(handle) if is_list else handle, 1):
-            if not is_list:
-                if not row.strip():
-                    continue
-                try:
-                    row = json.loads(row.rstrip())
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
-                except RecursionError as error:
-                    raise ValueError(f"line {number}: {error}") from None
+        for number, row in enumerate(json.load(handle), 1) if is_list else _json_lines(handle):
             if not isinstance(row, dict):
                 raise ValueError(f"{'item' if is_list else 'line'} {number} is not a JSON object")
             yield row
+
+
+def _json_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line.rstrip())
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+            except RecursionError as error:
+                raise ValueError(f"line {number}: {error}") from None
 
 
 def _to_arrow(rows: Iterator[dict[str, Any]]) -> pa.Table:

@@ -8,7 +8,7 @@ the bytes of the batches are counted. `datasets` itself would unpack a whole row
 import glob
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -58,21 +58,16 @@ def load(name: str, path: str, files: list[str], streaming: bool) -> Any:
             raise UserError(f"source {name}: `datasets` would read {file} as a chain of URLs; rename it")
 
     with quiet(name, path):
-        features = _common_features(files)
-
-    # `load_dataset` would report each call to a server and wait for it, even for local files.
-    def builder(folder: str | Path) -> BoundedParquet:
-        return BoundedParquet(cache_dir=str(folder), data_files={"train": names}, features=features)
-
-    with quiet(name, path):
+        # `load_dataset` would report each call to a server and wait for it, even for local files.
+        builder = partial(BoundedParquet, data_files={"train": names}, features=_common_features(files))
         if streaming:
-            return builder(cache_folder("parquet")).as_streaming_dataset(split="train")
+            return builder(str(cache_folder("parquet"))).as_streaming_dataset(split="train")
         return cached(
             "parquet",
             stable_hash(files),
             # If a file has changed, the builder looks for another name in the folder, and finds nothing.
-            lambda folder: builder(folder).as_dataset(split="train"),
-            lambda folder: builder(folder).download_and_prepare(),
+            lambda folder: builder(str(folder)).as_dataset(split="train"),
+            lambda folder: builder(str(folder)).download_and_prepare(),
         )
 
 
@@ -130,11 +125,9 @@ def _batches(handle: Any, row_groups: Iterable[int] | None) -> Iterator[pa.Recor
     beginnings = pq.ParquetFile(handle, metadata=parquet.metadata, read_dictionary=texts, buffer_size=BUFFER)
     for number in range(parquet.num_row_groups) if row_groups is None else row_groups:
         group = parquet.metadata.row_group(number)
-        if not group.num_rows:
-            continue
         chunks = [group.column(i) for i in range(group.num_columns)]
         group_bytes = sum(chunk.total_uncompressed_size for chunk in chunks)
-        average_row = group_bytes // group.num_rows
+        average_row = group_bytes // max(1, group.num_rows)
         rows = min(BATCH_ROWS, BATCH_BYTES // max(1, average_row))
         # No value is longer than its column chunk. The longest value is determined only if that bound is too large.
         if min(rows, group.num_rows) * group_bytes > WORST_BATCH_BYTES:
@@ -148,14 +141,13 @@ def _longest_values(beginnings: Any, group: int, columns: list[Any], chunks: lis
     total = 0
     with_dictionary = []
     for column, chunk in zip(columns, chunks):
-        if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
-            total += column.length
-        elif "DELTA_BYTE_ARRAY" in chunk.encodings:  # A value can repeat a part of the value before it.
+        if "DELTA_BYTE_ARRAY" in chunk.encodings:  # A value can repeat a part of the value before it.
             total += chunk.total_uncompressed_size
-        elif column.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page:
-            with_dictionary.append(column.path)
         elif column.physical_type != "BYTE_ARRAY":
-            total += 12  # The largest number has 12 bytes (INT96). Runs of equal numbers are stored once.
+            # Numbers have up to 12 bytes (INT96), texts of fixed length `length`; runs of equal ones are stored once.
+            total += max(12, column.length)
+        elif chunk.has_dictionary_page:
+            with_dictionary.append(column.path)
     if with_dictionary:
         first_row = next(beginnings.iter_batches(1, [group], columns=with_dictionary))
         total += sum(map(_longest_dictionary_value, first_row.columns))
@@ -165,7 +157,6 @@ def _longest_values(beginnings: Any, group: int, columns: list[Any], chunks: lis
 def _longest_dictionary_value(array: pa.Array) -> int:
     if pa.types.is_dictionary(array.type):
         return pc.max(pc.binary_length(array.dictionary)).as_py() or 0
-    inner_arrays = array.flatten()  # of a struct, a list of arrays; of a list, one array
-    if not isinstance(inner_arrays, list):
-        inner_arrays = [inner_arrays]
-    return max(map(_longest_dictionary_value, inner_arrays), default=0)
+    if pa.types.is_struct(array.type):
+        return max(map(_longest_dictionary_value, array.flatten()), default=0)
+    return _longest_dictionary_value(array.flatten())  # of a list

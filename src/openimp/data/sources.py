@@ -46,7 +46,7 @@ def _open_table(name: str, source: Source) -> Table:
         row_prefix = f"{source.hub}/{source.split}"
         return hub.as_table(name, source.hub, hub.load(name, source), row_prefix, hub.hub_root(source))
     path, file_format = _path_and_format(name, source)
-    if is_url(path) and file_format not in ("parquet", "webdataset"):
+    if is_url(path) and file_format in ("folder", "manifest"):
         raise UserError(f"source {name}: {path}: a {file_format} source must be on disk")
     base, files = locate(name, path)
     root = Path(source.root or base)
@@ -72,14 +72,13 @@ def _open_table(name: str, source: Source) -> Table:
     if not any(rows_by_file):
         raise UserError(f"source {name} ({path}) has no rows")
     data = parquet.load(name, path, files, streaming=False)
-    text_functions = hub.class_texts(data.features)
-    files_and_rows = [*zip(file_names, rows_by_file)]
-    return Table(name, path, data.data, content, root, files=files_and_rows, text_functions=text_functions)
+    texts = hub.class_texts(data.features)
+    return Table(name, path, data.data, content, root, files=[*zip(file_names, rows_by_file)], text_functions=texts)
 
 
 def _open_stream(name: str, source: Source, seed: int) -> Stream:
     shards: Shards
-    where = dict(source.where)
+    where = source.where
     if source.hub:
         path = source.hub
         root = hub.hub_root(source)
@@ -115,9 +114,8 @@ def _path_and_format(name: str, source: Source) -> tuple[str, str]:
     extension = Path(urlsplit(path).path if is_url(path) else path).suffix.lower()
     file_format = source.format or ("folder" if os.path.isdir(path) else FORMATS.get(extension))
     if file_format is None:
-        # The likelier mistake is a path that does not exist. A URL with an extension is not asked.
-        if not extension or not is_url(path):
-            locate(name, path)
+        if not is_url(path):
+            locate(name, path)  # The likelier mistake is a path that does not exist.
         known = ", ".join(FORMATS)
         raise UserError(
             f"source {name}: {path}: unknown extension {extension!r}; known: {known}; for others set format"

@@ -102,9 +102,7 @@ def _decode(
             return error
 
     row_numbers = range(len(table))
-    progress_bar: Iterable[int] = row_numbers
-    if progress:
-        progress_bar = progress(row_numbers, f"decoding {table.name}.{column}")
+    progress_bar = progress(row_numbers, f"decoding {table.name}.{column}") if progress else row_numbers
     rows = chain.from_iterable(table.chunks(row_numbers, [column]))
     for _, item in zip(progress_bar, map_ahead(decode, rows, threads=min(MAX_THREADS, core_count()))):
         yield item
@@ -115,21 +113,18 @@ def _batches(decoded: Iterable[Decoded]) -> Iterator[pa.RecordBatch]:
     batch: list[dict[str, Any]] = []
     batch_bytes = 0
     for item in decoded:
-        batch.append(_row(item))
-        batch_bytes += 0 if isinstance(item, BadMedia) else item.nbytes
+        if isinstance(item, BadMedia):
+            batch.append({"error": str(item)})
+        else:
+            data = item.tobytes() + bytes(-item.nbytes % ALIGN)
+            batch.append({"data": data, "shape": item.shape, "dtype": item.dtype.str})
+            batch_bytes += len(data)
         if len(batch) == CHUNK or batch_bytes >= BATCH_BYTES:
             yield pa.RecordBatch.from_pylist(batch, SCHEMA)
             batch = []
             batch_bytes = 0
     if batch:
         yield pa.RecordBatch.from_pylist(batch, SCHEMA)
-
-
-def _row(item: Decoded) -> dict[str, Any]:
-    if isinstance(item, BadMedia):
-        return {"error": str(item)}
-    data = item.tobytes()
-    return {"data": data + bytes(-len(data) % ALIGN), "shape": item.shape, "dtype": item.dtype.str}
 
 
 def write_store(folder: Path, decoded: Iterator[Decoded]) -> None:
@@ -164,16 +159,6 @@ def decoding_key(modality: Modality, views: list[Any]) -> list[Any]:
     return [*decoding_of(modality), sorted({view.model_dump_json() for view in views})]
 
 
-def row_states(table: Table, column: str) -> list[Any]:
-    """For each row, a value that changes if the row's media change.
-
-    If a row has a path, its other columns do not count, so that a corrected caption does not decode the media again.
-    """
-    paths = table.path_of_rows(column)
-    state_of = {path: table.file_state(path) for path in paths if path}
-    return [(path, state_of[path]) if path else (table.fingerprint, column, row) for row, path in enumerate(paths)]
-
-
 def decoding_of(modality: Any) -> list[Any]:
     """What decides on how a modality decodes: its code, its options, and what it learned.
 
@@ -182,3 +167,13 @@ def decoding_of(modality: Any) -> list[Any]:
     modality_class = type(modality)
     code = [LAYOUT, version("openimp"), modality_class.__module__, modality_class.__qualname__]
     return [*code, modality.config.model_dump_json(), sorted(learned_files([modality]).items())]
+
+
+def row_states(table: Table, column: str) -> list[Any]:
+    """For each row, a value that changes if the row's media change.
+
+    If a row has a path, its other columns do not count, so that a corrected caption does not decode the media again.
+    """
+    paths = table.path_of_rows(column)
+    state_of = {path: table.file_state(path) for path in paths if path}
+    return [(path, state_of[path]) if path else (table.fingerprint, column, row) for row, path in enumerate(paths)]

@@ -11,8 +11,6 @@ streaming has the same idea (canonical nodes).
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -95,11 +93,6 @@ class Stream(Rows):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": {}}
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the content and of the filter. Of data that is not on disk, only the names of the shards count."""
-        return self._content()
-
     def read(self, start: int, positions: Sequence[int], columns: Sequence[str] | None = None) -> list[NamedRow]:
         """The rows at these positions of the stream, in their order, with the given columns or all, and their names.
 
@@ -109,15 +102,10 @@ class Stream(Rows):
         """
         columns = self.columns if columns is None else columns
         lane_start = start // self.lanes
-        # Ascending, so that the last position of a lane counts.
-        lane_stops = {position % self.lanes: position // self.lanes + 1 for position in sorted(positions)}
-        rows_by_lane = {
-            lane: self._reader(lane, lane_start).read(lane_start, lane_stop) for lane, lane_stop in lane_stops.items()
-        }
         named_rows = []
         for position in positions:
             lane_position, lane = divmod(position, self.lanes)
-            name, row = rows_by_lane[lane][lane_position - lane_start]
+            name, row = self._reader(lane, lane_start).row(lane_start, lane_position)
             named_rows.append((name, {column: row.get(column) for column in columns}))
         return named_rows
 
@@ -137,15 +125,15 @@ class Stream(Rows):
         If the data has `changed`, all lanes start the next epoch, because the old positions mean nothing in new data.
         There may be another number of lanes then.
         """
-        saved_lanes = len(cursors) if changed else self.lanes
-        if cursors.keys() != {str(lane) for lane in range(saved_lanes)}:
-            raise UserError(f"source {self.name}: the checkpoint was saved with other lanes; start a new run")
+        lanes = range(self.lanes)
         if changed:
             epoch = 1 + max(cursor["epoch"] for cursor in cursors.values())
             # About as many rows of the stream as before, in the new number of lanes.
             position = max(cursor["position"] for cursor in cursors.values()) * len(cursors) // self.lanes
-            cursors = {str(lane): self._beginning(lane, epoch, position) for lane in range(self.lanes)}
-        self._start_cursors = [cursors[str(lane)] for lane in range(self.lanes)]
+            cursors = {str(lane): self._beginning(lane, epoch, position) for lane in lanes}
+        if cursors.keys() != set(map(str, lanes)):
+            raise UserError(f"source {self.name}: the checkpoint was saved with other lanes; start a new run")
+        self._start_cursors = [cursors[str(lane)] for lane in lanes]
         self._readers = {}
         return cursors
 
@@ -213,18 +201,16 @@ class Lane:
         self._windows = windows
         self._held = deque([next(windows)])
 
-    def read(self, start: int, stop: int) -> list[NamedRow]:
-        """Rows start .. stop - 1 of the lane. Windows that end before `start` are forgotten."""
-        while self._held[-1].stop < stop:
+    def row(self, start: int, position: int) -> NamedRow:
+        """A row of the lane. Windows that end before `start`, which is not above `position`, are forgotten."""
+        while self._held[-1].stop <= position:
             window = next(self._windows)  # First, because it may raise.
             if self._held[-1].stop <= start:
                 self._held.clear()  # Rows that are skipped.
             self._held.append(window)
         while self._held[0].stop <= start:
             self._held.popleft()
-        rows = chain.from_iterable(window.rows for window in self._held)
-        held_start = self._held[0].start
-        return list(islice(rows, start - held_start, stop - held_start))
+        return next(window.rows[position - window.start] for window in self._held if position < window.stop)
 
     def cursor(self) -> Cursor:
         return self._held[0].cursor

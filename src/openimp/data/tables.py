@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,8 @@ from openimp.recipe.tasks import Part
 
 MAX_CHECKED_FILES = 10_000
 """Most media files of a source that are opened at every start, to see whether one has changed."""
-CHUNK = 10_000
-"""Rows whose values are in memory at once while all values of a column are looked at."""
 READ_ROWS = 256
-"""Rows of `Table.chunks`. There are few because their media are in memory at once."""
+"""Rows whose values are in memory at once. There are few because they may be media."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,21 @@ class Rows:
         self.columns = columns
         self.root = root  # the folder to which paths in the columns are relative, and which they cannot leave
         self._content = content  # returns a hash of the content; called when `fingerprint` is first read
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the content. It changes with the data, but not if the data is moved.
+
+        A data file counts with its name, size and up to 64 blocks of content (all of a file up to 4 MiB), a shard at a
+        URL with its name. A file in a folder source counts with its name and size. Files that a manifest names do not
+        count, because reading them at every start would take too long. Of a table, the selected rows count, and of a
+        stream its filter.
+        """
+        return self._content()
+
+    def fingerprint_with_files(self, columns: Iterable[str]) -> str:
+        """Hash of `fingerprint` and of the media files in these columns of a table."""
+        return self.fingerprint
 
     def require(self, columns: Iterable[str], user: str = "") -> None:
         """Raises UserError if a column is missing. `user` is the part of the recipe that reads it, for the message."""
@@ -142,16 +155,10 @@ class Table(Rows):
 
     def paths(self, column: str) -> list[str]:
         """The paths of media files in a column of the selected rows. Media that the table itself holds have no path."""
-        values = self._paths(column)
-        return [] if values is None else [path for path in values.to_pylist() if path]
+        return [path for path in self.path_of_rows(column) if path]
 
     def path_of_rows(self, column: str) -> list[str | None]:
         """The path of the media file of each selected row. None for media that the table itself holds."""
-        values = self._paths(column)
-        return [None] * len(self) if values is None else values.to_pylist()
-
-    def _paths(self, column: str) -> Any:
-        """The column's paths in the selected rows, as an Arrow array. None if the column has no paths."""
         values = self._data.column(column)
         if pa.types.is_struct(values.type) and values.type.get_field_index("path") >= 0:
             paths = pc.struct_field(values, "path")
@@ -159,17 +166,13 @@ class Table(Rows):
                 paths = pc.if_else(pc.is_valid(pc.struct_field(values, "bytes")), None, paths)
             values = paths
         if not _is_text(values.type):
-            return None
-        return values if self._kept is None else values.take(pa.array(self._kept))
+            return [None] * len(self)
+        if self._kept is not None:
+            values = values.take(pa.array(self._kept))
+        return values.to_pylist()
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the content and of the selected rows. It changes with the data, but not if the data is moved.
-
-        A data file counts with its name, size and up to 64 blocks of content (all of a file up to 4 MiB). A file in a
-        folder source counts with its name and size. Files that a manifest names do not count, because reading them at
-        every start would take too long.
-        """
         if self._kept is None:
             return self._content()
         return f"{self._content()}-{stable_hash([self._kept.tobytes()])}"
@@ -192,25 +195,23 @@ class Table(Rows):
         """Drops the rows that do not match a source's `where`, see `matches`. Returns this table."""
         self.require(where, f"sources.{self.name}.where")
         for column, wanted in where.items():
-            matching = self._matching(column, wanted)
-            if not len(matching):
-                cells = self._values(column, self._stored(range(min(len(self), 1000))))
-                values = sorted({as_text(cell) for cell in cells})[:5]
+            mask = self._matching(column, wanted)
+            if not mask.any():
+                first_rows = chain.from_iterable(self.chunks(range(min(len(self), 1000)), [column]))
+                values = sorted({as_text(row[column]) for row in first_rows})[:5]
                 raise UserError(
                     f"source {self.name} ({self.path}): no row has {column} = {wanted!r}; it holds {', '.join(values)}"
                 )
-            self._kept = matching
+            self._keep(np.flatnonzero(mask).tolist())
         return self
 
     def _matching(self, column: str, wanted: Any) -> np.ndarray:
-        """The stored numbers of the selected rows whose cell in a column matches, see `matches`."""
+        """Which of the selected rows match in a column, see `matches`."""
         mask = _arrow_mask(self._data.column(column), wanted, self._text_functions.get(column))
         if mask is not None:
-            return np.flatnonzero(mask) if self._kept is None else self._kept[mask[self._kept]]
-        matching = []
-        for stored in self._stored_chunks():
-            matching += [row for row, cell in zip(stored, self._values(column, stored)) if matches(cell, wanted)]
-        return np.asarray(matching, dtype=np.int64)
+            return mask if self._kept is None else mask[self._kept]
+        rows = chain.from_iterable(self.chunks(range(len(self)), [column]))
+        return np.array([matches(row[column], wanted) for row in rows])
 
     def keep_part(self, part: Part | None) -> "Table":
         """Drops the rows that are not in the parts of a source's `part`. Returns this table."""
@@ -227,15 +228,9 @@ class Table(Rows):
 
     def parts(self, of: int, by: str | None) -> list[int]:
         """The part of each selected row, see `part_of`."""
-        part_numbers = []
-        kind = None if by is None else self._data.column(by).type
-        may_be_media = kind is not None and (
-            pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-        )
-        for stored in self._stored_chunks(READ_ROWS if may_be_media else CHUNK):
-            values = self._values(by, stored) if by else [None] * len(stored)
-            part_numbers += [part_of(value, row, of) for value, row in zip(values, stored)]
-        return part_numbers
+        numbers = range(len(self))
+        rows = chain.from_iterable(self.chunks(numbers, [by] if by else []))
+        return [part_of(row[by] if by else None, stored, of) for row, stored in zip(rows, self._stored(numbers))]
 
     def keep_at_most(self, limit: int | None) -> "Table":
         """Drops all but `limit` evenly spaced rows. Returns this table."""
@@ -250,11 +245,6 @@ class Table(Rows):
     def _stored(self, indices: Sequence[int]) -> Sequence[int]:
         """The stored numbers of selected rows."""
         return indices if self._kept is None else self._kept[np.asarray(indices, dtype=np.int64)].tolist()
-
-    def _stored_chunks(self, size: int = CHUNK) -> Iterator[Sequence[int]]:
-        """The stored numbers of all selected rows, `size` at a time: all texts of a table may not fit into memory."""
-        for start in range(0, len(self), size):
-            yield self._stored(range(start, min(start + size, len(self))))
 
     def arrow(self, rows: range) -> Any:
         """Consecutive rows as a pyarrow.Table, with the values of `Table.rows`; unreadable texts are null."""
@@ -340,22 +330,22 @@ def item_id(value: Any, row: int) -> int:
     """A hash that rows of the same item share, see `item_key`. A row without a value is an item of its own."""
     # Media and vectors are compared byte by byte.
     content = value if isinstance(value, bytes) else (item_key(value) or "").encode()
-    return _signed_hash(content or f"\nrow {row}".encode())  # No text's key has a line break.
+    return _hash(content or f"\nrow {row}".encode(), signed=True)  # No text's key has a line break.
 
 
 def value_id(value: Any) -> int:
     """A hash that equal values share, see `item_key`. It differs from `item_id`: a loss compares both in one list."""
-    return _signed_hash(f"\nvalue {item_key(value)}".encode())
-
-
-def _signed_hash(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+    return _hash(f"\nvalue {item_key(value)}".encode(), signed=True)
 
 
 def part_of(value: Any, row: int, of: int) -> int:
     """The part that a row with this value is in, from 0; without a value, it follows from the number of the row."""
     text = item_key(value) or f"row {row}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") % of
+    return _hash(text.encode(), signed=False) % of
+
+
+def _hash(content: bytes, signed: bool) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=signed)
 
 
 def matches(cell: Any, wanted: Any) -> bool:

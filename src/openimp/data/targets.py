@@ -9,7 +9,7 @@ from openimp.common.objective import ClassColumn, TargetSizes
 from openimp.common.schema import as_text
 from openimp.data.streams import Stream
 from openimp.data.tables import Table, Unreadable
-from openimp.model.build import architecture_of
+from openimp.model.build import embedding_size
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
@@ -17,7 +17,7 @@ from openimp.recipe.tasks import Task
 def target_sizes(recipe: Recipe, modalities: Modalities, classes: Classes) -> TargetSizes:
     """The sizes on which the shapes of a recipe's targets depend. `classes` has the classes of each head."""
     class_indices = {head: {label: i for i, label in enumerate(labels)} for head, labels in classes.items()}
-    return TargetSizes(architecture_of(recipe.model).embed_dim(recipe.model, modalities), class_indices)
+    return TargetSizes(embedding_size(recipe.model, modalities), class_indices)
 
 
 def target_columns(task: Task) -> set[str]:
@@ -34,18 +34,18 @@ def classes_of(source: Table | Stream, column: ClassColumn, error_prefix: str) -
             )
         return list(column.classes)
     row_by_class = find_classes(source, column.name, source.column(column.name), column.has_lists, error_prefix)
+    column_prefix = _column_prefix(source, column.name, error_prefix)
     for label in row_by_class:
         if not isinstance(label, str | int | float):  # A checkpoint stores classes as JSON, and compares them later.
-            column_prefix = _column_prefix(source, column.name, error_prefix)
-            kind = type(label).__name__
             raise UserError(
-                f"{column_prefix} has values of type {kind}, which a checkpoint cannot store; convert them to texts"
+                f"{column_prefix} has values such as {label!r:.60}, which a checkpoint cannot store; convert them to "
+                "texts"
             )
     if column.classes is None:
         return sort_classes(row_by_class)
     index = {label: i for i, label in enumerate(column.classes)}
     for label, row in row_by_class.items():
-        index_of(label, index, f"{_column_prefix(source, column.name, error_prefix)}: {source.row_name(row)}")
+        index_of(label, index, f"{column_prefix}: {source.row_name(row)}")
     return list(column.classes)
 
 

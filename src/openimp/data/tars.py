@@ -8,7 +8,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,27 +30,6 @@ COLUMN_SAMPLES = 100
 COLUMN_BYTES = 2**26
 
 
-@dataclass
-class Sample:
-    """Members with the same name up to the first dot."""
-
-    key: str  # the part up to that dot
-    members: dict[str, bytes | Unreadable] = field(default_factory=dict)  # by lower-case extension
-    end: int = 0  # offset of the next sample in the file, or the size of the file
-    lost: UnreadableRest | None = None  # the error, if this sample represents the unreadable rest of the file
-
-    def row(self) -> dict[str, Any]:
-        """The columns: `json.KEY` for each key of a JSON object, and the extensions of the other members."""
-        row: dict[str, Any] = {"__key__": self.key}
-        for extension, data in self.members.items():
-            value = _parse(extension, data) if isinstance(data, bytes) else data
-            if isinstance(value, dict):
-                row |= {f"{extension}.{key}": item for key, item in value.items()}
-            else:
-                row[extension] = value
-        return row
-
-
 class TarShards:
     """Tars, local or opened by fsspec, as `streams.Shards`. A state is the byte at which the next sample begins."""
 
@@ -58,80 +37,83 @@ class TarShards:
         self._name = name
         self._files = files
         self.columns: list[str] = []
-        readable: set[str] = set()
-        for row in self._first_rows():
+        for row in islice(self._first_rows(), COLUMN_SAMPLES):
             self.columns += [column for column in row if column not in self.columns]
-            readable.update(column for column, value in row.items() if not isinstance(value, Unreadable))
-        # The JSON member of one sample is read as columns `json.KEY`, that of another cannot be read.
-        self.columns = [
-            column
-            for column in self.columns
-            if column in readable or not any(other.startswith(f"{column}.") for other in readable)
-        ]
 
     def __len__(self) -> int:
         return len(self._files)
 
     def _first_rows(self) -> Iterator[dict[str, Any]]:
-        """The rows of the samples that tell the columns."""
-        samples = 0
+        """The rows of the first `COLUMN_BYTES`, shard by shard."""
         bytes_before = 0
         for shard in range(len(self._files)):
             end = 0
             for (_, row), end in self.rows(shard, None):
                 yield row
-                samples += 1
-                if samples == COLUMN_SAMPLES or bytes_before + end >= COLUMN_BYTES:
+                if bytes_before + end >= COLUMN_BYTES:
                     return
             bytes_before += end
 
     def rows(self, shard: int, state: int | None) -> Iterator[tuple[NamedRow, int]]:
+        """The rows of a tar. If it is truncated or damaged, the last one represents the unreadable rest, which begins
+        with the sample that the damage may have reached."""
         file = self._files[shard]
         label = Path(file).name
         try:
             with open_forward(file) as handle:
                 handle.seek(state or 0)
-                for sample in _samples(handle):
-                    row = dict.fromkeys(self.columns, sample.lost) if sample.lost else sample.row()
-                    if sample.lost and not row:
-                        raise UserError(f"source {self._name}: {file}: {sample.lost.reason}")
-                    yield (f"{label}[{sample.key}]", row), sample.end
+                try:
+                    for key, members, end in _samples(handle):
+                        yield (f"{label}[{key}]", _row(key, members)), end
+                except DAMAGE as error:
+                    rest = UnreadableRest(f"not a readable tar from here on: {error}")
+                    if not self.columns:
+                        raise UserError(f"source {self._name}: {file}: {rest.reason}") from None
+                    end = handle.seek(0, os.SEEK_END)
+                    yield (f"{label}[the rest]", dict.fromkeys(self.columns, rest)), end
         except (OSError, ImportError) as error:  # fsspec imports the package that a URL needs.
             raise UserError(f"source {self._name}: {file}: not a readable tar: {error}") from None
 
 
-def _samples(file: IO[bytes]) -> Iterator[Sample]:
+def _samples(file: IO[bytes]) -> Iterator[tuple[str, dict[str, Any], int]]:
     """The samples of a seekable tar from its current position, which must be the beginning of a member or the end.
 
-    If the tar is truncated or damaged, its last sample represents the unreadable rest. This rest begins with the
-    sample that the damage may have reached.
+    Each is its key, the values of its members by extension in lower case, and the byte at which it ends. If the tar is
+    truncated or damaged, one of `DAMAGE` is raised after the last whole sample.
     """
-    current: Sample | None = None
-    try:
-        for member, refused in _members(file):
-            folder, slash, base = member.name.removeprefix("./").rpartition("/")
-            stem, _, extension = base.partition(".")
-            if not stem or not extension:
-                continue
-            key = folder + slash + stem
-            extension = extension.lower()
-            if current is None or current.key != key:
-                if current is not None:
-                    current.end = member.offset
-                    yield current
-                current = Sample(key)
-            if extension in current.members:
-                current.members[extension] = Unreadable(f"example {key} has two members .{extension}")
-            elif refused:
-                current.members[extension] = refused
-            else:
-                file.seek(member.offset_data)
-                current.members[extension] = file.read(member.size)
-    except DAMAGE as error:
-        current = Sample("the rest", lost=UnreadableRest(f"not a readable tar from here on: {error}"))
-    if current is not None:
-        current.end = file.seek(0, os.SEEK_END)
-        yield current
+    key = ""
+    members: dict[str, Any] = {}
+    for member, refused in _members(file):
+        folder, slash, base = member.name.removeprefix("./").rpartition("/")
+        stem, _, extension = base.partition(".")
+        if not stem or not extension:
+            continue
+        member_key = folder + slash + stem
+        extension = extension.lower()
+        if members and member_key != key:
+            yield key, members, member.offset
+            members = {}
+        key = member_key
+        if extension in members:
+            members[extension] = Unreadable(f"example {key} has two members .{extension}")
+        elif refused:
+            members[extension] = refused
+        else:
+            file.seek(member.offset_data)
+            members[extension] = _parse(extension, file.read(member.size))
+    if members:
+        yield key, members, file.seek(0, os.SEEK_END)
+
+
+def _row(key: str, members: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a sample: `json.KEY` for each key of a JSON object, and the extensions of the other members."""
+    row: dict[str, Any] = {"__key__": key}
+    for extension, value in members.items():
+        if isinstance(value, dict):
+            row |= {f"{extension}.{name}": item for name, item in value.items()}
+        else:
+            row[extension] = value
+    return row
 
 
 def _members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, Unreadable | None]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property, partial
 from itertools import chain, islice
 from math import lcm
 from typing import Any
@@ -74,45 +74,54 @@ class TaskData:
         self.source_of_task: dict[str, Table | Stream] = {}
         self.classes: dict[str, list[Any]] = {}
         self.world_size = world_size
-        self._open_sources()
-        for task_name, source in self.source_of_task.items():
-            for objective in recipe.tasks[task_name].objectives:
-                if column := objective.class_column():
-                    classes = classes_of(source, column, f"tasks.{task_name}")
-                    self.classes[head_key(source.name, column.name)] = classes
-
-    def _open_sources(self) -> None:
-        """Fills `source_of_task`. Tasks share a table, but not a stream, in which each task has its own position."""
-        tables: dict[str, Table] = {}
-        tasks = {name: task for name, task in self.recipe.tasks.items() if task.weight}
+        self._tables: dict[str, Table] = {}  # by the name of the source
+        tasks = {name: task for name, task in recipe.tasks.items() if task.weight}
         for name, task in tasks.items():
             for batch_size in task.batch_sizes:
-                if batch_size % self.world_size:
-                    raise UserError(
-                        f"tasks.{name}: batch_size {batch_size} is not a multiple of {self.world_size} ranks"
-                    )
+                if batch_size % world_size:
+                    raise UserError(f"tasks.{name}: batch_size {batch_size} is not a multiple of {world_size} ranks")
         for name, task in tasks.items():
-            source: Table | Stream | None = tables.get(task.source)
-            if source is None:
-                options = self.recipe.sources[task.source]
-                order_seed = seed_key(self.recipe.seed, name)  # of a stream; a table has no order of its own
-                source = open_source(task.source, options, order_seed)
-            try:
-                columns = self.columns(task)
-            except UserError as error:  # Of a template.
-                raise UserError(f"tasks.{name}: {error}") from None
-            source.require(sorted(columns), f"tasks.{name}")
-            if isinstance(source, Table):
-                tables[task.source] = source
-            else:
-                if task.teachers:
-                    raise UserError(f"tasks.{name}: has a teacher, and source {source.name} is a stream")
-                _require_lanes_divide_batches(name, task, source, self.world_size)
-            self.source_of_task[name] = source
+            self._open_source(name, task)
+        for name, source in self.source_of_task.items():
+            for column in tasks[name].class_columns:
+                self.classes[head_key(source.name, column.name)] = classes_of(source, column, f"tasks.{name}")
 
-    def _tables(self) -> Iterable[Table]:
-        """The sources that are tables, each once."""
-        return dict.fromkeys(source for source in self.source_of_task.values() if isinstance(source, Table))
+    def _open_source(self, name: str, task: Task) -> None:
+        """Opens a task's source.
+
+        Tasks share a table, but not a stream, in which each task has its own position.
+        """
+        source: Table | Stream | None = self._tables.get(task.source)
+        if source is None:
+            order_seed = seed_key(self.recipe.seed, name)  # of a stream; a table has no order of its own
+            source = open_source(task.source, self.recipe.sources[task.source], order_seed)
+        try:
+            columns = self.columns(task)
+        except UserError as error:  # Of a template.
+            raise UserError(f"tasks.{name}: {error}") from None
+        source.require(sorted(columns), f"tasks.{name}")
+        if isinstance(source, Table):
+            self._tables[task.source] = source
+        else:
+            self._check_stream(name, task, source)
+        self.source_of_task[name] = source
+
+    def _check_stream(self, name: str, task: Task, stream: Stream) -> None:
+        """Raises UserError if a frozen encoder reads a stream, or its lanes do not divide one of the task's batches."""
+        if task.teachers:
+            raise UserError(f"tasks.{name}: has a teacher, and source {stream.name} is a stream")
+        for modality in task.inputs:
+            if isinstance(self.modalities[modality], Towered):
+                raise UserError(f"tasks.{name}: a tower reads {modality}, and source {stream.name} is a stream")
+        unit = lcm(stream.lanes, self.world_size)
+        for batch_size in task.batch_sizes:
+            if batch_size % stream.lanes:
+                below = batch_size // unit * unit
+                valid_sizes = [str(size) for size in (below, below + unit) if size]
+                raise UserError(
+                    f"tasks.{name}: batch_size {batch_size} is not a multiple of the {stream.lanes} lanes of stream "
+                    f"{stream.name}; use {' or '.join(valid_sizes)}, or set sources.{stream.name}.lanes"
+                )
 
     def columns(self, task: Task) -> set[str]:
         """The columns that a task reads from its source, without columns that are in `stores` already."""
@@ -124,18 +133,20 @@ class TaskData:
                 columns.update(column for column in spec.columns if (task.source, name, column) not in self.stores)
         return columns
 
-    def _decode_cached_media(self, progress: Progress | None) -> None:
-        """Adds the decoded media to `stores`, except those that towers read."""
-        for table in self._tables():
+    def _fill_stores(self, progress: Progress | None) -> None:
+        """Adds the media that are cached or that towers read to `stores`."""
+        for table in self._tables.values():
             cache = self.recipe.sources[table.name].cache
-            if cache == "none":
-                continue
             if cache == "memory" and ranks_on_node() > 1:
                 cache = "disk"  # Ranks share the pages of a file.
             for (name, column), views in self._media_views(table.name).items():
-                if isinstance(self.modalities[name], Towered):
+                modality = self.modalities[name]
+                if isinstance(modality, Towered):
+                    store = embed_column(table, modality, column, views, progress)
+                elif cache != "none":
+                    store = DecodedStore.build(table, modality, column, views, cache, progress)
+                else:
                     continue
-                store = DecodedStore.build(table, self.modalities[name], column, views, cache, progress=progress)
                 self._check_bad_rows(table, column, store)
                 self.stores[table.name, name, column] = store
 
@@ -166,26 +177,20 @@ class TaskData:
         return media_views
 
     def fit(self, fitted_stems: Collection[str] = ()) -> None:
-        """Lets modalities learn from the training texts, for example a tokenizer, on rank 0, and gives all ranks their
-        state.
+        """Lets modalities learn from the training texts, for example a tokenizer, on rank 0, and gives all ranks what
+        they learned.
 
         Modalities whose stem is in `fitted_stems` are left as they are.
         """
-        learners = {
-            name: modality
-            for name, modality in self.modalities.items()
-            if modality.reads_text and modality.stem not in fitted_stems and isinstance(modality, Learned)
-        }
+        for name, modality in self.modalities.items():
+            if modality.reads_text and modality.stem not in fitted_stems and isinstance(modality, Learned):
+                state = run_on_rank_zero(partial(self._fitted_state, name, modality))
+                if rank() > 0:
+                    modality.load_state(state)
 
-        def fit_learners() -> dict[str, dict[str, str]]:
-            for name, learner in learners.items():
-                learner.fit(self._fitting_texts(name))
-            return {name: learner.state() for name, learner in learners.items()}
-
-        states = run_on_rank_zero(fit_learners)
-        if rank() > 0:
-            for name, learner in learners.items():
-                learner.load_state(states[name])
+    def _fitted_state(self, name: str, learner: Learned) -> dict[str, str]:
+        learner.fit(self._fitting_texts(name))
+        return learner.state()
 
     def _fitting_texts(self, name: str) -> Iterator[list[str]]:
         """The texts that a modality is fitted to, one list per row."""
@@ -193,12 +198,11 @@ class TaskData:
             spec = self.recipe.tasks[task_name].inputs.get(name)
             if spec is None:
                 continue
-            columns = columns_of(spec.columns)
             if isinstance(source, Stream):
-                epoch = ({column: row.get(column) for column in columns} for _, row in source.epoch())
-                rows: Iterator[dict[str, Any]] = islice(epoch, CORPUS_ROWS)
+                rows: Iterator[dict[str, Any]] = (row for _, row in islice(source.epoch(), CORPUS_ROWS))
             else:
-                rows = _sample(source, seed_key(self.recipe.seed, task_name, "corpus"), columns)
+                key = seed_key(self.recipe.seed, task_name, "corpus")
+                rows = _sample(source, key, columns_of(spec.columns))
             try:
                 yield from all_texts(spec.columns, rows)
             except UserError as error:
@@ -213,8 +217,8 @@ class TaskData:
             teachers: the opened teachers of the tasks. Their vectors are stored in openimp's cache.
 
         Raises:
-            UserError: no row of a source can be read; a tower reads a stream; or the vectors of a teacher, or of a
-                column with targets, have another size than the model's embeddings.
+            UserError: no row of a source can be read; or the vectors of a teacher, or of a column with targets, have
+                another size than the model's embeddings.
         """
         teachers = teachers or {}
         self._check_rows()
@@ -226,8 +230,10 @@ class TaskData:
                     f"teacher {teacher.model}: has vectors of {teacher_size} numbers, and the model of {size}; set "
                     "model.embed_dim (of a model that is wrapped, it cannot be changed)"
                 )
-        self._decode_cached_media(progress)
-        self._embed_for_towers(progress)
+        self._fill_stores(progress)
+        for name, modality in self.modalities.items():
+            if modality.reads_text and isinstance(modality, Towered):
+                self.text_vectors[name] = EmbeddedTexts(modality, self._texts_to_embed(name), progress)
         for task_name, source in self.source_of_task.items():
             task = self.recipe.tasks[task_name]
             vectors: dict[Teacher, DecodedStore | EmbeddedRows] = {}
@@ -245,16 +251,11 @@ class TaskData:
             self.teacher_vectors[task_name] = vectors
 
     def _check_rows(self) -> None:
-        """Checks that no tower reads a stream, that some media of each table can be read, and that its first row fits
-        the model: if not, none does."""
+        """Checks that some media of each table can be read, and that its first row fits the model: if not, none
+        does."""
         for task_name, source in self.source_of_task.items():
             task = self.recipe.tasks[task_name]
             if isinstance(source, Stream):
-                for name in task.inputs:
-                    if isinstance(self.modalities[name], Towered):
-                        raise UserError(
-                            f"tasks.{task_name}: a tower reads {name}, and source {source.name} is a stream"
-                        )
                 continue
             for name, spec in task.inputs.items():
                 require_readable(source, self.modalities[name], spec, task.views[0][name], f"tasks.{task_name}")
@@ -262,18 +263,6 @@ class TaskData:
                 (row,) = source.rows([0], columns)
                 for i, objective in enumerate(task.objectives):
                     objective.check_row(f"tasks.{task_name}.objectives.{i}", row, self.target_sizes)
-
-    def _embed_for_towers(self, progress: Progress | None) -> None:
-        for table in self._tables():
-            for (name, column), views in self._media_views(table.name).items():
-                modality = self.modalities[name]
-                if isinstance(modality, Towered):
-                    store = embed_column(table, modality, column, views, progress)
-                    self._check_bad_rows(table, column, store)
-                    self.stores[table.name, name, column] = store
-        for name, modality in self.modalities.items():
-            if modality.reads_text and isinstance(modality, Towered):
-                self.text_vectors[name] = EmbeddedTexts(modality, self._texts_to_embed(name), progress)
 
     def _texts_to_embed(self, name: str) -> Iterator[str]:
         """All texts that training may draw for a modality with a tower."""
@@ -285,15 +274,11 @@ class TaskData:
 
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of each source, by name. That of a table covers the media files that tasks read from it."""
+        sources = {source.name: source for source in self.source_of_task.values()}
         fingerprints = {}
-        for source in self.source_of_task.values():
-            if source.name in fingerprints:
-                continue
-            if isinstance(source, Stream):
-                fingerprints[source.name] = source.fingerprint
-            else:
-                columns = {column for _, column in self._media_views(source.name)}
-                fingerprints[source.name] = source.fingerprint_with_files(sorted(columns))
+        for name, source in sources.items():
+            columns = {column for _, column in self._media_views(name)}
+            fingerprints[name] = source.fingerprint_with_files(sorted(columns))
         return fingerprints
 
     def load_cursors(
@@ -314,19 +299,6 @@ class TaskData:
     def target_sizes(self) -> TargetSizes:
         """The sizes on which the shapes of the targets depend."""
         return target_sizes(self.recipe, self.modalities, self.classes)
-
-
-def _require_lanes_divide_batches(name: str, task: Task, stream: Stream, ranks: int) -> None:
-    """Raises UserError if the lanes of a task's stream do not divide one of its batches."""
-    unit = lcm(stream.lanes, ranks)
-    for batch_size in task.batch_sizes:
-        if batch_size % stream.lanes:
-            below = batch_size // unit * unit
-            valid_sizes = [str(size) for size in (below, below + unit) if size]
-            raise UserError(
-                f"tasks.{name}: batch_size {batch_size} is not a multiple of the {stream.lanes} lanes of stream "
-                f"{stream.name}; use {' or '.join(valid_sizes)}, or set sources.{stream.name}.lanes"
-            )
 
 
 def _sample(table: Table, key: int, columns: list[str]) -> Iterator[dict[str, Any]]:

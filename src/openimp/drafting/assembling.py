@@ -6,7 +6,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openimp.common.errors import counted
+from openimp.common.errors import UserError, counted
 from openimp.drafting import sizing
 from openimp.drafting.columns import TaskDraft
 from openimp.drafting.finding import ROLE
@@ -64,12 +64,11 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mappin
     `towers` has the frozen encoders that read some of the modalities.
     """
     samples: dict[str, list[MediaInfo]] = {}
-    texts = []
-    bad_share = 0.0
     for _, task, _ in tasks:
         samples.setdefault(task.media.kind, []).extend(task.media.sample)
-        texts += task.text.sample if task.text else []
-        bad_share = max(bad_share, task.media.bad, task.text.bad if task.text else 0)
+    text_columns = [task.text for _, task, _ in tasks if task.text]
+    texts = [text for column in text_columns for text in column.sample]
+    bad_share = max([column.bad for column in text_columns] + [task.media.bad for _, task, _ in tasks])
     views = {kind: sizing.view(kind, sample, machine) for kind, sample in samples.items() if kind not in towers}
     modalities = sizing.stems(views, machine)
     rows = sum(split.rows for _, _, split in tasks)
@@ -78,11 +77,19 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mappin
     for kind in kinds:
         if kind in towers:
             crops = {"crops": sizing.CROPS} if kind == "image" and not mentions_sides else {}
-            modalities[modality_class(kind).stem] = {"tower": towers[kind].name, **crops}
+            stem = modality_class(kind).stem
+            tower = towers[kind].name
+            other_tower = modalities.get(stem, {}).get("tower", tower)
+            if other_tower != tower:
+                raise UserError(
+                    f"--tower: {other_tower} and {tower} read different modalities of the stem {stem}, which has one "
+                    "tower; name one that reads both"
+                )
+            modalities[stem] = {"tower": tower, **crops}
             views[kind] = {}
     text_length = 0
     if texts and "text" not in towers:
-        has_classes = any(task.text and not task.text.items for _, task, _ in tasks)
+        has_classes = any(not column.items for column in text_columns)
         modalities["text"], text_length = sizing.text(texts, rows, has_classes)
         views["text"] = {"length": modalities["text"]["positions"]}
     if "size" in views.get("image", {}) and mentions_sides:
@@ -179,7 +186,7 @@ def _add(
 def source_name(place: str) -> str:
     """A short name for a path, a pattern or a data set of the hub: letters, digits and underscores."""
     path = Path(re.sub(r"^\w+:(//)?", "", place))
-    words = [word for word in re.split(r"\W+|_", ROLE.sub("", path.stem if path.suffix else path.name)) if word]
+    words = re.findall(r"[^\W_]+", ROLE.sub("", path.stem if path.suffix else path.name))
     words = [word for word in words if not word.isdigit() and word != "of"]
     if not words and path.parent.name:
         return source_name(path.parent.name)

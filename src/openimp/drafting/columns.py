@@ -1,5 +1,6 @@
 """Finds out, by the names of columns and a sample of rows, which columns hold media, texts and classes."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from openimp.common.errors import UserError, counted
 from openimp.common.folders import subfolders
 from openimp.common.modality import BadMedia
 from openimp.common.schema import as_text, checked
-from openimp.data.files import inside
+from openimp.data.files import folder_of_pattern, inside
 from openimp.data.sources import open_source
 from openimp.data.tables import Table, Unreadable, item_key
 from openimp.drafting.finding import KIND_OF, Candidate, shown
@@ -125,8 +126,7 @@ def inspect(
         # It repeats like the names of classes, but not every row has one.
         text = next((text for text in texts if text.items > 1), None)
         notes = [note for note in notes if text is None or not note.startswith(f"{shown(text.name)}: ")]
-    is_optional = text is not None and text.bad > MAX_WITHOUT_TEXT and text.name != chosen_text
-    if text and is_optional and label and not label.are_numbers:
+    if text and text.bad > MAX_WITHOUT_TEXT and not chosen_text and label and not label.are_numbers:
         notes.append(
             f"{shown(text.name)}: {text.bad:.0%} of the rows have none, so the classes are the texts; "
             f"openimp init --text {shown(text.name)} trains on the others only"
@@ -136,30 +136,16 @@ def inspect(
     if not media or not (text or label):
         is_explained = media and (by_use["text"] or by_use["class"]) and notes
         raise UserError("; ".join([*notes, *([] if is_explained else [_what_to_add(candidate, media, plain_columns)])]))
+    if text is None and label and not label.are_numbers:
+        names = [as_text(name)[:MAX_LENGTH] for name in label.classes]
+        text = TextColumn(label.name, [*names, *names], 0, 0.0)  # Each twice, because a class has several rows.
     tasks = [
-        TaskDraft(
-            candidate,
-            source,
-            table,
-            media=column,
-            text=text or (label and _from_classes(label)),
-            label=label,
-            by_use=by_use,
-        )
-        for column in media
+        TaskDraft(candidate, source, table, media=column, text=text, label=label, by_use=by_use) for column in media
     ]
     used_columns = {*tasks[0].columns, *by_use["split"], *by_use["group"], "__key__"}
     if unused := [name for name in plain_columns if name not in used_columns]:
         notes.append(f"columns {_listed(unused)}")
     return tasks, notes
-
-
-def _from_classes(label: ClassColumn) -> TextColumn | None:
-    """The names of classes as texts. The sample has each twice, because a class has several rows."""
-    if label.are_numbers:
-        return None
-    texts = [as_text(name)[:MAX_LENGTH] for name in label.classes]
-    return TextColumn(label.name, [*texts, *texts], 0, 0.0)
 
 
 def open_candidate(source: dict[str, Any]) -> Table:
@@ -184,21 +170,21 @@ def with_root(source: dict[str, Any], table: Table, first_rows: dict[str, list[A
     paths = [value for values in columns for value in values if isinstance(value, str)]
     folders = ["", *subfolders(table.root)[:MAX_ROOTS]]
     found = {folder: sum(_exists(table.root / folder, path) for path in paths) for folder in folders}
-    best = [folder for folder in folders if found[folder] and found[folder] == max(found.values())]
-    if not best or "" in best:
+    best = [folder for folder in folders if found[folder] == max(found.values())]
+    if "" in best:
         return source
     # The same names may be in several folders: train.csv then names the files in train/.
     words = re.split(r"\W+|_", Path(source["path"]).stem.lower())
     folder = next((folder for folder in best if folder.lower() in words), best[0])
-    before_pattern = Path(f"{re.split('[*?]', source['path'])[0]}_").parent
-    return {**source, "root": str(before_pattern / folder)}
+    return {**source, "root": str(folder_of_pattern(os.path.expanduser(source["path"])) / folder)}
 
 
 def _exists(root: Path, path: str) -> bool:
     try:
-        return inside(root, path).is_file()
+        inside(root, path)
     except BadMedia:
         return False
+    return True
 
 
 def _are_paths(values: Sequence[Any]) -> bool:

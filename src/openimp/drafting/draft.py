@@ -85,10 +85,14 @@ def draft_recipe(
         draft.recipe["evaluation"] = {"every": every, **draft.recipe["evaluation"]}
     minutes = max(1, round(flops / machine.speed / 60))
     cost = f"{short(flops)}FLOPs, roughly {minutes:,} min on {machine.name}"
-    options = [*(["--text", text] if text else []), *(["--label", label] if label else [])]
+    arguments = [*paths]
+    if text:
+        arguments += ["--text", text]
+    if label:
+        arguments += ["--label", label]
     for tower in towers:
-        options += ["--tower", tower]
-    command = " ".join(shlex.quote(shown(argument, limit=1000)) for argument in [*paths, *options])
+        arguments += ["--tower", tower]
+    command = shlex.join(shown(argument, limit=1000) for argument in arguments)
     draft.comments["model"] = HEAD.format(command=command, cost=cost)
     del draft.recipe["name"]  # The name of the file in which the user stores the recipe suits its run better.
     return DraftedRecipe(write(draft.recipe, draft.comments), notes)
@@ -122,7 +126,7 @@ def find_tasks(
     if not tasks:  # A table, perhaps of expenses, may lie among media.
         with suppress(UserError):
             tasks, notes = _inspect(find(paths, tables=False), text, label)
-            unused += [note for note in notes if note not in unused]
+            unused = list(dict.fromkeys([*unused, *notes]))
     if not tasks:
         raise UserError(f"nothing to train on: {'; '.join(unused[:5])}")
     named = [NamedTask(name, task, split(task)) for name, task in zip(task_names(tasks), tasks)]
@@ -135,21 +139,20 @@ def _inspect(candidates: list[Candidate], text: str | None, label: str | None) -
     tasks = []
     unused = []
     for candidate in candidates:
-        place = shown(candidate.place)
-        if candidate.problem:
-            unused.append(f"{place}: {shown(candidate.problem, limit=1000)}")
-            continue
+        notes = []
         if candidate.left_out:
-            unused.append(f"{place}: files that are not media, or lie beside its subfolders: {candidate.left_out}")
-        if not is_utf8(candidate.place):
-            unused.append(f"{place}: its name is not UTF-8; rename it")
-            continue
+            notes.append(f"files that are not media, or lie beside its subfolders: {candidate.left_out}")
         try:
-            new_tasks, notes = inspect(candidate, text, label)
+            if candidate.problem:
+                raise UserError(candidate.problem)
+            if not is_utf8(candidate.place):
+                raise UserError("its name is not UTF-8; rename it")
+            new_tasks, new_notes = inspect(candidate, text, label)
             tasks += new_tasks
+            notes += new_notes
         except (UserError, OSError) as error:
-            notes = [shown(str(error).removeprefix("source data: "), limit=1000)]
-        unused += [f"{place}: {note}" for note in notes]
+            notes.append(shown(str(error).removeprefix("source data: "), limit=1000))
+        unused += [f"{shown(candidate.place)}: {note}" for note in notes]
     return tasks, unused
 
 

@@ -4,7 +4,7 @@ import glob
 import os
 import re
 from collections import Counter
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,12 +92,13 @@ def _in_folder(folder: Path, tables: bool) -> list[Candidate]:
     files = [Path(entry.path) for entry in named_like_tables if entry.is_file()]
     if files and tables:
         return [Candidate({"path": path}) for path in _shards(files)]
-    splits = [inner for inner in inner_folders if inner.name.lower() in ROLES]
+    roles = {inner: ROLES.get(inner.name.lower()) for inner in inner_folders}
     have_files = any(not entry.is_dir() for inner in inner_folders for entry in entries[inner])
-    if inner_folders and (not have_files or len(splits) == len(inner_folders)):
+    if inner_folders and (not have_files or None not in roles.values()):
         return _in_subfolders(inner_folders, tables)
-    if len({ROLES[inner.name.lower()] for inner in splits}) > 1:  # One alone may be a class, such as trains.
-        others = [inner for inner in inner_folders if inner not in splits]
+    if len({*roles.values()} - {None}) > 1:  # One alone may be a class, such as trains.
+        splits = [inner for inner, role in roles.items() if role]
+        others = [inner for inner, role in roles.items() if role is None]
         beside = "is beside folders of splits"
         return [*_in_subfolders(splits, tables), *(Candidate({"path": str(other)}, problem=beside) for other in others)]
     return _media(folder, inner_folders)
@@ -160,15 +161,12 @@ def _shards(tables: list[Path]) -> list[str]:
 
 def _join_splits(candidates: list[Candidate]) -> list[Candidate]:
     """Joins the splits of a source. If it has both, the validation split is held out, so that the test stays unseen."""
-    groups: dict[str, list[tuple[str, Candidate]]] = {}
+    groups: dict[str, dict[str, list[Candidate]]] = {}  # by what the splits have in common, and by role
     for candidate in candidates:
         key, role = _without_role(candidate)
-        groups.setdefault(key, []).append((role, candidate))
+        groups.setdefault(key, {}).setdefault(role, []).append(candidate)
     joined = []
-    for group in groups.values():
-        by_role: dict[str, list[Candidate]] = {}
-        for role, candidate in group:
-            by_role.setdefault(role, []).append(candidate)
+    for by_role in groups.values():
         held_out = [*by_role.get("val", []), *by_role.get("test", [])]
         if len(by_role.get("train", [])) == 1 and held_out and "" not in by_role:
             joined.append(by_role["train"][0]._replace(held_out=held_out[0].source))
@@ -176,7 +174,7 @@ def _join_splits(candidates: list[Candidate]) -> list[Candidate]:
                 split = f"split {candidate.source['split']} " if "hub" in candidate.source else ""
                 joined.append(candidate._replace(problem=f"{split}is left for a last test"))
         else:
-            joined += [candidate for _, candidate in group]
+            joined += chain.from_iterable(by_role.values())
     return joined
 
 

@@ -55,8 +55,7 @@ def split(task: TaskDraft) -> Split:
         try:
             return _given_split(task, train, test, why)
         except UserError as error:
-            reason = str(error).removeprefix("source data: ")
-            unused = f"; the split in column {shown(column)} is not used: {reason}"
+            unused = f"; the split in column {shown(column)} is not used: {str(error).removeprefix('source data: ')}"
     by_hash = _by_hash(task)
     return by_hash._replace(why=by_hash.why + unused)
 

@@ -10,7 +10,11 @@ WIDTH = 120
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts with line breaks in double quotes, which need no further line, and equal parts again."""
+    """Writes equal parts again, instead of a reference to the first one.
+
+    Texts with characters that are not printable are written with escapes in double quotes. Otherwise U+0085, a line
+    break of YAML, would be read as a space.
+    """
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -28,12 +28,14 @@ K = TypeVar("K")
 COPIED_TOGETHER = 512
 """Vectors that are copied to the CPU together, because a copy waits for the GPU."""
 
+_Read = tuple[Any, np.ndarray | BadMedia]
+"""The key of an item, and its clips, or why it cannot be read."""
+
 
 class _Batch(NamedTuple):
     """Items that are encoded in one forward pass."""
 
-    items: list[tuple[Any, BadMedia | None]]  # the key of each item, and why it cannot be read; None if it can be
-    clip_counts: list[int]  # of each readable item
+    items: list[tuple[Any, int | BadMedia]]  # the key of each item, and its number of clips, or why it cannot be read
     tokens: Tokens | None  # of all clips; None if there are none
 
     @property
@@ -86,12 +88,12 @@ class ItemEncoder:
         if self.watch:
             passes = self.watch(passes, self.modality.name)
         for batch, shapes in passes:
-            batch = batch or _Batch([], [], None)
+            batch = batch or _Batch([], None)
             # All ranks have tokens of the same shape, as in training. Ranks without an item encode zeros.
             clip_count, length = map(max, zip(*shapes))
             vectors = iter(self._vectors(batch, clip_count, length) if clip_count else ())
-            for key, error in batch.items:
-                yield key, (next(vectors) if error is None else error)
+            for key, clips in batch.items:
+                yield key, clips if isinstance(clips, BadMedia) else next(vectors)
 
     def encode_item(self, clips: np.ndarray, towards: Iterable[str]) -> list[Tensor]:
         """The vectors (Z,) fp32 of one item in the spaces shared with several modalities, from one forward pass."""
@@ -115,9 +117,9 @@ class ItemEncoder:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _batches(self, results: Iterable[tuple[Any, np.ndarray | BadMedia]]) -> Iterator[_Batch]:
+    def _batches(self, results: Iterable[_Read]) -> Iterator[_Batch]:
         """Divides items into forward passes."""
-        batch: list[tuple[Any, np.ndarray | BadMedia]] = []
+        batch: list[_Read] = []
         clip_count = 0
         for number, (key, result) in enumerate(results):
             item_clips = 0 if isinstance(result, BadMedia) else len(result)
@@ -130,11 +132,11 @@ class ItemEncoder:
         if batch:
             yield self._make_batch(batch)
 
-    def _make_batch(self, results: list[tuple[Any, np.ndarray | BadMedia]]) -> _Batch:
-        items = [(key, result if isinstance(result, BadMedia) else None) for key, result in results]
+    def _make_batch(self, results: list[_Read]) -> _Batch:
+        items = [(key, result if isinstance(result, BadMedia) else len(result)) for key, result in results]
         clips = [result for _, result in results if not isinstance(result, BadMedia)]
         tokens = self.modality.tokens(np.concatenate(clips), self.view, None) if clips else None
-        return _Batch(items, [len(item_clips) for item_clips in clips], tokens)
+        return _Batch(items, tokens)
 
     # Not in inference mode: FSDP2 makes tensors here that later training steps use again.
     @torch.no_grad()
@@ -144,7 +146,8 @@ class ItemEncoder:
         if len(tokens.coords) < clip_count:
             tokens = tokens.pad(clip_count)
         z_MZ = self._project(self._features(tokens), self.towards)
-        return self._item_vectors(z_MZ[: sum(batch.clip_counts)], batch.clip_counts)
+        clip_counts = [clips for _, clips in batch.items if isinstance(clips, int)]
+        return self._item_vectors(z_MZ[: sum(clip_counts)], clip_counts)
 
     def _features(self, tokens: Tokens) -> Tensor:
         """The encoder's features (M, D)."""

@@ -5,10 +5,11 @@ Shape suffixes: M clips (what is encoded at once: a picture, a text, or a piece 
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from openimp.checkpoint.find import download, find_model
 from openimp.checkpoint.folder import SavedModel, load_model
-from openimp.checkpoint.public_vit import library_opens
+from openimp.checkpoint.public_vit import timm_opens
 from openimp.common.cache import stable_hash
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError, one_line
-from openimp.common.modality import Modality, Rng
+from openimp.common.modality import Rng
 from openimp.common.names import LOCAL, SENTENCE_TRANSFORMERS, TIMM, Name
 from openimp.common.protocols import learned_files
 from openimp.common.safe_files import read_text, refuse_links, sha256
@@ -47,9 +48,6 @@ LONGEST_SIDE = 2048
 _OPENING = Lock()
 """Held while a model is opened, so that several threads do not load it at once."""
 
-Role = Literal["tower", "teacher"]
-"""What a frozen encoder is for."""
-
 
 class FrozenEncoder(ABC):
     """An encoder of items of one modality.
@@ -57,13 +55,13 @@ class FrozenEncoder(ABC):
     Attributes:
         features: D.
         fingerprint: a hash of everything that decides on its vectors.
-        reader: openimp's modality that decodes items.
+        reader: openimp's modality that decodes items. It may have protocols that show and cut them.
         view: the view in which `reader` reads them.
     """
 
     features: int
     fingerprint: str
-    reader: Modality
+    reader: Any
     view: Any
 
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
@@ -80,19 +78,17 @@ class FrozenEncoder(ABC):
 class OwnEncoder(FrozenEncoder):
     """A model that openimp loads, also one of open_clip. Its vectors are features before the heads, or embeddings."""
 
-    def __init__(self, name: str, modality: str, role: Role) -> None:
+    def __init__(self, name: str, modality: str, embeds: bool) -> None:
         model, saved, weights = _open(find_model(name))
         config = saved.config
-        if modality not in config.views:
-            raise UserError(f"{role} {name}: has no modality {modality}; it has {', '.join(config.views)}")
+        _require(modality, config.views, name)
         if any(hasattr(options, "tower") for options in config.modalities.values()):
-            raise UserError(f"{role} {name}: has a tower itself")
+            raise UserError(f"{name}: has a tower itself")
         self.reader = saved.modalities[modality]
         self.view = config.views[modality]
-        embeds = role == "teacher"
         if embeds and not model.share_a_space(modality, modality):
             raise UserError(
-                f"teacher {name}: has a space for each pair of modalities; write the vectors of one with openimp embed "
+                f"{name}: has a space for each pair of modalities; write the vectors of one with openimp embed "
                 "--join --towards, and name their column in `to`"
             )
         self.features = model.config.embed_dim if embeds else model.config.width
@@ -112,19 +108,15 @@ class OwnEncoder(FrozenEncoder):
 class LibraryEncoder(FrozenEncoder):
     """A model that sentence-transformers opens, also one of transformers."""
 
-    def __init__(self, name: str, modality: str, role: Role) -> None:
+    def __init__(self, name: str, modality: str) -> None:
         self._library, self.fingerprint = _open_library(name)
-        if modality not in self._library.modalities:
-            names = ", ".join(map(str, self._library.modalities))
-            raise UserError(f"{role} {name}: has no modality {modality}; it has {names}")
+        _require(modality, self._library.modalities, name)
         self._modality = modality
         self.features = self._library.get_embedding_dimension()
-        plain = modality_class(modality)
         options = {}
         if modality == "audio":
             options["sample_rate"] = self._library[0].processor.feature_extractor.sampling_rate
-        self.reader = plain(plain.Config(**options))
-        self.view = plain.View()
+        self.reader, self.view = _reader(modality, options)
 
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
         if self.reader.reads_text:
@@ -144,14 +136,11 @@ class LibraryEncoder(FrozenEncoder):
 class TimmEncoder(FrozenEncoder):
     """A model of timm for pictures. Its vectors are those before the classifier."""
 
-    def __init__(self, name: str, modality: str, role: Role) -> None:
-        if modality != "image":
-            raise UserError(f"{role} {name}: has no modality {modality}; it has image")
+    def __init__(self, name: str, modality: str) -> None:
+        _require(modality, ["image"], name)
         self._trunk, self._transform, self.fingerprint = _open_timm(name)
         self.features = self._trunk.head_hidden_size
-        plain = modality_class(modality)
-        self.reader = plain(plain.Config())
-        self.view = plain.View()
+        self.reader, self.view = _reader(modality, {})
 
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
         return self._transform(_picture(value, rng)).numpy()[None]
@@ -160,6 +149,17 @@ class TimmEncoder(FrozenEncoder):
         device = next(self._trunk.parameters()).device
         with torch.no_grad():
             return torch.cat([self._trunk(part.to(device)) for part in torch.from_numpy(clips).split(CLIPS)])
+
+
+def _require(modality: str, known: Iterable[Any], name: str) -> None:
+    if modality not in known:
+        raise UserError(f"{name}: has no modality {modality}; it has {', '.join(map(str, known))}")
+
+
+def _reader(modality: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """openimp's modality with some options, and its default view."""
+    plain = modality_class(modality)
+    return plain(plain.Config(**options)), plain.View()
 
 
 def _picture(value: Any, rng: Rng | None) -> PIL.Image.Image:
@@ -177,16 +177,19 @@ def _picture(value: Any, rng: Rng | None) -> PIL.Image.Image:
     return picture
 
 
-def open_encoder(name: str, modality: str, role: Role = "tower") -> FrozenEncoder:
-    """Opens the encoder of a modality by the name of its model."""
+def open_encoder(name: str, modality: str, embeds: bool = False) -> FrozenEncoder:
+    """Opens the encoder of a modality by the name of its model.
+
+    With `embeds`, the vectors of a model of openimp are its embeddings, else its features before the heads.
+    """
     scheme = Name.parse(name).scheme
     # `openimp plan` makes models on the meta device, but a frozen encoder must compute.
     with _OPENING, torch.device("cpu"):
         if scheme == SENTENCE_TRANSFORMERS:
-            return LibraryEncoder(name, modality, role)
+            return LibraryEncoder(name, modality)
         if scheme == TIMM:
-            return TimmEncoder(name, modality, role)
-        return OwnEncoder(name, modality, role)
+            return TimmEncoder(name, modality)
+        return OwnEncoder(name, modality, embeds)
 
 
 def release_encoders() -> None:
@@ -199,7 +202,7 @@ def vector_sizes(name: str) -> dict[str, int]:
     """The modalities for which a model can be the tower, with the size of its vectors."""
     scheme = Name.parse(name).scheme
     if scheme == TIMM:
-        return {"image": TimmEncoder(name, "image", "tower").features}
+        return {"image": TimmEncoder(name, "image").features}
     if scheme == SENTENCE_TRANSFORMERS:
         library, _ = _open_library(name)
         names = [modality for modality in library.modalities if isinstance(modality, str)]
@@ -218,7 +221,7 @@ def _open(folder: Path) -> tuple[Embedder, SavedModel, str]:
 @cache
 def _open_timm(name: str) -> tuple[Any, Any, str]:
     """A model of timm, on the GPU if there is one, its transform of pictures, and a hash of both."""
-    with library_opens(name):
+    with timm_opens(name):
         import timm
 
         trunk = timm.create_model(Name.parse(name).rest, pretrained=True, num_classes=0).eval().requires_grad_(False)

@@ -8,11 +8,10 @@ A *clip* is one input of the encoder: a picture, a text, or a window of a longer
 Shape suffixes: B items, M clips, D features.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,11 +22,14 @@ from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
 from openimp.common.objective import Teacher
 from openimp.common.protocols import Dated, Pictured, Recorded, Segmented, TensorInput
-from openimp.common.schema import Count, RecipePath, Strict, checked
+from openimp.common.schema import Count, RecipePath, Strict
 from openimp.common.threads import map_ahead
-from openimp.encoding.frozen import CLIPS, FrozenEncoder, Role, open_encoder
+from openimp.encoding.frozen import CLIPS, FrozenEncoder, open_encoder
 from openimp.recipe.registry import modality_class
 from openimp.recipe.schema import Recipe
+
+Role = Literal["tower", "teacher"]
+"""What a frozen encoder is for."""
 
 
 class SavedTower(Strict):
@@ -78,10 +80,9 @@ class Tower(Modality):
     def encoder(self) -> FrozenEncoder:
         """The frozen encoder, on the GPU if there is one. UserError if it is not the one of training."""
         try:
-            encoder = open_encoder(self.config.tower, self.name, self.role)
+            encoder = open_encoder(self.config.tower, self.name, embeds=self.role == "teacher")
         except UserError as error:
-            reason = str(error).removeprefix(f"{self.role} ")
-            raise UserError(f"{self.role} of {self.name}: {reason}") from None
+            raise UserError(f"{self.role} of {self.name}: {error}") from None
         if self._saved and self._saved.fingerprint != encoder.fingerprint:
             raise UserError(f"{self.role} {self.config.tower}: has other weights or options now than in training")
         return encoder
@@ -94,12 +95,10 @@ class Tower(Modality):
     def load_state(self, state: Mapping[str, str]) -> None:
         """Remembers what the tower was in training. It is opened when it is used."""
         file = f"tower-{self.name}.json"
-        if file not in state:
-            raise UserError(f"{file}: missing")
         try:
-            self._saved = checked(SavedTower, json.loads(state[file]), file)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}: damaged: {error}") from None
+            self._saved = SavedTower.model_validate_json(state[file])
+        except (KeyError, ValueError):
+            raise UserError(f"{file}: missing or damaged") from None
 
     def fit(self, corpus: Iterable[list[str]]) -> None:
         """Learns nothing."""
@@ -116,10 +115,9 @@ class Tower(Modality):
 
     def embed_all(self, reads: Iterable[Callable[[], Any]]) -> Iterator[np.ndarray | BadMedia]:
         """The vectors (crops, features) fp16 of each item, or why it cannot be read. `reads` return raw values."""
-        attempts = map_ahead(self._attempt, enumerate(reads))
         batch: list[list[np.ndarray] | BadMedia] = []
         clips = 0
-        for item in attempts:
+        for item in map_ahead(self._attempt, enumerate(reads)):
             batch.append(item)
             clips += 0 if isinstance(item, BadMedia) else sum(map(len, item))
             if clips >= CLIPS:

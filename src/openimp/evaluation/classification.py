@@ -5,7 +5,6 @@ Both compare a vector per example with a vector per class by dot product.
 Shape suffixes: N examples, K classes, D width, Z features of the shared embedding space.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,7 +42,6 @@ class Classified(Predicted):
     """The predictions on an evaluation set with one class per row. The arrays are (N,) int64."""
 
     classes: list[Any]  # their names
-    row: np.ndarray  # the source's row of each example
     truth: np.ndarray  # the class of each example
     predicted: np.ndarray  # the most similar class
     rank: np.ndarray  # the rank of the true class, from 1; ties count against the model
@@ -93,49 +91,53 @@ class MultiLabel(Predicted):
 def read_labels(evaluator: Evaluator, options: ZeroShot | ClassHead, error_prefix: str, table: Table) -> Labels:
     """Reads the classes and the test splits, without encoding anything.
 
-    UserError if a row has no class or no split, or a class that the model cannot choose; if a class has no name; if two
-    classes are equal as text; or if the model lacks the head.
+    UserError if a row has no class or no split, or a class that the model cannot choose; if no row has a class; if a
+    class has no name; if two classes of a head or of `classes` are equal as text; or if the model lacks the head.
     """
     table.require([options.label], error_prefix)
     values = table.column(options.label)
-    known_classes: Iterable[Any] | None
-    if isinstance(options, ZeroShot):
-        (query,) = options.inputs
-        require_pair(evaluator.model, query, options.reader, error_prefix)
-        known_classes = options.classes  # Its keys are the labels. `class_names` reads their names.
-        has_lists = any(isinstance(value, list) for value in values)
-    else:
-        has_lists = evaluator.recipe.class_column(options, error_prefix).has_lists
-        known_classes = evaluator.classes.get(_head_key(evaluator, options))
-        if known_classes is None:
-            head = f"head that tasks.{options.task} trained on {options.label!r}"
-            raise UserError(f"{error_prefix}: the model has no {head}")
-    column = f"{error_prefix}: column {options.label!r} of source {table.name}"
-    rows_by_class = find_classes(table, options.label, values, has_lists, error_prefix)
-    classes = sort_classes(rows_by_class) if known_classes is None else list(known_classes)
-    if not classes:
-        raise UserError(f"{column}: no row that can be read has a class")
-    index = {as_text(label): i for i, label in enumerate(classes)}  # Of labels that are equal as text, the last.
-    for i, label in enumerate(classes):
-        if index[as_text(label)] != i:
-            raise UserError(
-                f"{column}: class {label!r} and another one are both {as_text(label)!r} as text; rename one"
-            )
-    if isinstance(options, ZeroShot) and known_classes is None:
-        classes, index = _merge_equal_texts(classes)
     remedy = None
     if isinstance(options, ClassHead):
+        has_lists = evaluator.recipe.class_column(options, error_prefix).has_lists
+        classes = evaluator.classes.get(_head_key(evaluator, options))
+        if classes is None:
+            raise UserError(f"{error_prefix}: tasks.{options.task} has not trained a head on {options.label!r}")
         remedy = f"list all classes in the objective of tasks.{options.task}, or leave the row out with where"
+    else:
+        (query,) = options.inputs
+        require_pair(evaluator.model, query, options.reader, error_prefix)
+        has_lists = any(isinstance(value, list) for value in values)
+        # The keys of `options.classes` are the labels. `class_names` reads their names.
+        classes = None if options.classes is None else list(options.classes)
+    rows_by_class = find_classes(table, options.label, values, has_lists, error_prefix)
+    column = f"{error_prefix}: column {options.label!r} of source {table.name}"
+    if classes is None:
+        classes, index = _merge_equal_texts(sort_classes(rows_by_class))
+    else:
+        index = _index_by_text(classes, column)
+    if not rows_by_class:
+        raise UserError(f"{column}: no row that can be read has a class")
     for label, row in rows_by_class.items():
         # Raises if the model cannot choose it.
         index_of(as_text(label), index, f"{column}: {table.row_name(row)}", remedy)
-    if not isinstance(options, ZeroShot):
+    if isinstance(options, ClassHead):
         return Labels(classes, index, has_lists, {})
     if options.splits and has_lists:
         raise UserError(f"{error_prefix}: splits need rows with one class each, not lists of classes")
     splits = _read_splits(options.splits, error_prefix, table) if options.splits else {}
     names = zero_shot.class_names(classes, options, f"{error_prefix}: source {table.name}")
     return Labels(names, index, has_lists, splits)
+
+
+def _index_by_text(classes: list[Any], error_prefix: str) -> dict[str, int]:
+    """The index of each class by its label as text. UserError if two are equal."""
+    index: dict[str, int] = {}
+    for label in classes:
+        text = as_text(label)
+        if text in index:
+            raise UserError(f"{error_prefix}: class {label!r} and another one are both {text!r} as text; rename one")
+        index[text] = len(index)
+    return index
 
 
 def _merge_equal_texts(labels: list[Any]) -> tuple[list[Any], dict[str, int]]:
@@ -181,7 +183,6 @@ def classify(
         query,
         options.label,
         classes=labels.names,
-        row=readable.row,
         truth=truth_N,
         predicted=torch.cat([(block @ classes_KZ.T).argmax(1) for block in blocks]).cpu().numpy(),
         rank=ranks(z_NZ, classes_KZ, np.stack([np.arange(len(truths)), truth_N], axis=1)),

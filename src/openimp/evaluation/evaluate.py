@@ -1,6 +1,6 @@
 """Evaluates a model on the evaluation sets of a recipe."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from openimp.evaluation.evaluator import Evaluator, Predicted
 from openimp.evaluation.provenance import checkpoint_fields, data_fields, how_fields
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import run_on_all_ranks
-from openimp.recipe.evaluation import Probe, Retrieval
+from openimp.recipe.evaluation import EvaluationSet, Probe, Retrieval
 from openimp.recipe.schema import Recipe
 
 
@@ -64,7 +64,7 @@ def evaluate(
     results = []
     for name in names:
         try:
-            results += measure(evaluator, name, _open_together(evaluator, name), step)[0]
+            results += measure(evaluator, name, step)[0]
         except UserError as error:
             error_prefix = f"evaluation.sets.{name}"
             reasons.append(str(error) if error_prefix in str(error) else f"{error_prefix}: {error}")
@@ -75,9 +75,8 @@ def evaluate(
     return results
 
 
-def check_names(names: Iterable[str], known: Iterable[str]) -> None:
+def check_names(names: Iterable[str], known: Collection[str]) -> None:
     """Raises UserError for a name that none of the `known` evaluation sets has."""
-    known = list(known)
     for name in names:
         if name not in known:
             raise UserError(f"no evaluation set is called {name!r}{nearest(name, known)}")
@@ -90,22 +89,27 @@ def check_sets(model: Embedder, recipe: Recipe, modalities: Modalities, classes:
     """
     evaluator = Evaluator(model, recipe, modalities, classes)
     for name, options in recipe.evaluation.sets.items():
-        for table in open_set(evaluator, name).values():
+        _open_set(evaluator, name)
+        for source in _sources(options):
+            table = evaluator.tables[source]
             for modality, spec in options.inputs.items():
                 require_readable(table, modalities[modality], spec, options.view[modality], f"evaluation.sets.{name}")
     return evaluator.tables
 
 
-def open_set(evaluator: Evaluator, name: str) -> dict[str, Table]:
-    """Opens and checks the sources of an evaluation set, and returns them by name."""
+def _open_set(evaluator: Evaluator, name: str) -> None:
+    """Opens the sources of an evaluation set into `evaluator.tables`, and checks them."""
     error_prefix = f"evaluation.sets.{name}"
     options = evaluator.recipe.evaluation.sets[name]
-    tables = {}
-    for source in [options.source, *([options.train] if isinstance(options, Probe) else [])]:
-        table = _open_source(evaluator, source, error_prefix)
+    tables = evaluator.tables
+    for source in _sources(options):
+        if source not in tables:
+            table = open_source(source, evaluator.recipe.sources[source])
+            if not isinstance(table, Table):
+                raise UserError(f"{error_prefix}: source {source} is streamed, but evaluation needs a table; name one")
+            tables[source] = table
         for modality, spec in options.inputs.items():
-            require_columns(table, evaluator.modalities[modality], spec, error_prefix)
-        tables[source] = table
+            require_columns(tables[source], evaluator.modalities[modality], spec, error_prefix)
     if isinstance(options, Probe):
         probe.check(options, error_prefix, tables)
     elif isinstance(options, Retrieval):
@@ -113,35 +117,24 @@ def open_set(evaluator: Evaluator, name: str) -> dict[str, Table]:
         require_pair(evaluator.model, a, b, error_prefix)
     else:
         classification.read_labels(evaluator, options, error_prefix, tables[options.source])
-    return tables
 
 
-def _open_source(evaluator: Evaluator, source: str, error_prefix: str) -> Table:
-    if source not in evaluator.tables:
-        table = open_source(source, evaluator.recipe.sources[source])
-        if not isinstance(table, Table):
-            raise UserError(f"{error_prefix}: source {source} is streamed, but evaluation needs a table; name one")
-        evaluator.tables[source] = table
-    return evaluator.tables[source]
-
-
-def _open_together(evaluator: Evaluator, name: str) -> dict[str, Table]:
-    """`open_set`, which fails on all ranks if it fails on one."""
-    tables = {}
-    run_on_all_ranks(lambda: tables.update(open_set(evaluator, name)))
-    return tables
+def _sources(options: EvaluationSet) -> list[str]:
+    return [options.source, options.train] if isinstance(options, Probe) else [options.source]
 
 
 def measure(
-    evaluator: Evaluator, name: str, tables: dict[str, Table], step: int | None = None
+    evaluator: Evaluator, name: str, step: int | None = None
 ) -> tuple[list[dict[str, Any]], Sequence[Predicted]]:
-    """Measures the model on an evaluation set, whose `tables` are from `open_set`, in the precision of training.
+    """Measures the model on an evaluation set, in the precision of training. `evaluator.tables` gets its sources.
 
     Returns the results, and what they were computed from: both directions of retrieval, both classifiers of a probe, or
     the predictions of another set. If too few rows can be read, that is a UserError.
     """
+    run_on_all_ranks(lambda: _open_set(evaluator, name))
     recipe = evaluator.recipe
     model = evaluator.model
+    tables = evaluator.tables
     error_prefix = f"evaluation.sets.{name}"
     options = recipe.evaluation.sets[name]
     table = tables[options.source]
@@ -153,7 +146,7 @@ def measure(
     model.eval()
     try:
         if isinstance(options, Probe):
-            predictions, readable, train_rows = probe.probe(evaluator, options, error_prefix, tables)
+            predictions, readable, train_rows = probe.probe(evaluator, options, error_prefix)
             fields = data_fields(recipe, tables[options.train], train_rows)
             train_fields = {"train": {"n": len(train_rows.row), **fields}}
         elif isinstance(options, Retrieval):
@@ -164,7 +157,7 @@ def measure(
     finally:
         model.train(was_training)
     precision = precision_of(next(model.parameters()).device, recipe.train.precision)
-    how = how_fields(recipe, evaluator.modalities, options, precision)
-    about = {**data_fields(recipe, table, readable), **train_fields, **how}
+    about = data_fields(recipe, table, readable) | train_fields
+    about |= how_fields(recipe, evaluator.modalities, options, precision)
     kind = {"set": name, "type": options.type, "step": step}
     return [{**kind, "task": predicted.task, **predicted.metrics(), **about} for predicted in predictions], predictions

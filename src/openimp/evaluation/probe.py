@@ -69,7 +69,8 @@ def check(options: Probe, error_prefix: str, tables: dict[str, Table]) -> None:
     except ImportError:
         raise UserError(f"{error_prefix}: a probe needs scikit-learn: pip install 'openimp[probe]'") from None
     labels = {}
-    for name, table in tables.items():
+    for name in (options.source, options.train):
+        table = tables[name]
         table.require([options.label], error_prefix)
         values = table.column(options.label)
         find_classes(table, options.label, values, False, error_prefix)
@@ -77,17 +78,15 @@ def check(options: Probe, error_prefix: str, tables: dict[str, Table]) -> None:
     _checked_classes(labels[options.source], labels[options.train], options, error_prefix)
 
 
-def probe(
-    evaluator: Evaluator, options: Probe, error_prefix: str, tables: dict[str, Table]
-) -> tuple[list[Probed], ReadableRows, ReadableRows]:
+def probe(evaluator: Evaluator, options: Probe, error_prefix: str) -> tuple[list[Probed], ReadableRows, ReadableRows]:
     """Fits both classifiers to the training rows and predicts the classes of the test rows.
 
     C is chosen by cross-validation within the training rows, so the test rows decide on nothing. Returns the
     predictions of each classifier, the test rows and the training rows that could be read. UserError if these do not
     fulfill the conditions of `check`.
     """
-    test_ND, test_labels, test_rows = _read(evaluator, options, error_prefix, tables[options.source])
-    train_ND, train_labels, train_rows = _read(evaluator, options, error_prefix, tables[options.train])
+    test_ND, test_labels, test_rows = _read(evaluator, options, error_prefix, options.source)
+    train_ND, train_labels, train_rows = _read(evaluator, options, error_prefix, options.train)
     classes = _checked_classes(test_labels, train_labels, options, error_prefix)
     index = {label: i for i, label in enumerate(classes)}
     test_N = np.array([index[label] for label in test_labels], np.int64)
@@ -104,13 +103,13 @@ def probe(
 
 
 def _read(
-    evaluator: Evaluator, options: Probe, error_prefix: str, table: Table
+    evaluator: Evaluator, options: Probe, error_prefix: str, source: str
 ) -> tuple[np.ndarray, list[Any], ReadableRows]:
     """The features (N, D) and labels of the rows of a source that can be read."""
-    vectors, labels, readable = evaluator.encode_labelled(options, error_prefix, table, None)
+    vectors, labels, readable = evaluator.encode_labelled(options, error_prefix, evaluator.tables[source], None)
     features_ND = vectors.double().cpu().numpy()
     if not np.isfinite(features_ND).all():
-        raise UserError(f"{error_prefix}: the encoder's features of source {table.name} are not finite")
+        raise UserError(f"{error_prefix}: the encoder's features of source {source} are not finite")
     return features_ND, labels, readable
 
 

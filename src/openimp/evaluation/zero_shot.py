@@ -5,7 +5,6 @@ Shape suffixes: K classes, P prompts, Z features of the shared embedding space.
 
 import re
 from functools import partial
-from string import Formatter
 from typing import Any
 
 import torch.nn.functional as F
@@ -32,8 +31,10 @@ def class_names(labels: list[Any], options: ZeroShot, error_prefix: str) -> list
         if options.words and name == label and isinstance(name, str):
             name = words(name)
         if not isinstance(name, str) or not name.strip():
-            hint = f"name it in classes as {as_text(label)!r}"
-            raise UserError(f"{error_prefix}: class {label!r} of column {options.label!r} has no text; {hint}")
+            raise UserError(
+                f"{error_prefix}: class {label!r} of column {options.label!r} has no text; name it in classes as "
+                f"{as_text(label)!r}"
+            )
         key = text_key(name)
         if key in label_of:
             both = f"classes {label_of[key]!r} and {label!r}"
@@ -47,12 +48,9 @@ def class_names(labels: list[Any], options: ZeroShot, error_prefix: str) -> list
 
 def check_prompt(prompt: str, error_prefix: str) -> None:
     """Raises UserError if a prompt has no place for the name of a class."""
-    try:
-        fields = [field for _, *field in Formatter().parse(prompt) if field[0] is not None]
-    except ValueError:
-        fields = []
-    # Only a field without a format: a width, as in {:>2000000000}, would fill the memory.
-    if fields != [["", "", None]]:
+    # No other braces: a width, as in {:>2000000000}, would fill the memory.
+    rest = prompt.replace("{}", "", 1)
+    if rest == prompt or "{" in rest or "}" in rest:
         raise UserError(f"{error_prefix}: prompt {prompt!r} needs one plain {{}} where the class' text goes")
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openimp.common.errors import UserError, by_extension, counted, escaped, nearest
+from openimp.common.errors import UserError, counted, escaped, nearest
 from openimp.common.modality import BadMedia
 from openimp.common.progress import notice
 from openimp.common.protocols import TextReader
@@ -22,8 +22,9 @@ from openimp.common.texts import text_key
 from openimp.data.batch import head_key
 from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
 from openimp.evaluation.zero_shot import check_prompt
-from openimp.inference.files import File, file_value, find_files, shown_name
+from openimp.inference.files import File, file_value, find_files, left_out, shown_name
 from openimp.inference.model import Model, load
+from openimp.recipe.schema import Recipe
 
 
 class Predictions(NamedTuple):
@@ -71,7 +72,9 @@ def make_classifier(
         return _by_names(model, modality, names, prompts or ("{}",), batch_size)
     if prompts:
         raise UserError("prompts need the names of the classes")
-    heads = _heads(model, modality)
+    heads = class_heads(model.recipe, modality) if model.classes else {}  # A model without heads needs no recipe.
+    if not heads:
+        raise UserError(f"the model has no classification head for {modality}, so name the classes to choose from")
     if head is None and len(heads) > 1:
         raise UserError(f"choose one of the classification heads for {modality}: {', '.join(heads)}")
     head = head or next(iter(heads))
@@ -81,20 +84,14 @@ def make_classifier(
     return Classifier(model.classes[head], encoder, partial(model.imp.classify, head=head), heads[head])
 
 
-def _heads(model: Model, modality: str) -> dict[str, bool]:
-    """The classification heads that were trained on a modality, and whether an item may have any number of classes.
-
-    UserError if there are none.
-    """
+def class_heads(recipe: Recipe, modality: str) -> dict[str, bool]:
+    """The classification heads that were trained on a modality, and whether an item may have any number of classes."""
     heads = {}
-    tasks = model.recipe.tasks.values() if model.classes else ()  # A model without heads needs no recipe.
-    for task in tasks:
+    for task in recipe.tasks.values():
         for objective in task.objectives:
             column = objective.class_column()
             if column and task.weight and modality in objective.modalities(task):
                 heads[head_key(task.source, column.name)] = column.has_lists
-    if not heads:
-        raise UserError(f"the model has no classification head for {modality}, so name the classes to choose from")
     return heads
 
 
@@ -178,12 +175,12 @@ def classify_files(
             if vectors:
                 z_NZ = torch.from_numpy(np.stack([*vectors.values()])).to(model.device)
                 _print_lines(list(vectors), classifier.predict(z_NZ), k)
-    if unknown:
-        notice(f"skipped files in folders that no modality of the model reads: {by_extension(unknown)}")
     if not count:
+        if unknown:
+            notice("\n".join(left_out([], unknown)))
         raise UserError(f"no file can be read; the first: {escaped(skipped[0])}")
-    if skipped:
-        notice("\n  ".join([f"{counted(len(skipped), 'file')} could not be read:", *map(escaped, skipped)]))
+    if skipped or unknown:
+        notice("\n".join(left_out(skipped, unknown)))
 
 
 def _print_lines(files: list[File], predictions: Predictions, k: int) -> None:

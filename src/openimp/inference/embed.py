@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from openimp.common.errors import UserError, by_extension, counted, escaped
+from openimp.common.errors import UserError, counted, escaped
 from openimp.common.modality import BadMedia
-from openimp.common.progress import Progress, console, track
+from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
 from openimp.data.files import is_utf8
 from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
-from openimp.inference.files import File, file_value, find_files, parquet_file, shown_name
+from openimp.inference.files import File, file_value, find_files, left_out, parquet_file, shown_name
 from openimp.inference.model import load
 
 
@@ -31,13 +31,8 @@ class Embedded:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in self.rows.items())
-        lines = [f"{self.out}: {counted(sum(self.rows.values()), 'embedding')} ({counts})"]
-        if self.skipped:
-            lines.append(f"{counted(len(self.skipped), 'file')} could not be read:")
-            lines += [f"  {file}" for file in self.skipped]
-        if self.unknown:
-            lines.append(f"skipped files in folders that no modality of the model reads: {by_extension(self.unknown)}")
-        return "\n".join(map(escaped, lines))
+        first = f"{escaped(self.out)}: {counted(sum(self.rows.values()), 'embedding')} ({counts})"
+        return "\n".join([first, *left_out(self.skipped, self.unknown)])
 
 
 def embed(
@@ -47,7 +42,6 @@ def embed(
     modality: str | None = None,
     towards: str | None = None,
     batch_size: int = 64,
-    progress: Progress = track,
 ) -> Embedded:
     """Embeds files, writes their unit vectors to a Parquet table, and prints a summary.
 
@@ -63,7 +57,6 @@ def embed(
         modality: the modality of all files. By default, the extension of each file decides.
         towards: see `Model.encode`.
         batch_size: number of clips or items per forward pass.
-        progress: `progress(iterable, description)` wraps an iterable to show its progress.
     """
     out = parquet_file(out)
     model = load(run)
@@ -71,18 +64,17 @@ def embed(
     files = [files] if isinstance(files, str | Path) else files
     files_by_modality, unknown = find_files(files, model.modalities, modality, hint)
     encoders = {name: model.item_encoder(name, towards, batch_size, f"embed {name}") for name in files_by_modality}
-    columns = dict.fromkeys(("path", "modality", "towards"), pa.string())
-    columns["embedding"] = pa.list_(pa.float32(), model.imp.config.embed_dim)
+    texts = ["path", "modality", "towards"]
+    columns = dict.fromkeys(texts, pa.string()) | {"embedding": pa.list_(pa.float32(), model.imp.config.embed_dim)}
     schema = pa.schema(columns, {"openimp": json.dumps({"model": str(run), "recipe": model.config.name})})
     rows = dict.fromkeys(files_by_modality, 0)
     skipped = []
     out.parent.mkdir(parents=True, exist_ok=True)
     # A dictionary of numbers that do not repeat would take a third more space, and five times as long to write.
-    texts = ["path", "modality", "towards"]
     with replacing(out) as draft, pq.ParquetWriter(draft, schema, use_dictionary=texts) as writer:
         for name, modality_files in files_by_modality.items():
             encoder = encoders[name]
-            items = ((file, partial(_read, encoder, file)) for file in progress(modality_files, f"embed {name}"))
+            items = ((file, partial(_read, encoder, file)) for file in track(modality_files, f"embed {name}"))
             for chunk in chunks_on_cpu(encoder.encode(items)):
                 new_rows = []
                 for file, result in chunk:

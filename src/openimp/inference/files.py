@@ -2,12 +2,12 @@
 
 import os
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import fsspec
 
-from openimp.common.errors import UserError, nearest, one_line
+from openimp.common.errors import UserError, by_extension, counted, escaped, nearest, one_line
 from openimp.common.folders import files_below, is_hidden
 from openimp.common.modality import BadMedia, Modalities
 from openimp.common.names import is_url
@@ -132,6 +132,17 @@ def file_text(path: Path) -> str:
 def shown_name(path: File) -> str:
     """A path as text. Bytes of its name that are not UTF-8 are escaped."""
     return str(path).encode(errors="backslashreplace").decode()
+
+
+def left_out(skipped: list[str], unknown: Mapping[str, int]) -> list[str]:
+    """Lines about files without a result: "path: reason" of unreadable ones, and files of no modality by extension."""
+    lines = []
+    if skipped:
+        lines.append(f"{counted(len(skipped), 'file')} could not be read:")
+        lines += [f"  {file}" for file in skipped]
+    if unknown:
+        lines.append(f"skipped files in folders that no modality of the model reads: {by_extension(unknown)}")
+    return [escaped(line) for line in lines]
 
 
 def parquet_file(out: str | Path) -> Path:

@@ -1,9 +1,6 @@
 """`openimp embed --join`: adds a column of embeddings to the rows of a source, for example to distill the model."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,36 +18,13 @@ from openimp.data.tables import Table
 from openimp.encoding.engine import chunks_on_cpu
 from openimp.encoding.items import raw_value, require_columns
 from openimp.inference.files import parquet_file
-from openimp.inference.model import Model, load
+from openimp.inference.model import load
 from openimp.recipe.file import parse_mapping
 from openimp.recipe.inputs import Input
 from openimp.recipe.tasks import Source
 
 MAX_LISTED = 10
 """Maximum number of rows without an embedding that are listed."""
-
-
-@dataclass(frozen=True)
-class Joined:
-    """The result of `embed_rows`."""
-
-    out: Path
-    column: str  # the new one
-    size: int  # of an embedding
-    rows: int  # of the table
-    bad: list[str]  # "row: reason" of each row without an embedding
-    root: Path | None  # the folder to which paths in the rows are relative
-
-    def __str__(self) -> str:
-        embeddings = counted(self.rows - len(self.bad), "embedding")
-        lines = [f"{self.out}: {embeddings} of {self.size} numbers in column {self.column!r}"]
-        if self.bad:
-            verb = "has" if len(self.bad) == 1 else "have"
-            lines.append(f"{counted(len(self.bad), 'row')} could not be read and {verb} none:")
-            lines += [f"  {row}" for row in self.bad[:MAX_LISTED]]
-        if self.root is not None and self.root.resolve() != self.out.resolve().parent:
-            lines.append(f"as a source: {{path: {self.out}, root: {self.root}}}")
-        return "\n".join(lines)
 
 
 def embed_rows(
@@ -62,11 +36,13 @@ def embed_rows(
     to: str = "embedding",
     towards: str | None = None,
     batch_size: int = 64,
-) -> Joined:
+) -> list[str]:
     """Embeds one modality of the rows of a source, and writes the rows with the unit vectors to a Parquet file.
 
     A row that cannot be read has null instead of a vector. Class numbers and captions become texts, and all other
     columns stay as they are. If embedding fails, also because no row can be read, no file is written.
+
+    Returns "row: reason" of each row without a vector.
 
     Args:
         run: a run, a model folder or a model on the Hugging Face Hub, as `openimp.load` takes it.
@@ -81,13 +57,21 @@ def embed_rows(
     """
     out = parquet_file(out)
     model = load(run)
-    name = _modality(model, modality)
+    if modality is None and len(model.modalities) == 1:
+        (modality,) = model.modalities
+    if modality is None:
+        raise UserError(f"--modality: expected {' or '.join(model.modalities)}, found none")
     if column is None:
-        raise UserError(f"--column: name the column or the text template that {name} reads")
-    encoder = model.item_encoder(name, towards, batch_size, f"embed {name}")
-    table = _open(source, to)
+        raise UserError(f"--column: name the column or the text template that {modality} reads")
+    encoder = model.item_encoder(modality, towards, batch_size, f"embed {modality}")
+    options = parse_mapping(source, Path("--join"), "source") if source.startswith("{") else {"path": source}
+    table = open_source("rows", checked(Source, options, "--join", Path.cwd()))
+    if not isinstance(table, Table):
+        raise UserError("--join: a stream has no numbered rows; remove stream")
+    if to in table.columns:
+        raise UserError(f"--to: {source} has a column {to!r} already; name another one")
     spec = Input(column=column)
-    require_columns(table, encoder.modality, spec, f"embed {name}")
+    require_columns(table, encoder.modality, spec, f"embed {modality}")
 
     def read(row: int) -> np.ndarray:
         return encoder.read_known(raw_value(table, encoder.modality, spec, row))
@@ -95,48 +79,29 @@ def embed_rows(
     embedding = pa.field(to, pa.list_(pa.float32()))
     metadata = {"openimp": json.dumps({"model": str(run), "recipe": model.config.name})}
     schema = table.arrow(range(0)).schema.append(embedding).with_metadata(metadata)
-    rows = track(range(len(table)), f"embed {name}")
+    rows = track(range(len(table)), f"embed {modality}")
     results = encoder.encode((row, partial(read, row)) for row in rows)
     bad = []
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _storage_errors(), replacing(out) as draft, pq.ParquetWriter(draft, schema) as writer:
-        for chunk in chunks_on_cpu(results):
-            vectors = [None if isinstance(result, BadMedia) else result for _, result in chunk]
-            bad += [f"{table.row_name(row)}: {error}" for row, error in chunk if isinstance(error, BadMedia)]
-            first_row = chunk[0][0]
-            part = table.arrow(range(first_row, first_row + len(chunk)))
-            part = part.append_column(embedding, pa.array(vectors, embedding.type))
-            writer.write_table(part.replace_schema_metadata(metadata))
-        if len(bad) == len(table):
-            raise UserError(f"no row can be read; the first: {bad[0]}")
-    joined = Joined(out, column=to, size=model.imp.config.embed_dim, rows=len(table), bad=bad, root=table.root)
-    console.print(str(joined), soft_wrap=True)
-    return joined
-
-
-@contextmanager
-def _storage_errors() -> Iterator[None]:
-    """Turns an error of Arrow into a UserError: Parquet cannot store objects without any key."""
     try:
-        yield
-    except pa.ArrowException as error:
+        with replacing(out) as draft, pq.ParquetWriter(draft, schema) as writer:
+            for chunk in chunks_on_cpu(results):
+                vectors = [None if isinstance(result, BadMedia) else result for _, result in chunk]
+                bad += [f"{table.row_name(row)}: {error}" for row, error in chunk if isinstance(error, BadMedia)]
+                first_row = chunk[0][0]
+                part = table.arrow(range(first_row, first_row + len(chunk)))
+                part = part.append_column(embedding, pa.array(vectors, embedding.type))
+                writer.write_table(part.replace_schema_metadata(metadata))
+            if len(bad) == len(table):
+                raise UserError(f"no row can be read; the first: {bad[0]}")
+    except pa.ArrowException as error:  # Parquet cannot store objects without any key.
         raise UserError(f"--join: the rows cannot be written to Parquet: {one_line(error)}") from None
-
-
-def _modality(model: Model, name: str | None) -> str:
-    known = model.modalities
-    if name is None and len(known) == 1:
-        return next(iter(known))
-    if name is None or name not in known:
-        raise UserError(f"--modality: expected {' or '.join(known)}, found {name or 'none'}")
-    return name
-
-
-def _open(source: str, to: str) -> Table:
-    options = parse_mapping(source, Path("--join"), "source") if source.startswith("{") else {"path": source}
-    table = open_source("rows", checked(Source, options, "--join", Path.cwd()))
-    if not isinstance(table, Table):
-        raise UserError("--join: a stream has no numbered rows; remove stream")
-    if to in table.columns:
-        raise UserError(f"--to: {source} has a column {to!r} already; name another one")
-    return table
+    embeddings = counted(len(table) - len(bad), "embedding")
+    lines = [f"{out}: {embeddings} of {model.imp.config.embed_dim} numbers in column {to!r}"]
+    if bad:
+        lines.append(f"{counted(len(bad), 'row')} could not be read:")
+        lines += [f"  {row}" for row in bad[:MAX_LISTED]]
+    if table.root is not None and table.root.resolve() != out.resolve().parent:
+        lines.append(f"as a source: {{path: {out}, root: {table.root}}}")
+    console.print("\n".join(lines), soft_wrap=True)
+    return bad

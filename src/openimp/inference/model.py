@@ -4,6 +4,7 @@ Shape suffixes: B inputs, Z features of the shared embedding space.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,21 +205,18 @@ class Model(nn.Module):
         Raises:
             UserError: the model cannot compare the two modalities, or the view does not fit.
         """
-        self._modality(modality)
+        encoder = self.feature_encoder(modality, batch_size)
         towards = self.partner(modality) if towards is None else towards
         require_pair(self.imp, modality, towards, error_prefix)
-        return self._item_encoder(modality, towards, batch_size, normalize)
+        return replace(encoder, towards=towards, normalize=normalize)
 
     def feature_encoder(self, modality: str, batch_size: int) -> ItemEncoder:
         """The engine that makes the features (D,) of items, which classification heads read."""
-        return self._item_encoder(modality, None, batch_size, normalize=False)
-
-    def _item_encoder(self, modality: str, towards: str | None, batch_size: int, normalize: bool) -> ItemEncoder:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, found {batch_size}")
         reader = self._modality(modality)
         view = self.checked_view(modality)
-        return ItemEncoder(self.imp, reader, view, towards, self.precision, batch_size=batch_size, normalize=normalize)
+        return ItemEncoder(self.imp, reader, view, None, self.precision, batch_size=batch_size, normalize=False)
 
     def checked_view(self, modality: str) -> Any:
         """The view of a modality, which the user may have changed. UserError if it does not fit."""
@@ -257,7 +255,7 @@ class Model(nn.Module):
         require_empty(folder)
         config = self.config.model_copy(update={"views": {name: self.checked_view(name) for name in self.views}})
         folder.mkdir(parents=True, exist_ok=True)
-        recipe = self.saved_recipe.text()
+        recipe = self.saved_recipe.text
         save_model(folder, self.imp, config, self.modalities, recipe)
         if recipe and self.folder and trained_here(self.folder):
             record_training((folder / CONFIG).read_text(encoding="utf-8"), recipe)
@@ -365,5 +363,5 @@ def _as_list(inputs: Any) -> list[Any]:
     if is_sequence or isinstance(inputs, Iterator) or hasattr(inputs, "to_list"):
         return list(inputs)
     if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OU" and inputs.ndim:
-        return list(inputs.tolist())
+        return inputs.tolist()
     return [inputs]

@@ -1,5 +1,6 @@
 """The model card that `openimp push` writes: the model, its training data, its results and its limits."""
 
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,33 +15,33 @@ from openimp.common.errors import UserError
 from openimp.common.modality import Modality
 from openimp.common.names import HUB, Name, is_bundled, is_url
 from openimp.common.versions import openimp_version
-from openimp.data.batch import head_key
 from openimp.data.files import BUNDLED_LICENSES
 from openimp.data.sources import open_source
 from openimp.data.trust import trained_here
 from openimp.evaluation.provenance import checkpoint_fields
 from openimp.evaluation.results import main_metric, percent, read_results
+from openimp.inference.classify import class_heads
 from openimp.inference.model import Model
 from openimp.inference.public_recipe import public_path
-from openimp.planning.costs import UNITS, short
+from openimp.planning.costs import short
+from openimp.planning.plan import parameter_count
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
 
 METRICS = {"r1": "R@1", "top1": "top-1", "map": "mAP"}
 """Names of the main metrics. The result of another library has the name of its score itself."""
+MARKUP = {ord(character): f"&#{ord(character)};" for character in "\\`*|[]<>"}
+"""Characters that have a meaning in Markdown, and what shows them as they are."""
 
 
 def plain_text(value: Any) -> str:
     """A value as plain text in a cell of a Markdown table. Names come from data, so they must not add markup."""
-    text = " ".join(str(value).split())
-    for character in "\\`*|[]<>":
-        text = text.replace(character, f"&#{ord(character)};")
-    return text
+    return " ".join(str(value).split()).translate(MARKUP)
 
 
 TEMPLATES = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
 TEMPLATES.loader = PackageLoader("openimp.inference")
-TEMPLATES.filters.update(text=plain_text, percent=percent, commas="{:,}".format, short=short)
+TEMPLATES.filters.update(public=public_path, text=plain_text, percent=percent, commas="{:,}".format, short=short)
 
 
 def model_card(model: Model, folder: Path, name: str, license: str | None) -> str:
@@ -50,14 +51,14 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
     that of the model, if known.
     """
     recipe = model.recipe
+    totals = _totals(folder, recipe)
     names = list(model.modalities)
     pairs = [pair for pair in combinations(names, 2) if model.imp.share_a_space(*pair)]
     embedded = [name for name in names if any(model.imp.share_a_space(name, other) for other in names)]
     tags = ["openimp", "multimodal", *names]
     if recipe.model.moe:
         tags.append("mixture-of-experts")
-    wrapped = recipe.model.wrap
-    if not wrapped:
+    if not recipe.model.wrap:
         tags.append("arxiv:2305.06324")
     hub_names = (source.hub for source in training_sources(recipe).values())  # `hub` may also name a local folder.
     metadata = ModelCardData(
@@ -72,25 +73,21 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
         name=name,
         load_name=name if Name.parse(name).scheme else f"{HUB}:{name}",
         modalities=names,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        embed_dim=model.imp.config.embed_dim,
-        joint=model.imp.config.space == "joint",
-        wrapped=wrapped and public_path(wrapped),
+        parameters=parameter_count(model),
+        config=model.imp.config,
+        recipe=recipe,
         as_published=any(source.path == TRAINING_DATA for source in recipe.sources.values()),
-        towers={
-            stem: public_path(options.tower) for stem, options in recipe.modalities.items() if hasattr(options, "tower")
-        },
         pairs=pairs,
         embedded=embedded,
         examples={name: _example(model.modalities[name]) for name in embedded},
-        classified={name: _example(model.modalities[name]) for name in _classified(recipe)},
-        sources=_sources(recipe, folder),
-        init=public_path(recipe.train.init) if recipe.train.init else None,
-        teachers=sorted({public_path(teacher.model) for task in recipe.tasks.values() for teacher in task.teachers}),
+        # No head must be named if there is only one.
+        classified={name: _example(model.modalities[name]) for name in names if len(class_heads(recipe, name)) == 1},
+        sources=_sources(recipe, totals, trained_here(folder)),
+        teachers=sorted({teacher.model for task in recipe.tasks.values() for teacher in task.teachers}),
         results=_results(model, folder),
         license=license,
         step=saved_step(folder),
-        flops=sum(totals["flops"] for totals in _totals(folder).values()),
+        flops=sum(used["flops"] for used in totals.values()),
         openimp=openimp_version(),
         torch=torch.__version__,
     )
@@ -102,32 +99,36 @@ def training_sources(recipe: Recipe) -> dict[str, Source]:
     return {name: recipe.sources[name] for name in names}
 
 
-def _classified(recipe: Recipe) -> list[str]:
-    """The modalities on which exactly one classification head was trained, so that no head must be named."""
-    heads: dict[str, set[str]] = {}
-    for task in recipe.tasks.values():
-        for objective in task.objectives if task.weight else ():
-            if column := objective.class_column():
-                for name in objective.modalities(task):
-                    heads.setdefault(name, set()).add(head_key(task.source, column.name))
-    return [name for name, keys in heads.items() if len(keys) == 1]
-
-
 def _example(modality: Modality) -> str:
     """An input for the code on the card."""
     return "a red bicycle" if modality.reads_text else "FILE" + "".join(modality.extensions[:1])
 
 
-def _sources(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
-    """The values that the card shows of each training source."""
-    examples_seen = _examples_seen(recipe, folder)
-    is_trusted = trained_here(folder)
+def _totals(folder: Path, recipe: Recipe) -> dict[str, dict[str, int]]:
+    """What a checkpoint's training has used, by task: examples and FLOPs. Empty for other folders."""
+    totals: dict[str, dict[str, int]] = {}
+    if saved_step(folder) is None:
+        return totals
+    try:
+        for task, used in read_state(folder)["totals"].items():
+            recipe.tasks[task]  # LookupError if there is no such task.
+            totals[task] = {unit: int(used[unit]) for unit in ("examples", "flops")}
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise UserError(f"{folder / 'state.json'}: damaged: it has no totals of the recipe's tasks") from None
+    return totals
+
+
+def _sources(recipe: Recipe, totals: dict[str, dict[str, int]], is_trusted: bool) -> list[dict[str, Any]]:
+    """The values that the card shows of each training source. Those of a model from elsewhere are not opened."""
+    examples_seen = Counter[str]()  # with repetitions
+    for task, used in totals.items():
+        examples_seen[recipe.tasks[task].source] += used["examples"]
     return [
         {
             "name": name,
             "data": public_path(source.hub or str(source.path)),
             "bundled": is_bundled(str(source.path)),
-            "rows": _rows(name, source) if is_trusted or is_bundled(str(source.path)) else None,
+            "rows": _rows(source) if is_trusted else None,
             "examples": examples_seen.get(name),
             "license": source.license or BUNDLED_LICENSES.get(Name.parse(str(source.path)).rest),
         }
@@ -135,36 +136,14 @@ def _sources(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _rows(name: str, source: Source) -> int | None:
+def _rows(source: Source) -> int | None:
     """The number of rows, if they can be counted without a download."""
     if source.hub or source.stream or is_url(str(source.path)):
         return None
     try:
-        return len(open_source(name, source))  # type: ignore[arg-type]  # It is no stream.
+        return len(open_source("rows", source))  # type: ignore[arg-type]  # It is no stream.
     except UserError:  # For example, the data was deleted.
         return None
-
-
-def _examples_seen(recipe: Recipe, folder: Path) -> dict[str, int]:
-    """The number of examples that training has drawn from each source, with repetitions."""
-    seen: dict[str, int] = {}
-    for task, totals in _totals(folder).items():
-        if task not in recipe.tasks:
-            raise UserError(f"{folder / 'state.json'}: damaged: its totals are not those of the recipe's tasks")
-        source = recipe.tasks[task].source
-        seen[source] = seen.get(source, 0) + totals["examples"]
-    return seen
-
-
-def _totals(folder: Path) -> dict[str, dict[str, int]]:
-    """What a checkpoint's training has used, by task: steps, examples, tokens and FLOPs. Empty for other folders."""
-    if saved_step(folder) is None:
-        return {}
-    try:
-        totals = read_state(folder)["totals"]
-        return {task: {unit: int(units[unit]) for unit in UNITS} for task, units in totals.items()}
-    except (LookupError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{folder / 'state.json'}: damaged: it has no totals of tasks") from None
 
 
 def _results(model: Model, folder: Path) -> list[dict[str, Any]]:

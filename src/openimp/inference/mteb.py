@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from openimp.common.cache import stable_hash
-from openimp.common.errors import UserError
 from openimp.inference.model import Model
 from openimp.parallel.layout import weights_hash
+from openimp.planning.plan import parameter_count
 
 
 class MTEBEncoder(AbsEncoder):
@@ -31,10 +31,9 @@ class MTEBEncoder(AbsEncoder):
                 # mteb reuses cached results of the same name and revision.
                 "revision": stable_hash([weights_hash(model.imp).hexdigest(), model.views, model.precision])[:16],
                 "modalities": [name for name in model.modalities if name in get_args(Modalities)],
-                "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "n_parameters": parameter_count(model),
                 "embed_dim": model.imp.config.embed_dim,
                 "similarity_fn_name": ScoringFunction.COSINE,
-                "framework": ["PyTorch"],
             }
         )
 
@@ -46,14 +45,12 @@ class MTEBEncoder(AbsEncoder):
         return torch.cat([self._vectors(batch, task_metadata.modalities) for batch in batches]).cpu()
 
     def _vectors(self, batch: dict[str, Any], compared: list[str]) -> torch.Tensor:
-        names = [name for name in self.model.modalities if name in batch]
-        if not names:
-            raise UserError(f"the batch has {', '.join(batch)}, but the model has {', '.join(self.model.modalities)}")
         vectors = []
-        for name in names:
-            values = [_raw(value) for value in batch[name]]
-            towards = self._towards(name, compared)
-            vectors.append(self.model.encode(name, values, normalize=True, towards=towards))
+        for name in self.model.modalities:
+            if name in batch:
+                values = [_raw(value) for value in batch[name]]
+                towards = self._towards(name, compared)
+                vectors.append(self.model.encode(name, values, normalize=True, towards=towards))
         return torch.stack(vectors).sum(0)
 
     def _towards(self, name: str, compared: list[str]) -> str:

@@ -44,8 +44,8 @@ NOTES = {
 def find_tasks(names: Sequence[str], modalities: Collection[str]) -> tuple[list[AbsTask], list[str]]:
     """The named tasks and the tasks of the named benchmarks, each once.
 
-    If the model lacks a modality that a task of a benchmark needs, the task is left out; the second value names such
-    tasks in one sentence per benchmark. If the task itself is named, that is a UserError, and so is an unknown name.
+    If the model lacks a modality that a task of a benchmark or of an aggregate needs, the task is left out; the second
+    value names such tasks in one sentence per name. If no task is left, that is a UserError, and so is an unknown name.
     """
     benchmarks: dict[str, Any] = {}
     for benchmark in mteb.get_benchmarks():
@@ -55,34 +55,24 @@ def find_tasks(names: Sequence[str], modalities: Collection[str]) -> tuple[list[
     left_out = []
     for name in names:
         if name in benchmarks:
-            tasks = _without_aggregates(benchmarks[name].tasks)
-            left_out_names = [task.metadata.name for task in tasks if _missing_modalities(task, modalities)]
-            if len(left_out_names) == len(tasks):
-                raise UserError(f"{name}: each of its tasks needs a modality that the model lacks")
-            if left_out_names:
-                left_out.append(f"Left out of {name}, because the model lacks a modality: {', '.join(left_out_names)}")
-            chosen_tasks |= {task.metadata.name: task for task in tasks if not _missing_modalities(task, modalities)}
+            named = benchmarks[name].tasks
         elif name in task_names:
-            for task in _without_aggregates([mteb.get_task(name)]):
-                if missing := _missing_modalities(task, modalities):
-                    raise UserError(f"{task.metadata.name} needs {missing}, but the model has {', '.join(modalities)}")
-                chosen_tasks[task.metadata.name] = task
+            named = [mteb.get_task(name)]
         else:
             hint = nearest(name, task_names | benchmarks.keys())
             raise UserError(f"mteb has no task or benchmark called {name!r}{hint}")
+        tasks: list[AbsTask] = []
+        for task in named:
+            # The parts of an aggregate are in its place: it has only their mean.
+            tasks += task.tasks if isinstance(task, AbsTaskAggregate) else [task]
+        fitting = {task.metadata.name: task for task in tasks if set(task.metadata.modalities) <= set(modalities)}
+        if not fitting:
+            raise UserError(f"{name} needs modalities that the model lacks; the model has {', '.join(modalities)}")
+        chosen_tasks |= fitting
+        other_names = [task.metadata.name for task in tasks if task.metadata.name not in fitting]
+        if other_names:
+            left_out.append(f"Left out of {name}, because the model lacks a modality: {', '.join(other_names)}")
     return list(chosen_tasks.values()), left_out
-
-
-def _without_aggregates(tasks: Sequence[AbsTask]) -> list[AbsTask]:
-    """The tasks, with the parts of an aggregate task in its place: the aggregate has only their mean."""
-    parts = []
-    for task in tasks:
-        parts += task.tasks if isinstance(task, AbsTaskAggregate) else [task]
-    return parts
-
-
-def _missing_modalities(task: AbsTask, modalities: Collection[str]) -> str:
-    return ", ".join(sorted(set(task.metadata.modalities) - set(modalities)))
 
 
 def measure(model: Model, step: int | None, tasks: Iterable[AbsTask]) -> Iterator[dict[str, Any]]:
@@ -119,9 +109,8 @@ def _measure(encoder: MTEBEncoder, task: AbsTask) -> list[dict[str, Any]]:
     try:
         task.load_data()
     except Exception as error:  # `datasets` and its hub client raise about twenty unrelated types.
-        raise UserError(
-            f"{metadata.name}: {metadata.dataset['path']} cannot be loaded: {one_line(error.__cause__ or error)}"
-        ) from error
+        dataset = metadata.dataset["path"]
+        raise UserError(f"{metadata.name}: {dataset} cannot be loaded: {one_line(error.__cause__ or error)}") from error
     batch_size = encoder.model.recipe.evaluation.batch_size
     evaluate: Any = mteb.evaluate  # Its types demand arguments that our encoder does not use.
     try:
@@ -150,7 +139,7 @@ def _result(task: AbsTask, split: str, scores: Mapping[str, Any], names_split: b
     data = data[split] if subset == "default" and subset not in data else data[subset][split]
     if isinstance(task, AbsTaskZeroShotClassification):
         kind = "zero_shot"
-        name = f"{_names(metadata.modalities, 'text')} -> text"
+        name = f"{_names(modality for modality in metadata.modalities if modality != 'text')} -> text"
         figures = _zero_shot(task, data, scores)
     elif isinstance(task, AbsTaskRetrieval) and "hit_rate_at_1" in scores:
         kind = "retrieval"
@@ -180,8 +169,8 @@ def _result(task: AbsTask, split: str, scores: Mapping[str, Any], names_split: b
     return result
 
 
-def _names(modalities: Sequence[str], without: str | None = None) -> str:
-    return " + ".join(name for name in modalities if name != without)
+def _names(modalities: Iterable[str]) -> str:
+    return " + ".join(modalities)
 
 
 def _zero_shot(task: AbsTaskZeroShotClassification, data: Any, scores: Mapping[str, Any]) -> dict[str, Any]:

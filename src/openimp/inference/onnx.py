@@ -4,10 +4,7 @@ Shape suffixes: B examples, Z features of the shared embedding space.
 """
 
 import json
-import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from torch import Tensor, nn
 from openimp.common.errors import UserError
 from openimp.common.folders import require_empty
 from openimp.common.modality import Modality
-from openimp.common.progress import console
+from openimp.common.progress import console, no_log_output
 from openimp.common.protocols import TensorInput, Tensors, learned_files
 from openimp.inference.model import Model, load
 from openimp.model.embedder import Embedder
@@ -28,8 +25,6 @@ TRACED_BATCH = 2
 """Batch size with which a graph is traced. The graph takes any batch size."""
 TESTED_BATCH = 3
 """Batch size with which a graph is compared with the model."""
-LARGEST_GRAPH = 2**30
-"""If the weights have more bytes, they are in a file beside the graph. An ONNX file holds at most 2 GiB."""
 
 
 def export(run: str | Path, folder: Path) -> None:
@@ -100,9 +95,8 @@ def _export_modality(model: Model, name: str, outputs: dict[str, list[str]], fol
         raise UserError(f"{name} cannot be exported: it takes raw values, not a tensor")
     expected = modality.tensor_input(model.checked_view(name))
     graph = Graph(model.imp, name, modality, [others[0] for others in outputs.values()]).eval()
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     file = folder / f"{name}.onnx"
-    _write(graph, _example(expected, modality, TRACED_BATCH), list(outputs), file, weight_bytes)
+    _write(graph, _example(expected, modality, TRACED_BATCH), list(outputs), file)
     return {
         "file": file.name,
         "input": {
@@ -116,17 +110,19 @@ def _export_modality(model: Model, name: str, outputs: dict[str, list[str]], fol
     }
 
 
-def _write(graph: Graph, example: Tensor, outputs: list[str], file: Path, weight_bytes: int) -> None:
-    """Traces the graph and writes it. Its weights have at most `weight_bytes` bytes."""
+def _write(graph: Graph, example: Tensor, outputs: list[str], file: Path) -> None:
+    """Traces the graph and writes it. Weights above 1.5 GiB are in a file beside it: an ONNX file holds at most 2."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    with torch.no_grad(), _quiet():
+    # What torch's exporter logs and warns of is for its developers.
+    with torch.no_grad(), no_log_output(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         traced = torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
         program: Any = torch.onnx.export(
             traced, input_names=["input"], output_names=outputs, dynamic_shapes=({0: "batch"},), verbose=False
         )
     ClearMetadataAndDocStringPass()(program.model)  # It has stack traces with the paths of this machine.
-    program.save(file, external_data=weight_bytes > LARGEST_GRAPH)
+    program.save(file)
 
 
 def _example(expected: TensorInput, modality: Modality, batch: int) -> Tensor:
@@ -161,17 +157,3 @@ def _require_packages() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'openimp[onnx]'") from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides the progress and the warnings of torch's exporter, which are for its developers."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

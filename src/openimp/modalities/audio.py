@@ -1,17 +1,19 @@
 """Sounds: mono samples, as patches of a log-mel spectrogram."""
 
 from functools import lru_cache
-from math import ceil, log, prod
-from typing import Annotated, Any, Literal
+from math import ceil, log
+from typing import Any, Literal
 
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
 from openimp.common.protocols import TensorInput
-from openimp.common.schema import Count, Pair, PartialShare, Positive, Share, Strict
+from openimp.common.schema import Count, NotNegative, Pair, PartialShare, Positive, Share, Strict
 from openimp.modalities import media
 from openimp.modalities.sound import (
     ReadPlan,
@@ -37,8 +39,8 @@ RANGE = 3.5 * np.log(10)
 """Range of log-magnitudes in the preview of a spectrogram: 70 dB."""
 BAND = 16
 """Neighboring mel bins per matrix product; together they cover only a part of the spectrum."""
-COLORS = ((10, 8, 30), (80, 18, 110), (185, 45, 100), (245, 125, 50), (252, 240, 165))
-"""Color map of the preview, from silent to loud, as RGB; luminance rises evenly."""
+COLORS = ("#0a081e", "#fcf0a5", "#b92d64")
+"""Colors of the preview of silence, of what is loudest, and of the middle between them."""
 
 
 class Audio(Modality):
@@ -63,7 +65,7 @@ class Audio(Modality):
         """Samples between two frames of the spectrogram."""
         bins: Count = 128
         """Mel bins per frame; a multiple of the patch's bins."""
-        low: Annotated[float, Field(ge=0)] = 80.0
+        low: NotNegative = 80.0
         """Lower edge of the lowest mel filter, in Hz."""
         high: Positive = 7600.0
         """Upper edge of the highest mel filter, in Hz; at most half the sample rate."""
@@ -102,14 +104,14 @@ class Audio(Modality):
         random in training, and silence is appended to shorter ones. The paper: 8.192."""
         drop_tokens: PartialShare = 0.0
         """Share of tokens dropped in training (DropToken)."""
-        gain: Annotated[float, Field(ge=0)] = 0.0
+        gain: NotNegative = 0.0
         """Largest random change of loudness in training, in dB, up or down."""
         speed: Share = 0.0
         """Largest random change of speed in training, as a fraction; it changes the pitch too (speed perturbation, Ko
         et al., Interspeech 2015)."""
         noise: Share = 0.0
         """Largest amplitude of white noise that is added in training, relative to the loudest sample."""
-        equalize: Annotated[float, Field(ge=0)] = 0.0
+        equalize: NotNegative = 0.0
         """Standard deviation, in dB, of a random smooth change of the spectrum in training, as another microphone or
         room would cause."""
         mask_frames: Share = 0.0
@@ -147,8 +149,7 @@ class Audio(Modality):
         return (1, self.frames(view), self.config.bins, 1)
 
     def length(self, view: Any) -> int:
-        total = prod(size // side for size, side in zip(self.shape(view)[1:], self.config.patch))
-        return media.tokens_kept(total, view.drop_tokens)
+        return media.tokens_kept(media.patch_count(self.shape(view)[1:], self.config.patch), view.drop_tokens)
 
     @media.decoder_errors()
     def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
@@ -227,13 +228,18 @@ class Audio(Modality):
         return self._normalized_patches(spectra, view.drop_tokens, rngs)
 
     def show(self, value: Any, view: Any) -> bytes:
-        """The spectrogram of the first clip of evaluation, as a small WebP file; see `_spectrogram`."""
-        return self._spectrogram(self.encode_input(value, view)[0], 2 * media.PREVIEW_SIDE)
+        return self.thumbnail(value, view, 2 * media.PREVIEW_SIDE)
 
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
-        """The spectrogram of the first clip."""
+        """The spectrogram of the first clip. It shows the loudest 70 dB.
+
+        Time runs to the right and pitch upward; louder is brighter.
+        """
         clips = self.encode_segment(value, view, *segment) if segment else self.encode_input(value, view)
-        return self._spectrogram(clips[0], side)
+        spectrum = log_mel(torch.from_numpy(clips[:1]), self.config)[0].T.numpy()[::-1]
+        loudness = (255 * (1 + (spectrum - spectrum.max()) / RANGE)).clip(0, 255).round().astype(np.uint8)
+        picture = PIL.ImageOps.colorize(PIL.Image.fromarray(loudness), *COLORS)
+        return media.encode_webp(np.asarray(picture), side)
 
     def raw_features(self, item: np.ndarray, view: Any) -> np.ndarray:
         """The log-mel spectrogram of the clips of evaluation, normalized and averaged over the frames: (bins,)."""
@@ -257,23 +263,10 @@ class Audio(Modality):
             "end (round starts down; take a single part from the middle), and average their unit vectors.",
         )
 
-    def _spectrogram(self, samples: np.ndarray, side: int) -> bytes:
-        """The spectrogram of samples (N,), as a WebP file of at most `side` pixels. It shows the loudest 70 dB.
-
-        Time runs to the right and pitch upward; louder is brighter.
-        """
-        spectrum = log_mel(torch.from_numpy(samples[None]), self.config)[0].T.numpy()[::-1]
-        loudness = (1 + (spectrum - spectrum.max()) / RANGE).clip(0, 1)
-        channels = [np.interp(loudness, np.linspace(0, 1, len(COLORS)), channel) for channel in zip(*COLORS)]
-        return media.encode_webp(np.stack(channels, axis=-1).round().astype(np.uint8), side)
-
     def _normalized_patches(self, spectra: Tensor, drop: float, rngs: list[Rng] | None) -> Tokens:
         """Cuts log-mel spectra (B, frames, bins) into patches, and normalizes their values."""
-        config = self.config
-        tokens = media.patch_tokens(
-            spectra[..., None], config.patch, config.tables, drop, rngs, spans=config.spans, margin=config.margin
-        )
-        return tokens._replace(values=(tokens.values - config.mean) / config.std)
+        tokens = self.config.cut(spectra[..., None], self.config.patch, drop, rngs)
+        return tokens._replace(values=(tokens.values - self.config.mean) / self.config.std)
 
 
 def log_mel(waves: Tensor, config: Audio.Config) -> Tensor:

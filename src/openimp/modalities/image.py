@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import PIL.AvifImagePlugin
-import PIL.IcoImagePlugin
 import PIL.Image
 import torch
 from PIL import ExifTags
@@ -38,8 +37,6 @@ PIXEL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA
 """Formats that contain only pixels. Pillow passes others, such as EPS, to an external program."""
 FORMATS = tuple(name for name in PIXEL_FORMATS if name in PIL.Image.OPEN)
 """Those that this build of Pillow reads."""
-ICON = b"\0\0\1\0"
-"""First bytes of an ICO file."""
 HEIC = (b"ftyphe", b"ftypmif1", b"ftypmsf1")
 """What HEIC files, which most phones write, have from byte 4 on."""
 COSTLY = ("WEBP", "AVIF", "JPEG2000")
@@ -69,7 +66,7 @@ class Image(Vision):
     name = "image"
     tensor_axes = ("B", "3", "H", "W")
     extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".ppm",
-                  ".tga", ".ico")  # fmt: skip
+                  ".tga")  # fmt: skip
     decoders: ClassVar[tuple[str, ...]] = ("pillow",)
     raw_features_name = "pixels"
 
@@ -92,7 +89,7 @@ class Image(Vision):
         return frames if rng is None else frames[0]
 
     def show(self, value: Any, view: Any) -> bytes:
-        """The pixels that evaluation uses, as a small WebP file."""
+        """The pixels that evaluation uses."""
         return encode_webp(self.encode_input(value, view)[0], PREVIEW_SIDE)
 
     @decoder_errors()
@@ -129,14 +126,12 @@ class Image(Vision):
 
 
 def open_picture(media_file: MediaFile) -> PIL.Image.Image:
-    """Opens a picture without decoding it. `PIL.Image.open` would decode an icon at once, however large it is."""
-    head = media_file.peek(12)[:12]
-    if head[:4] == ICON:
-        return PIL.IcoImagePlugin.IcoFile(media_file).frame(0)
+    """Opens a picture without decoding it."""
+    head = media_file.peek(12)
     try:
         return PIL.Image.open(media_file, formats=FORMATS)
     except PIL.UnidentifiedImageError:
-        if head[4:].startswith(HEIC) and "HEIF" not in FORMATS:
+        if head[4:12].startswith(HEIC) and "HEIF" not in FORMATS:
             raise BadMedia("a HEIC picture, which needs pillow-heif: pip install 'openimp[heif]'") from None
         raise
 

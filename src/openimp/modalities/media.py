@@ -4,21 +4,21 @@ import io
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import av
 import numpy as np
 import PIL.Image
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from openimp.common.modality import CONV_MARGIN, CONV_STRIDE, BadMedia, Rng, Tokens
-from openimp.common.schema import Strict
+from openimp.common.schema import Strict, Whole
 
 # The common containers and codecs, and nothing else, for FFmpeg. Playlists (hls, concat, ...) are excluded because they
 # name other files, so a hostile example could make us read those.
@@ -42,8 +42,6 @@ MAX_CPU = 60
 """Most seconds of CPU time to decode one file."""
 READ_WORK = 2**8
 """Work of a read besides its bytes, because many small reads take time, too."""
-CHECK_EVERY = 2**20
-"""Work between two checks of the time, because a check takes microseconds."""
 LENGTHS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}
 """Magic numbers of the formats whose header contains the file's length, with the byte order of the length."""
 INFO_LIST = re.compile(rb"LIST(.{4})INFO", re.DOTALL)
@@ -74,8 +72,7 @@ class MediaFile(io.BufferedReader):
         """`stream` is opened and unbuffered."""
         super().__init__(stream)
         self._work = 0
-        self._next_check = CHECK_EVERY
-        self._deadline = 0.0
+        self._deadline = time.thread_time() + MAX_CPU
 
     def read(self, size: int | None = -1) -> bytes:
         content = super().read(size)
@@ -87,14 +84,9 @@ class MediaFile(io.BufferedReader):
     def spend(self, work: int) -> None:
         """Counts pixels or samples that were decoded, or bytes that were read. Beyond the limits it raises BadMedia."""
         self._work += work
-        if self._work < self._next_check:
-            return
-        self._next_check = self._work + CHECK_EVERY
-        now = time.thread_time()
-        self._deadline = self._deadline or now + MAX_CPU
         if self._work > MAX_WORK:
             raise BadMedia(f"more than {MAX_WORK:,} pixels or samples in all")
-        if now > self._deadline:
+        if time.thread_time() > self._deadline:
             raise BadMedia(f"decoding takes more than {MAX_CPU} s of CPU time")
 
 
@@ -104,20 +96,18 @@ def open_media(raw: Any) -> MediaFile:
     It refuses a path that is not a regular file, because a pipe could block forever.
     """
     if isinstance(raw, bytes | bytearray | memoryview):
-        if not len(raw):
-            raise BadMedia("no bytes")
         media_file = MediaFile(io.BytesIO(raw))
-        size = len(raw)
     elif isinstance(raw, str | Path):
         if not Path(raw).is_file():
             raise BadMedia("not a file" if Path(raw).exists() else "no such file")
         media_file = MediaFile(open(raw, "rb", buffering=0))  # noqa: SIM115 (the caller closes it)
-        size = os.fstat(media_file.fileno()).st_size
-        if not size:
-            media_file.close()
-            raise BadMedia("an empty file")
     else:
         raise BadMedia(f"expected bytes, a path or an array, found {type(raw).__name__}")
+    size = media_file.seek(0, os.SEEK_END)
+    media_file.seek(0)
+    if not size:
+        media_file.close()
+        raise BadMedia("an empty file")
     _check_length(media_file.peek(8)[:8], size)
     return media_file
 
@@ -259,6 +249,13 @@ def equal_segments(media_file: MediaFile, seconds: float, span: float) -> list[t
     return [(i * seconds / count, (i + 1) * seconds / count) for i in range(count)]
 
 
+def narrowed(numbers: np.ndarray, kind: type[np.integer[Any]]) -> np.ndarray:
+    """Converts int64, which lists of numbers in tables become, to a smaller type, if all of the numbers fit."""
+    limits = np.iinfo(kind)
+    fits = numbers.dtype == np.int64 and numbers.size and limits.min <= numbers.min() and numbers.max() <= limits.max
+    return numbers.astype(kind) if fits else numbers
+
+
 def encode_webp(pixels: np.ndarray, side: int) -> bytes:
     """Encodes pixels (H, W, 3 or 4) uint8 as a WebP file. Its longer side has at most `side` pixels."""
     file = io.BytesIO()
@@ -281,29 +278,29 @@ class PatchGrid(Strict):
     patch: tuple[int, ...]
     tables: tuple[int, ...]
     absolute: dict[Any, int]
-    conv_channels: Annotated[int, Field(ge=0)] = 0
+    conv_channels: Whole = 0
     """Channels of a convolution before the patch embedding, with kernels of 4 x 4 pixels (of a sound: frames and bins),
     stride 2 and GELU. With it, models learn faster from little data (arXiv 2106.14881). Height and width of `patch`
     must be even. Each token also sees the 2 pixels around its patch; outside the picture, those of its border. 0: no
     convolution, as in the paper."""
 
     @model_validator(mode="after")
-    def _sides_are_even(self) -> "PatchGrid":
+    def _patches_fit(self) -> "PatchGrid":
         if self.conv_channels and any(side % CONV_STRIDE for side in self.patch[-2:]):
             raise ValueError(f"conv_channels needs patches with even sides, found {list(self.patch[-2:])}")
-        return self
-
-    @model_validator(mode="after")
-    def _spans_are_whole(self) -> "PatchGrid":
         for name, side in zip(self.axes, self.patch):
             if self.absolute.get(name, 0) % side:
                 raise ValueError(f"absolute: {name} {self.absolute[name]} is not a multiple of the patch's {side}")
         return self
 
-    @property
-    def spans(self) -> tuple[int, ...]:
-        """The number of patches that each absolute axis spans; 0 for a relative axis."""
-        return tuple(self.absolute.get(name, 0) // side for name, side in zip(self.axes, self.patch))
+    def cut(self, grid: Tensor, patch: tuple[int, ...], drop: float, rngs: list[Rng] | None) -> Tokens:
+        """The tokens of a batch (B, *axes, C), cut into patches of the size `patch`; see `patch_tokens`.
+
+        For a picture, `patch` is one frame of `self.patch`.
+        """
+        # The number of patches that each absolute axis spans; 0 for a relative axis.
+        spans = tuple(self.absolute.get(name, 0) // side for name, side in zip(self.axes, self.patch))
+        return patch_tokens(grid, patch, self.tables, drop, rngs, spans, self.margin)
 
     @property
     def margin(self) -> int:
@@ -358,6 +355,11 @@ def patch_tokens(
     chosen = np.argpartition(noise, kept_count - 1, axis=1)[:, :kept_count]
     kept = torch.from_numpy(np.sort(chosen, axis=1))
     return Tokens(patchify(grid, patch, kept, margin), coords[kept])
+
+
+def patch_count(sizes: Iterable[int], patch: Iterable[int]) -> int:
+    """The number of patches in a grid."""
+    return prod(size // side for size, side in zip(sizes, patch))
 
 
 def tokens_kept(total: int, drop: float) -> int:

@@ -8,7 +8,6 @@ Shape suffixes: B examples, T frames, C channels, H height, W width, L tokens, P
 """
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
@@ -17,18 +16,18 @@ from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import PIL.Image
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from openimp.common.errors import UserError, one_line
 from openimp.common.modality import Modalities, Modality, Rng, StemSpec, Tokens
 from openimp.common.protocols import TensorInput
-from openimp.common.schema import Count, Positive, Share, Strict
+from openimp.common.schema import Count, Positive, PositiveShare, Share, Strict, checked
 from openimp.common.texts import valid_text
 from openimp.modalities.image import Image, upright
 from openimp.modalities.media import decoder_errors
@@ -41,8 +40,6 @@ CONFIG = "open_clip_config.json"
 """The library's configuration of the model and of its preprocessing, in the library's own format."""
 TEXT_CONFIG = "text_tower_config.json"
 """The configuration of a text tower from transformers."""
-TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}
-"""Options of tokenizers in configurations of the library. Others, such as trust_remote_code, are refused."""
 CODE = {"auto_map", "attn_implementation", "_attn_implementation", "experts_implementation"}
 """Entries that name classes in other files, or kernels on the Hugging Face Hub, which transformers may download and
 run."""
@@ -50,8 +47,8 @@ LONGEST_TEXT = 10_000
 """Most characters of a text that are tokenized."""
 LONGEST_CONTEXT = 2**13
 """Most tokens of a text that a configuration may ask for."""
-LONGEST_SIDE = 2**12
-"""Most pixels of a picture's side that a configuration may ask for."""
+_Side = Annotated[int, Field(ge=1, le=2**12, strict=True)]
+"""A picture's side that a configuration may ask for, in pixels."""
 _TOKENIZING = Lock()
 """A tokenizer of transformers raises an error if two threads use it at once."""
 
@@ -102,23 +99,35 @@ def _check_tokenizer(text: str) -> None:
     open_tokenizer("tokenizer.json", lambda: text)
 
 
+class _VisionConfig(BaseModel):
+    timm_model_name: Annotated[str, Field(pattern=r"^[\w.-]*$")] | None = None
+
+
+class _TextConfig(BaseModel):
+    tokenizer_kwargs: dict[Literal["clean", "strip_sep_token"], Any] | None = None
+    """Others, such as trust_remote_code, are refused."""
+    context_length: Annotated[int, Field(ge=1, le=LONGEST_CONTEXT, strict=True)] = 1
+
+
+class _ModelConfig(BaseModel):
+    vision_cfg: _VisionConfig
+    text_cfg: _TextConfig
+
+
+class _PreprocessConfig(BaseModel):
+    size: _Side | Annotated[list[_Side], Field(min_length=1, max_length=2)] | None = None
+
+
+class _Config(BaseModel):
+    """What is checked of the library's configuration."""
+
+    model_cfg: _ModelConfig
+    preprocess_cfg: _PreprocessConfig
+
+
 def check_config(config: Any) -> None:
     """Refuses a configuration of the library that is damaged, or that could make it run or fetch code."""
-    model = config.get("model_cfg") if isinstance(config, dict) else None
-    vision = model.get("vision_cfg") if isinstance(model, dict) else None
-    text = model.get("text_cfg") if isinstance(model, dict) else None
-    if not isinstance(vision, dict) or not isinstance(text, dict) or not isinstance(config.get("preprocess_cfg"), dict):
-        raise UserError(f"{CONFIG}: damaged: expected model_cfg, with vision_cfg and text_cfg, and preprocess_cfg")
-    if not re.fullmatch(r"[\w.-]*", str(vision.get("timm_model_name") or "")):
-        raise UserError(f"{CONFIG}: timm_model_name {vision['timm_model_name']!r} is not the name of a model of timm")
-    if unknown := set(text.get("tokenizer_kwargs") or {}) - TOKENIZER_OPTIONS:
-        raise UserError(f"{CONFIG}: tokenizer_kwargs: {', '.join(sorted(unknown))} cannot be used here")
-    if (length := text.get("context_length", 1)) not in range(1, LONGEST_CONTEXT + 1):
-        raise UserError(f"{CONFIG}: context_length: expected 1 to {LONGEST_CONTEXT}, found {length!r:.60}")
-    size = config["preprocess_cfg"].get("size")
-    sides = size if isinstance(size, list | tuple) else (size,)
-    if size is not None and not (0 < len(sides) <= 2 and all(side in range(1, LONGEST_SIDE + 1) for side in sides)):
-        raise UserError(f"{CONFIG}: preprocess_cfg.size: expected sides of 1 to {LONGEST_SIDE}, found {size!r:.60}")
+    checked(_Config, config, CONFIG)
 
 
 def layers_in(files: Mapping[str, str]) -> int:
@@ -298,7 +307,7 @@ class OpenClipImage(Pictures, Image):
             ("size", "crop_pct", "drop_tokens"), "a wrapped model prepares pictures as its library does"
         )
 
-        crop: Annotated[float, Field(gt=0, le=1)] = 0.9
+        crop: PositiveShare = 0.9
         """Smallest share of the picture's area that a training crop shows (as in open_clip). 1: the largest center
         crop."""
         flip: bool = False

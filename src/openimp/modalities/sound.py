@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 
 from openimp.common.modality import BadMedia
-from openimp.modalities.media import MediaFile, open_container, parts_to_read
+from openimp.modalities.media import MediaFile, narrowed, open_container, parts_to_read
 
 MAX_SECONDS = 300
 """Longest sound that is read as a whole."""
@@ -29,9 +29,7 @@ SOUNDFILE = re.compile(rb"RIFF|RIFX|RF64|riff|FORM|fLaC|OggS|caff|\.snd|ID3|\xff
 
 def array_samples(raw: np.ndarray) -> np.ndarray:
     """Checks an array of samples, and converts it to float in -1..1. int64, as of lists in tables, must fit int16."""
-    limits = np.iinfo(np.int16)
-    if raw.dtype == np.int64 and raw.size and raw.min() >= limits.min and raw.max() <= limits.max:
-        raw = raw.astype(np.int16, copy=False)
+    raw = narrowed(raw, np.int16)
     if raw.ndim not in (1, 2) or not (raw.dtype == np.int16 or np.issubdtype(raw.dtype, np.floating)):
         raise BadMedia(f"expected int16 or float samples (N,) or (N, channels), found {raw.dtype} {list(raw.shape)}")
     if raw.ndim == 2 and raw.shape[1] > MAX_CHANNELS:

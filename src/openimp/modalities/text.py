@@ -26,6 +26,8 @@ UNKNOWN = "[UNK]"
 """The token of all words that a word tokenizer does not know. It is removed from texts."""
 RESERVED = 2
 """Ids that openimp reserves. Id i of the tokenizer becomes i + 2, so its own pads and end tokens do not matter."""
+NORMALIZER = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+"""Of the tokenizers that are trained."""
 CHARACTERS_PER_TOKEN = 64
 """Before a text is tokenized, it is cut to this many characters per token of the view."""
 MAX_TRAINING_LENGTH = 10_000
@@ -185,7 +187,7 @@ class Text(Modality):
 def _train_subwords(corpus: Iterable[list[str]], size: int) -> Tokenizer:
     """Trains a lower-cased byte-level BPE."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.normalizer = NORMALIZER
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -197,11 +199,10 @@ def _train_subwords(corpus: Iterable[list[str]], size: int) -> Tokenizer:
 
 def _train_words(corpus: Iterable[list[str]], min_df: int, size: int) -> Tokenizer:
     """Makes a tokenizer of [UNK] and the `size` - 1 most frequent lower-cased words of at least `min_df` examples."""
-    normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     splitter = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
     examples_with = Counter[str]()
     for texts in corpus:
-        normalized = (normalizer.normalize_str(valid_text(text)) for text in texts)
+        normalized = (NORMALIZER.normalize_str(valid_text(text)) for text in texts)
         words = chain.from_iterable(map(splitter.pre_tokenize_str, normalized))
         examples_with.update({word for word, _ in words})
     frequent = [word for word, count in examples_with.items() if count >= min_df]
@@ -210,6 +211,6 @@ def _train_words(corpus: Iterable[list[str]], min_df: int, size: int) -> Tokeniz
     frequent.sort(key=lambda word: (-examples_with[word], word))
     vocabulary = {word: i for i, word in enumerate([UNKNOWN, *frequent][:size])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizer
+    tokenizer.normalizer = NORMALIZER
     tokenizer.pre_tokenizer = splitter
     return tokenizer

@@ -22,6 +22,8 @@ DURATION = 100
 """Milliseconds for which a frame of an animation without a duration is shown, as in browsers."""
 ROUNDING = 1e-6
 """Tolerance in seconds when times of frames are compared."""
+ANIMATION = re.compile(rb"GIF8|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP", re.DOTALL)
+"""First bytes of WebP, GIF and PNG, which Pillow reads instead of FFmpeg."""
 STRIP = 4
 """Frames in the preview of a clip."""
 MAX_SHRUNK_PIXELS = 2 * 2**20
@@ -91,7 +93,7 @@ class Video(Vision):
             return np.stack([shrink(PIL.Image.fromarray(frame), views) for frame in check_pixels(raw, 3)])
         with media.open_media(raw) as media_file:
             read = _read_animation if _is_animation(media_file) else _read_container
-            return drop_opaque_alpha(_stack(read(media_file, views, rng, self.config.fps)))
+            return _stack(read(media_file, views, rng, self.config.fps))
 
     @media.decoder_errors()
     def recorded(self, value: Any) -> Recorded:
@@ -118,7 +120,7 @@ class Video(Vision):
         """The view's clips (clips * crops, t, h, w, 3), spaced over the segment."""
         with media.decoder_errors(), media.open_media(value) as media_file:
             frames = _stack(_read_container(media_file, [view], None, self.config.fps, (start, end)))
-        return self.transform(drop_opaque_alpha(frames), view, None)
+        return self.transform(frames, view, None)
 
     def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
         """Makes one random clip (t, h, w, 3) of frames (T, H, W, C), or (clips * crops, t, h, w, 3) in evaluation,
@@ -134,7 +136,7 @@ class Video(Vision):
         return np.stack([self._render(clip[region], view, None) for clip in clips for region in regions])
 
     def show(self, value: Any, view: Any) -> bytes:
-        """Up to 4 frames, evenly spaced over the frames that are read, side by side in a small WebP file."""
+        """Up to 4 frames, evenly spaced over the frames that are read, side by side."""
         item = self.decode(value, [view])
         chosen = np.linspace(0, len(item) - 1, min(STRIP, len(item))).round().astype(int)
         strip = np.concatenate(list(self._render(item[chosen], view, None)), axis=1)
@@ -152,17 +154,17 @@ class Video(Vision):
             time = sum(segment) / 2
             with media.open_media(value) as media_file:
                 frames = _stack(_read_container(media_file, [still], None, self.config.fps, (time, time)))
-        return media.encode_webp(frames[0], side)
+        return media.encode_webp(frames[len(frames) // 2], side)
 
 
 def _container_time(tags: Mapping[str, str]) -> datetime | None:
     """The time in the time zone of the camera, which only Apple's phones write, or else of this machine."""
     local_time = tags.get("com.apple.quicktime.creationdate")
-    universal_time = tags.get("creation_time", "")
     try:
         if local_time:
             return datetime.strptime(local_time, "%Y-%m-%dT%H:%M:%S%z").replace(tzinfo=None)
-        time = datetime.fromisoformat(universal_time.replace("Z", "+00:00"))  # Python 3.10 reads no Z.
+        # Python 3.10 reads no Z.
+        time = datetime.fromisoformat(tags.get("creation_time", "").replace("Z", "+00:00"))
     except ValueError:
         return None
     is_set = time.year > 1970  # Clocks that are not set begin in 1904 or 1970.
@@ -194,7 +196,10 @@ def crop_regions(size: tuple[int, int], target: tuple[int, int], crops: int) -> 
 
 
 def _stack(frames: Iterator[np.ndarray]) -> np.ndarray:
-    """Like `np.stack`, but frees each frame after it is copied, so that memory does not hold all frames twice."""
+    """Stacks frames (H, W, C), without an alpha channel that is opaque everywhere. Limits their memory.
+
+    Unlike `np.stack`, it frees each frame after it is copied, so that memory does not hold all frames twice.
+    """
     kept = []
     clip_bytes = 0
     for frame in frames:
@@ -210,7 +215,7 @@ def _stack(frames: Iterator[np.ndarray]) -> np.ndarray:
             raise BadMedia("frames of different sizes")
         out[i] = frame
         kept[i] = out[i]  # A view of `out`, which takes no memory.
-    return out
+    return drop_opaque_alpha(out)
 
 
 def _parts_to_read(total: int, size: tuple[int, int], views: list[Any], rng: Rng | None) -> list[tuple[int, int]]:
@@ -234,9 +239,7 @@ def _check_size(height: int, width: int, limit: int) -> None:
 
 
 def _is_animation(media_file: media.MediaFile) -> bool:
-    """Whether the first bytes are those of a WebP, GIF or PNG."""
-    head = media_file.peek(12)[:12]
-    return head[:4] == b"GIF8" or head[:8] == b"\x89PNG\r\n\x1a\n" or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+    return ANIMATION.match(media_file.peek(12)) is not None
 
 
 def at_rate(timed: Iterable[tuple[float, Any]], start: float, fps: float, count: int) -> Iterator[Any]:
@@ -300,8 +303,7 @@ def _read_container(
     segment: tuple[float, float] | None = None,  # start and end in seconds; None: the whole clip
 ) -> Iterator[np.ndarray]:
     with media.open_container(media_file, "video") as (container, stream, seconds):
-        file_rate = stream.average_rate or 0
-        rate = fps or file_rate
+        rate = fps or stream.average_rate or 0
         total = 0  # unknown
         if rate:
             total = (0 if fps else stream.frames) or int(seconds * rate)
@@ -316,13 +318,11 @@ def _read_container(
                 count = min(count, total)
             if fps:
                 # From one frame earlier, because that frame may still be shown at `begin`.
-                one_frame = 1 / file_rate if file_rate else 0
+                one_frame = 1 / (stream.average_rate or fps)
                 frames = _frames_from(media_file, container, stream, max(0, begin - one_frame), sys.maxsize)
                 start_time = stream.start_time or 0
-                time_base = stream.time_base
-                timed = (
-                    (float((frame.pts - start_time) * time_base), frame) for frame in frames if frame.pts is not None
-                )
+                dated = (frame for frame in frames if frame.pts is not None)
+                timed = ((float((frame.pts - start_time) * stream.time_base), frame) for frame in dated)
                 frames = at_rate(timed, float(begin), fps, count)
             else:
                 frames = _frames_from(media_file, container, stream, begin, count)
@@ -371,4 +371,4 @@ def _pixels(frame: Any, views: list[Any]) -> np.ndarray:
     transparent = any(component.is_alpha for component in frame.format.components)
     form = "rgba" if transparent else "rgb24"
     pixels = frame.to_ndarray(format=form, width=width, height=height, interpolation="BILINEAR")
-    return np.rot90(pixels, turns) if turns else pixels
+    return np.rot90(pixels, turns)

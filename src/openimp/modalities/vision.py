@@ -5,8 +5,8 @@ if it were repeated, by summing its kernel over the frames of a patch.
 """
 
 from collections.abc import Sequence
-from math import ceil, prod, sqrt
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from math import ceil, sqrt
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import PIL.Image
@@ -16,25 +16,18 @@ from torch import Tensor
 
 from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
 from openimp.common.protocols import TensorInput
-from openimp.common.schema import Count, Pair, PartialShare, Positive, Share, Strict, Triple
-from openimp.modalities.media import PatchGrid, patch_tokens, tokens_kept
+from openimp.common.schema import Count, Pair, PartialShare, Positive, PositiveShare, Share, Strict, Triple
+from openimp.modalities.media import PatchGrid, narrowed, patch_count, tokens_kept
 
 Size = tuple[int, int]
 """Height and width."""
+Box = tuple[float, float, float, float]
+"""A box in a picture: left, upper, right and lower, in pixels, as Pillow takes it."""
 CHANNELS = 3
 MARGIN = 1.15
 """Decoded pictures are larger than their views by this factor, so that crops keep some detail."""
 JITTERED = 0.8
 """Share of the training pictures to which color jitter is applied."""
-
-
-class Box(NamedTuple):
-    """A box in a picture, in pixels, as Pillow takes it."""
-
-    left: float
-    upper: float
-    right: float
-    lower: float
 
 
 class Vision(Modality):
@@ -74,7 +67,7 @@ class Vision(Modality):
         """Pixels per side, or [height, width]; multiples of the patch. The paper: 256, and 128 for low resolution."""
         drop_tokens: PartialShare = 0.0
         """Share of tokens dropped in training (DropToken); the paper: 0.75 for 16 frames of 256 pixels."""
-        crop: Annotated[float, Field(gt=0, le=1)] = 0.5
+        crop: PositiveShare = 0.5
         """Smallest share of the picture's area that a training crop shows (Inception crop; the paper: 0.5). 1: the
         largest center crop."""
         aspect: Annotated[float, Field(ge=1)] = 2.0
@@ -85,7 +78,7 @@ class Vision(Modality):
         jitter: Share = 0.2
         """Largest change of brightness, contrast and saturation, in four of five training pictures: each is multiplied
         by a random factor between 1 - jitter and 1 + jitter. 0: no change."""
-        crop_pct: Annotated[float, Field(gt=0, le=1)] = 8 / 9
+        crop_pct: PositiveShare = 8 / 9
         """Share of the shorter side that the center crop of evaluation keeps (as in timm; the release resizes to 288
         pixels and keeps 256). 1: all of it, for pictures whose content fills the frame."""
 
@@ -118,8 +111,7 @@ class Vision(Modality):
         return (1, *view.hw, CHANNELS)
 
     def length(self, view: Any) -> int:
-        total = prod(size // side for size, side in zip(self.shape(view), self.patch))
-        return tokens_kept(total, view.drop_tokens)
+        return tokens_kept(patch_count(self.shape(view), self.patch), view.drop_tokens)
 
     def check(self, view: Any) -> None:
         height, width = view.hw
@@ -154,8 +146,7 @@ class Vision(Modality):
 
     def _tokens(self, frames: Tensor, drop: float, rngs: list[Rng] | None) -> Tokens:
         frames = frames if frames.ndim == 5 else frames[:, None]
-        config = self.config
-        tokens = patch_tokens(frames, self.patch, config.tables, drop, rngs, spans=config.spans, margin=config.margin)
+        tokens = self.config.cut(frames, self.patch, drop, rngs)
         if self.config.positions == "axes":
             return tokens
         frame, row, column = tokens.coords.unbind(-1)
@@ -228,18 +219,15 @@ def _box(size: Size, height: float, width: float, x: float, y: float) -> Box:
     width = min(width, size[1])
     left = x * (size[1] - width)
     upper = y * (size[0] - height)
-    return Box(left, upper, right=min(left + width, size[1]), lower=min(upper + height, size[0]))
+    return left, upper, min(left + width, size[1]), min(upper + height, size[0])
 
 
 def jitter_matrix(brightness: float, contrast: float, saturation: float) -> tuple[float, ...]:
     """Pillow's 3 x 4 color matrix: saturation around the luma, contrast around middle gray, then brightness."""
-    pure = brightness * contrast * saturation
-    red, green, blue = (brightness * contrast * (1 - saturation) * luma for luma in (0.299, 0.587, 0.114))
-    shift = brightness * (1 - contrast) * 127.5
-    red_row = (pure + red, green, blue, shift)
-    green_row = (red, pure + green, blue, shift)
-    blue_row = (red, green, pure + blue, shift)
-    return (*red_row, *green_row, *blue_row)
+    gray = brightness * contrast * (1 - saturation) * np.array([0.299, 0.587, 0.114])
+    colors = brightness * contrast * saturation * np.eye(3) + gray
+    shift = np.full((3, 1), brightness * (1 - contrast) * 127.5)
+    return tuple(np.hstack([colors, shift]).ravel().tolist())
 
 
 def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
@@ -281,8 +269,7 @@ def check_pixels(pixels: np.ndarray, axes: int) -> np.ndarray:
 
     Refuses other arrays. Lists of numbers in tables become int64.
     """
-    if pixels.dtype == np.int64 and pixels.size and pixels.min() >= 0 and pixels.max() <= 255:
-        pixels = pixels.astype(np.uint8, copy=False)
+    pixels = narrowed(pixels, np.uint8)
     if pixels.dtype != np.uint8:
         raise BadMedia(f"expected uint8 pixels, found {pixels.dtype}")
     if axes == 3 and pixels.ndim == 3 and pixels.shape[-1] in (3, 4):

@@ -1,8 +1,5 @@
 """Builds models: openimp's own, or one of another library."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from openimp.common.modality import Classes, Modalities
 from openimp.modalities.open_clip import layers_in, reader_of
 from openimp.model.embedder import Embedder
@@ -13,47 +10,14 @@ from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A kind of model. Its functions take modalities that are fitted.
-
-    Attributes:
-        build: makes the model.
-        count_layers: the number of layers that are asked for. Creating a layer takes time and memory, and the
-            configuration may be untrusted.
-        embed_dim: the number of features of the embeddings.
-        builds_on_meta: whether `build` can be called on the meta device, and gives weights their initial values.
-            Otherwise weights are always loaded, and `build` computes the values of buffers.
-    """
-
-    build: Callable[[ModelConfig, Modalities], Embedder]
-    count_layers: Callable[[Model, Modalities], int]
-    embed_dim: Callable[[Model, Modalities], int]
-    builds_on_meta: bool
-
-
-OPENIMP = Architecture(
-    IMP.from_config,
-    count_layers=lambda model, _: model.layers,
-    embed_dim=lambda model, _: model.embed_dim,
-    builds_on_meta=True,
-)
-OPEN_CLIP = Architecture(
-    OpenCLIP.from_config,
-    count_layers=lambda _, modalities: layers_in(reader_of(modalities).files),
-    embed_dim=lambda _, modalities: reader_of(modalities).embed_dim,
-    builds_on_meta=False,
-)
-
-
-def architecture_of(model: Model) -> Architecture:
-    """The kind of a model."""
-    return OPEN_CLIP if model.wrap else OPENIMP
-
-
 def build_model(config: ModelConfig, modalities: Modalities) -> Embedder:
-    """The model with random weights, or if they are always loaded, without values for them; see `Architecture`."""
-    return architecture_of(config.model).build(config, modalities)
+    """The model of fitted modalities, with random weights.
+
+    A wrapped model has no values for its weights, which are always loaded. Its buffers have values only if it is not
+    built on the meta device.
+    """
+    kind = OpenCLIP if config.model.wrap else IMP
+    return kind.from_config(config, modalities)
 
 
 def build_for_training(recipe: Recipe, modalities: Modalities, classes: Classes) -> Embedder:
@@ -62,3 +26,14 @@ def build_for_training(recipe: Recipe, modalities: Modalities, classes: Classes)
     if recipe.memory.activation_checkpointing:
         model.checkpoint_activations()
     return model
+
+
+def count_layers(model: Model, modalities: Modalities) -> int:
+    """The number of layers that a model asks for. Creating a layer takes time and memory, and the configuration may be
+    untrusted."""
+    return layers_in(reader_of(modalities).files) if model.wrap else model.layers
+
+
+def embedding_size(model: Model, modalities: Modalities) -> int:
+    """The number of features of the embeddings."""
+    return reader_of(modalities).embed_dim if model.wrap else model.embed_dim

@@ -89,13 +89,17 @@ class Embedder(nn.Module, ABC):
     def checkpoint_activations(self) -> None:
         """Makes the backward pass compute the activations within each block again, so they need not be kept."""
 
-    @abstractmethod
     def encode(self, modality: str, tokens: Tokens) -> Encoded:
         """Encodes the tokens of a modality."""
+        return self._encode({modality: tokens})[modality]
 
     def encode_all(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
         """Encodes each modality by itself. Their batch sizes may differ."""
-        return {name: self.encode(name, tokens) for name, tokens in inputs.items()}
+        return self._encode(inputs)
+
+    @abstractmethod
+    def _encode(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
+        """What `encode` and `encode_all` do. FSDP2 gathers weights on each call of them, so neither calls the other."""
 
     @abstractmethod
     def project(self, features_BD: Tensor, modality: str, other: str, normalize: bool = True) -> Tensor:
@@ -144,10 +148,12 @@ class Embedder(nn.Module, ABC):
         """The modules whose parameters have the expert as first dimension. Expert parallelism splits them there."""
         return []
 
-    def fp32_modules(self) -> list[nn.Module]:
-        """The modules whose parameters stay fp32 where all others are gathered in bf16. Losses call their `forward`."""
-        return []
-
     @abstractmethod
+    def fp32_modules(self) -> list[Temperature | LogitScale]:
+        """All learned temperatures. Their parameters stay fp32 where all others are gathered in bf16. Losses call their
+        `forward`."""
+
     def clamp_logit_scales(self) -> None:
         """Clamps the learned logit scales; called after each update."""
+        for temperature in self.fp32_modules():
+            temperature.clamp()

@@ -3,8 +3,6 @@
 Shape suffixes: B examples, L tokens, P values per token, D width.
 """
 
-from math import prod
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,7 +78,6 @@ class PatchConvolution(nn.Module):
         super().__init__()
         assert spec.patch is not None
         frames, height, width_of_patch, channels = spec.patch
-        self.values = spec.values
         self.frame_shape = (height + 2 * CONV_MARGIN, width_of_patch + 2 * CONV_MARGIN, channels)
         self.convolution = scaled_linear(CONV_KERNEL**2 * channels, spec.conv_channels)
         self.scale = (spec.conv_channels / self.convolution.in_features) ** 0.5
@@ -89,7 +86,6 @@ class PatchConvolution(nn.Module):
 
     def forward(self, values_BLP: Tensor) -> Tensor:
         """Embeds values (B, L, P) to (B, L, D)."""
-        check_divides(values_BLP, self.values, unit=prod(self.frame_shape))
         frames = values_BLP.unflatten(-1, (-1, *self.frame_shape))
         # Windows and a matrix product, because torch's convolutions of many tiny pictures are slow on CPUs.
         windows = frames.unfold(-3, CONV_KERNEL, CONV_STRIDE).unfold(-3, CONV_KERNEL, CONV_STRIDE)
@@ -139,15 +135,8 @@ def _embed_patches(embed: nn.Linear, values: Tensor, scale: float) -> Tensor:
         # exact in bf16 too.
         values = values - embed.weight.new_full((), 127.5)
         scale /= 127.5
-    check_divides(values, embed.in_features)
     repeats = embed.in_features // values.shape[-1]
     weight = embed.weight
     if repeats > 1:
         weight = weight.unflatten(1, (repeats, -1)).sum(1)
     return F.linear(values.to(weight.dtype), weight * scale, embed.bias)
-
-
-def check_divides(values: Tensor, expected: int, unit: int = 1) -> None:
-    """Raises ValueError unless a token's values, repeated, are as many as a stem expects, and a multiple of `unit`."""
-    if expected % values.shape[-1] or values.shape[-1] % unit:
-        raise ValueError(f"tokens of {values.shape[-1]} values do not divide the stem's {expected}")

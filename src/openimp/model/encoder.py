@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from openimp.model.init import lecun_normal_, linear, mimetic_keys_, mimetic_output_
 from openimp.model.kernels import attend, gelu
 from openimp.model.moe import ExpertGroups, RouterStats, SparseMLP, split_tokens, valid_tokens_per_rank
-from openimp.recipe.model import Gelu, Model
+from openimp.recipe.model import Model
 
 Shapes = Sequence[torch.Size]
 """The shape (B, L) of each input of a pass."""
@@ -67,11 +67,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two layers with GELU between them."""
 
-    def __init__(self, width: int, hidden: int, bias: bool, gelu_kind: Gelu) -> None:
+    def __init__(self, config: Model) -> None:
         super().__init__()
-        self.gelu_kind = gelu_kind
-        self.up = linear(width, hidden, bias=bias)
-        self.down = linear(hidden, width, bias=bias)
+        self.gelu_kind = config.gelu
+        self.up = linear(config.width, config.mlp_dim, config.bias)
+        self.down = linear(config.mlp_dim, config.width, config.bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down(gelu(self.up(x_TD), self.gelu_kind))
@@ -90,15 +90,10 @@ class Block(nn.Module):
         self.mlp = self._make_mlp(config)
 
     def _make_mlp(self, config: Model) -> nn.Module:
-        return MLP(config.width, config.mlp_dim, config.bias, config.gelu)
+        return MLP(config)
 
     def forward(
-        self,
-        x_TD: Tensor,
-        shapes: Shapes,
-        masks: Masks,
-        tokens_per_rank: Sequence[Tensor] = (),
-        stems: Sequence[str] = (),
+        self, x_TD: Tensor, shapes: Shapes, masks: Masks, tokens_per_rank: Sequence[Tensor], stems: Sequence[str]
     ) -> tuple[Tensor, list[RouterStats]]:
         """Maps (T, D) to (T, D), and returns router statistics per input if the block is sparse.
 
@@ -122,17 +117,12 @@ class SparseBlock(Block):
         moe = config.moe
         assert moe is not None
         if moe.experts_by_stem:
-            return ExpertGroups(config.width, config.mlp_dim, moe, config.bias, config.gelu)
+            return ExpertGroups(config, moe)
         (experts,) = moe.group_sizes
-        return SparseMLP(config.width, config.mlp_dim, experts, moe, config.bias, config.gelu)
+        return SparseMLP(experts, config, moe)
 
     def forward(
-        self,
-        x_TD: Tensor,
-        shapes: Shapes,
-        masks: Masks,
-        tokens_per_rank: Sequence[Tensor] = (),
-        stems: Sequence[str] = (),
+        self, x_TD: Tensor, shapes: Shapes, masks: Masks, tokens_per_rank: Sequence[Tensor], stems: Sequence[str]
     ) -> tuple[Tensor, list[RouterStats]]:
         x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
         valid = [
@@ -168,27 +158,32 @@ class Encoder(nn.Module):
         self.has_expert_groups = bool(config.moe and config.moe.experts_by_stem)
         self.activation_checkpointing = False  # compute each block's activations again in the backward pass
 
-    def forward_specific(self, x_BLD: Tensor, mask_BL: Tensor | None, stem: str) -> tuple[Tensor, list[RouterStats]]:
-        """Applies the stem's modality-specific blocks to one input, as `forward` does the shared ones."""
-        if not self.own:
-            return x_BLD, []
-        x_TD, (router_stats,) = self._run(self.own[stem], [x_BLD], [mask_BL], [stem])
-        return x_TD.view_as(x_BLD), router_stats
-
     def forward(
         self, inputs: Sequence[Tensor], masks: Masks, stems: Sequence[str] = ()
     ) -> tuple[list[Tensor], list[list[RouterStats]]]:
-        """Maps each input (B, L, D) to (B, L, D) in one pass, and returns, per input, the router statistics of each
-        sparse block, in order. If stems have their own experts, it needs `stems`: per input, the stem that made it."""
-        x_TD, router_stats = self._run(self.blocks, inputs, masks, stems)
+        """Maps each input (B, L, D) to (B, L, D), and returns, per input, the router statistics of each sparse block.
+
+        All inputs go through the shared blocks in one pass. `stems` are, per input, the stem that made it; they may be
+        left out if the stems share all blocks and experts.
+        """
+        inputs = [*inputs]
+        router_stats: list[list[RouterStats]] = [[] for _ in inputs]
+        if self.own:
+            for i, (x_BLD, mask_BL, stem) in enumerate(zip(inputs, masks, stems, strict=True)):
+                x_TD, (router_stats[i],) = self._run(self.own[stem], [x_BLD], [mask_BL], [stem])
+                inputs[i] = x_TD.view_as(x_BLD)
+        x_TD, shared_stats = self._run(self.blocks, inputs, masks, stems)
+        for stats_of_input, shared in zip(router_stats, shared_stats):
+            stats_of_input.extend(shared)
         return split_tokens(self.norm(x_TD), [x_BLD.shape[:2] for x_BLD in inputs]), router_stats
 
     def _run(
         self, blocks: nn.Module, inputs: Sequence[Tensor], masks: Masks, stems: Sequence[str]
     ) -> tuple[Tensor, list[list[RouterStats]]]:
+        """The output (T, D) of consecutive blocks, and per input the statistics of each sparse one."""
         shapes = [x_BLD.shape[:2] for x_BLD in inputs]
         x_TD = torch.cat([x_BLD.flatten(0, 1) for x_BLD in inputs])
-        router_stats: list[list[RouterStats]] = [[] for _ in inputs]  # per input, of each sparse block
+        router_stats: list[list[RouterStats]] = [[] for _ in inputs]
         tokens_per_rank = []
         if sparse := any(block.sparse for block in blocks.children()):
             # Computed once for all blocks, because it takes an all-reduce.

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openimp.common.modality import Modalities, StemSpec, Tokens
-from openimp.model.embedder import Embedder, Encoded
+from openimp.model.embedder import Embedder, Encoded, EncodedAll
 from openimp.model.embedding import Stem, VectorStem
 from openimp.model.encoder import Attention, Encoder
-from openimp.model.heads import Adapter, Projection, Temperature
+from openimp.model.heads import Adapter, LogitScale, Projection, Temperature
 from openimp.model.init import linear
 from openimp.model.moe import Experts
 from openimp.recipe.model import Model
@@ -44,11 +44,17 @@ class IMP(Embedder):
         self.stem_of = dict(stem_of)
         self.head_of = self.stem_of if config.share_heads else {name: name for name in stem_of}
         self.pairs = [(min(pair), max(pair)) for pair in pairs]
-        self.stems = nn.ModuleDict({name: make_stem(spec, config) for name, spec in stems.items()})
+        self.stems = nn.ModuleDict()
+        for name, spec in stems.items():
+            kind = VectorStem if spec.vector and not config.layers else Stem
+            self.stems[name] = kind(spec, config.width)
         self.encoder = Encoder(config, self.stems)
         directions = chain(*map(permutations, self.pairs), distilled)
         heads = sorted({self.head_name(modality, other) for modality, other in directions})
-        self.projections = nn.ModuleDict({name: make_head(config) for name in heads})
+        self.projections = nn.ModuleDict()
+        for name in heads:
+            head = Projection(config.width, config.embed_dim) if config.layers else Adapter(config.width)
+            self.projections[name] = head
         temperatures = dict.fromkeys(self.temperature_name(*pair) for pair in self.pairs)
         self.temperatures = nn.ModuleDict({name: Temperature(config.init_temperature) for name in temperatures})
         self.classifiers = nn.ModuleDict({name: linear(config.width, n) for name, n in (classes or {}).items()})
@@ -68,28 +74,14 @@ class IMP(Embedder):
     def checkpoint_activations(self) -> None:
         self.encoder.activation_checkpointing = True
 
-    def encode(self, modality: str, tokens: Tokens) -> Encoded:
-        """Encodes the tokens of a modality. The features are the mean of the encoder's output over valid tokens."""
-        return self._encode({modality: tokens})[modality]
-
-    def encode_all(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
-        """Encodes each modality by itself, but all in one pass through the shared blocks. Batch sizes may differ."""
-        return self._encode(inputs)
-
-    # Not `encode_all` itself, because FSDP2 gathers weights on each call of a registered method.
-    def _encode(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
-        embedded = []
-        specific_routing = []
+    def _encode(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
+        """Encodes each modality by itself, but all in one pass through the shared blocks."""
+        embedded = [self.stem(name)(tokens) for name, tokens in inputs.items()]
         masks = [_attended(tokens.mask) for tokens in inputs.values()]
-        for (name, tokens), mask_BL in zip(inputs.items(), masks):
-            x_BLD, routing = self.encoder.forward_specific(self.stem(name)(tokens), mask_BL, self.stem_of[name])
-            embedded.append(x_BLD)
-            specific_routing.append(routing)
-        outputs, shared_routing = self.encoder(embedded, masks, [self.stem_of[name] for name in inputs])
+        outputs, routings = self.encoder(embedded, masks, [self.stem_of[name] for name in inputs])
         encoded = {}
         for i, (name, tokens) in enumerate(inputs.items()):
-            features_BD = self._pool(name, outputs[i], tokens.mask)
-            encoded[name] = Encoded(features_BD, specific_routing[i] + shared_routing[i])
+            encoded[name] = Encoded(self._pool(name, outputs[i], tokens.mask), routings[i])
         return encoded
 
     def _pool(self, modality: str, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
@@ -137,34 +129,31 @@ class IMP(Embedder):
         """1 in the last block and the norm after it, and one more in each block below. Stems are below all blocks."""
         layers = self.config.layers
         depths: dict[Tensor, int] = dict.fromkeys(self.encoder.norm.parameters(), 1)
-        for specific_blocks in self.encoder.own.values():
-            for i, block in enumerate(specific_blocks.children()):
+        for stem in self.stems:  # Shared blocks get the same depth from each stem.
+            for i, block in enumerate([*self._own_blocks([stem]), *self.encoder.blocks]):
                 depths |= dict.fromkeys(block.parameters(), layers - i)
-        for i, block in enumerate(self.encoder.blocks, self.config.modality_specific_layers):
-            depths |= dict.fromkeys(block.parameters(), layers - i)
         for name, weight in self.stems.named_parameters():
             if ".after." not in name:
                 depths[weight] = layers + 1
         return depths
 
     def blocks(self) -> list[nn.Module]:
-        specific = [block for blocks in self.encoder.own.values() for block in blocks.children()]
-        return [*self.encoder.blocks, *specific]
+        return [*self.encoder.blocks, *self._own_blocks(self.stems)]
 
     def blocks_of(self, modalities: Iterable[str]) -> list[nn.Module]:
-        stems = [self.stem_of[name] for name in modalities] if self.encoder.own else []
-        specific = [block for stem in stems for block in self.encoder.own[stem].children()]
-        return [*specific, *self.encoder.blocks]
+        return [*self._own_blocks(self.stem_of[name] for name in modalities), *self.encoder.blocks]
+
+    def _own_blocks(self, stems: Iterable[str]) -> list[nn.Module]:
+        """The modality-specific blocks that a pass of these stems goes through, in order."""
+        if not self.encoder.own:
+            return []
+        return [block for stem in stems for block in self.encoder.own[stem].children()]
 
     def experts(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, Experts)]
 
-    def fp32_modules(self) -> list[nn.Module]:
-        return [*self.temperatures.values()]
-
-    def clamp_logit_scales(self) -> None:
-        for pair in self.pairs:
-            self.temperature(*pair).clamp()
+    def fp32_modules(self) -> list[Temperature | LogitScale]:
+        return [cast(Temperature, temperature) for temperature in self.temperatures.values()]
 
     def temperature(self, a: str, b: str) -> Temperature:
         """The learned temperature of a pair of modalities, in either order."""
@@ -183,13 +172,3 @@ class IMP(Embedder):
 def _attended(mask_BL: Tensor | None) -> Tensor | None:
     """The mask for the blocks: all tokens of an example without a valid one, because attention to none may be NaN."""
     return None if mask_BL is None else mask_BL | ~mask_BL.any(1, keepdim=True)
-
-
-def make_stem(spec: StemSpec, config: Model) -> nn.Module:
-    """The stem of a modality."""
-    return VectorStem(spec, config.width) if spec.vector and not config.layers else Stem(spec, config.width)
-
-
-def make_head(config: Model) -> nn.Module:
-    """A projection head."""
-    return Projection(config.width, config.embed_dim) if config.layers else Adapter(config.width)

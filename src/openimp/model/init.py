@@ -1,5 +1,7 @@
 """Initial weights: as in the authors' release of arXiv 2305.06324, or mimetic ones for attention."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,45 +22,51 @@ class SkipInit(TorchFunctionMode):
         return target if in_place and isinstance(target, nn.Parameter) else func(*args, **kwargs)
 
 
+def _one_call(fill: Callable[..., None]) -> Callable[..., None]:
+    """Lets a `TorchFunctionMode` see a function that fills a weight as one call: `SkipInit` skips it, and
+    `DeferredInit` records it. Several of the calls inside, such as `trunc_normal_`, cannot be recorded."""
+
+    @wraps(fill)
+    def filled(weight: Tensor, *arguments: Any) -> None:
+        if has_torch_function_unary(weight):
+            handle_torch_function(filled, (weight,), weight, *arguments)
+        else:
+            fill(weight, *arguments)
+
+    return filled
+
+
+@_one_call
 def lecun_normal_(weight: Tensor, fan_in: int) -> None:
     """Fills a weight from a normal distribution with variance 1 / fan_in, truncated at two standard deviations."""
-    if has_torch_function_unary(weight):  # `DeferredInit` records the call. torch's `trunc_normal_` cannot be recorded.
-        handle_torch_function(lecun_normal_, (weight,), weight, fan_in)
-        return
     std = fan_in**-0.5 / TRUNCATED_STD
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
+@_one_call
 def mimetic_keys_(qkv_weight: Tensor) -> None:
     """Copies the queries' weights of an attention layer (3 D, D) to the keys (arXiv 2305.09828).
 
     So each token first attends to tokens that are similar to it, as in trained vision Transformers.
     """
-    if has_torch_function_unary(qkv_weight):
-        handle_torch_function(mimetic_keys_, (qkv_weight,), qkv_weight)
-        return
     queries, keys, _ = qkv_weight.detach().chunk(3)
     keys.copy_(queries)
 
 
+@_one_call
 def mimetic_output_(out_weight: Tensor, qkv_weight: Tensor) -> None:
     """Makes the output layer of an attention layer minus the transpose of its values' weights.
 
     Their product is then about minus the identity, divided by the number of heads. In trained vision Transformers, it
     is also a negative multiple of the identity (arXiv 2305.09828).
     """
-    if has_torch_function_unary(out_weight):
-        handle_torch_function(mimetic_output_, (out_weight, qkv_weight), out_weight, qkv_weight)
-        return
     _, _, values = qkv_weight.detach().chunk(3)
     out_weight.detach().copy_(-values.T)
 
 
+@_one_call
 def identity_(weight: Tensor) -> None:
     """Makes a linear layer with at least as many outputs as inputs keep its inputs, and append zeros."""
-    if has_torch_function_unary(weight):
-        handle_torch_function(identity_, (weight,), weight)
-        return
     weight.detach().zero_().fill_diagonal_(1)
 
 

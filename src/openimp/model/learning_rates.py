@@ -46,19 +46,18 @@ def _belongs_to(name: str, part: str) -> bool:
 
 
 def _require_parts(parts: Collection[str], names: Collection[str]) -> None:
-    """Checks that each part is a parameter or a module of a model, given the names of its parameters."""
+    """Checks that each part is a parameter or a module of a model, given the names of its parameters.
+
+    The error names the parts that could have been meant: those directly inside the longest beginning that is a module.
+    """
     for part in parts:
-        if not any(_belongs_to(name, part) for name in names):
-            known = _children_of_longest_parent(part, names)
-            listed = ", ".join(known[:MAX_NAMED]) + (", ..." if len(known) > MAX_NAMED else "")
-            raise UserError(f"optimizer.lr_scale: the model has no part {part!r}; known: {listed}")
-
-
-def _children_of_longest_parent(part: str, names: Collection[str]) -> list[str]:
-    """The parts that could have been meant: those directly inside the longest beginning of `part` that is a module."""
-    parent = part
-    while parent and not any(name.startswith(f"{parent}.") for name in names):
-        parent = parent.rpartition(".")[0]
-    depth = len(parent.split(".")) if parent else 0
-    inside = [name for name in names if not parent or _belongs_to(name, parent)]
-    return list(dict.fromkeys(".".join(name.split(".")[: depth + 1]) for name in inside))
+        if any(_belongs_to(name, part) for name in names):
+            continue
+        prefix = f"{part}."
+        while prefix and not any(name.startswith(prefix) for name in names):
+            parent = prefix[:-1].rpartition(".")[0]
+            prefix = f"{parent}." if parent else ""
+        inside = [name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)]
+        known = [f"{prefix}{child}" for child in dict.fromkeys(inside)]
+        listed = ", ".join(known[:MAX_NAMED]) + (", ..." if len(known) > MAX_NAMED else "")
+        raise UserError(f"optimizer.lr_scale: the model has no part {part!r}; known: {listed}")

@@ -22,7 +22,7 @@ from openimp.model.init import lecun_normal_
 from openimp.model.kernels import gelu
 from openimp.parallel.distributed import all_reduce_mean
 from openimp.parallel.layout import combine_from_experts, dispatch_to_experts, local_experts
-from openimp.recipe.model import Gelu, MoE
+from openimp.recipe.model import Model, MoE
 
 
 class Routing(NamedTuple):
@@ -37,32 +37,25 @@ class Routing(NamedTuple):
     gate_BEC: Tensor
 
 
-class Usage(NamedTuple):
-    """How one input of a pass uses the experts of one sparse layer.
-
-    Attributes:
-        load_E: each expert's share of all filled slots, which are those that hold a valid token. The experts that read
-            this input have about equal shares, because they choose equally many tokens. Experts of other stems have 0.
-        gate_E: each expert's share of the sum of all gates. It shows which experts of a group the router prefers.
-        dropped: scalar, the number of this rank's tokens that no expert took, divided by the mean number of tokens per
-            rank. Its mean over ranks is the share of all tokens that no expert took.
-    """
-
-    load_E: Tensor
-    gate_E: Tensor
-    dropped: Tensor
-
-
 class RouterStats(NamedTuple):
     """Statistics of one sparse layer for one input of a pass.
 
     Attributes:
         z_loss: scalar, the router's z-loss times `moe.z_loss`.
-        usage: None unless the layer is compiled, or `set_usage_collection` asks for it.
+        load_E: each expert's share of all filled slots, which are those that hold a valid token. The experts that read
+            this input have about equal shares, because they choose equally many tokens. Experts of other stems have 0.
+        gate_E: each expert's share of the sum of all gates. It shows which experts of a group the router prefers.
+        dropped: scalar, the number of this rank's tokens that no expert took, divided by the mean number of tokens per
+            rank. Its mean over ranks is the share of all tokens that no expert took.
+
+    In evaluation, all but `z_loss` are 0, because nothing reads them, and each layer needs about 15 small operations
+    per input to compute them.
     """
 
     z_loss: Tensor
-    usage: Usage | None
+    load_E: Tensor
+    gate_E: Tensor
+    dropped: Tensor
 
     @staticmethod
     def mean(chunks: Sequence["RouterStats"], token_shares: Sequence[Tensor]) -> "RouterStats":
@@ -71,10 +64,11 @@ class RouterStats(NamedTuple):
         def weighted_mean(values: Sequence[Any]) -> Any:
             return sum(share * value for share, value in zip(token_shares, values))
 
-        z_loss = weighted_mean([stats.z_loss for stats in chunks])
-        usages = [stats.usage for stats in chunks if stats.usage is not None]
-        usage = Usage(*map(weighted_mean, zip(*usages))) if usages else None
-        return RouterStats(z_loss, usage)
+        return RouterStats(*map(weighted_mean, zip(*chunks)))
+
+    def detached(self) -> "RouterStats":
+        """The statistics without the graph of the z-loss."""
+        return self._replace(z_loss=self.z_loss.detach())
 
 
 def expert_choice(probs_BLE: Tensor, valid_BL: Tensor, capacity_factor: float) -> Routing:
@@ -115,14 +109,13 @@ def split_tokens(values: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 class Router(nn.Module):
     """One linear layer in fp32 without bias, followed by expert choice.
 
-    `gate_scale` multiplies the gates (see `ExpertGroups`). `Usage` has the gates before that.
+    `gate_scale` multiplies the gates (see `ExpertGroups`). `RouterStats` has the gates before that.
     """
 
     def __init__(self, width: int, experts: int, config: MoE, gate_scale: float) -> None:
         super().__init__()
         self.config = config
         self.gate_scale = gate_scale
-        self.collects_usage = False
         self.weight_ED = nn.Parameter(torch.empty(experts, width))
         nn.init.normal_(self.weight_ED, std=0.02)
 
@@ -148,22 +141,18 @@ class Router(nn.Module):
     ) -> tuple[Routing, RouterStats]:
         z_loss = self.config.z_loss * (z_loss_BL * valid_BL).sum() / tokens_per_rank
         routing = expert_choice(probs_BLE, valid_BL, self.config.capacity_factor)
-        # Compiled layers always collect, because that costs them little and a switch would compile each of them twice.
-        collects = torch.compiler.is_compiling() or self.collects_usage
-        usage = _usage(routing, valid_BL, tokens_per_rank) if collects else None
-        return routing._replace(gate_BEC=self.gate_scale * routing.gate_BEC), RouterStats(z_loss, usage)
-
-
-def set_usage_collection(model: nn.Module, enabled: bool) -> None:
-    """Sets whether sparse layers that are not compiled return their `Usage`. By default they do not, because each layer
-    needs about 15 small operations per input to compute it."""
-    for module in model.modules():
-        if isinstance(module, Router):
-            module.collects_usage = enabled
+        # In compiled layers `training` is not read, because its other value would compile each of them again.
+        if torch.compiler.is_compiling() or self.training:
+            usage = _usage(routing, valid_BL, tokens_per_rank)
+        else:
+            unused_E = probs_BLE.new_zeros(probs_BLE.shape[-1])
+            usage = unused_E, unused_E, unused_E.new_zeros(())
+        return routing._replace(gate_BEC=self.gate_scale * routing.gate_BEC), RouterStats(z_loss, *usage)
 
 
 @torch.no_grad()
-def _usage(routing: Routing, valid_BL: Tensor, tokens_per_rank: Tensor) -> Usage:
+def _usage(routing: Routing, valid_BL: Tensor, tokens_per_rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How the experts are used: load_E, gate_E and dropped of `RouterStats`."""
     filled_BEC = (routing.gate_BEC > 0).float()
     load_E = filled_BEC.sum((0, 2))
     gate_E = routing.gate_BEC.sum((0, 2))
@@ -171,21 +160,23 @@ def _usage(routing: Routing, valid_BL: Tensor, tokens_per_rank: Tensor) -> Usage
     expert_count_BL = expert_count_BL.scatter_add(1, routing.token_BEC.flatten(1), filled_BEC.flatten(1))
     dropped = ((expert_count_BL == 0) & valid_BL).sum() / tokens_per_rank
     # A batch of padding fills no slot. `clamp` prevents 0 / 0 there.
-    return Usage(load_E / load_E.sum().clamp(min=1), gate_E / gate_E.sum().clamp(min=1e-9), dropped)
+    return load_E / load_E.sum().clamp(min=1), gate_E / gate_E.sum().clamp(min=1e-9), dropped
 
 
 class Experts(nn.Module):
     """E two-layer GELU MLPs, as two batched matrix products. The shapes of all parameters begin with E."""
 
-    def __init__(self, experts: int, width: int, hidden: int, bias: bool, gelu_kind: Gelu) -> None:
+    def __init__(self, experts: int, config: Model) -> None:
         super().__init__()
-        self.bias = bias
-        self.gelu_kind = gelu_kind
+        width = config.width
+        hidden = config.mlp_dim
+        self.gelu_kind = config.gelu
+        # `forward` relies on the order in which the parameters are set here.
         self.up_EDF = nn.Parameter(torch.empty(experts, width, hidden))
         self.down_EFD = nn.Parameter(torch.empty(experts, hidden, width))
         lecun_normal_(self.up_EDF, width)
         lecun_normal_(self.down_EFD, hidden)
-        if bias:
+        if config.bias:
             self.up_bias_EF = nn.Parameter(torch.empty(experts, hidden))
             self.down_bias_ED = nn.Parameter(torch.empty(experts, width))
             nn.init.zeros_(self.up_bias_EF)
@@ -193,12 +184,8 @@ class Experts(nn.Module):
 
     def forward(self, x_ESD: Tensor) -> Tensor:
         """Maps (E, S, D) to (E, S, D): each expert processes its S slots, on the rank that holds it."""
-        parameters = [self.up_EDF, self.down_EFD]
-        if self.bias:
-            parameters += [self.up_bias_EF, self.down_bias_ED]
-        local = local_experts(parameters)
-        group = local.group
-        up_eDF, down_eFD, *biases = local.weights
+        weights, group = local_experts(self.parameters())
+        up_eDF, down_eFD, *biases = weights
         up_bias_eF, down_bias_eD = biases or (None, None)
         received_esD = dispatch_to_experts(x_ESD, group)
         hidden_esF = gelu(_linear(received_esD, up_eDF, up_bias_eF), self.gelu_kind)
@@ -213,43 +200,30 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class SparseMLP(nn.Module):
     """A router, and experts that process the tokens it selects."""
 
-    def __init__(
-        self,
-        width: int,
-        hidden: int,
-        experts: int,
-        config: MoE,
-        bias: bool = False,
-        gelu_kind: Gelu = "tanh",
-        gate_scale: float = 1.0,
-    ) -> None:
+    def __init__(self, experts: int, config: Model, moe: MoE, gate_scale: float = 1.0) -> None:
         super().__init__()
-        self.router = Router(width, experts, config, gate_scale)
-        self.experts = Experts(experts, width, hidden, bias, gelu_kind)
+        self.router = Router(config.width, experts, moe, gate_scale)
+        self.experts = Experts(experts, config)
 
     def forward(
         self, x_TD: Tensor, valid: Sequence[Tensor], tokens_per_rank: Sequence[Tensor]
     ) -> tuple[Tensor, list[RouterStats]]:
         """Maps (T, D) to (T, D), and returns statistics per input. The arguments are those of `Router.forward`."""
+        routings, all_stats = zip(*self.router(x_TD, valid, tokens_per_rank))
         token_indices = []  # per input, (E, B C): the token in each slot of the input, as an index into `x_TD`
         gates = []  # per input, (E, B C)
-        all_stats = []
-        input_start = 0
-        for valid_BL, (routing, stats) in zip(valid, self.router(x_TD, valid, tokens_per_rank)):
-            input_end = input_start + valid_BL.numel()
-            example_start_B = torch.arange(input_start, input_end, valid_BL.shape[1], device=x_TD.device)
-            index_BEC = routing.token_BEC + example_start_B[:, None, None]
+        indices = split_tokens(torch.arange(x_TD.shape[0], device=x_TD.device), [valid_BL.shape for valid_BL in valid])
+        for index_BL, routing in zip(indices, routings):
+            index_BEC = routing.token_BEC + index_BL[:, :1, None]
             token_indices.append(index_BEC.transpose(0, 1).flatten(1))
             gates.append(routing.gate_BEC.transpose(0, 1).flatten(1))
-            all_stats.append(stats)
-            input_start = input_end
         index_ES = torch.cat(token_indices, dim=1)
         index_U = index_ES.flatten()
         gate_U1 = torch.cat(gates, dim=1).flatten()[:, None]
         x_ESD = x_TD.index_select(0, index_U).unflatten(0, index_ES.shape)
         out_UD = self.experts(x_ESD).flatten(0, 1)
         sum_TD = torch.zeros_like(x_TD, dtype=out_UD.dtype)
-        return sum_TD.index_add(0, index_U, out_UD * gate_U1.to(out_UD.dtype)), all_stats
+        return sum_TD.index_add(0, index_U, out_UD * gate_U1.to(out_UD.dtype)), [*all_stats]
 
 
 class ExpertGroups(nn.Module):
@@ -261,15 +235,11 @@ class ExpertGroups(nn.Module):
     divided over all `expert_degree` ranks, so each rank has work in every step.
     """
 
-    def __init__(self, width: int, hidden: int, config: MoE, bias: bool = False, gelu_kind: Gelu = "tanh") -> None:
+    def __init__(self, config: Model, moe: MoE) -> None:
         super().__init__()
-        self.groups = nn.ModuleDict(
-            {
-                stem: SparseMLP(width, hidden, experts, config, bias, gelu_kind, gate_scale=experts)
-                for stem, experts in config.experts_by_stem.items()
-            }
-        )
-        self.experts_by_stem = config.experts_by_stem
+        self.experts_by_stem = moe.experts_by_stem
+        groups = {stem: SparseMLP(n, config, moe, gate_scale=n) for stem, n in self.experts_by_stem.items()}
+        self.groups = nn.ModuleDict(groups)
 
     def forward(
         self,
@@ -298,12 +268,7 @@ class ExpertGroups(nn.Module):
 
     def _padded_to_all_groups(self, stats: RouterStats, stem: str) -> RouterStats:
         """The statistics of a group, with a share of 0 for each expert of the other groups."""
-        if stats.usage is None:
-            return stats
-        stems = list(self.experts_by_stem)
         sizes = list(self.experts_by_stem.values())
-        group_index = stems.index(stem)
+        group_index = list(self.experts_by_stem).index(stem)
         padding = (sum(sizes[:group_index]), sum(sizes[group_index + 1 :]))
-        load_E = F.pad(stats.usage.load_E, padding)
-        gate_E = F.pad(stats.usage.gate_E, padding)
-        return RouterStats(stats.z_loss, Usage(load_E, gate_E, stats.usage.dropped))
+        return stats._replace(load_E=F.pad(stats.load_E, padding), gate_E=F.pad(stats.gate_E, padding))

@@ -24,8 +24,8 @@ from openimp.modalities.open_clip import (
     reader_of,
     unpacked,
 )
-from openimp.model.embedder import Embedder, Encoded
-from openimp.model.heads import MAX_LOG_LOGIT_SCALE, LogitScale
+from openimp.model.embedder import Embedder, Encoded, EncodedAll
+from openimp.model.heads import MAX_LOG_LOGIT_SCALE, LogitScale, Temperature
 from openimp.model.init import SkipInit, linear
 from openimp.recipe.model_config import ModelConfig
 
@@ -100,14 +100,11 @@ class OpenCLIP(Embedder):
     def checkpoint_activations(self) -> None:
         cast(Any, self.encoder).set_grad_checkpointing(True)
 
-    def encode(self, modality: str, tokens: Tokens) -> Encoded:
-        """Encodes the tokens of a modality to features (B, Z)."""
-        return Encoded(self._encode(modality, tokens), [])
+    def _encode(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
+        return {name: Encoded(self._features(name, tokens), []) for name, tokens in inputs.items()}
 
-    def encode_all(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
-        return {name: Encoded(self._encode(name, tokens), []) for name, tokens in inputs.items()}
-
-    def _encode(self, name: str, tokens: Tokens) -> Tensor:
+    def _features(self, name: str, tokens: Tokens) -> Tensor:
+        """The features (B, Z) of the tokens of a modality."""
         library = cast(Any, self.encoder)
         if self.readers[name]:
             return library.encode_text(self.ids(tokens), normalize=False)
@@ -207,11 +204,8 @@ class OpenCLIP(Embedder):
     def blocks_of(self, modalities: Iterable[str]) -> list[nn.Module]:
         return [block for name in modalities for block in self._tower(self.readers[name])[1]]
 
-    def fp32_modules(self) -> list[nn.Module]:
+    def fp32_modules(self) -> list[Temperature | LogitScale]:
         return [self.scale]
-
-    def clamp_logit_scales(self) -> None:
-        self.scale.clamp()
 
     def train(self, mode: bool = True) -> "OpenCLIP":
         super().train(mode)

@@ -94,7 +94,7 @@ class Classification(Objective):
     def losses(self, model: Embedder, task: Task, encoded: EncodedAll, targets: Tensors) -> Tensors:
         """The loss of each classified modality, by the name "modality:column"."""
         target = targets["label"]
-        loss_of = softmax_classification if self.loss == "softmax" else sigmoid_classification
+        loss_of = F.cross_entropy if self.loss == "softmax" else sigmoid_classification
         losses = {}
         for name in self.modalities(task):
             features_BD = encoded[name].features
@@ -102,19 +102,14 @@ class Classification(Objective):
                 logits_BK = model.classify(features_BD, head_key(task.source, self.label))
             # A modality that is drawn k times per example has k rows per example.
             repeated = target.repeat_interleave(len(logits_BK) // len(target), dim=0)
-            losses[f"{name}:{self.label}"] = loss_of(logits_BK, repeated, self.label_smoothing)
+            losses[f"{name}:{self.label}"] = loss_of(logits_BK, repeated, label_smoothing=self.label_smoothing)
         return losses
 
 
-def softmax_classification(logits_BK: Tensor, label_B: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy with label smoothing, averaged over the examples."""
-    return F.cross_entropy(logits_BK, label_B, label_smoothing=smoothing)
-
-
-def sigmoid_classification(logits_BK: Tensor, label_BK: Tensor, smoothing: float) -> Tensor:
+def sigmoid_classification(logits_BK: Tensor, label_BK: Tensor, label_smoothing: float) -> Tensor:
     """Binary cross-entropy, averaged over classes and examples. Smoothing moves targets towards 1/2.
 
     A sum over hundreds of classes would be hundreds of times as large as the other losses of a step.
     """
-    target_BK = label_BK * (1 - smoothing) + smoothing / 2
+    target_BK = label_BK * (1 - label_smoothing) + label_smoothing / 2
     return F.binary_cross_entropy_with_logits(logits_BK, target_BK)

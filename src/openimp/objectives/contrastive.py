@@ -124,43 +124,45 @@ class Contrastive(Objective):
             # A joint head is applied again for each pair. That is cheap compared with the encoder, which runs once.
             z_NZ = model.project(encoded[a].features, a, b)
             z_MZ = model.project(encoded[b].features, b, a)
-            draws_a = len(z_NZ) // len(targets["item"])
-            draws_b = len(z_MZ) // len(targets["item"])
-            ids_NI = _of_known(self._ids(a, b, draws_a, targets), z_NZ, NOBODY_OF_FIRST)
-            ids_MJ = _of_known(self._ids(b, a, draws_b, targets), z_MZ, NOBODY_OF_SECOND)
+            ids_NI = self._ids(a, b, z_NZ, targets, NOBODY_OF_FIRST)
+            ids_MJ = self._ids(b, a, z_MZ, targets, NOBODY_OF_SECOND)
             temperature, bias = model.temperature(a, b)()
             with full_precision(z_NZ.device):
+                scaled_NZ = 1 / temperature * z_NZ
                 if self.loss == "softmax" and has_all_embeddings:
-                    loss = both_ways(softmax_nce, 1 / temperature * z_NZ, ids_NI, z_MZ, ids_MJ)
+                    loss = both_ways(softmax_nce, scaled_NZ, ids_NI, z_MZ, ids_MJ)
                 elif self.loss == "softmax":
                     all_b, all_a = all_gather(z_MZ, z_NZ)
-                    all_ids_a = _of_known(self._ids(a, b, draws_a, all_targets), all_a, NOBODY_OF_FIRST)
-                    all_ids_b = _of_known(self._ids(b, a, draws_b, all_targets), all_b, NOBODY_OF_SECOND)
-                    loss_a = mean_by_blocks(softmax_nce, 1 / temperature * z_NZ, ids_NI, all_b, all_ids_b)
+                    all_ids_a = self._ids(a, b, all_a, all_targets, NOBODY_OF_FIRST)
+                    all_ids_b = self._ids(b, a, all_b, all_targets, NOBODY_OF_SECOND)
+                    loss_a = mean_by_blocks(softmax_nce, scaled_NZ, ids_NI, all_b, all_ids_b)
                     loss_b = mean_by_blocks(softmax_nce, 1 / temperature * z_MZ, ids_MJ, all_a, all_ids_a)
                     loss = (loss_a + loss_b) / 2
                 else:
                     (all_b,) = all_gather(z_MZ)
-                    all_ids_b = _of_known(self._ids(b, a, draws_b, all_targets), all_b, NOBODY_OF_SECOND)
-                    biased = partial(sigmoid_nce, bias=bias)
-                    loss = mean_by_blocks(biased, 1 / temperature * z_NZ, ids_NI, all_b, all_ids_b)
+                    all_ids_b = self._ids(b, a, all_b, all_targets, NOBODY_OF_SECOND)
+                    loss = mean_by_blocks(partial(sigmoid_nce, bias=bias), scaled_NZ, ids_NI, all_b, all_ids_b)
                 losses[f"{a}-{b}"] = loss
         return losses
 
-    def _ids(self, modality: str, other: str, draws: int, targets: Tensors) -> Tensor:
-        """The ids (N, I) of the embeddings of a modality, `draws` per example, for the comparison with another one.
+    def _ids(self, modality: str, other: str, z_NZ: Tensor, targets: Tensors, nobody: int) -> Tensor:
+        """The ids (N, I) of the embeddings of a modality, for the comparison with another one.
 
         Embeddings that share an id are positives. The first id is that of the item. With `positives_in`, a text also
         has the id of its whole string, and media those of their row's values. A shared value does not make two media
         positives.
+
+        An embedding that is 0, as of a text without a known word, has only the id `nobody`. If it were a positive of
+        its picture, the loss would only push the picture away from all other texts.
         """
+        draws = len(z_NZ) // len(targets["item"])
         ids = [targets["item"].repeat_interleave(draws)[:, None]]
         if self.positives_in and _is_text(modality) != _is_text(other):
             if _is_text(modality):
                 ids.append(targets[_text_key(modality)].reshape(-1, 1))
             else:
                 ids.append(targets["values"].repeat_interleave(draws, dim=0))
-        return torch.cat(ids, dim=1)
+        return torch.where((z_NZ != 0).any(1, keepdim=True), torch.cat(ids, dim=1), nobody)
 
     def loss_sizes(self, task: Task, examples: int) -> LossSizes:
         """The sigmoid loss uses each pair of items once, and gathers the vectors of one modality."""
@@ -200,15 +202,6 @@ class Contrastive(Objective):
             f"{duplicate_share:.0%} of a batch's texts belong to other examples too, and the loss pushes these apart; "
             "with `positives_by: COLUMN`, a contrastive objective treats rows with equal values as one item"
         )
-
-
-def _of_known(ids_NI: Tensor, z_NZ: Tensor, nobody: int) -> Tensor:
-    """The ids of embeddings, or `nobody` if an embedding is 0.
-
-    The embedding of a text without a known word is 0. If it were a positive of its picture, the loss would only push
-    the picture away from all other texts.
-    """
-    return torch.where((z_NZ != 0).any(1, keepdim=True), ids_NI, nobody)
 
 
 def _is_text(modality: str) -> bool:

@@ -100,17 +100,13 @@ class Distill(Objective):
     def taught_by(self) -> Teacher | None:
         return Teacher(self.of, self.teacher) if self.teacher else None
 
-    @property
-    def _column(self) -> str:
-        """The name under which `read` finds the vector of a row."""
-        teacher = self.taught_by()
-        return teacher.column if teacher else str(self.to)
-
     def columns(self) -> set[str]:
         return {self.to} if self.to else set()
 
     def read(self, task: Task, row: Row, number: int, sizes: TargetSizes) -> Tensors:
-        vector_Z = unit_vector(row[self._column], sizes.embed_dim, self._column)
+        teacher = self.taught_by()
+        column = teacher.column if teacher else str(self.to)
+        vector_Z = unit_vector(row[column], sizes.embed_dim, column)
         item = item_id(vector_Z.tobytes(), number)
         return {"vector": torch.from_numpy(vector_Z), "item": torch.tensor(item)}
 
@@ -155,6 +151,6 @@ def unit_vector(value: Any, size: int, column: str) -> np.ndarray:
         wrong = f"a list of shape {[*vector.shape]}" if is_list else f"{value!r:.60}"
         raise BadMedia(f"column {column!r}: expected a list of {size} numbers (the model's embed_dim), found {wrong}")
     length = np.linalg.norm(vector)
-    if not (np.isfinite(length) and length > 0):
+    if not 0 < length < np.inf:
         raise BadMedia(f"column {column!r}: a vector of length {length:g} has no direction")
     return (vector / length).astype(np.float32)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from openimp.data.batch import Batch
 from openimp.model.embedder import Embedder, EncodeAll
-from openimp.model.moe import Usage
+from openimp.model.moe import RouterStats
 from openimp.recipe.tasks import Task
 
 
@@ -17,7 +17,8 @@ class Losses:
 
     total: Tensor  # the scalar to minimize
     parts: dict[str, Tensor]  # the unweighted loss of each objective, detached, by name
-    usage: dict[str, list[Usage]]  # by modality: of each sparse layer, in order; empty unless it is collected
+    # By modality: of each sparse layer, in order, detached. The trainer empties it on steps that no line shows.
+    usage: dict[str, list[RouterStats]]
 
 
 def task_losses(model: Embedder, task: Task, batch: Batch, encode_all: EncodeAll | None = None) -> Losses:
@@ -41,5 +42,5 @@ def task_losses(model: Embedder, task: Task, batch: Batch, encode_all: EncodeAll
         router_loss = torch.stack(z_losses).mean()
         parts["router"] = router_loss.detach()
         total = total + router_loss
-    usage = {name: [stats.usage for stats in item.routing if stats.usage] for name, item in encoded.items()}
+    usage = {name: [stats.detached() for stats in item.routing] for name, item in encoded.items()}
     return Losses(total, parts, usage)

@@ -189,13 +189,12 @@ def run_on_all_ranks(work: Callable[[], T], group: Group | None = None) -> list[
     message: str | None = None
     try:
         result = work()
-    except (UserError, OSError) as error:
+    except Exception as error:
         cause = error
         message = str(error)
-    except Exception as error:  # A bug. Only this rank can print its traceback.
-        traceback.print_exc()
-        cause = error
-        message = f"{type(error).__name__}: {error}"
+        if not isinstance(error, (UserError, OSError)):  # A bug. Only this rank can print its traceback.
+            traceback.print_exc()
+            message = f"{type(error).__name__}: {error}"
     outcomes = all_gather_object((result, message), group)
     for _, failure in outcomes:
         if failure is not None:

@@ -66,12 +66,12 @@ def alternatives(recipe: Recipe, gpus: int) -> list[Layout]:
     Each of them comes also with the experts of a layer distributed over a node.
     """
     experts = gcd(*recipe.model.moe.group_sizes) if recipe.model.moe else 1
-    layouts: dict[Layout, None] = {}
+    layouts = []
     for expert_degree in (1, gcd(experts, gpus, GPUS_PER_NODE)):
         for shard_degree in (1, min(GPUS_PER_NODE, gpus), gpus):
             with suppress(UserError):
-                layouts[layout_of(recipe, gpus, shard_degree, expert_degree)] = None
-    return [*layouts]
+                layouts.append(layout_of(recipe, gpus, shard_degree, expert_degree))
+    return [*dict.fromkeys(layouts)]
 
 
 def state_bytes(recipe: Recipe, model: Embedder, layout: Layout) -> int:

@@ -40,9 +40,7 @@ class Plan:
     layout: Layout
     gpu: GPU
     utilization: float  # assumed share of the GPU's bf16 peak (--mfu); an HFU if forward passes are repeated
-    parameters: dict[str, int]  # number of parameters by part of the model
-    frozen: int  # number of frozen parameters
-    active_parameters: int | None  # number of parameters that a token uses on average
+    model: Embedder  # on the meta device
     step_needs: dict[TaskView, StepNeeds]  # what one step of this task and view needs
     step_counts: dict[TaskView, int]  # number of steps in the whole run
 
@@ -120,8 +118,6 @@ def plans(
         (task, view): step_memory(recipe, modalities, classes, task, view, precision=precision, gpus=gpus)
         for task, view in cost_by_task_view
     }
-    parameters = {name: parameter_count(part) for name, part in model.named_children()}
-    frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
     step_counts = Alternation(recipe).step_counts()
     for layout in dict.fromkeys([recipe_layout, *alternatives(recipe, gpus)]):
         planner = StepPlanner(recipe, Sharding(layout, model, precision), GPUS[gpu], utilization)
@@ -133,9 +129,7 @@ def plans(
             layout=layout,
             gpu=GPUS[gpu],
             utilization=utilization,
-            parameters=parameters,
-            frozen=frozen,
-            active_parameters=active_parameters(model),
+            model=model,
             step_needs=step_needs,
             step_counts=step_counts,
         )
@@ -166,14 +160,12 @@ def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def active_parameters(model: Embedder) -> int | None:
-    """Number of parameters that a token uses on average; None for a model of open_clip.
+def active_parameters(model: IMP) -> int:
+    """Number of parameters that a token uses on average.
 
     It counts the encoder, with only the experts that process the token (`capacity_factor` of them on average), and the
     two linear layers of the token's stem. It does not count embeddings and heads.
     """
-    if not isinstance(model, IMP):
-        return None
     width = model.config.width
     # `Stem.before` and `Stem.after` are width x width, with bias. Without an encoder, there are no such layers.
     stem_parameters = 2 * (width * width + width) if model.config.layers else 0

@@ -193,8 +193,6 @@ class StepPlanner:
             )
             snapshots = [end_of_forward, end_of_backward]
         peak = max(snapshots, key=lambda memory: memory.total)
-        if not self.muon_weights:
-            return peak
         # After the passes, only the gradients are left. If they and Muon's buffers need more than the peak of the
         # passes, the difference is added.
         update_bytes = with_gradients.gradients + self.muon.buffer_bytes(updated)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from openimp.common.modality import Classes, Modalities
 from openimp.common.progress import clock, console, number_table
 from openimp.model.build import build_model
+from openimp.model.embedder import Embedder
+from openimp.model.imp import IMP
 from openimp.planning.costs import META, costs, mixture_table, short
 from openimp.planning.gpus import GIB
 from openimp.planning.plan import Plan, active_parameters, parameter_count, recommended
@@ -15,7 +17,7 @@ from openimp.recipe.schema import Recipe
 def print_plan(recipe: Recipe, modalities: Modalities, plans: Sequence[Plan], gpu: str) -> None:
     """Prints the first plan, compares it with the other plans, and says whether it fits on GPUs of the type `gpu`."""
     recipe_plan = plans[0]
-    _print_parameters(recipe_plan.parameters, recipe_plan.active_parameters, recipe_plan.frozen, modalities)
+    _print_parameters(recipe_plan.model, modalities)
     step_rows = [
         (
             f"{task}, {view}",
@@ -79,8 +81,7 @@ def print_model(config: ModelConfig, modalities: Modalities) -> None:
     """Prints the parameters of a model."""
     with META:
         model = build_model(config, modalities)
-    parameters = {name: parameter_count(part) for name, part in model.named_children()}
-    _print_parameters(parameters, active_parameters(model), 0, modalities)
+    _print_parameters(model, modalities)
 
 
 def print_costs(recipe: Recipe, modalities: Modalities, classes: Classes) -> None:
@@ -94,16 +95,15 @@ def print_costs(recipe: Recipe, modalities: Modalities, classes: Classes) -> Non
     console.print(mixture_table(recipe, cost_by_task_view))
 
 
-def _print_parameters(
-    parameters: dict[str, int], active_parameters: int | None, frozen: int, modalities: Modalities
-) -> None:
-    """Prints the parameters by part of the model. The arguments are fields of `Plan`."""
+def _print_parameters(model: Embedder, modalities: Modalities) -> None:
+    """Prints the parameters by part of the model."""
     specs = {name: modality.stem_spec() for name, modality in modalities.items()}
     limits = {name: spec.values for name, spec in specs.items() if spec.is_limit}
-    rows = [(name, f"{size:,}") for name, size in parameters.items()]
-    totals = [("in all, at most" if limits else "in all", f"{sum(parameters.values()):,}")]
-    if active_parameters is not None:
-        totals.append(("used by a token on average, after its embedding", f"{active_parameters:,}"))
+    rows = [(name, f"{parameter_count(part):,}") for name, part in model.named_children()]
+    totals = [("in all, at most" if limits else "in all", f"{parameter_count(model):,}")]
+    if isinstance(model, IMP):
+        totals.append(("used by a token on average, after its embedding", f"{active_parameters(model):,}"))
+    frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
     if frozen:
         totals.append(("frozen", f"{frozen:,}"))
     console.print(number_table("parameters", ("part", "parameters"), rows, totals))

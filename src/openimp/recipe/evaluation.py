@@ -1,6 +1,5 @@
 """The schema of `evaluation` in the recipe and of its sets."""
 
-from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo
@@ -13,16 +12,18 @@ def _class_names(value: Any, info: ValidationInfo) -> Any:
     """Converts a mapping, a list of names, or a text file with lines `name` or `label<TAB>name` to {label: name}."""
     if isinstance(value, str):
         labels_and_names = [line.partition("\t")[::2] for line in text_lines(value, info)]
-    elif isinstance(value, dict):
-        labels_and_names = list(value.items())
     elif isinstance(value, list):
         labels_and_names = [(label, as_text(label) if isinstance(label, int | float) else label) for label in value]
+    elif isinstance(value, dict):
+        labels_and_names = list(value.items())
     else:
         return value
-    names = {as_text(label): name or label for label, name in labels_and_names}
-    if len(names) < len(labels_and_names):
-        label_counts = Counter(as_text(label) for label, _ in labels_and_names)
-        raise ValueError(f"class {label_counts.most_common(1)[0][0]!r} is listed twice")
+    names: dict[str, Any] = {}
+    for label, name in labels_and_names:
+        key = as_text(label)
+        if key in names:
+            raise ValueError(f"class {key!r} is listed twice")
+        names[key] = name or label
     return names
 
 
@@ -50,8 +51,6 @@ class Retrieval(Strict):
 
 class ZeroShot(Strict):
     """Zero-shot classification: top-1 and top-5 accuracy, or mean average precision if the labels are lists."""
-
-    renamed = {"texts": "classes"}
 
     type: Literal["zero_shot"]
     """The kind of evaluation."""
@@ -121,8 +120,6 @@ EvaluationSet = Retrieval | ZeroShot | ClassHead | Probe
 
 class Evaluation(Strict):
     """Evaluation during training, at its end, and by `openimp eval`."""
-
-    renamed = {"batch": "batch_size"}
 
     every: Count | None = None
     """Steps between evaluations; null: only at the end."""

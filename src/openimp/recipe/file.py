@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,8 @@ from openimp.common.schema import TextFrom
 
 MAX_BYTES = 2**20
 """Largest size of a recipe or a study."""
-MAX_NODES = 100_000
+MAX_NODES = 1_000_000
 """Maximum number of keys, values, lists and mappings in a YAML file after its aliases are expanded."""
-MAX_SAVED_NODES = 1_000_000
-"""In a long file, such as a saved recipe with many classes, the maximum is its number of characters, up to this."""
 
 
 def read_recipe(name: str, overrides: Iterable[str] = (), folder: Path | None = None) -> tuple[dict[str, Any], Path]:
@@ -51,15 +50,6 @@ def parse_mapping(text: str, file: Path, what: str) -> dict[str, Any]:
         raise UserError(f"{file}: not valid YAML: {reason}") from None
     if not isinstance(data, dict):
         raise UserError(f"{file}: a {what} is a mapping of keys, found {type(data).__name__}")
-    return _without_aliases(data)
-
-
-def _without_aliases(data: Any) -> Any:
-    """A copy of plain data in which no part occurs twice: an override of one part must not change the others."""
-    if isinstance(data, dict):
-        return {key: _without_aliases(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [_without_aliases(value) for value in data]
     return data
 
 
@@ -72,9 +62,9 @@ def find_file(name: str, collection: str = "recipes", what: str = "recipe") -> P
         return known[name]
     if Path(name).is_dir():
         raise UserError(f"{name}: is a folder, expected a {what}")
-    if Path(name).suffix or "/" in name:  # Rather a path than a misspelled name.
-        raise UserError(f"{name}: no such file or folder")
-    raise UserError(f"{name}: no such file or folder, and no {what} of openimp{nearest(name, known)}")
+    is_path = Path(name).suffix or "/" in name
+    hint = "" if is_path else f", and no {what} of openimp{nearest(name, known)}"
+    raise UserError(f"{name}: no such file or folder{hint}")
 
 
 def bundled(collection: str = "recipes") -> dict[str, Path]:
@@ -111,14 +101,10 @@ def differences(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
 class RecipeLoader(yaml.SafeLoader):
     """A YAML loader that reads 1e-3 as a number, rejects duplicate keys, and limits the expanded size of aliases.
 
-    Without that limit, a few lines of nested aliases expand to billions of values. A long text may have more values
-    than `MAX_NODES`, because a saved recipe contains the classes of the files that the user's recipe names.
+    Without that limit, a few lines of nested aliases expand to billions of values.
     """
 
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self._nodes = 0
-        self._max_nodes = max(MAX_NODES, min(len(stream), MAX_SAVED_NODES))
+    _nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Counts nodes. `node.size` is the number of nodes in a complete node, with its aliases expanded."""
@@ -129,8 +115,8 @@ class RecipeLoader(yaml.SafeLoader):
         if is_alias and not hasattr(node, "size"):
             raise yaml.composer.ComposerError(None, None, "an alias refers to a mapping or list that contains it", mark)
         self._nodes += node.size if is_alias else 1
-        if self._nodes > self._max_nodes:
-            message = f"more than {self._max_nodes:,} values, with its aliases"
+        if self._nodes > MAX_NODES:
+            message = f"more than {MAX_NODES:,} values, with its aliases"
             raise yaml.composer.ComposerError(None, None, message, mark)
         node.size = self._nodes - nodes_before
         return node
@@ -169,21 +155,25 @@ def override(data: dict[str, Any], text: str, folder: Path | None = None) -> Non
     if not equals:
         raise UserError(f"--set {text}: expected KEY=VALUE, such as tasks.captions.weight=2")
     *path, last = key.strip().split(".")
-    node = data
+    node: Any = data
     try:
         for part in path:
-            if isinstance(node, list):
-                node = node[int(part)]
-            else:
-                if node.get(part) is None:  # Saved recipes have null for options that are off, such as `model.moe`.
-                    node[part] = {}
-                node = node[part]
-        last_key = int(last) if isinstance(node, list) else last
-        node[last_key] = _with_folder(yaml.load(value, RecipeLoader), folder)
+            place = _place(node, part)
+            child = node[place] if isinstance(node, list) else node.get(place)
+            # A copy, because other parts of the recipe may be aliases of this one. Saved recipes have null for options
+            # that are off, such as `model.moe`.
+            node[place] = {} if child is None else copy(child)
+            node = node[place]
+        node[_place(node, last)] = _with_folder(yaml.load(value, RecipeLoader), folder)
     except (ValueError, IndexError, TypeError, AttributeError):
         raise UserError(f"--set {text}: the recipe has no such key") from None
     except (yaml.YAMLError, RecursionError):
         raise UserError(f"--set {text}: {value!r} is not valid YAML") from None
+
+
+def _place(node: Any, part: str) -> Any:
+    """What a part of a dotted key is in its mapping or list."""
+    return int(part) if isinstance(node, list) else part
 
 
 def _with_folder(value: Any, folder: Path | None) -> Any:

@@ -40,8 +40,6 @@ Inputs = Annotated[dict[str, Input], Field(min_length=1)]
 class View(Strict):
     """How an example is presented to the model. Besides these keys, it has one key per modality with its options."""
 
-    renamed = {"batch": "batch_size", "share": "weight"}
-
     model_config = ConfigDict(extra="allow")
 
     weight: Positive = 1.0
@@ -63,4 +61,4 @@ class View(Strict):
             options[name] = checked_view(modality, options.get(name, {}), f"{location}.{name}")
         for key in options:
             if key not in modalities:
-                raise UserError(f"{location}: {unknown_key(key, [*modalities, *View.model_fields], self.renamed)}")
+                raise UserError(f"{location}: {unknown_key(key, [*modalities, *View.model_fields])}")

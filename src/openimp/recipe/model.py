@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from openimp.common.names import LOCAL, OPEN_CLIP, Name, absolute_name
-from openimp.common.schema import Count, Positive, Strict, Whole, base_folder
+from openimp.common.names import LOCAL, OPEN_CLIP, Name
+from openimp.common.schema import Count, NotNegative, Positive, RecipePath, Strict, Whole
 
 Gelu = Literal["tanh", "erf"]
 """tanh: the usual approximation of GELU. erf: GELU itself, by the error function."""
@@ -14,15 +14,6 @@ Gelu = Literal["tanh", "erf"]
 class MoE(Strict):
     """Sparse mixture of experts, which replaces the MLP of the last blocks (arXiv 2305.06324)."""
 
-    renamed = {
-        "capacity": "capacity_factor",
-        "gates": "gates are the router's probabilities; remove the key",
-        "slots": "it was for soft routing, which openimp no longer has; remove the key",
-        "routing": "openimp has only expert_choice, within an example; remove the key",
-        "top_k": "it was for token choice, which openimp no longer has; remove the key",
-        "balance_loss": "it was for token choice, which openimp no longer has; remove the key",
-    }
-
     experts: Count | Annotated[dict[str, Count], Field(min_length=1)] = 16
     """Experts per block, which all modalities share. The paper: 16 in B and L, 4 in S. Or the experts per block that
     each stem has to itself, with a router of its own, such as {vision: 4, text: 4}."""
@@ -30,7 +21,7 @@ class MoE(Strict):
     """Number of sparse blocks, which are the last ones."""
     capacity_factor: Positive = 1.0
     """Capacity of an expert, as a multiple of tokens / experts, for each example."""
-    z_loss: Annotated[float, Field(ge=0)] = 1e-3
+    z_loss: NotNegative = 1e-3
     """Weight of the router z-loss: the mean over tokens of logsumexp(logits)^2, summed over layers (ST-MoE, arXiv
     2202.08906, section 3.2). The authors' release and the `imp_moe_*` recipes use 1, which makes short trainings worse
     (docs/results/paper.md)."""
@@ -46,21 +37,17 @@ class MoE(Strict):
         return [*self.experts.values()] if isinstance(self.experts, dict) else [self.experts]
 
 
-def _library_name(name: Any, info: ValidationInfo) -> Any:
-    """Checks the name of a model of open_clip, and makes it absolute."""
+def _of_open_clip(name: Any) -> Any:
     if not isinstance(name, str):
         return name
     parsed = Name.parse(name)
     if parsed.scheme != OPEN_CLIP or not parsed.rest:
         raise ValueError(f"expected {OPEN_CLIP}:NAME/TAG or {OPEN_CLIP}:{LOCAL}FOLDER, found {name!r}")
-    folder = base_folder(name, info)
-    return name if folder is None else absolute_name(name, folder)
+    return name
 
 
 class Model(Strict):
     """The shared encoder and its embedding space. The defaults are the dense IMP-S."""
-
-    renamed = {"mlp": "mlp_dim", "own_layers": "modality_specific_layers", "temperature": "init_temperature"}
 
     width: Count = 384
     """Features per token."""
@@ -83,7 +70,7 @@ class Model(Strict):
     """GELU in MLPs and experts. tanh: its approximation, as in the paper. erf: exact."""
     moe: MoE | None = None
     """Options of a sparse encoder; null: a dense encoder."""
-    modality_specific_layers: Annotated[int, Field(ge=0)] = 0
+    modality_specific_layers: Whole = 0
     """Number of first blocks that each stem has for itself, to compare a shared encoder with modality-specific ones. 0:
     one shared encoder, as in the paper. All blocks: one encoder per stem."""
     space: Literal["disjoint", "joint"] = "disjoint"
@@ -96,7 +83,7 @@ class Model(Strict):
     """Features of the embedding space, and of the hidden layer of its heads."""
     init_temperature: Positive = 0.2
     """Initial value of the learned temperature of each pair of modalities. The paper: 0.2 dense, 1.0 MoE."""
-    wrap: Annotated[str, BeforeValidator(_library_name)] | None = None
+    wrap: Annotated[RecipePath, BeforeValidator(_of_open_clip)] | None = None
     """A model of open_clip that is trained instead of the encoder, from its public weights: open_clip:NAME/TAG,
     open_clip:hf-hub:OWNER/NAME, or open_clip:local-dir:FOLDER, relative to the recipe. It has an architecture of its
     own, so the other keys of `model` do not apply. It reads images, videos and texts. null: openimp's own encoder."""
@@ -104,9 +91,8 @@ class Model(Strict):
     @model_validator(mode="after")
     def _fits(self) -> "Model":
         if self.wrap is not None:
-            for name, field in type(self).model_fields.items():
-                if name != "wrap" and getattr(self, name) != field.default:
-                    raise ValueError(f"{name} is for openimp's own encoder; remove it, or remove wrap")
+            others = [name for name in type(self).model_fields if name != "wrap"]
+            self.refuse(others, "is for openimp's own encoder; remove it, or remove wrap")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if not self.layers and self.width != self.embed_dim:

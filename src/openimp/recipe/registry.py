@@ -6,7 +6,6 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from pydantic import ValidationInfo
-from pydantic_core import PydanticKnownError
 
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Modality
@@ -52,7 +51,7 @@ def validated_objective(data: Any, info: ValidationInfo) -> Any:
     if not isinstance(data, Mapping):
         return data
     if "type" not in data:
-        raise PydanticKnownError("union_tag_not_found", {"discriminator": "'type'"})
+        raise ValueError("type: required value is missing")
     try:
         schema = objective_class(str(data["type"]))
     except UserError as error:

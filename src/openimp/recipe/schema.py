@@ -26,8 +26,6 @@ from openimp.recipe.training import Alternation, Memory, Optimizer, Parallel, Tr
 class Recipe(Strict):
     """The complete description of an experiment."""
 
-    renamed = {"batch": "memory"}
-
     name: FolderName
     """The name of the experiment. Default: the name of the recipe's file without `.yaml`. By default, the run directory
     is runs/NAME."""
@@ -121,10 +119,7 @@ class Recipe(Strict):
                     "long ones; drop one of the two"
                 )
             self._check_objectives(key, task)
-            for objective in task.objectives:
-                column = objective.class_column()
-                if column is None:
-                    continue
+            for column in task.class_columns:
                 first_task, first_column = heads.setdefault((task.source, column.name), (task_name, column))
                 if column != first_column:
                     raise UserError(
@@ -206,8 +201,7 @@ class Recipe(Strict):
         if options.task not in self.tasks:
             hint = nearest(options.task, self.tasks)
             raise UserError(f"{key}.task: the model has no task {options.task!r}{hint}")
-        class_columns = [objective.class_column() for objective in self.tasks[options.task].objectives]
-        columns = {column.name: column for column in class_columns if column}
+        columns = {column.name: column for column in self.tasks[options.task].class_columns}
         if options.label not in columns:
             hint = nearest(options.label, columns)
             raise UserError(f"{key}.label: the model has no head of tasks.{options.task} for {options.label!r}{hint}")

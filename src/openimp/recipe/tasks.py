@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from openimp.common.names import HUB, HubName, Name
-from openimp.common.objective import Objective, Teacher
-from openimp.common.schema import Count, RecipePath, Strict, Whole
+from openimp.common.objective import ClassColumn, Objective, Teacher
+from openimp.common.schema import Count, NotNegative, RecipePath, Strict, Whole
 from openimp.recipe.inputs import Inputs, View
 from openimp.recipe.registry import validated_objective
 
@@ -88,40 +88,34 @@ class Source(Strict):
     @classmethod
     def _named_on_hub(cls, data: Any) -> Any:
         """`path: hub:OWNER/NAME@REVISION` is the same as the keys `hub` and `revision`."""
-        if not isinstance(data, dict) or not isinstance(data.get("path"), str):
+        path = data.get("path") if isinstance(data, dict) else None
+        if not isinstance(path, str):
             return data
-        scheme, rest = Name.parse(data["path"])
-        if scheme != HUB:
+        name = Name.parse(path)
+        if name.scheme != HUB:
             return data
-        hub_name = HubName.parse(rest)
+        hub_name = HubName.parse(name.rest)
         if hub_name is None:
-            raise ValueError(f"path: expected hub:OWNER/NAME or hub:OWNER/NAME@REVISION, found {data['path']!r}")
+            raise ValueError(f"path: expected hub:OWNER/NAME or hub:OWNER/NAME@REVISION, found {path!r}")
         if data.get("hub") is not None:
             raise ValueError("give exactly one of path and hub")
         revision = data.get("revision")
         if hub_name.revision and revision not in (None, hub_name.revision):
             raise ValueError(f"revision is {revision!r}, and path names {hub_name.revision!r}; give one of the two")
-        source = {key: value for key, value in data.items() if key != "path"}
-        return {**source, "hub": hub_name.repository, "revision": hub_name.revision or revision}
+        return {**data, "path": None, "hub": hub_name.repository, "revision": hub_name.revision or revision}
 
     @model_validator(mode="after")
     def _options_fit(self) -> "Source":
         if (self.path is None) == (self.hub is None):
             raise ValueError("give exactly one of path and hub")
-        if self.stream and self.cache != "none":
-            raise ValueError("a streamed source cannot be cached; remove stream or cache")
-        if self.stream and self.part:
-            raise ValueError("a streamed source has no parts; remove stream or part")
-        if self.stream and self.limit:
-            raise ValueError("a streamed source has no limit; remove stream or limit")
-        # A resolved recipe contains all defaults, so only other values are errors.
-        if self.path and (self.config, self.split, self.revision) != (None, "train", None):
-            raise ValueError("config, split and revision are for hub data sets; to select rows of a path, use where")
-        if self.hub and self.format:
-            raise ValueError("format is for a path; remove it")
-        for key in ("lanes", "window"):
-            if not self.stream and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is for streams; remove it, or set stream: true")
+        if self.stream:
+            self.refuse(("cache", "part", "limit"), "does not work with stream; remove one of the two")
+        else:
+            self.refuse(("lanes", "window"), "is for streams; remove it, or set stream: true")
+        if self.hub:
+            self.refuse(("format",), "is for a path; remove it")
+        else:
+            self.refuse(("config", "split", "revision"), "is for hub data sets; to select rows of a path, use where")
         return self
 
 
@@ -131,8 +125,6 @@ AnyObjective = Annotated[SerializeAsAny[Objective], BeforeValidator(validated_ob
 
 class Task(Strict):
     """A source, the modalities that are read from it, their views, the objectives, a batch size and a weight."""
-
-    renamed = {"batch": "batch_size"}
 
     source: str
     """The name of a source."""
@@ -144,7 +136,7 @@ class Task(Strict):
     """How the examples are presented. Each of the task's steps uses one view; see `alternation.views`."""
     batch_size: Count = 256
     """Examples per step, over all ranks."""
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: NotNegative = 1.0
     """How often the task is drawn, relative to the other tasks (alternation random, cycle and sequence). 0: never."""
     interval: Count = 1
     """The task is visited once per this many rounds (alternation intervals)."""
@@ -153,6 +145,12 @@ class Task(Strict):
     def batch_sizes(self) -> list[int]:
         """The batch size of each view."""
         return [view.batch_size or self.batch_size for view in self.views]
+
+    @property
+    def class_columns(self) -> list[ClassColumn]:
+        """The columns for which the objectives need classification heads."""
+        columns = [objective.class_column() for objective in self.objectives]
+        return [column for column in columns if column]
 
     @property
     def teachers(self) -> list[Teacher]:

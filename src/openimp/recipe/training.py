@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from openimp.common.schema import Count, Positive, RecipePath, Share, Strict, Whole
+from openimp.common.device import Precision
+from openimp.common.schema import Count, NotNegative, Positive, RecipePath, Share, Strict, Whole
 
 
 class Alternation(Strict):
@@ -23,14 +24,6 @@ class Alternation(Strict):
 class Optimizer(Strict):
     """Fused AdamW with one schedule for all tasks (arXiv 2305.06324), optionally combined with Muon."""
 
-    renamed = {
-        "clip": "max_grad_norm",
-        "ema": "ema_decay",
-        "warmup": "warmup_steps",
-        "final_lr": "min_lr_ratio",
-        "zero_grads": "zero_missing_grads",
-    }
-
     lr: Positive = 8e-4
     """Peak learning rate. The paper: S 8e-4, B 1e-3, L 5e-4."""
     muon_lr: Positive | None = None
@@ -40,7 +33,7 @@ class Optimizer(Strict):
     token and position tables, routers, classification heads, norms and temperatures. null: AdamW updates everything."""
     warmup_steps: Whole | None = None
     """Steps of linear warm-up. null: 5% of the steps, as for the paper's S and B."""
-    lr_scale: dict[str, Annotated[float, Field(ge=0)]] = {}
+    lr_scale: dict[str, NotNegative] = {}
     """Factors of the learning rates by part of the model. A part is a parameter's name up to one of its dots, such as
     `encoder`, `encoder.blocks.0`, `stems.vision` or `projections`; of several that fit, the longest one counts. 0
     freezes the part: it has no gradients, no optimizer state and no EMA of its own."""
@@ -49,9 +42,9 @@ class Optimizer(Strict):
     and timm): heads and the stems' last layers have the full rate, the last block this factor, the block below it the
     square of it, and the stems below the first block the smallest rate. Each tower of a wrapped model counts its own
     blocks."""
-    min_lr_ratio: Annotated[float, Field(ge=0)] = 0.0
+    min_lr_ratio: NotNegative = 0.0
     """Learning rate at the end of the cosine schedule, as a share of the peak."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    weight_decay: NotNegative = 1e-4
     """Weight decay of AdamW and Muon. It applies to the weights of linear layers and experts, but not to embedding
     tables, norms, biases and temperatures."""
     eps: Positive = 1e-7
@@ -71,8 +64,6 @@ class Optimizer(Strict):
 class Memory(Strict):
     """Options that save memory at the cost of one more forward pass. The gradients stay the same."""
 
-    renamed = {"micro": "chunk_size", "recompute": "activation_checkpointing"}
-
     chunk_size: Count | None = None
     """Number of examples of each modality that the encoder processes at a time. Their activations are discarded, and
     computed again after the loss of the whole batch (GradCache, arXiv 2101.06983). null: the whole batch at once."""
@@ -83,8 +74,6 @@ class Memory(Strict):
 
 class Parallel(Strict):
     """How the model is distributed over the ranks of torchrun. It does not change losses and gradients."""
-
-    renamed = {"shard": "shard_degree", "experts": "expert_degree"}
 
     shard_degree: Count | None = None
     """Number of ranks over which weights, gradients and optimizer state are sharded (FSDP2). Each such group of ranks
@@ -103,22 +92,15 @@ class Parallel(Strict):
 class Train(Strict):
     """The training loop."""
 
-    renamed = {
-        "workers": "num_workers",
-        "prefetch": "prefetch_factor",
-        "keep": "keep_last",
-        "max_bad": "max_bad_fraction",
-    }
-
     steps: Count = 200_000
     """Optimizer steps, over all tasks. The paper: S 200k, B and L 500k."""
     init: RecipePath | None = None
     """Source of initial weights and tokenizer: the folder of a run, a checkpoint or a model, relative to the recipe, or
-    openimp:base, or hub:OWNER/NAME@REVISION for a model of the Hugging Face Hub. timm:NAME or open_clip:NAME/TAG is a
-    public vision Transformer, from which the encoder and the stem of pictures start; with `local-dir:FOLDER` in place
-    of the name, in a folder. Heads and stems that the source lacks are initialized randomly. null: everything is
-    initialized randomly."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    openimp:base, or hub:OWNER/NAME@REVISION for a model of the Hugging Face Hub. timm:NAME is a public vision
+    Transformer, from which the encoder and the stem of pictures start; with `local-dir:FOLDER` in place of the name, in
+    a folder. Heads and stems that the source lacks are initialized randomly. null: everything is initialized
+    randomly."""
+    precision: Precision = "auto"
     """auto: bf16 if it is faster on the device, else fp32. Parameters, optimizer state, routers, similarities and
     losses are fp32 in any case."""
     compile: bool = False

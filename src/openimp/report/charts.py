@@ -93,12 +93,11 @@ def line_chart(title: str, curves: list[Curve], shares: bool = False, smooth: bo
                 "span": f"{curve.name} from {start} to {end}",
             }
         )
-    labeled_steps = [first_step, last_step] if last_step > first_step else [first_step]
     return {
         "title": title,
         "curves": drawn,
         "size": (WIDTH, HEIGHT),
-        "steps": [f"{step:,.0f}" for step in labeled_steps],
+        "steps": [f"{step:,.0f}" for step in sorted({first_step, last_step})],
         "ticks": [(round(y_of(tick), 1), f"{100 * tick:.3g}%" if shares else number(tick)) for tick in ticks],
     }
 

@@ -22,7 +22,7 @@ from openimp.data.tables import Table
 from openimp.data.trust import check_sources
 from openimp.encoding.items import raw_value
 from openimp.evaluation.classification import Classified
-from openimp.evaluation.evaluate import measure, open_set
+from openimp.evaluation.evaluate import measure
 from openimp.evaluation.evaluator import Evaluator
 from openimp.evaluation.results import latest, read_results
 from openimp.evaluation.retrieval import RetrievalResult
@@ -68,8 +68,7 @@ def write_report(
         facts = {"recipe": load_run_recipe(run), "parameters": None, "step": metrics[-1].step}
         notes = ["There is no checkpoint to measure."] if recorded else []
         sections = {"Results": results.section(latest(recorded), recorded, notes)}
-    results_section = sections.pop("Results")
-    sections = {"Results": results_section, **training.sections(metrics), **sections}
+    sections = {"Results": sections["Results"], **training.sections(metrics), **sections}
     newest_file = run / "metrics.jsonl" if metrics else find_model(run) / "config.json"
     page = TEMPLATES.get_template("page.html").render(
         sections={title: data for title, data in sections.items() if data},
@@ -101,14 +100,13 @@ def _measure(
         try:
             if not allow_sources:
                 check_sources(run, folder, recipe, [name])
-            sources = open_set(evaluator, name)
-            measured, answered = measure(evaluator, name, sources, step)
+            measured, answered = measure(evaluator, name, step)
         except UserError as error:
             notes.append(f"{name} is not measured again. Its recorded results, if any, are shown. {error}")
             shown += latest([result for result in recorded if result["set"] == name])
             continue
         shown += measured
-        source = sources[options.source]
+        source = evaluator.tables[options.source]
         for answers in answered:
             if isinstance(answers, Classified):
                 confusions.append(results.confusion(name, answers))

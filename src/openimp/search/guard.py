@@ -52,8 +52,7 @@ class Guard:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 response_headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    response_headers[name] = value
+                response_headers.update(HEADERS)
                 response_headers.setdefault("Content-Security-Policy", POLICY)
             await send(message)
 

@@ -89,7 +89,7 @@ class Index:
     @property
     def has_words(self) -> bool:
         """Whether items are found by the words of their texts. Indexes of older versions need `build_index` again."""
-        return self._read(lambda items: items.has_words)
+        return self._items.has_words
 
     @property
     def has_dates(self) -> bool:
@@ -150,7 +150,9 @@ class Index:
             raise UserError(f"k must be at least 1, found {k}")
         modalities = [modalities] if isinstance(modalities, str) else modalities
         self._check_modalities(modalities)
-        filters = self._filters(parts, under, since, until)
+        filters = self._filters(under, since, until)
+        if likes := [part.id for part in parts if isinstance(part, Like)]:
+            filters.append(f"NOT {any_of('id', likes)}")
         encoded = self._encode_all(parts)
         words = self._words(encoded, by)
         model_knows_a_word = any(part.vectors for part in encoded)
@@ -182,8 +184,8 @@ class Index:
         """
         groups: dict[tuple[str, Space], list[str]] = {}
         for name in dict.fromkeys(names):
-            other = self._metadata.towards[name]
-            groups.setdefault((self.model.imp.head_name(name, other), self._space(name, other)), []).append(name)
+            head = self.model.imp.head_name(name, self._metadata.towards[name])
+            groups.setdefault((head, self._space(name)), []).append(name)
         return list(groups.values())
 
     def text_query(self, text: str, weight: float = 1.0) -> Query:
@@ -248,16 +250,17 @@ class Index:
     ) -> list[Hit]:
         """At most `count` items, evenly spaced among those that match the filters; see `search`."""
         self._check_modalities(modalities)
-        filters = self._filters((), under, since, until)
+        filters = self._filters(under, since, until)
         if modalities:
             filters.append(any_of("modality", modalities))
         where = " AND ".join(filters) or None
         return [Hit(**row) for row in self._read(lambda items: items.sample(count, where))]
 
     def encode(self, query: Query) -> EncodedQuery:
-        """Encodes a part of a query, for all spaces that its modality is in. UserError if it cannot be read.
+        """Encodes a part of a query, for all spaces that its modality is in.
 
-        A text without a word that the model knows has no vectors.
+        UserError if it cannot be read, or is a file of a modality that is in no space. A text has no vectors if the
+        model knows no word of it, or if texts are in no space. The words of items may still be compared with it.
         The lock is not held while the file is decoded, so a slow file does not delay other queries.
         """
         model = self.model
@@ -270,6 +273,9 @@ class Index:
         text = str(value) if modality.reads_text else None
         if text is not None and not text.strip():
             raise UserError("the text to search for is empty")
+        comparable = [other for other in model.modalities if model.imp.share_a_space(name, other)]
+        if text is None and not comparable:
+            raise UserError(f"no task trains {name} together with another modality, so it cannot be searched with")
         if isinstance(modality, TextReader) and not modality.knows(value, encoder.view):
             return EncodedQuery(name, {}, query.weight, text)
         try:
@@ -277,7 +283,6 @@ class Index:
         except BadMedia as error:
             file = "" if isinstance(value, bytes) else f"{value}: "
             raise UserError(f"{file}cannot be read as {name}: {error}") from None
-        comparable = [other for other in model.modalities if model.imp.share_a_space(name, other)]
         modality_by_space = {self._space(name, other): other for other in comparable}
         with self._encoding_lock:
             vectors = encoder.encode_item(clips, modality_by_space.values())
@@ -313,13 +318,14 @@ class Index:
                     raise UserError(f"{self.folder}: has no item {part.id!r}")
                 name = stored[part.id]["modality"]
                 vector = np.asarray(stored[part.id]["vector"], np.float32)
-                part = EncodedQuery(name, {self._space(name, self._metadata.towards[name]): vector}, part.weight)
+                part = EncodedQuery(name, {self._space(name): vector}, part.weight)
             encoded.append(part)
         return encoded
 
-    def _space(self, name: str, other: str) -> Space:
-        """The space of the vectors of one modality towards another."""
+    def _space(self, name: str, other: str | None = None) -> Space:
+        """The space of the vectors of one modality towards another, by default towards the one of its items."""
         embedder = self.model.imp
+        other = other or self._metadata.towards[name]
         if embedder.config.space == "joint":
             return frozenset()
         return frozenset([embedder.head_name(name, other), embedder.head_name(other, name)])
@@ -353,21 +359,13 @@ class Index:
             if name not in self.counts:
                 raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
 
-    def _filters(
-        self,
-        parts: Sequence[str | QueryPart],
-        under: str | Path | None,
-        since: str | date | None,
-        until: str | date | None,
-    ) -> list[str]:
-        """The SQL filters of a search; see `search` for the arguments."""
+    def _filters(self, under: str | Path | None, since: str | date | None, until: str | date | None) -> list[str]:
+        """SQL filters; see `search` for the arguments."""
         first_day = _day("since", since)
         last_day = _day("until", until)
         if first_day and last_day and first_day > last_day:
             raise UserError(f"since {first_day} is after until {last_day}")
         filters = []
-        if likes := [part.id for part in parts if isinstance(part, Like)]:
-            filters.append(f"NOT {any_of('id', likes)}")
         if under is not None:
             name = quoted(str(under))  # of a source, or a path
             filters.append(f"(source = {name} OR path = {name} OR {below(os.path.abspath(under))})")
@@ -380,7 +378,7 @@ class Index:
     def _ranked(self, wanted: Wanted, names: Sequence[str]) -> list[Ranked] | None:
         """The items of one group of modalities (see `groups`), the best first. None: nothing in it can be compared."""
         words = wanted.words
-        vector = unit_vector(wanted.encoded, self._space(names[0], self._metadata.towards[names[0]]))
+        vector = unit_vector(wanted.encoded, self._space(names[0]))
         if vector is None and words is None:
             return None
         filters = list(wanted.filters)
@@ -388,8 +386,7 @@ class Index:
             filters.append(any_of("modality", names))
         rankings = []
         if vector is not None and wanted.by_meaning:
-            read = partial(self._nearest, vector, filters)
-            rankings.append(distinct(read, wanted.k, wanted.k if words is None else RANKED, wanted.under))
+            rankings.append(self._nearest(wanted, vector, filters))
         if words is not None:
             # All segments of a file have its caption, so words are looked up in the first one.
             first_segments = "(start IS NULL OR part = 0)"
@@ -398,40 +395,44 @@ class Index:
             where = " AND ".join([*filters, first_segments])
             # Two rankings, so that an item with all words comes before one that is only near.
             for all_words in (False, True):
-                rankings.append(self._with_words(words, all_words, vector, where, max(wanted.k, RANKED)))
+                read = partial(
+                    Items.with_words,
+                    words=words,
+                    all_words=all_words,
+                    vector=vector,
+                    k=max(wanted.k, RANKED),
+                    where=where,
+                )
+                rankings.append([Hit(found_by="words", **row) for row in self._read(read)])
         return merged(rankings, wanted.under)
 
-    def _nearest(self, vector: np.ndarray, filters: Sequence[str], count: int, left_out: Sequence[str]) -> list[Hit]:
-        """The `count` items that are closest to a vector (Z,). The files with the paths `left_out` are left out."""
-        filters = [*filters, *(f"NOT {any_of('path', paths)}" for paths in chunks(left_out))]
-        where = " AND ".join(filters) or None
-        hits = []
-        for row in self._read(lambda items: items.nearest(vector, count, where)):
-            distance = row.pop("_distance")
-            hits.append(Hit(score=1 - distance, found_by="meaning", **row))
-        return hits
+    def _nearest(self, wanted: Wanted, vector: np.ndarray, filters: Sequence[str]) -> list[Hit]:
+        """At least `k` items that are closest to a vector (Z,) if there are as many, with only the best segment of each
+        file.
 
-    def _with_words(
-        self, words: Words, all_words: bool, vector: np.ndarray | None, where: str, count: int
-    ) -> list[Hit]:
-        """The `count` best items by BM25. Items with equal BM25 are ordered by their cosine with the vector."""
-        rows, item_vectors = self._read(lambda items: items.with_words(words, all_words, count, where))
-        cosines = [None] * len(rows) if vector is None else (item_vectors @ vector).tolist()
-        bm25 = [row.pop("_score") for row in rows]
-        order = sorted(range(len(rows)), key=lambda i: (-bm25[i], -(cosines[i] or 0)))
-        return [Hit(score=cosines[i], found_by="words", **rows[i]) for i in order]
+        Several of the best items may be segments of the same file, so more are read until there are `k`, each time
+        without the files whose best segment is known.
+        """
+        count = wanted.k if wanted.words is None else max(wanted.k, RANKED)
+        best_hits: dict[str, Hit] = {}
+        while True:
+            known_files = [hit.path for hit in best_hits.values() if stands_for_file(hit, wanted.under)]
+            where = [*filters, *(f"NOT {any_of('path', paths)}" for paths in chunks(known_files))]
+            rows = self._read(partial(Items.nearest, vector=vector, k=count, where=" AND ".join(where) or None))
+            for row in rows:
+                hit = Hit(score=1 - row.pop("_distance"), found_by="meaning", **row)
+                best_hits.setdefault(result_key(hit, wanted.under), hit)
+            if len(best_hits) >= wanted.k or len(rows) < count:
+                return list(best_hits.values())
+            count *= 4
 
 
 def _day(name: str, value: str | date | None) -> date | None:
     """A day; None if there is none. UserError if it is something else."""
-    if not value:
-        return None
     if isinstance(value, datetime):
-        return value.date()
-    if isinstance(value, date):
-        return value
+        value = value.date()
     try:
-        return date.fromisoformat(value)
+        return date.fromisoformat(str(value)) if value else None
     except ValueError:
         raise UserError(f"{name} {value}: expected a day, such as 2026-05-31") from None
 
@@ -450,30 +451,6 @@ def unit_vector(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray | Non
     if length < 1e-3:
         raise UserError("the queries cancel each other out")
     return total / length
-
-
-def distinct(
-    read: Callable[[int, Sequence[str]], list[Hit]], k: int, count: int, under: str | Path | None
-) -> list[Hit]:
-    """At least `k` hits if there are as many, with only the best segment of each file.
-
-    Several of the best items may be segments of the same file, so more rows are read until there are `k` hits.
-
-    Args:
-        read: returns the best items, as many as its first argument, without the files of which the best segment is
-            known: their paths are its second argument.
-        count: number of rows that are read first.
-        under: see `Index.search`.
-    """
-    count = max(k, count)
-    best_hits: dict[str, Hit] = {}
-    while True:
-        hits = read(count, [hit.path for hit in best_hits.values() if stands_for_file(hit, under)])
-        for hit in hits:
-            best_hits.setdefault(result_key(hit, under), hit)
-        if len(best_hits) >= k or len(hits) < count:
-            return list(best_hits.values())
-        count *= 4
 
 
 def merged(rankings: Iterable[Sequence[Hit]], under: str | Path | None) -> list[Ranked]:

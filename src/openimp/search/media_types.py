@@ -5,7 +5,6 @@ import statistics
 from functools import cache
 from pathlib import Path
 
-from openimp.common.errors import UserError
 from openimp.common.modality import Modality
 
 UNKNOWN = "application/octet-stream"
@@ -20,7 +19,6 @@ SIGNATURES = (
     (8, b"WEBP", "image/webp"),
     (4, b"ftypavif", "image/avif"),
     (0, b"BM", "image/bmp"),
-    (0, b"\0\0\1\0", "image/x-icon"),
     (4, b"ftyp", "{}/mp4"),
     (0, b"\x1aE\xdf\xa3", "{}/webm"),
     (0, b"OggS", "{}/ogg"),
@@ -50,11 +48,8 @@ def media_type(media: bytes | Path, kind: str) -> str:
     if isinstance(media, bytes):
         head = media[:HEAD]
     else:
-        try:
-            with media.open("rb") as file:
-                head = file.read(HEAD)
-        except OSError as error:
-            raise UserError(f"{media.name}: {error.strerror}") from None
+        with media.open("rb") as file:
+            head = file.read(HEAD)
     for offset, signature, type_template in SIGNATURES:
         if head[offset:].startswith(signature):
             if "{}" in type_template and kind == "image":

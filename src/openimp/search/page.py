@@ -90,13 +90,9 @@ class Page:
         results = [self._described(item.hit) for item in page.items]
         return JSONResponse({"status": page.status, "notes": page.notes, "results": results})
 
-    async def api_item(self, request: Request) -> Response:
+    def api_item(self, request: Request) -> Response:  # Starlette runs it in a thread, because it is not async.
         """An item as JSON."""
-        return JSONResponse(self._described(await to_thread.run_sync(self.index.hit, request.path_params["id"])))
-
-    async def media(self, request: Request) -> Response:
-        """The file of an item, or the range of it that the Range header asks for."""
-        return await to_thread.run_sync(self._media, request.path_params["id"])
+        return JSONResponse(self._described(self.index.hit(request.path_params["id"])))
 
     async def item_thumbnail(self, request: Request) -> Response:
         """A small picture of an item."""
@@ -114,19 +110,19 @@ class Page:
         try:
             modality = request.query_params.get("modality") or self.modality_of.get(Path(name).suffix.lower(), "")
             if modality not in self.shared["readable"]:
-                raise UserError(f"{name}: choose a file of {' or '.join(self.shared['readable'])}")
+                raise UserError(f"choose a file of {' or '.join(self.shared['readable'])}")
             with anyio.fail_after(UPLOAD_SECONDS):
                 async with self.receiving:
-                    content = await _body(request, name)
+                    content = await _body(request)
                     # A thread cannot be stopped. It counts towards the limit until it is done.
                     upload = await to_thread.run_sync(
                         self._read, name, modality, content, limiter=self.encoding, abandon_on_cancel=True
                     )
             return JSONResponse({"id": self.uploads.add(upload)})
         except TimeoutError:
-            return _cannot_search(f"{name}: reading it takes too long, or the server is busy", 408)
+            return _cannot_search(name, "reading it takes too long, or the server is busy", 408)
         except (UserError, ClientDisconnect) as error:  # If the client is gone, nobody receives the answer.
-            return _cannot_search(str(error))
+            return _cannot_search(name, str(error))
 
     async def _answer(self, request: Request) -> Answer:
         def find() -> Answer:
@@ -148,30 +144,30 @@ class Page:
         }
 
     def _read(self, name: str, modality: str, content: bytes) -> Upload:
-        try:
-            encoded = self.index.encode(Query(modality, content))
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-        return Upload(name, encoded, self._draw(modality, content))
+        return Upload(name, self.index.encode(Query(modality, content)), self._draw(modality, content))
 
-    def _media(self, id: str) -> Response:
+    def media(self, request: Request) -> Response:  # In a thread, like `api_item`.
+        """The file of an item, or the range of it that the Range header asks for."""
+        id = request.path_params["id"]
         hit = self.index.hit(id)
         media = self.index.read(id)
         kind = kind_of(self.index.model.modalities[hit.modality])
         if kind == "text":
             return PlainTextResponse(hit.text or "")
-        displayed_type = media_type(media, kind)
+        try:
+            displayed_type = media_type(media, kind)
+        except OSError as error:  # The file is gone or forbidden now.
+            raise UserError(f"{Path(hit.path).name}: {error.strerror}") from None
         # The media may be untrusted, so a browser that displays them must run and load nothing.
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox", "Cache-Control": "private, no-cache"}
         name = Path(hit.path).name if displayed_type == UNKNOWN else None  # With a name, the browser saves the file.
         if isinstance(media, Path):
             return FileResponse(media, headers=headers, media_type=displayed_type, filename=name)
         # Only files are served in ranges, which browsers need to play sounds and clips.
-        descriptor, file = tempfile.mkstemp(dir=self.temporary_folder.name)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(media)
-        os.utime(file, (0, 0))  # The same ETag for each range.
-        return TemporaryResponse(file, headers=headers, media_type=displayed_type, filename=name)
+        with tempfile.NamedTemporaryFile(dir=self.temporary_folder.name, delete=False) as file:
+            file.write(media)
+        os.utime(file.name, (0, 0))  # The same ETag for each range.
+        return TemporaryResponse(file.name, headers=headers, media_type=displayed_type, filename=name)
 
     def _draw_item(self, id: str) -> bytes | None:
         hit = self.index.hit(id)
@@ -224,10 +220,10 @@ class TemporaryResponse(FileResponse):
             os.unlink(self.path)
 
 
-async def _body(request: Request, name: str) -> bytes:
+async def _body(request: Request) -> bytes:
     """The body of a request, up to `MAX_UPLOAD_BYTES` bytes."""
     content = bytearray()
-    too_large = UserError(f"{name}: it is larger than {MAX_UPLOAD_BYTES // 2**20} MiB")
+    too_large = UserError(f"it is larger than {MAX_UPLOAD_BYTES // 2**20} MiB")
     if int(request.headers.get("content-length", 0)) > MAX_UPLOAD_BYTES:
         raise too_large
     async for chunk in request.stream():
@@ -237,8 +233,8 @@ async def _body(request: Request, name: str) -> bytes:
     return bytes(content)
 
 
-def _cannot_search(reason: str, code: int = 400) -> JSONResponse:
-    return JSONResponse({"error": f"Cannot search with {reason}."}, code)
+def _cannot_search(name: str, reason: str, code: int = 400) -> JSONResponse:
+    return JSONResponse({"error": f"Cannot search with {name}: {reason}."}, code)
 
 
 def _picture(picture: bytes | None) -> Response:

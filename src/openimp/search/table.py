@@ -134,8 +134,7 @@ class Items:
         """At most `count` rows, evenly spaced among those that match an SQL filter, without their vectors."""
         with _read_errors():
             if where is None:  # Faster than reading all ids.
-                total = self.table.count_rows()
-                taken = self.table.take_offsets(_spread(count, total).tolist())
+                taken = self.table.take_offsets(_spread(count, self.table.count_rows()))
             else:
                 query = self.table.search().where(where).select(["_rowid"]).with_row_id(True)
                 row_ids = query.to_arrow()["_rowid"].to_numpy()
@@ -168,11 +167,12 @@ class Items:
         return "folded" if "folded" in self.table.schema.names else "text"
 
     def with_words(
-        self, words: Words, all_words: bool, k: int, where: str | None
-    ) -> tuple[list[dict[str, Any]], np.ndarray]:
-        """At most `k` rows, the best by BM25 first, and their vectors.
+        self, words: Words, all_words: bool, vector: np.ndarray | None, k: int, where: str
+    ) -> list[dict[str, Any]]:
+        """At most `k` rows, the best by BM25 first, with their cosine with a unit vector (Z,) as `score`.
 
-        Their texts have a wanted word or, if `all_words`, all wanted words, and no unwanted word.
+        Their texts have a wanted word or, if `all_words`, all wanted words, and no unwanted word. Rows with equal BM25
+        are ordered by their cosine.
 
         Words are compared without case, accents and endings such as the plural's. English stop words, such as `the`, do
         not count.
@@ -187,13 +187,15 @@ class Items:
             unwanted = lance.MatchQuery(words.unwanted, column)
             match = lance.BooleanQuery([(lance.Occur.MUST, match), (lance.Occur.MUST_NOT, unwanted)])
         query = self.table.search(match, query_type="fts").limit(k).select([*self.hit_columns, "vector", "_score"])
-        if where:
-            query = query.where(where)
         with _read_errors():
-            rows = query.to_arrow()
-        values = rows["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        vectors = values.astype(np.float32).reshape(len(rows), rows.schema.field("vector").type.list_size)
-        return rows.drop_columns(["vector"]).to_pylist(), vectors
+            found = query.where(where).to_arrow()
+        values = found["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        vectors = values.astype(np.float32).reshape(len(found), found.schema.field("vector").type.list_size)
+        cosines = [None] * len(found) if vector is None else (vectors @ vector).tolist()
+        bm25 = found["_score"].to_pylist()
+        rows = found.drop_columns(["vector", "_score"]).to_pylist()
+        order = sorted(range(len(rows)), key=lambda i: (-bm25[i], -(cosines[i] or 0)))
+        return [rows[i] | {"score": cosines[i]} for i in order]
 
     def rows(self, column: str, values: Iterable[str], columns: list[str]) -> list[dict[str, Any]]:
         """The rows with one of these values in a column; vectors are lists of floats."""
@@ -310,6 +312,6 @@ def import_lancedb() -> Any:
     return lancedb
 
 
-def _spread(count: int, total: int) -> np.ndarray:
+def _spread(count: int, total: int) -> list[int]:
     """At most `count` evenly spaced numbers below `total`."""
-    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()

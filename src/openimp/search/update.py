@@ -3,7 +3,7 @@
 import errno
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -36,8 +36,8 @@ class Update:
         folder: Path,
         items: Items,
         media: Iterable[Media],  # what the index should hold
-        given: list[Path] | None,  # only items in these files and folders are removed; None: only items of sources
-        forget: Collection[Path] = (),  # all items in these files and folders are removed unless `media` has them
+        given: Sequence[Path] | None,  # only items in these files and folders are removed; None: only items of sources
+        forget: Sequence[Path],  # all items in these files and folders are removed unless `media` has them
     ) -> None:
         self.model = model
         self.folder = folder
@@ -106,6 +106,8 @@ class Update:
 
     def _lost_items(self, folder: Path) -> int:
         """The number of files in a folder that were indexed before, if it has none now; else 0."""
+        if folder.is_file():  # Thousands of files may be named, and each scan of all paths takes time.
+            return 0
         root = _below(folder)
         if any(path.startswith(root) for path in self.wanted):
             return 0

@@ -25,16 +25,14 @@ class Upload:
 class Uploads:
     """Uploads by random ids, so that nobody finds those of other users. Only one thread may call `add`."""
 
-    def __init__(self, kept: int = KEPT_UPLOADS, seconds: float = KEPT_SECONDS) -> None:
-        self.kept = kept
-        self.seconds = seconds
+    def __init__(self) -> None:
         self._uploads: dict[str, tuple[float, Upload]] = {}  # with the time when they expire, oldest first
 
     def add(self, upload: Upload) -> str:
         """Keeps an upload and returns its id."""
         id = token_urlsafe(12)
-        self._uploads[id] = (time.monotonic() + self.seconds, upload)
-        if len(self._uploads) > self.kept:
+        self._uploads[id] = (time.monotonic() + KEPT_SECONDS, upload)
+        if len(self._uploads) > KEPT_UPLOADS:
             del self._uploads[next(iter(self._uploads))]
         return id
 

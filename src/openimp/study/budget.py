@@ -59,7 +59,7 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     if part.tasks is not None:
         # The share is computed without the part's own changes, which may change the cost of a step of its tasks.
         common = Recipe.load(study.recipe, study.set, Path.cwd())
-        flops = flops_per_step(common)
+        flops = flops_per_step(common, Variant())
         _keep_tasks(data, part.tasks, common)
         share = sum(flops.get(name, 0) for name in part.tasks) / sum(flops.values())  # A task of weight 0 has none.
     recipe = Recipe.build(data)
@@ -91,11 +91,7 @@ def _refuse_derived(change: str) -> None:
 
 def _make_small(data: dict[str, Any], original: Recipe) -> None:
     """Makes the data of a recipe small. Classes and words stay those of the whole data."""
-    needs_all_rows = {
-        task.source
-        for task in original.tasks.values()
-        if any(objective.class_column() for objective in task.objectives)
-    }
+    needs_all_rows = {task.source for task in original.tasks.values() if task.class_columns}
     for name, source in data["sources"].items():
         source["cache"] = "none"
         if not source["stream"] and name not in needs_all_rows:
@@ -140,13 +136,12 @@ def _is_kept(part: str, stems: Collection[str]) -> bool:
     return kind != "stems" or not name or name.split(".")[0] in stems
 
 
-def flops_per_step(recipe: Recipe, variant: Variant | None = None) -> dict[str, float]:
+def flops_per_step(recipe: Recipe, variant: Variant) -> dict[str, float]:
     """The mean FLOPs per step of a training run, split by task; see planning/costs.py."""
     data = recipe.to_dict()
     for source in data["sources"].values():
         source["cache"] = "none"  # Counting needs no decoded media.
     recipe = Recipe.build(data)
-    variant = variant or Variant()
     modalities = variant.make_modalities(recipe)
     costs = variant.costs(recipe, modalities, TaskData(recipe, modalities).classes)
     return {name: row["flops"] for name, row in mixture(recipe, costs).items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from openimp.common.errors import counted
 from openimp.common.versions import processor
 from openimp.study.outcome import Outcome, Outcomes, mean_and_deviation, scores_by_set
 from openimp.study.plots import draw_against_flops, draw_cosines, draw_experts, draw_scores, plot_style
@@ -43,8 +44,7 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
     if len(flops_factors) > 1:
         curves = draw_against_flops(outcomes, curves_of(study), score.lower())
         sections += [plot("Mean over all sets against training FLOPs", curves, "-flops")]
-    plural = "s" if len(study.seeds) > 1 else ""
-    listed_seeds = f"{len(study.seeds)} seed{plural} ({', '.join(map(str, study.seeds))})"
+    listed_seeds = f"{counted(len(study.seeds), 'seed')} ({', '.join(map(str, study.seeds))})"
     sections += [
         _score_table(outcomes),
         f"{score} in percent, averaged over both directions of a retrieval set: mean and standard deviation over "

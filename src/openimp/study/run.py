@@ -18,6 +18,7 @@ from openimp.checkpoint.resume import FREE
 from openimp.common.errors import UserError
 from openimp.common.names import has_scheme, is_url
 from openimp.common.progress import console
+from openimp.planning.plan import parameter_count
 from openimp.recipe.evaluation import Retrieval
 from openimp.recipe.file import differences
 from openimp.recipe.schema import Recipe
@@ -86,7 +87,7 @@ def _size(recipe: Recipe, variant: Variant) -> tuple[int, int]:
     """The number of parameters of a model, and the peak memory of its training in bytes."""
     with TemporaryDirectory() as folder, console.capture():
         trainer = Trainer(set_up(recipe, Path(folder), variant=variant))
-        return sum(parameter.numel() for parameter in trainer.model.parameters()), peak_memory(trainer)
+        return parameter_count(trainer.model), peak_memory(trainer)
 
 
 def _trainings(study: Study, name: str, smoke: bool) -> list[Training]:
@@ -155,5 +156,4 @@ def _check_same_recipes(recipe_by_run: Mapping[Path, Recipe]) -> None:
         first_run = next(iter(changed))
         key, was, now = changed[first_run][0]
         runs = " ".join(shlex.quote(str(run)) for run in changed)
-        again = "it" if len(changed) == 1 else "them"
-        raise UserError(f"{first_run}: trained with {key} {was!r}, now {now!r}; remove {runs} to train {again} again")
+        raise UserError(f"{first_run}: trained with {key} {was!r}, now {now!r}; to train again, remove {runs}")

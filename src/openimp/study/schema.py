@@ -1,8 +1,7 @@
 """The schema of a study file: a recipe, the variants that are compared, and the compute of each."""
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -27,11 +26,6 @@ Distinct = AfterValidator(_distinct)
 
 class Part(Strict):
     """One model of an arm."""
-
-    renamed: ClassVar[Mapping[str, str]] = {
-        "flops": "flops_factor",
-        "init": "an arm starts from a model that exists; set train.init in `set`",
-    }
 
     set: list[str] = Field([])
     """Changes to the study's recipe, as --set takes them: relative paths start at the current directory. The FLOPs and

@@ -20,12 +20,12 @@ class BadExamples:
     `state` has the counts for a checkpoint, by task. It is complete after `gather`.
     """
 
-    def __init__(self, run: Path, step: int, limit: float, state: dict[str, dict[str, int]] | None = None) -> None:
+    def __init__(self, run: Path, step: int, limit: float, state: dict[str, dict[str, int]]) -> None:
         self.file = run / "skipped.jsonl"
         self.limit = limit
         if rank() == 0:
             forget_after(self.file, step - 1)  # Its lines count steps from 0.
-        self.state = state or {}
+        self.state = state
         self._added: list[dict[str, int | str]] = []  # on this rank, since the last `gather`
         self._unchecked: dict[str, list[str]] = {}  # on all ranks, since the last `check`
 

@@ -46,8 +46,6 @@ class EarlyStopping(Callback):
     def __init__(self, set: str, patience: int = 3) -> None:
         self.set = set
         self.patience = patience
-        self._best = float("-inf")
-        self._without_gain = 0
 
     def on_start(self, recipe: Recipe) -> None:
         sets = recipe.evaluation.sets
@@ -55,7 +53,7 @@ class EarlyStopping(Callback):
             raise UserError(f"EarlyStopping: no evaluation set is called {self.set!r}{nearest(self.set, sets)}")
         if recipe.evaluation.every is None:
             raise UserError("EarlyStopping: evaluation.every is null, so sets are evaluated only at the end; set it")
-        self._best = float("-inf")  # Of an earlier training with this callback.
+        self._best = float("-inf")
         self._without_gain = 0
 
     def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:

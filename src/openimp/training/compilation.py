@@ -1,7 +1,8 @@
 """torch.compile for the blocks of the encoder, once per signature and class of blocks.
 
 The signature of a pass has the number of examples and tokens of each of its inputs, and whether they have a mask. If
-stems have their own experts, it has the stems as well.
+stems have their own experts, it has the stems as well. If parts are frozen, a block is compiled once per pattern of
+frozen weights, and for each pattern with and without trained weights below the block.
 """
 
 import os
@@ -14,54 +15,17 @@ from torch import nn
 
 from openimp.common.cache import cache_folder
 from openimp.common.errors import UserError
-from openimp.common.modality import Modalities
 from openimp.common.safe_files import private_folder
-from openimp.model.embedder import Embedder, pass_sizes
-from openimp.recipe.schema import Recipe
 
-Signature = tuple[tuple[str, int, int, bool], ...]
-"""(stem or "", examples, tokens, whether there is a mask) of each input of a pass."""
+MAX_COMPILATIONS = 256
+"""Maximum number of times that each class of blocks is compiled, far more than the views of any recipe need."""
 
 
-def signatures(recipe: Recipe, modalities: Modalities, ranks: int) -> set[Signature]:
-    """The signatures of all passes through a block on one of `ranks` ranks, in a training run."""
-    passes = set()
-    depends_on_stem = bool(recipe.model.moe and recipe.model.moe.experts_by_stem)
-    for task in recipe.tasks.values():
-        if not task.weight:
-            continue
-        for view, batch_size in zip(task.views, task.batch_sizes):
-            rows = {name: batch_size * spec.draw // ranks for name, spec in task.inputs.items()}
-            for sizes in pass_sizes(rows, recipe.memory.chunk_size):
-                inputs = []
-                for name, examples in sizes.items():
-                    modality = modalities[name]
-                    stem = modality.stem if depends_on_stem else ""
-                    inputs.append((stem, examples, modality.length(view[name]), modality.masked))
-                passes.add(tuple(inputs))
-                if recipe.model.modality_specific_layers:
-                    passes.update((single_input,) for single_input in inputs)
-    return passes
-
-
-def compilations_per_signature(model: Embedder) -> int:
-    """The maximum number of times that each class of blocks is compiled per signature.
-
-    It is 1 if no part of the model is frozen. Otherwise a block is compiled once per pattern of frozen weights, and
-    for each pattern with and without trained weights below the block.
-    """
-    if all(parameter.requires_grad for parameter in model.parameters()):
-        return 1
-    frozen_patterns = {tuple(parameter.requires_grad for parameter in block.parameters()) for block in model.blocks()}
-    return 2 * len(frozen_patterns)
-
-
-def compile_blocks(blocks: Sequence[nn.Module], limit: int, uncompiled: Iterable[nn.Module] = ()) -> None:
+def compile_blocks(blocks: Sequence[nn.Module], uncompiled: Iterable[nn.Module] = ()) -> None:
     """Compiles the forward passes of a model's blocks in place, before FSDP2 shards them.
 
-    Blocks of the same class have the same code, so each class is compiled once per signature. More than `limit`
-    signatures are an error: torch would only log a line and run the block uncompiled. `uncompiled` are modules within
-    the blocks that are left out.
+    Blocks of the same class have the same code, so each class is compiled once per signature. `uncompiled` are modules
+    within the blocks that are left out.
     """
     if not blocks:
         raise UserError("train.compile: this model has no blocks that can be compiled; set train.compile=false")
@@ -72,40 +36,38 @@ def compile_blocks(blocks: Sequence[nn.Module], limit: int, uncompiled: Iterable
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("inductor"))
     private_folder(Path(default_cache_dir()), "TMPDIR")
-    torch._dynamo.reset()  # Signatures are counted per function, so those of an earlier model would count as well.
-    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.reset()  # Compilations are counted per function, so those of an earlier model would count as well.
+    torch._dynamo.config.recompile_limit = MAX_COMPILATIONS
+    # Otherwise torch would only log a line and run the block uncompiled.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for module in uncompiled:
         _set_forward(module, torch.compiler.disable(module.forward))
     for block in blocks:
         # Not `block.compile()`, which would compile the hooks of FSDP2 too.
-        _set_forward(block, CompiledForward(block))
+        _set_forward(block, _compiled_in_training(block))
 
 
 def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     module.__dict__["forward"] = forward
 
 
-class CompiledForward:
+def _compiled_in_training(block: nn.Module) -> Callable[..., Any]:
     """The forward pass of a block: compiled in training. In evaluation, which has other signatures, it is not."""
+    eager = block.forward
+    compiled = torch.compile(eager, dynamic=False)
 
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-        self.eager = block.forward
-        self.compiled = torch.compile(block.forward, dynamic=False)
-
-    def __call__(self, x_TD: torch.Tensor, shapes: Any, *others: Any) -> Any:
-        if not self.block.training:
-            return self.eager(x_TD, shapes, *others)
+    def forward(*inputs: Any) -> Any:
+        if not block.training:
+            return eager(*inputs)
         from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
         from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
         try:
-            return self.compiled(x_TD, shapes, *others)
+            return compiled(*inputs)
         except FailOnRecompileLimitHit:
             raise UserError(
-                f"train.compile: {[tuple(shape) for shape in shapes]} (examples, tokens) occurs in no step of the "
-                "recipe, so it is not compiled"
+                f"train.compile: the recipe needs more than {MAX_COMPILATIONS} compilations; use fewer views and batch "
+                "sizes, or set train.compile=false"
             ) from None
         except BackendCompilerFailed as error:
             if not isinstance(error.inner_exception, InvalidCxxCompiler | CppCompileError):
@@ -114,3 +76,5 @@ class CompiledForward:
                 "train.compile: torch's C++ code does not compile here; install a compiler, such as g++, and Python's "
                 "headers, or set train.compile=false"
             ) from None
+
+    return forward

@@ -40,15 +40,12 @@ class Log:
         self.costs = costs
         self.timer = StepTimer()
         loggers = open_loggers(self.recipe, run, step) if distributed.rank() == 0 else []
-        self.metrics = Metrics(run, step, peak_flops(device, train.precision), state.get("totals"), loggers)
-        self.bad_examples = BadExamples(run, step, train.max_bad_fraction, state.get("bad"))
+        self.metrics = Metrics(run, step, peak_flops(device, train.precision), state.get("totals", {}), loggers)
+        self.bad_examples = BadExamples(run, step, train.max_bad_fraction, state.get("bad", {}))
         self._begun_tasks: set[str] = set()
 
-    def print_start(self, model: Embedder, device: torch.device, step: int, signature_count: int) -> None:
-        """Prints the mixture of tasks, the size of the model, the device, the precision and the directory of the run.
-
-        `signature_count` is 0 without torch.compile.
-        """
+    def print_start(self, model: Embedder, device: torch.device, step: int) -> None:
+        """Prints the tasks, the size of the model, the device, the precision and the directory of the run."""
         console.print(mixture_table(self.recipe, self.costs))
         parameter_count = sum(parameter.numel() for parameter in model.parameters())
         frozen_count = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
@@ -58,8 +55,8 @@ class Log:
         execution: str = precision_of(device, self.recipe.train.precision)
         if distributed.world_size() > 1:
             execution += f", {distributed.world_size()} ranks"
-        if signature_count:
-            execution += f", compiled for {counted(signature_count, 'signature')}"
+        if self.recipe.train.compile:
+            execution += ", compiled"
         console.print(f"{self.recipe.name}: {size} on {device.type}, {execution}, into {self.run}", soft_wrap=True)
         if step:
             console.print(f"resuming from step {step}", soft_wrap=True)

@@ -5,20 +5,9 @@ from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, one_line
 from openimp.recipe.schema import Recipe
-
-
-class Logger(Protocol):
-    """Shows the figures of a run."""
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Adds figures by name."""
-
-    def close(self) -> None:
-        """Writes what has not been written."""
 
 
 class TensorBoard:
@@ -59,7 +48,7 @@ class Tracker:
         try:
             module.init(**options)
         except Exception as error:  # The libraries raise many kinds.
-            raise UserError(f"train.loggers: {library} cannot start: {' '.join(str(error).split()):.300}") from None
+            raise UserError(f"train.loggers: {library} cannot start: {one_line(error)}") from None
         self._module = module
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
@@ -67,6 +56,10 @@ class Tracker:
 
     def close(self) -> None:
         self._module.finish()
+
+
+Logger = TensorBoard | Tracker
+"""Shows the figures of a run: `log` adds some by name, and `close` writes what has not been written."""
 
 
 def check_loggers(recipe: Recipe) -> None:

@@ -30,8 +30,8 @@ class Metrics:
         run: Path,
         step: int,
         peak: float,
-        totals: dict[str, dict[str, int]] | None = None,
-        loggers: Sequence[Logger] = (),
+        totals: dict[str, dict[str, int]],
+        loggers: Sequence[Logger],
     ) -> None:
         self.file = run / "metrics.jsonl"
         self.results_file = run / "results.jsonl"
@@ -40,7 +40,7 @@ class Metrics:
         if rank() == 0:
             forget_after(self.file, step)
             forget_after(self.results_file, step)
-        self.totals = {task: Counter(amounts) for task, amounts in (totals or {}).items()}
+        self.totals = {task: Counter(amounts) for task, amounts in totals.items()}
         self._reset()
 
     def _reset(self) -> None:
@@ -122,7 +122,7 @@ class Metrics:
                 if key in result
             }
             for logger in self.loggers:
-                logger.log(figures, result["step"] or 0)
+                logger.log(figures, result["step"])
 
     def close(self) -> None:
         for logger in self.loggers:

@@ -1,7 +1,6 @@
 """AdamW and Muon, and the learning rate schedule that they share."""
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -70,10 +69,3 @@ def lr_schedule(recipe: Recipe, step: int, cumulative_flops: np.ndarray | None =
         flops_to_do = cumulative_flops[steps] - cumulative_flops[warmup]
         progress = float((cumulative_flops[step] - cumulative_flops[warmup]) / flops_to_do)
     return options.min_lr_ratio + (1 - options.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
-    """Sets the learning rate of every parameter group to `factor` times its peak."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor

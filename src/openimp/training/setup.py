@@ -21,11 +21,12 @@ from openimp.common.progress import console, track
 from openimp.common.protocols import load_learned
 from openimp.data.step_batches import StepBatches
 from openimp.data.streams import Cursor
+from openimp.data.tables import Table
 from openimp.data.task_data import TaskData
 from openimp.encoding.frozen import release_encoders
 from openimp.encoding.tower import Tower, make_teachers
 from openimp.evaluation.evaluate import check_sets
-from openimp.model.build import architecture_of, build_for_training
+from openimp.model.build import build_for_training
 from openimp.model.embedder import Embedder
 from openimp.model.learning_rates import freeze
 from openimp.parallel import distributed
@@ -35,12 +36,11 @@ from openimp.planning.costs import Costs, costs
 from openimp.planning.layouts import choose_layout, layout_of
 from openimp.recipe.schema import Recipe
 from openimp.training.checkpointing import Checkpointing
-from openimp.training.compilation import compilations_per_signature, compile_blocks, signatures
+from openimp.training.compilation import compile_blocks
 from openimp.training.log import Log
 from openimp.training.loggers import check_loggers
 from openimp.training.run_directory import RunDirectory
 from openimp.training.updater import Updater
-from openimp.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,17 @@ class Variant:
         return costs(recipe, modalities, classes, build=self.build_model, summed=self.sum_tasks)
 
 
+ORDINARY = Variant()
+
+
 @dataclass
 class Parts:
     """The parts of a training run on this rank.
 
     Attributes:
         batches: this rank's part of the batch of each step.
-        fingerprints: of each source, by its name.
-        teacher_states: what `Tower.state` returns, by `Teacher.column`.
+        constant_state: the part of a checkpoint's state.json that is the same in all of them.
+        evaluated_tables: the sources of the evaluation sets, by name.
         cursors: where the streams of each task resume, by lane.
     """
 
@@ -86,12 +89,11 @@ class Parts:
     device: torch.device
     data: TaskData
     batches: StepBatches
-    fingerprints: dict[str, str]
-    teacher_states: dict[str, dict[str, str]]
+    constant_state: dict[str, Any]
+    evaluated_tables: dict[str, Table]
     model: Embedder
     updater: Updater
     checkpointing: Checkpointing
-    validation: Validation
     log: Log
     cursors: dict[str, dict[str, Cursor]]
 
@@ -100,14 +102,16 @@ def set_up(
     recipe: Recipe,
     run: Path,
     resume: bool | Literal["auto"] = False,
-    variant: Variant | None = None,
+    variant: Variant = ORDINARY,
     allow_changed_data: bool = False,
 ) -> Parts:
     """Opens the data, makes or loads the model, and begins or resumes the run. `train` explains the arguments."""
-    variant = variant or Variant()
     device = distributed.start()  # Does nothing more if `train` has called it.
     keep_freed_memory()
-    _check_ranks(recipe, variant)
+    world_size = distributed.world_size()
+    if world_size > 1 and variant != ORDINARY:
+        raise UserError(f"{variant.name}: a study trains on one rank; start it without torchrun")
+    layout_of(recipe, world_size, recipe.parallel.shard_degree)  # UserError if the ranks do not divide as asked.
     check_loggers(recipe)
 
     directory = RunDirectory(run, recipe)
@@ -120,7 +124,6 @@ def set_up(
         saved_classes = saved_config.classes
         load_learned(modalities.values(), learned_files)
 
-    world_size = distributed.world_size()
     data = distributed.run_first_on_node(lambda: TaskData(recipe, modalities, world_size))
     batches = StepBatches(data, distributed.rank())
     fingerprints = distributed.run_on_rank_zero(data.fingerprints)  # Not on all ranks: it reads a part of every file.
@@ -137,18 +140,18 @@ def set_up(
     deferred = DeferredInit(recipe.seed)
     build = partial(variant.build_model, recipe, modalities, data.classes)
     # A model of open_clip computes buffers when it is built, which the meta device cannot do.
-    at_once = not architecture_of(recipe.model).builds_on_meta
-    model = deferred.build(build, at_once=at_once).train()
+    model = deferred.build(build, at_once=recipe.model.wrap is not None).train()
     freeze(model, recipe.optimizer)
     # Before the model is sharded, and before media are decoded and embedded, which may take hours.
     evaluated_tables = distributed.run_first_on_node(lambda: check_sets(model, recipe, modalities, data.classes))
-    teacher_states = _prepare(recipe, data, checkpoint)
+    constant_state: dict[str, Any] = {"trainer": variant.name, "sources": fingerprints}
+    if teacher_states := _prepare(recipe, data, checkpoint):
+        constant_state["teachers"] = teacher_states
 
     # Before FSDP2 replaces the model's class, whose name is in config.json.
     model_files = text_files(model, recipe.to_config(data.classes), modalities, recipe.to_yaml())
     step_costs = variant.costs(recipe, modalities, data.classes)
-    signature_count = len(signatures(recipe, modalities, world_size)) if recipe.train.compile else 0
-    _distribute(recipe, model, device, signature_count)
+    _distribute(recipe, model, device)
     if checkpoint is None:
         deferred.initialize(model)
     if warm_start is not None:
@@ -161,7 +164,7 @@ def set_up(
     directory.begin(model_files[CONFIG], model_files[RECIPE])
 
     log = Log(run, batches, step_costs, device, state)
-    log.print_start(model, device, checkpointing.newest_step, signature_count)
+    log.print_start(model, device, checkpointing.newest_step)
     return Parts(
         recipe=recipe,
         run=run,
@@ -169,19 +172,18 @@ def set_up(
         device=device,
         data=data,
         batches=batches,
-        fingerprints=fingerprints,
-        teacher_states=teacher_states,
+        constant_state=constant_state,
+        evaluated_tables=evaluated_tables,
         model=model,
         updater=updater,
         checkpointing=checkpointing,
-        validation=Validation(run, data, model, evaluated_tables),
         log=log,
         cursors=cursors,
     )
 
 
 def _prepare(recipe: Recipe, data: TaskData, checkpoint: Path | None) -> dict[str, dict[str, str]]:
-    """Decodes and embeds the data, and returns the states of the teachers (`Parts.teacher_states`)."""
+    """Decodes and embeds the data, and returns what `Tower.state` says of each teacher, by `Teacher.column`."""
     teachers = make_teachers(recipe)
     teacher_states = _load_teacher_states(teachers, checkpoint)
     distributed.run_first_on_node(lambda: data.prepare(track, teachers))
@@ -218,24 +220,13 @@ def _load_teacher_states(teachers: Mapping[Teacher, Tower], checkpoint: Path | N
     return states
 
 
-def _check_ranks(recipe: Recipe, variant: Variant) -> None:
-    """Raises UserError if the ranks cannot train the recipe."""
-    ranks = distributed.world_size()
-    if ranks > 1 and variant != Variant():
-        raise UserError(f"{variant.name}: a study trains on one rank; start it without torchrun")
-    layout_of(recipe, ranks, recipe.parallel.shard_degree)  # Raises UserError if the ranks do not divide as asked.
-
-
-def _distribute(recipe: Recipe, model: Embedder, device: torch.device, signature_count: int) -> None:
-    """Distributes the model over the ranks, and compiles its blocks unless `signature_count` is 0.
-
-    A block is compiled once per signature: the sizes of the inputs of a pass.
-    """
+def _distribute(recipe: Recipe, model: Embedder, device: torch.device) -> None:
+    """Distributes the model over the ranks, and compiles its blocks if the recipe says so."""
     layout = choose_layout(recipe, model, device)
-    if signature_count:
+    if recipe.train.compile:
         # With expert parallelism, FSDP2 wraps a block's experts separately. Its hooks would break the compiled graph.
         uncompiled = model.experts() if layout.expert_degree > 1 else ()
-        compile_blocks(model.blocks(), signature_count * compilations_per_signature(model), uncompiled)
+        compile_blocks(model.blocks(), uncompiled)
     # All ranks must gather weights in the same type, even if only some processors compute in bf16.
     precisions = distributed.all_gather_object(precision_of(device, recipe.train.precision))
     apply_parallelism(

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from openimp.checkpoint.folder import checkpoint_folder
+from openimp.checkpoint.folder import checkpoint_folder, checkpoints, mark_best, step_of
 from openimp.checkpoint.saver import CheckpointError
 from openimp.common.device import HostCopy
 from openimp.common.errors import UserError, counted
@@ -21,8 +21,8 @@ from openimp.data.loader import load_batches
 from openimp.data.order import seed_key
 from openimp.data.streams import Cursor
 from openimp.evaluation.evaluate import NotMeasured
+from openimp.evaluation.results import best_step
 from openimp.model.embedder import in_chunks
-from openimp.model.moe import set_usage_collection
 from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel import distributed
 from openimp.parallel.layout import mixed_precision
@@ -30,8 +30,9 @@ from openimp.planning.costs import zero_batch
 from openimp.recipe.schema import Recipe
 from openimp.training.callbacks import Callback, Callbacks, StopTraining
 from openimp.training.run_directory import RunDirectory, locked
-from openimp.training.setup import Parts, Variant, set_up
+from openimp.training.setup import ORDINARY, Parts, Variant, set_up
 from openimp.training.stopping import Interrupted, Stop, raise_if_any_rank_stops, stop_signals
+from openimp.training.validation import measure
 
 
 @distributed.report_dead_ranks()
@@ -39,7 +40,7 @@ def train(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     run: str | Path | None = None,
     resume: bool | Literal["auto"] = False,
-    variant: Variant | None = None,
+    variant: Variant = ORDINARY,
     allow_changed_data: bool = False,
     callbacks: Iterable[Callback] = (),
 ) -> bool:
@@ -68,7 +69,6 @@ def train(
         recipe = Recipe.load(recipe)
     run = Path("runs") / recipe.name if run is None else Path(run)
     distributed.start()
-    variant = variant or Variant()
     with locked(run):
         if resume and RunDirectory(run, recipe).finished(variant.name, allow_changed_data):
             complete = True
@@ -229,15 +229,12 @@ class Trainer(Parts):
         """The losses of a step's task."""
         visit = loaded.visit
         task = self.recipe.tasks[visit.task]
-        logs_expert_usage = self.log.wants_usage(visit.step)
-        set_usage_collection(self.model, enabled=logs_expert_usage)
         # A resumed run must repeat the model's dropout.
         dropout_seed = seed_key(self.recipe.seed, "dropout", visit.step, distributed.rank())
         torch.manual_seed(dropout_seed % 2**63)
         with mixed_precision(self.device, self.recipe.train.precision):
             losses = task_losses(self.model, task, loaded.batch_on(self.device), self.encode_all)
-        # Drops the experts' usage that compiled layers return on every step.
-        return losses if logs_expert_usage else replace(losses, usage={})
+        return losses if self.log.wants_usage(visit.step) else replace(losses, usage={})
 
     def _update(self) -> None:
         """Queues the backward pass of the begun steps, and the update from their gradients."""
@@ -329,10 +326,7 @@ class Trainer(Parts):
         for cursors_of_rank in distributed.all_gather_object(self.cursors):
             for task, cursor_by_lane in cursors_of_rank.items():
                 cursors.setdefault(task, {}).update(cursor_by_lane)
-        state = {"step": self.step, "trainer": self.variant.name, "sources": self.fingerprints, "cursors": cursors}
-        if self.teacher_states:
-            state["teachers"] = self.teacher_states
-        return state | self.log.state()
+        return {"step": self.step, **self.constant_state, "cursors": cursors, **self.log.state()}
 
     def evaluate(self, watch: Progress | None = None) -> None:
         """Evaluates the EMA if there is one, else the model. If the result is the best so far, saves a checkpoint.
@@ -346,15 +340,28 @@ class Trainer(Parts):
         self.confirm_and_gather_bad_examples()
         if not self.recipe.evaluation.sets:
             return
-        results, failure = self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
-        self._evaluated_step = None if failure else self.step
-        self._failure = failure
-        if failure:
-            console.print(str(failure), soft_wrap=True)
-        self._announce_checkpoint()  # Before `keep_best`, whose checkpoint would be the newest.
-        self.validation.keep_best(self.step, self.checkpointing, self.state, results)
+        results, self._failure = measure(self, self.step, watch)
+        self._evaluated_step = None if self._failure else self.step
+        if self._failure:
+            console.print(str(self._failure), soft_wrap=True)
+        self._announce_checkpoint()  # Before `_keep_best`, whose checkpoint would be the newest.
+        self._keep_best(results)
         self._announce_checkpoint()
         self.callbacks.on_evaluation(self.step, results)
+
+    def _keep_best(self, results: list[dict[str, Any]]) -> None:
+        """Saves a checkpoint if these results are the best so far, and links to the best one."""
+        name = self.recipe.evaluation.best
+        if name is None or all(result["set"] != name for result in results):
+            return
+        self.checkpointing.wait()
+        saved = {self.step, *map(step_of, checkpoints(self.run))}
+        best = distributed.run_on_rank_zero(lambda: best_step(self.run / "results.jsonl", name, saved))
+        if best == self.step:
+            self.checkpointing.save(self.state())
+            self.checkpointing.wait()
+        if distributed.rank() == 0:
+            mark_best(self.run, best)
 
     def _is_due(self, every: int | None, steps_done: int) -> bool:
         """Whether `steps_done` is a multiple of `every`. False within a round and after the last step."""

@@ -10,7 +10,7 @@ from openimp.model.embedder import Embedder
 from openimp.parallel.layout import clip_grad_norm, reshard
 from openimp.recipe.schema import Recipe
 from openimp.training.ema import EMA
-from openimp.training.optimizers import lr_schedule, make_optimizers, set_learning_rate
+from openimp.training.optimizers import lr_schedule, make_optimizers
 
 
 class Updater:
@@ -57,9 +57,11 @@ class Updater:
                     parameter.grad = torch.zeros_like(parameter)
         grad_norm = clip_grad_norm(self.model.parameters(), options.max_grad_norm or math.inf)
         grad_norm_copy = HostCopy(grad_norm)
-        set_learning_rate(self.optimizers, factor=self.lr_factor(step))
+        lr_factor = self.lr_factor(step)
         found_inf = 1 - grad_norm.isfinite().float()
         for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * lr_factor
             # torch's GradScaler sets the same attribute. If it is 1, AdamW (which is fused) and Muon change
             # nothing, not even their step counts.
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
