@@ -191,7 +191,7 @@ def test_names_of_the_data_add_no_markup_to_the_card(tmp_path, tiny_recipe, tiny
     assert "<script" not in text
     assert "\n# b" not in text
     (line,) = [line for line in text.splitlines() if "openimp:clips.parquet" in line and line.startswith("|")]
-    assert line.endswith("| openimp:clips.parquet | not counted | not recorded | MIT |")
+    assert line.endswith("| openimp:clips.parquet | 3 | not recorded | MIT |")
     assert line.count("|") == 6
     assert (tmp_path / "out" / "NOTICE").read_bytes() == (DEMO / "NOTICE").read_bytes()
     assert "Each of these pairs has a space of its own" in text, "the spaces are disjoint"

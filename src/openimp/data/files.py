@@ -42,9 +42,9 @@ def is_utf8(name: str) -> bool:
 
 
 def locate(name: str, path: str) -> tuple[Path, list[str]]:
-    """The `folder_of_pattern` of a source's `path`, and the files that it matches, sorted.
+    """The folder `path` of a source, or else its `folder_of_pattern`, and the files that it matches, sorted.
 
-    For a URL, that folder has no meaning.
+    For a URL, the folder has no meaning.
     """
     if is_url(path):
         return Path(), _matching_urls(name, path)

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 
-from openimp.common.cache import cached, stable_hash
+from openimp.common.cache import CacheError, cache_folder, cached, stable_hash
 from openimp.common.errors import UserError, counted
 from openimp.common.safe_files import file_state
 
@@ -47,6 +47,10 @@ def read_manifests(name: str, path: str, files: list[str]) -> tuple[Any, list[in
     """
     if sum(map(os.path.getsize, files)) < CACHED_BYTES:
         return _read_all(name, path, files)
+    try:
+        cache_folder("manifests")
+    except UserError:  # It belongs to another user, or cannot be made.
+        return _read_all(name, path, files)
     state = stable_hash([CACHE_VERSION, *map(file_state, files)])
     try:
         return cached(
@@ -55,9 +59,7 @@ def read_manifests(name: str, path: str, files: list[str]) -> tuple[Any, list[in
             lambda folder: _open_cached(folder / "rows.arrow", state),
             lambda folder: _write_cached(folder / "rows.arrow", *_read_all(name, path, files), state),
         )
-    # The cache belongs to another user, its disk is full, or the file system has no locks. Or a manifest is wrong: then
-    # this raises again.
-    except (UserError, OSError, ValueError, NotImplementedError):
+    except (CacheError, OSError, ValueError, NotImplementedError):  # The disk is full, or the file system has no locks.
         return _read_all(name, path, files)
 
 
@@ -159,7 +161,9 @@ def _csv_rows(file: str, delimiter: str = ",") -> Iterator[dict[str, Any]]:
             for cells in lines:
                 line = end + 1  # A row begins on the line after the end of the row before it.
                 end = lines.line_num
-                if any(cells[len(header) :]):
+                while len(cells) > len(header) and not cells[-1]:
+                    cells.pop()
+                if len(cells) > len(header):
                     raise ValueError(f"line {line} has {counted(len(cells), 'cell')}, the header {len(header)} names")
                 if cells:
                     yield dict.fromkeys(header) | {column: cell or None for column, cell in zip(header, cells)}

@@ -37,8 +37,16 @@ class TarShards:
         self._name = name
         self._files = files
         self.columns: list[str] = []
+        readable: set[str] = set()
         for row in islice(self._first_rows(), COLUMN_SAMPLES):
             self.columns += [column for column in row if column not in self.columns]
+            readable.update(column for column, value in row.items() if not isinstance(value, Unreadable))
+        # The JSON member of one sample is read as columns `json.KEY`, that of another cannot be read.
+        self.columns = [
+            column
+            for column in self.columns
+            if column in readable or not any(other.startswith(f"{column}.") for other in readable)
+        ]
 
     def __len__(self) -> int:
         return len(self._files)

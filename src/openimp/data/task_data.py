@@ -63,8 +63,8 @@ class TaskData:
             world_size: the number of ranks that share each batch.
 
         Raises:
-            UserError: a source or a column is missing, a label fits no class, or the ranks or the lanes of a stream do
-                not divide a batch.
+            UserError: a source or a column is missing, a label fits no class, a tower or a teacher reads a stream, or
+                the ranks or the lanes of a stream do not divide a batch.
         """
         self.recipe = recipe
         self.modalities = modalities

@@ -119,7 +119,8 @@ def _totals(folder: Path, recipe: Recipe) -> dict[str, dict[str, int]]:
 
 
 def _sources(recipe: Recipe, totals: dict[str, dict[str, int]], is_trusted: bool) -> list[dict[str, Any]]:
-    """The values that the card shows of each training source. Those of a model from elsewhere are not opened."""
+    """The values that the card shows of each training source. Those of a model from elsewhere are not
+    opened, unless they come with openimp."""
     examples_seen = Counter[str]()  # with repetitions
     for task, used in totals.items():
         examples_seen[recipe.tasks[task].source] += used["examples"]
@@ -128,7 +129,7 @@ def _sources(recipe: Recipe, totals: dict[str, dict[str, int]], is_trusted: bool
             "name": name,
             "data": public_path(source.hub or str(source.path)),
             "bundled": is_bundled(str(source.path)),
-            "rows": _rows(source) if is_trusted else None,
+            "rows": _rows(source) if is_trusted or is_bundled(str(source.path)) else None,
             "examples": examples_seen.get(name),
             "license": source.license or BUNDLED_LICENSES.get(Name.parse(str(source.path)).rest),
         }

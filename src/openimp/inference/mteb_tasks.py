@@ -67,7 +67,9 @@ def find_tasks(names: Sequence[str], modalities: Collection[str]) -> tuple[list[
             tasks += task.tasks if isinstance(task, AbsTaskAggregate) else [task]
         fitting = {task.metadata.name: task for task in tasks if set(task.metadata.modalities) <= set(modalities)}
         if not fitting:
-            raise UserError(f"{name} needs modalities that the model lacks; the model has {', '.join(modalities)}")
+            needed = {modality for task in tasks for modality in task.metadata.modalities}
+            missing = ", ".join(sorted(needed - set(modalities)))
+            raise UserError(f"{name} needs {missing}, but the model has {', '.join(modalities)}")
         chosen_tasks |= fitting
         other_names = [task.metadata.name for task in tasks if task.metadata.name not in fitting]
         if other_names:
