@@ -68,6 +68,6 @@ def publish(text: str, name: str, write: bool) -> None:
 
 
 def table(*rows: list[str]) -> str:
-    """A Markdown table, whose first row is its head."""
-    first, *rest = rows
-    return "".join(f"| {' | '.join(row)} |\n" for row in (first, ["---"] * len(first), *rest))
+    """A Markdown table; the first of the rows becomes its header."""
+    header, *body = rows
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *body))

@@ -130,7 +130,7 @@ def test_an_optimizer_state_of_another_shape_is_refused(run, little_data):
 
 
 def test_resume_auto_starts_a_run_without_a_checkpoint_and_resumes_one_that_has_one(run, whole_run, little_data):
-    """The run without a checkpoint died before its first one. A run whose checkpoints are damaged is not started."""
+    """A run that died before its first checkpoint starts again; a run whose checkpoints are damaged does not."""
     recipe = recipe_of(little_data)
     shutil.rmtree(checkpoints(run)[-1])
     first_times = [line["seconds"] for line in read_lines(run / "metrics.jsonl")]

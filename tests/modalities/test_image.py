@@ -39,7 +39,7 @@ def smooth(height, width):
 
 
 def drawn(item, view, count):
-    """What training sees of a picture in so many steps."""
+    """The crops of a picture that training sees in this number of steps."""
     return np.stack([IMAGE.transform(item, view, rng(seed)) for seed in range(count)])
 
 

@@ -22,7 +22,7 @@ from openimp.parallel.distributed import run_first_on_node
 from openimp.parallel.layout import fill_shard
 
 PREFERRED = "model.safetensors"
-"""The file of weights that timm prefers to all others in a folder."""
+"""The file that timm loads if a folder has several files of weights."""
 EPS = 1e-6
 """Epsilon of the norms of IMP's encoder."""
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")

@@ -54,7 +54,7 @@ def by_extension(files: Mapping[str, int]) -> str:
     """`.heic 20, .txt 1, others 3`: numbers of files of the five most frequent extensions, and of all other files."""
     ranked = sorted(files.items(), key=lambda item: (-item[1], item[0]))
     texts = [f"{extension or 'without extension'} {count:,}" for extension, count in ranked[:5]]
-    others = sum(count for _, count in ranked[5:])
-    if others:
-        texts.append(f"others {others:,}")
+    other_files = sum(count for _, count in ranked[5:])
+    if other_files:
+        texts.append(f"others {other_files:,}")
     return ", ".join(texts)

@@ -35,8 +35,8 @@ def cpu_info(key: str) -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return ""
-    found = re.search(rf"^{key}\s*: (.*)", text, re.MULTILINE)
-    return found[1] if found else ""
+    line = re.search(rf"^{key}\s*: (.*)", text, re.MULTILINE)
+    return line[1] if line else ""
 
 
 def processor() -> str:

@@ -77,10 +77,10 @@ class ExampleReader:
                 loaded |= self.load(visit, [candidate])
             if not loaded[candidate].bad:
                 return loaded[candidate]
-        first = loaded[position]
+        bad_example = loaded[position]
         raise UserError(
             f"tasks.{visit.task}: {counted(visit.batch_size, 'example')} in a row could not be read in step "
-            f"{visit.step}; first: {first.name}: {first.bad}"
+            f"{visit.step}; first: {bad_example.name}: {bad_example.bad}"
         )
 
     def _decode(self, visit: Visit, modality_name: str, examples: Iterable[Example]) -> None:

@@ -31,7 +31,6 @@ BUNDLED_LICENSES = {
 
 BLOCK = 2**18
 """Bytes that are read at once from a file that is read forward. Each lane of a stream has a file open."""
-
 READ_AHEAD = 2**22
 """Bytes that fsspec requests at once. Some file systems would request, and hold, 50 MB per file."""
 

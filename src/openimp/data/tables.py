@@ -24,7 +24,7 @@ from openimp.recipe.tasks import Part
 MAX_CHECKED_FILES = 10_000
 """Most media files of a source that are opened at every start, to see whether one has changed."""
 READ_ROWS = 256
-"""Rows whose values are in memory at once. There are few because they may be media."""
+"""Rows that are read at once. They are few because a row may hold a whole picture or clip."""
 
 
 @dataclass(frozen=True)

@@ -98,9 +98,10 @@ def _in_folder(folder: Path, tables: bool) -> list[Candidate]:
         return _in_subfolders(inner_folders, tables)
     if len({*roles.values()} - {None}) > 1:  # One alone may be a class, such as trains.
         splits = [inner for inner, role in roles.items() if role]
-        others = [inner for inner, role in roles.items() if role is None]
+        other_folders = [inner for inner, role in roles.items() if role is None]
         beside = "is beside folders of splits"
-        return [*_in_subfolders(splits, tables), *(Candidate({"path": str(other)}, problem=beside) for other in others)]
+        unused = [Candidate({"path": str(other)}, problem=beside) for other in other_folders]
+        return [*_in_subfolders(splits, tables), *unused]
     return _media(folder, inner_folders)
 
 

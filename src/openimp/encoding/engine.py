@@ -28,7 +28,7 @@ K = TypeVar("K")
 COPIED_TOGETHER = 512
 """Vectors that are copied to the CPU together, because a copy waits for the GPU."""
 
-_Read = tuple[Any, np.ndarray | BadMedia]
+_KeyAndClips = tuple[Any, np.ndarray | BadMedia]
 """The key of an item, and its clips, or why it cannot be read."""
 
 
@@ -92,8 +92,8 @@ class ItemEncoder:
             # All ranks have tokens of the same shape, as in training. Ranks without an item encode zeros.
             clip_count, length = map(max, zip(*shapes))
             vectors = iter(self._vectors(batch, clip_count, length) if clip_count else ())
-            for key, clips in batch.items:
-                yield key, clips if isinstance(clips, BadMedia) else next(vectors)
+            for key, count_or_error in batch.items:
+                yield key, count_or_error if isinstance(count_or_error, BadMedia) else next(vectors)
 
     def encode_item(self, clips: np.ndarray, towards: Iterable[str]) -> list[Tensor]:
         """The vectors (Z,) fp32 of one item in the spaces shared with several modalities, from one forward pass."""
@@ -117,9 +117,9 @@ class ItemEncoder:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _batches(self, results: Iterable[_Read]) -> Iterator[_Batch]:
+    def _batches(self, results: Iterable[_KeyAndClips]) -> Iterator[_Batch]:
         """Divides items into forward passes."""
-        batch: list[_Read] = []
+        batch: list[_KeyAndClips] = []
         clip_count = 0
         for number, (key, result) in enumerate(results):
             item_clips = 0 if isinstance(result, BadMedia) else len(result)
@@ -132,7 +132,7 @@ class ItemEncoder:
         if batch:
             yield self._make_batch(batch)
 
-    def _make_batch(self, results: list[_Read]) -> _Batch:
+    def _make_batch(self, results: list[_KeyAndClips]) -> _Batch:
         items = [(key, result if isinstance(result, BadMedia) else len(result)) for key, result in results]
         clips = [result for _, result in results if not isinstance(result, BadMedia)]
         tokens = self.modality.tokens(np.concatenate(clips), self.view, None) if clips else None

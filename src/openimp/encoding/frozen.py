@@ -81,7 +81,7 @@ class OwnEncoder(FrozenEncoder):
     def __init__(self, name: str, modality: str, embeds: bool) -> None:
         model, saved, weights = _open(find_model(name))
         config = saved.config
-        _require(modality, config.views, name)
+        _require_modality(modality, config.views, name)
         if any(hasattr(options, "tower") for options in config.modalities.values()):
             raise UserError(f"{name}: has a tower itself")
         self.reader = saved.modalities[modality]
@@ -110,13 +110,13 @@ class LibraryEncoder(FrozenEncoder):
 
     def __init__(self, name: str, modality: str) -> None:
         self._library, self.fingerprint = _open_library(name)
-        _require(modality, self._library.modalities, name)
+        _require_modality(modality, self._library.modalities, name)
         self._modality = modality
         self.features = self._library.get_embedding_dimension()
         options = {}
         if modality == "audio":
             options["sample_rate"] = self._library[0].processor.feature_extractor.sampling_rate
-        self.reader, self.view = _reader(modality, options)
+        self.reader, self.view = _reader_and_view(modality, options)
 
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
         if self.reader.reads_text:
@@ -137,10 +137,10 @@ class TimmEncoder(FrozenEncoder):
     """A model of timm for pictures. Its vectors are those before the classifier."""
 
     def __init__(self, name: str, modality: str) -> None:
-        _require(modality, ["image"], name)
+        _require_modality(modality, ["image"], name)
         self._trunk, self._transform, self.fingerprint = _open_timm(name)
         self.features = self._trunk.head_hidden_size
-        self.reader, self.view = _reader(modality, {})
+        self.reader, self.view = _reader_and_view(modality, {})
 
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
         return self._transform(_picture(value, rng)).numpy()[None]
@@ -151,12 +151,12 @@ class TimmEncoder(FrozenEncoder):
             return torch.cat([self._trunk(part.to(device)) for part in torch.from_numpy(clips).split(CLIPS)])
 
 
-def _require(modality: str, known: Iterable[Any], name: str) -> None:
+def _require_modality(modality: str, known: Iterable[Any], name: str) -> None:
     if modality not in known:
         raise UserError(f"{name}: has no modality {modality}; it has {', '.join(map(str, known))}")
 
 
-def _reader(modality: str, options: dict[str, Any]) -> tuple[Any, Any]:
+def _reader_and_view(modality: str, options: dict[str, Any]) -> tuple[Any, Any]:
     """openimp's modality with some options, and its default view."""
     plain = modality_class(modality)
     return plain(plain.Config(**options)), plain.View()

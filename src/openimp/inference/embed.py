@@ -31,8 +31,8 @@ class Embedded:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in self.rows.items())
-        first = f"{escaped(self.out)}: {counted(sum(self.rows.values()), 'embedding')} ({counts})"
-        return "\n".join([first, *left_out(self.skipped, self.unknown)])
+        summary = f"{escaped(self.out)}: {counted(sum(self.rows.values()), 'embedding')} ({counts})"
+        return "\n".join([summary, *left_out(self.skipped, self.unknown)])
 
 
 def embed(

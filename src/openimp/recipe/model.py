@@ -91,8 +91,8 @@ class Model(Strict):
     @model_validator(mode="after")
     def _fits(self) -> "Model":
         if self.wrap is not None:
-            others = [name for name in type(self).model_fields if name != "wrap"]
-            self.refuse(others, "is for openimp's own encoder; remove it, or remove wrap")
+            other_options = [name for name in type(self).model_fields if name != "wrap"]
+            self.refuse(other_options, "is for openimp's own encoder; remove it, or remove wrap")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if not self.layers and self.width != self.embed_dim:

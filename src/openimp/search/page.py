@@ -126,10 +126,10 @@ class Page:
 
     async def _answer(self, request: Request) -> Answer:
         def find() -> Answer:
-            found = answer(self.index, self.uploads, request.query_params)
-            with suppress(UserError):  # `found` tells of it.
+            page = answer(self.index, self.uploads, request.query_params)
+            with suppress(UserError):  # `page` tells of it.
                 self.of_index = self._of_index()
-            return found
+            return page
 
         return await to_thread.run_sync(find, limiter=self.searching)
 

@@ -188,12 +188,12 @@ class Items:
             match = lance.BooleanQuery([(lance.Occur.MUST, match), (lance.Occur.MUST_NOT, unwanted)])
         query = self.table.search(match, query_type="fts").limit(k).select([*self.hit_columns, "vector", "_score"])
         with _read_errors():
-            found = query.where(where).to_arrow()
-        values = found["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        vectors = values.astype(np.float32).reshape(len(found), found.schema.field("vector").type.list_size)
-        cosines = [None] * len(found) if vector is None else (vectors @ vector).tolist()
-        bm25 = found["_score"].to_pylist()
-        rows = found.drop_columns(["vector", "_score"]).to_pylist()
+            hits = query.where(where).to_arrow()
+        values = hits["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        vectors = values.astype(np.float32).reshape(len(hits), hits.schema.field("vector").type.list_size)
+        cosines = [None] * len(hits) if vector is None else (vectors @ vector).tolist()
+        bm25 = hits["_score"].to_pylist()
+        rows = hits.drop_columns(["vector", "_score"]).to_pylist()
         order = sorted(range(len(rows)), key=lambda i: (-bm25[i], -(cosines[i] or 0)))
         return [rows[i] | {"score": cosines[i]} for i in order]
 

@@ -37,7 +37,10 @@ async function go(url, { entry = "push", whole = false } = {}) {
     for (const id of whole ? ["query", "results"] : ["parts", "results"]) $(`#${id}`).replaceWith($(`#${id}`, page));
     $("#status").textContent = $("#status", page).textContent;
     document.title = page.title;
-    if (entry) history[`${entry}State`](null, "", url), (entered = location.search);
+    if (entry) {
+      history[`${entry}State`](null, "", url);
+      entered = location.search;
+    }
     if (whole) reveal();
   } catch (error) {
     if (own === newest) explain(error.message);
