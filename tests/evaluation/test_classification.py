@@ -275,6 +275,9 @@ def test_a_training_keeps_the_results_of_the_sets_that_can_be_measured(own_data,
     with refuses():
         train(recipe, tmp_path / "run", callbacks=[LosesASet(), EarlyStopping("lost", patience=1)])
     assert evaluated == [(1, 3), (2, 3)]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "lost.jsonl[0]" in shown
+    assert shown.count("evaluation.sets.lost") == shown.count("; training goes on") == 1, "the last one is the error"
     (own_data / "x.png").write_bytes(picture)
     with refuses():  # Although a callback ends the training as soon as it can.
         train(recipe, tmp_path / "stopped", callbacks=[LosesASet(), EarlyStopping("tones", patience=1)])
@@ -282,7 +285,6 @@ def test_a_training_keeps_the_results_of_the_sets_that_can_be_measured(own_data,
     assert (tmp_path / "run" / "checkpoints" / "best").exists()
     measured = [(line["step"], line["set"]) for line in read_lines(tmp_path / "run" / "results.jsonl")]
     assert measured == [(step, name) for step in (1, 2) for name in ("colours", "tones", "tones")]
-    assert "lost.jsonl[0]" in capsys.readouterr().out
     with refuses():
         train(recipe, tmp_path / "other")  # It is lost before the start.
 

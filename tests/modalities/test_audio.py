@@ -162,6 +162,8 @@ def test_a_person_sees_a_spectrogram_with_high_pitch_above_and_silence_dark():
         heights.append(light[:, 2:6].mean(1).argmax())
         assert light[:, 10:].max() < 40 < 150 < light[:, 2:6].max()
     assert heights[1] + 30 < heights[0]
+    with PIL.Image.open(io.BytesIO(AUDIO.show(np.zeros(16_000, np.int16), view))) as picture:
+        assert np.asarray(picture.convert("L")).max() < 40
 
 
 def test_short_sounds_are_followed_by_silence():

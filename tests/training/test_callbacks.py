@@ -99,10 +99,15 @@ def test_a_callback_that_fails_costs_no_step(recipe, tmp_path):
 
 def test_early_stopping_waits_for_a_gain_and_begins_anew_in_each_training(recipe, tmp_path):
     """With a learning rate of zero nothing improves."""
+
+    class Unchecked(openimp.EarlyStopping):
+        def on_start(self, recipe):
+            pass
+
     frozen = openimp.Recipe.build({**recipe.to_dict(), "optimizer": {"lr": 1e-30, "warmup_steps": 1}})
     stopping = openimp.EarlyStopping("colours", patience=1)
-    for name in ("first", "second"):
-        openimp.train(frozen, tmp_path / name, callbacks=[stopping])
+    for name, callback in (("first", stopping), ("second", stopping), ("third", Unchecked("colours", patience=1))):
+        openimp.train(frozen, tmp_path / name, callbacks=[callback])
         assert {line["step"] for line in read_lines(tmp_path / name / "results.jsonl")} == {2, 4}
 
 

@@ -134,8 +134,8 @@ def _init_worker(_: int) -> None:
 
 
 def _report_unless_cut_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A worker's `sys.excepthook`, which multiprocessing calls in the thread that hands batches over. It hides errors
-    of the connection to the training process.
+    """A worker's `sys.excepthook`, which multiprocessing calls in the thread that sends file descriptors
+    (`resource_sharer`). It hides errors of the connection to the training process.
 
     If another worker dies, the training process reports that and stops, perhaps while it receives a batch of this
     worker. A traceback of this worker would only distract.

@@ -1,6 +1,6 @@
 """The model that is evaluated, and how it encodes the rows of a source.
 
-Shape suffixes: N items, R rows, D width, Z features of the shared embedding space.
+Shape suffixes: N items, R rows, D width, Z dimensions of the shared embedding space.
 """
 
 from abc import ABC, abstractmethod

@@ -1,7 +1,7 @@
 """Retrieval between two modalities of a source, in both directions.
 
-Shape suffixes: N queries, n of them in a block, M candidates, E correct pairs, e of them in a block, Z features of the
-shared embedding space.
+Shape suffixes: N queries, n of them in a block, M candidates, E correct pairs, e of them in a block, Z dimensions of
+the shared embedding space.
 """
 
 from dataclasses import dataclass

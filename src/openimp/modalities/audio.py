@@ -237,7 +237,8 @@ class Audio(Modality):
         """
         clips = self.encode_segment(value, view, *segment) if segment else self.encode_input(value, view)
         spectrum = log_mel(torch.from_numpy(clips[:1]), self.config)[0].T.numpy()[::-1]
-        loudness = (255 * (1 + (spectrum - spectrum.max()) / RANGE)).clip(0, 255).round().astype(np.uint8)
+        loudest = max(spectrum.max(), log(FLOOR) + RANGE)  # So that silence is dark.
+        loudness = (255 * (1 + (spectrum - loudest) / RANGE)).clip(0, 255).round().astype(np.uint8)
         picture = PIL.ImageOps.colorize(PIL.Image.fromarray(loudness), *COLORS)
         return media.encode_webp(np.asarray(picture), side)
 

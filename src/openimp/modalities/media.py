@@ -42,6 +42,8 @@ MAX_CPU = 60
 """Most seconds of CPU time to decode one file."""
 READ_WORK = 2**8
 """Work of a read besides its bytes, because many small reads take time, too."""
+CHECK_EVERY = 2**20
+"""Work between two looks at the clock, because a GIF is read in thousands of small pieces."""
 LENGTHS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}
 """Magic numbers of the formats whose header contains the file's length, with the byte order of the length."""
 INFO_LIST = re.compile(rb"LIST(.{4})INFO", re.DOTALL)
@@ -72,6 +74,7 @@ class MediaFile(io.BufferedReader):
         """`stream` is opened and unbuffered."""
         super().__init__(stream)
         self._work = 0
+        self._next_check = 0
         self._deadline = time.thread_time() + MAX_CPU
 
     def read(self, size: int | None = -1) -> bytes:
@@ -86,8 +89,10 @@ class MediaFile(io.BufferedReader):
         self._work += work
         if self._work > MAX_WORK:
             raise BadMedia(f"more than {MAX_WORK:,} pixels or samples in all")
-        if time.thread_time() > self._deadline:
-            raise BadMedia(f"decoding takes more than {MAX_CPU} s of CPU time")
+        if self._work >= self._next_check:
+            self._next_check = self._work + CHECK_EVERY
+            if time.thread_time() > self._deadline:
+                raise BadMedia(f"decoding takes more than {MAX_CPU} s of CPU time")
 
 
 def open_media(raw: Any) -> MediaFile:
@@ -103,12 +108,15 @@ def open_media(raw: Any) -> MediaFile:
         media_file = MediaFile(open(raw, "rb", buffering=0))  # noqa: SIM115 (the caller closes it)
     else:
         raise BadMedia(f"expected bytes, a path or an array, found {type(raw).__name__}")
-    size = media_file.seek(0, os.SEEK_END)
-    media_file.seek(0)
-    if not size:
+    try:
+        size = media_file.seek(0, os.SEEK_END)
+        media_file.seek(0)
+        if not size:
+            raise BadMedia("an empty file")
+        _check_length(media_file.peek(8)[:8], size)
+    except BaseException:
         media_file.close()
-        raise BadMedia("an empty file")
-    _check_length(media_file.peek(8)[:8], size)
+        raise
     return media_file
 
 

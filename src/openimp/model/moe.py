@@ -141,7 +141,7 @@ class Router(nn.Module):
     ) -> tuple[Routing, RouterStats]:
         z_loss = self.config.z_loss * (z_loss_BL * valid_BL).sum() / tokens_per_rank
         routing = expert_choice(probs_BLE, valid_BL, self.config.capacity_factor)
-        # In compiled layers `training` is not read, because its other value would compile each of them again.
+        # A compiled layer runs only in training (`compile_blocks`), so it need not read `training`.
         if torch.compiler.is_compiling() or self.training:
             usage = _usage(routing, valid_BL, tokens_per_rank)
         else:
@@ -184,12 +184,12 @@ class Experts(nn.Module):
 
     def forward(self, x_ESD: Tensor) -> Tensor:
         """Maps (E, S, D) to (E, S, D): each expert processes its S slots, on the rank that holds it."""
-        weights, group = local_experts(self.parameters())
+        weights, process_group = local_experts(self.parameters())
         up_eDF, down_eFD, *biases = weights
         up_bias_eF, down_bias_eD = biases or (None, None)
-        received_esD = dispatch_to_experts(x_ESD, group)
+        received_esD = dispatch_to_experts(x_ESD, process_group)
         hidden_esF = gelu(_linear(received_esD, up_eDF, up_bias_eF), self.gelu_kind)
-        return combine_from_experts(_linear(hidden_esF, down_eFD, down_bias_eD), group)
+        return combine_from_experts(_linear(hidden_esF, down_eFD, down_bias_eD), process_group)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -85,6 +85,8 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
 
 def _size(recipe: Recipe, variant: Variant) -> tuple[int, int]:
     """The number of parameters of a model, and the peak memory of its training in bytes."""
+    # Without loggers, which would show this folder as a run.
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"loggers": []})})
     with TemporaryDirectory() as folder, console.capture():
         trainer = Trainer(set_up(recipe, Path(folder), variant=variant))
         return parameter_count(trainer.model), peak_memory(trainer)

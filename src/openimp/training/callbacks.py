@@ -46,6 +46,8 @@ class EarlyStopping(Callback):
     def __init__(self, set: str, patience: int = 3) -> None:
         self.set = set
         self.patience = patience
+        self._best = float("-inf")
+        self._without_gain = 0
 
     def on_start(self, recipe: Recipe) -> None:
         sets = recipe.evaluation.sets

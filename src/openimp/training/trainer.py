@@ -169,7 +169,7 @@ class Trainer(Parts):
         self._log_unlogged_steps()
         if self._evaluated_step != self.step:
             with suppress(StopTraining):  # The training is over already.
-                self.evaluate(stop.watch)
+                self.evaluate(stop.watch, is_last=True)
             if self._failure:
                 raise self._failure
         self.checkpointing.wait()
@@ -188,8 +188,8 @@ class Trainer(Parts):
         try:
             # The alternation has chosen the task and the view of each batch: `loaded.visit`.
             # A rank that must stop still makes the next step, because the other ranks wait for it in collectives:
-            # `watch_steps` sets `loaded.stop_reason`, and replaces a batch that could not be loaded with zeros. In a
-            # run of one rank, `watch_steps` raises at once.
+            # `watch_steps` sets `loaded.stop_reason`, and yields zeros in place of a batch that could not be loaded.
+            # In a run of one rank, `watch_steps` raises at once.
             for loaded in stop.watch_steps(loaded_batches, self.step, self._placeholder_batch):
                 self.make_step(loaded)
                 if self.variant.prints_warnings:
@@ -205,12 +205,12 @@ class Trainer(Parts):
                 if self._callback_stops:
                     raise StopTraining
         except (Interrupted, UserError):
-            with suppress(StopTraining):  # This error goes before a callback's StopTraining.
+            with suppress(StopTraining):  # This error matters more than a callback's StopTraining.
                 self.confirm_and_gather_bad_examples()  # If the queued step failed too, its error is raised instead.
             raise
 
     def make_step(self, loaded: LoadedBatch) -> Losses:
-        """Queues one step on the device, and returns the losses of its task.
+        """Queues the forward pass of a step on the device, and returns the losses of its task.
 
         The last step of a round, which usually is its only one, also queues gradients and the update of the weights.
         """
@@ -234,7 +234,7 @@ class Trainer(Parts):
         torch.manual_seed(dropout_seed % 2**63)
         with mixed_precision(self.device, self.recipe.train.precision):
             losses = task_losses(self.model, task, loaded.batch_on(self.device), self.encode_all)
-        return losses if self.log.wants_usage(visit.step) else replace(losses, usage={})
+        return losses if self.log.wants_usage(visit.step) else replace(losses, usage={})  # How experts were used.
 
     def _update(self) -> None:
         """Queues the backward pass of the begun steps, and the update from their gradients."""
@@ -246,7 +246,7 @@ class Trainer(Parts):
         grad_output = loss.detach() * 0 + (math.nan if has_stop_reason else 1)
         loss.backward(grad_output)
         # Confirms the previous update while the device computes these gradients. If a callback raises StopTraining,
-        # these steps are not queued.
+        # these steps are not applied.
         self.confirm()
         grad_norm = self.updater.queue_update(steps[-1].batch_info.visit.step)
         for step in steps:
@@ -274,7 +274,7 @@ class Trainer(Parts):
         for step in steps:
             visit = step.batch_info.visit
             self.step = visit.step + 1
-            if step.batch_info.cursors:  # The task reads a stream: where each lane (sequence of shards) resumes.
+            if step.batch_info.cursors:  # Of a stream: where each of its lanes (sequences of shards) resumes.
                 self.cursors[visit.task] = step.batch_info.cursors
             self.log.record(step.batch_info, step.losses)
         self._bar.step(self.step)
@@ -328,22 +328,22 @@ class Trainer(Parts):
                 cursors.setdefault(task, {}).update(cursor_by_lane)
         return {"step": self.step, **self.constant_state, "cursors": cursors, **self.log.state()}
 
-    def evaluate(self, watch: Progress | None = None) -> None:
+    def evaluate(self, watch: Progress | None = None, is_last: bool = False) -> None:
         """Evaluates the EMA if there is one, else the model. If the result is the best so far, saves a checkpoint.
 
         `evaluation.best` names the set that decides. `watch(passes, description)` wraps the forward passes; with
         `Stop.watch`, a signal stops them.
 
         If a set cannot be measured, for example because its disk is missing, training goes on. `_failure` says why, and
-        is an error at the end of the training.
+        is an error at the end of the training, when `is_last` is True.
         """
         self.confirm_and_gather_bad_examples()
         if not self.recipe.evaluation.sets:
             return
         results, self._failure = measure(self, self.step, watch)
         self._evaluated_step = None if self._failure else self.step
-        if self._failure:
-            console.print(str(self._failure), soft_wrap=True)
+        if self._failure and not is_last:
+            console.print(f"{self._failure}; training goes on", soft_wrap=True)
         self._announce_checkpoint()  # Before `_keep_best`, whose checkpoint would be the newest.
         self._keep_best(results)
         self._announce_checkpoint()

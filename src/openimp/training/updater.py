@@ -16,8 +16,7 @@ from openimp.training.optimizers import lr_schedule, make_optimizers
 class Updater:
     """Updates a model, which is distributed over the ranks, from the gradients of its backward passes.
 
-    It also makes the EMA of the weights, which only `Trainer.confirm` updates, once it knows that the gradients were
-    finite.
+    It also makes the EMA. Only `Trainer.confirm` updates the EMA, once the gradients are known to be finite.
 
     The host queues an update before the device has computed the gradients. If they turn out not to be finite, the
     device leaves weights and optimizer state as they are.
