@@ -33,7 +33,7 @@ class Saver:
     def __init__(self, run: Path, keep: int) -> None:
         self.run = run
         self.keep = keep
-        # The timeout is for slow disks. gloo notices a dead rank at once.
+        # A long timeout, because disks may be slow. The group uses gloo, which notices a dead rank at once.
         self.group = distributed.new_group(distributed.LONG_TIMEOUT)
         # At exit Python waits for the thread, so an error elsewhere costs no checkpoint.
         self._thread = ThreadPoolExecutor(1, "saver")

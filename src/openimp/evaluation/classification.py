@@ -23,7 +23,7 @@ from openimp.encoding.items import require_pair
 from openimp.evaluation import zero_shot
 from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows
 from openimp.evaluation.metrics import accuracy, average_precision, interval
-from openimp.evaluation.retrieval import SIMILARITIES, ranks
+from openimp.evaluation.retrieval import MAX_SIMILARITIES, ranks
 from openimp.parallel.layout import full_tensor, reshard
 from openimp.recipe.evaluation import ClassHead, ZeroShot
 
@@ -174,7 +174,7 @@ def classify(
             raise UserError(f"{error_prefix}: no row that can be read has a class in column {options.label!r}")
         return MultiLabel(query, options.label, (z_NZ @ classes_KZ.T).cpu().numpy(), hot_NK), readable
     truth_N = np.array([labels.class_index[as_text(label)] for label in truths], np.int64)
-    blocks = z_NZ.split(max(1, SIMILARITIES // len(classes_KZ)))
+    blocks = z_NZ.split(max(1, MAX_SIMILARITIES // len(classes_KZ)))
     splits = {name: np.flatnonzero(np.isin(readable.row, rows)) for name, rows in sorted(labels.splits.items())}
     for name, examples in splits.items():
         if not len(examples):

@@ -20,7 +20,7 @@ from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import find_classes, sort_classes
 from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows
 from openimp.evaluation.metrics import accuracy
-from openimp.evaluation.retrieval import SIMILARITIES
+from openimp.evaluation.retrieval import MAX_SIMILARITIES
 from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.evaluation import Probe
 
@@ -144,7 +144,7 @@ def nearest_neighbors(train_ND: np.ndarray, class_N: np.ndarray, test_ND: np.nda
     train_ND = _unit_vectors(train_ND)
     classes = int(class_N.max()) + 1
     predicted = []
-    for block_MD in np.array_split(_unit_vectors(test_ND), 1 + len(test_ND) * len(train_ND) // SIMILARITIES):
+    for block_MD in np.array_split(_unit_vectors(test_ND), 1 + len(test_ND) * len(train_ND) // MAX_SIMILARITIES):
         similarity_MN = block_MD @ train_ND.T
         nearest_MK = np.argpartition(-similarity_MN, k - 1, axis=1)[:, :k]
         vote_MK = np.exp(np.take_along_axis(similarity_MN, nearest_MK, axis=1) / TEMPERATURE)

@@ -16,7 +16,7 @@ from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows, rea
 from openimp.evaluation.metrics import interval
 from openimp.recipe.evaluation import Retrieval
 
-SIMILARITIES = 2**22
+MAX_SIMILARITIES = 2**22
 """Maximum number of similarities in memory at once (16 MiB)."""
 
 
@@ -42,9 +42,9 @@ class RetrievalResult(Predicted):
     def answers(self, query_index: int, k: int) -> list[Answer]:
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.
 
-        In a tie, wrong candidates come first, and NaN counts against the model. So in the order of all candidates, the
-        best correct one is at position `rank[query_index]`. Exception: if the similarity of a correct candidate is NaN,
-        all wrong candidates count as better in `rank`.
+        In a tie, wrong candidates come first. NaN is the worst similarity of a correct candidate, and the best of a
+        wrong one. So the best correct one is at position `rank[query_index]` of all candidates, unless a correct one
+        has NaN: `rank` then counts all wrong candidates as better.
         """
         similarity_M = (self.candidate_MZ @ self.query_NZ[query_index]).cpu().numpy()
         correct_candidates = self.correct_pairs[self.correct_pairs[:, 0] == query_index, 1]
@@ -117,7 +117,7 @@ def retrieve(
 
 
 @torch.inference_mode()
-def ranks(queries_NZ: Tensor, candidates_MZ: Tensor, pairs: np.ndarray, limit: int = SIMILARITIES) -> np.ndarray:
+def ranks(queries_NZ: Tensor, candidates_MZ: Tensor, pairs: np.ndarray, limit: int = MAX_SIMILARITIES) -> np.ndarray:
     """(N,) int64, the rank from 1 of each query's best correct candidate by dot product.
 
     Ties count against the model: a wrong candidate that is as similar as the best correct one ranks before it. A model

@@ -7,7 +7,7 @@ all of them at once.
 
 Shape suffixes: B examples, L tokens per example, T tokens of all inputs, E experts, C slots per expert and example
 (capacity), S slots of an expert, U = E S slots of all experts, D width, F hidden width, 1 a dimension of size 1; e
-experts of this rank, s slots of such an expert for the tokens of all ranks.
+experts of this rank, s slots of such an expert, from all ranks over which the experts are distributed.
 """
 
 from collections.abc import Sequence
@@ -141,7 +141,7 @@ class Router(nn.Module):
     ) -> tuple[Routing, RouterStats]:
         z_loss = self.config.z_loss * (z_loss_BL * valid_BL).sum() / tokens_per_rank
         routing = expert_choice(probs_BLE, valid_BL, self.config.capacity_factor)
-        # A compiled layer runs only in training (`compile_blocks`), so it need not read `training`.
+        # Layers are compiled only for training (`compile_blocks`). `is_compiling` spares them a guard on `training`.
         if torch.compiler.is_compiling() or self.training:
             usage = _usage(routing, valid_BL, tokens_per_rank)
         else:

@@ -195,7 +195,7 @@ class Trainer(Parts):
                 if self.variant.prints_warnings:
                     self.log.print_warnings_of_objectives(loaded)
                 steps_done = loaded.visit.step + 1
-                if self.log.is_due(steps_done):  # Also before each checkpoint and evaluation.
+                if self.log.is_due(steps_done):  # True also if a checkpoint or an evaluation is due.
                     self.confirm_and_gather_bad_examples()
                     self.log.bad_examples.raise_if_too_many()
                 if self._is_due(save_every, steps_done):
@@ -344,7 +344,7 @@ class Trainer(Parts):
         self._evaluated_step = None if self._failure else self.step
         if self._failure and not is_last:
             console.print(f"{self._failure}; training goes on", soft_wrap=True)
-        self._announce_checkpoint()  # Before `_keep_best`, whose checkpoint would be the newest.
+        self._announce_checkpoint()  # Before `_keep_best` may save: only the newest checkpoint is announced.
         self._keep_best(results)
         self._announce_checkpoint()
         self.callbacks.on_evaluation(self.step, results)
@@ -390,8 +390,8 @@ class Trainer(Parts):
         """The error of steps that were not applied. Every rank must call this.
 
         The error names the first step whose loss is not finite on this rank, or else the last step. In a round, ranks
-        may name different steps. The error also names up to 8 examples of each rank whose loss is not finite. If the
-        losses of all ranks are finite, it names examples of this rank.
+        may name different steps. The error also names up to 8 examples of each rank whose loss is not finite or, if
+        there is none, of this rank.
         """
         failed_step = next((step for step in steps if not step.losses.total.isfinite()), steps[-1])
         visit = failed_step.batch_info.visit
