@@ -38,13 +38,13 @@ class Saver:
         # At exit Python waits for the thread, so an error elsewhere costs no checkpoint.
         self._thread = ThreadPoolExecutor(1, "saver")
         self._saving: Future[None] | None = None
-        # CPU copies of the tensors, by part and name. Each checkpoint overwrites them.
+        # CPU copies of the tensors, by part (model, optimizer or ema) and name. Each checkpoint overwrites them.
         self._buffers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
 
     def start(self, step: int, text_files: Mapping[str, str], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Waits for the previous checkpoint, copies the tensors to CPU memory, and lets the thread write them.
 
-        Rank 0 writes the `text_files`, by file name. The tensors are by part (model, optimizer or ema) and name.
+        Rank 0 writes the `text_files`, by file name. The tensors are by part and name, as in `_buffers`.
         CheckpointError if the previous checkpoint could not be written.
         """
         self.wait()
@@ -141,7 +141,7 @@ def _remove_others(folder: Path, keep: int) -> None:
         # makes the link again.
         return
     saved = checkpoints(run)
-    best = (folder.parent / BEST).resolve().name
+    best = link.resolve().name
     # Later checkpoints are damaged; otherwise the run would have resumed from them. They must not stay the newest.
     up_to_this = [path for path in saved if step_of(path) <= step_of(folder)]
     kept = {path for path in up_to_this if path.name == best} | set(up_to_this[-keep:])

@@ -83,7 +83,7 @@ def retrieve(
     242 notes with the names of 109 instruments make 109 texts, and all notes of an instrument are correct for its name.
     """
     a, b = options.inputs  # the names of two modalities
-    # `towards`, because in a disjoint space a modality has a projection head for every other modality.
+    # With `space: disjoint`, a modality has a head for each modality that it is compared with; `towards` selects it.
     encoded_by_modality = {
         a: evaluator.encode(options, a, table, towards=b),
         b: evaluator.encode(options, b, table, towards=a),

@@ -355,8 +355,8 @@ class Trainer(Parts):
         if name is None or all(result["set"] != name for result in results):
             return
         self.checkpointing.wait()
-        saved = {self.step, *map(step_of, checkpoints(self.run))}
-        best = distributed.run_on_rank_zero(lambda: best_step(self.run / "results.jsonl", name, saved))
+        steps = {self.step, *map(step_of, checkpoints(self.run))}
+        best = distributed.run_on_rank_zero(lambda: best_step(self.run / "results.jsonl", name, steps))
         if best == self.step:
             self.checkpointing.save(self.state())
             self.checkpointing.wait()
