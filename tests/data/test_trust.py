@@ -74,6 +74,14 @@ def test_who_names_the_data_of_a_foreign_model_trusts_that_path_alone(foreign, p
     assert {line["n"] for line in read_lines(tmp_path / "results.jsonl")} == {3, 15}
 
 
+def test_a_source_whose_files_are_missing_costs_only_the_sets_that_read_it(foreign, own_data, tmp_path):
+    altered(foreign, sounds={"path": "gone.jsonl"})
+    own = f"sources.pictures={{path: {own_data / 'pictures'}}}"
+    with refuses():
+        run_eval(foreign, None, None, tmp_path / "results.jsonl", [own])
+    assert {line["set"] for line in read_lines(tmp_path / "results.jsonl")} == {"colours"}
+
+
 def test_the_users_own_run_may_move_and_be_measured_with_no_flag(little_run, tmp_path):
     run = Path(shutil.copytree(little_run, tmp_path / "moved"))
     run_eval(run, None, None, None)

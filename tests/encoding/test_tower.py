@@ -185,6 +185,12 @@ def test_a_model_without_an_encoder_starts_with_the_cosines_of_its_tower(data, c
     torch.testing.assert_close(of_vectors, images @ text_vectors.T, atol=1e-5, rtol=1e-5)
     with pytest.raises(TypeError, match="expected float vectors"):
         model.encode_image(torch.zeros(2, 3))
+    sized = "{type: zero_shot, source: pictures, inputs: {image: file}, label: label, view: {image: {size: 32}}}"
+    other = tmp_path / "other.yaml"  # The size is for other models, as in recipes/evaluation.
+    other.write_text(
+        f"sources: {{pictures: {{path: {data / 'pictures'}}}}}\nevaluation: {{sets: {{named: {sized}}}}}\n"
+    )
+    assert [result["set"] for result in openimp.evaluate(tmp_path / "run", recipe=other)] == ["named"]
     export(tmp_path / "run", tmp_path / "onnx")
     graph = onnxruntime.InferenceSession(tmp_path / "onnx" / "image.onnx")
     (vectors,) = graph.run(["vectors"], {"input": images.numpy()})

@@ -75,6 +75,21 @@ def test_features_are_the_encoders_before_any_projection(probed):
         evaluate(*made)
 
 
+def test_labels_of_different_types_are_compared_as_text(probed):
+    """A table of a CSV file has texts where one of a Parquet file has numbers."""
+    number_of = {name: i for i, name in enumerate(sorted({*NAMES}))}
+    asked = NAMES[:12]
+    mixed = probed(
+        [number_of[name] for name in NAMES],
+        [str(number_of[name]) for name in asked],
+        squares(NAMES, 0),
+        squares(asked, 100),
+    )
+    for line in evaluate(*mixed):
+        assert (line["n"], line["candidates"]) == (12, len(number_of))
+        assert line["top1"] > 0.9
+
+
 def test_neighbours_vote_by_their_similarity():
     """Against the sum written out; of the four nearest, one very near outvotes two that are far."""
     rng = np.random.default_rng(0)

@@ -65,7 +65,7 @@ def test_classes_are_prompts_averaged_as_unit_vectors(labelled):
         # A label is compared as it is written in YAML, in a mapping as in a list.
         (["true", "false"], {"classes": {True: "yes", False: "no"}}, ["yes", "no"], [0, 1]),
         ([True, False], {"classes": [True, False]}, ["true", "false"], [0, 1]),
-        (["{sea}", "tree"], {"prompts": ["a {}"]}, ["tree", "{sea}"], [1, 0]),
+        (["{sea}", "tree"], {"prompts": ["a {}", "{{}} {}"]}, ["tree", "{sea}"], [1, 0]),
         # Equal texts are one class: otherwise, their vectors would be equal, and each row wrong.
         (["sea", "Tree", "Sea ", "tree"], {}, ["Sea ", "Tree"], [0, 1, 0, 1]),
     ],

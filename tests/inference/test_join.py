@@ -88,6 +88,8 @@ def test_what_cannot_be_joined_is_refused_and_leaves_no_file(tiny_model_folder, 
         embed_rows(tiny_model_folder, str(tmp_path / "rows.tar"), tmp_path / "out.parquet", "image", "png")
     (tmp_path / "rows.csv").write_text("file\nmissing.png\n../outside.png\n")
     with refuses():
+        embed_rows(tiny_model_folder, str(tmp_path / "rows.csv"), tmp_path / "out.parquet", "imgae", None)
+    with refuses():
         embed_rows(tiny_model_folder, str(tmp_path / "rows.csv"), tmp_path / "out.parquet", "image", "file")
     rows = [json.dumps({"file": str(media_folder / "0.png"), "meta": {}})]
     (media_folder / "rows.jsonl").write_text(rows[0])

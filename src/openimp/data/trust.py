@@ -93,5 +93,10 @@ def _is_inside(folder: Path, name: str, source: Source) -> bool:
 
     if source.root is not None and not is_inside(source.root):
         return False
-    # Files are listed only if the path is inside, so that nothing outside of the folder is looked at.
-    return is_bundled(source.path) or (is_inside(source.path) and all(map(is_inside, locate(name, source.path)[1])))
+    if is_bundled(source.path):
+        return True
+    try:
+        # Files are listed only if the path is inside, so that nothing outside of the folder is looked at.
+        return is_inside(source.path) and all(map(is_inside, locate(name, source.path)[1]))
+    except UserError:  # The files are missing, and only the sets that read them cannot be measured.
+        return True

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from openimp.common.errors import UserError, counted
+from openimp.common.schema import as_text
 from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import find_classes, sort_classes
 from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows
@@ -74,7 +75,7 @@ def check(options: Probe, error_prefix: str, tables: dict[str, Table]) -> None:
         table.require([options.label], error_prefix)
         values = table.column(options.label)
         find_classes(table, options.label, values, False, error_prefix)
-        labels[name] = [value for value in values if not isinstance(value, Unreadable)]
+        labels[name] = [as_text(value) for value in values if not isinstance(value, Unreadable)]
     _checked_classes(labels[options.source], labels[options.train], options, error_prefix)
 
 
@@ -110,7 +111,7 @@ def _read(
     features_ND = vectors.double().cpu().numpy()
     if not np.isfinite(features_ND).all():
         raise UserError(f"{error_prefix}: the encoder's features of source {source} are not finite")
-    return features_ND, labels, readable
+    return features_ND, [as_text(label) for label in labels], readable
 
 
 def linear(train_ND: np.ndarray, class_N: np.ndarray, test_ND: np.ndarray) -> tuple[np.ndarray, float]:

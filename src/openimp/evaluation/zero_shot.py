@@ -48,9 +48,9 @@ def class_names(labels: list[Any], options: ZeroShot, error_prefix: str) -> list
 
 def check_prompt(prompt: str, error_prefix: str) -> None:
     """Raises UserError if a prompt has no place for the name of a class."""
-    # No other braces: a width, as in {:>2000000000}, would fill the memory.
-    other_text = prompt.replace("{}", "", 1)
-    if other_text == prompt or "{" in other_text or "}" in other_text:
+    # No format: a width, as in {:>2000000000}, would fill the memory. {{ and }} are braces, as in templates.
+    other_text = r"(?:[^{}]|\{\{|\}\})*"
+    if not re.fullmatch(rf"{other_text}\{{\}}{other_text}", prompt):
         raise UserError(f"{error_prefix}: prompt {prompt!r} needs one plain {{}} where the class' text goes")
 
 

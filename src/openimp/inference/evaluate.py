@@ -91,8 +91,11 @@ def _with_sets(
         moved = [
             name
             for name, source in measured.sources.items()
-            if f"sources.{name}.path" in changed_keys
-            and (source.root is None or f"sources.{name}.root" in changed_keys)
+            if f"sources.{name}" in changed_keys
+            or (
+                f"sources.{name}.path" in changed_keys
+                and (source.root is None or f"sources.{name}.root" in changed_keys)
+            )
         ]
         return measured, moved, reasons
     theirs, file = read_recipe(other, overrides, Path.cwd())
@@ -100,8 +103,7 @@ def _with_sets(
     user_sources = theirs.get("sources") or {}
     sources = ours["sources"] | user_sources if isinstance(user_sources, dict) else user_sources
     evaluation = theirs.get("evaluation") or {}
-    if recipe.model.wrap:
-        _drop_sizes(recipe, evaluation)
+    _drop_sizes(recipe, evaluation)
     # `build` refuses unknown keys of `theirs`.
     data = {**theirs, **ours, "sources": sources, "evaluation": evaluation}
     measured, reasons = _build(data, names, file.resolve().parent, other)
@@ -140,7 +142,7 @@ def _build(
 
 
 def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
-    """Removes the sizes of pictures and texts from views that were written for other models than a wrapped one."""
+    """Removes from views what a wrapped model or a tower decides itself, such as the size of pictures."""
     sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
     if not isinstance(sets, dict):
         return
@@ -150,5 +152,6 @@ def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
             continue
         for name in recipe.modality_names:
             if isinstance(view.get(name), dict):
-                removed_keys = class_for(name, recipe.model, recipe.modalities).View.renamed
+                schema = class_for(name, recipe.model, recipe.modalities).View
+                removed_keys = {key for key, new in schema.renamed.items() if new not in schema.model_fields}
                 view[name] = {key: value for key, value in view[name].items() if key not in removed_keys}

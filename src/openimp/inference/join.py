@@ -59,8 +59,8 @@ def embed_rows(
     model = load(run)
     if modality is None and len(model.modalities) == 1:
         (modality,) = model.modalities
-    if modality is None:
-        raise UserError(f"--modality: expected {' or '.join(model.modalities)}, found none")
+    if modality is None or modality not in model.modalities:
+        raise UserError(f"--modality: expected {' or '.join(model.modalities)}, found {modality or 'none'}")
     if column is None:
         raise UserError(f"--column: name the column or the text template that {modality} reads")
     encoder = model.item_encoder(modality, towards, batch_size, f"embed {modality}")

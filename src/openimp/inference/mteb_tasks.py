@@ -83,6 +83,7 @@ def measure(model: Model, step: int | None, tasks: Iterable[AbsTask]) -> Iterato
     Tasks that cannot be measured are named in one NotMeasured after the results of the others.
     """
     encoder = MTEBEncoder(model)
+    batch_size = model.recipe.evaluation.batch_size  # UserError before any data is loaded, if there is no recipe.
     provenance = {
         "view": {name: view.model_dump(mode="json") for name, view in model.views.items()},
         "precision": precision_of(model.device, model.precision),
@@ -92,7 +93,7 @@ def measure(model: Model, step: int | None, tasks: Iterable[AbsTask]) -> Iterato
     reasons = []
     for task in tasks:
         try:
-            results = _measure(encoder, task)
+            results = _measure(encoder, task, batch_size)
         except UserError as error:
             reasons.append(str(error))
             continue
@@ -102,7 +103,7 @@ def measure(model: Model, step: int | None, tasks: Iterable[AbsTask]) -> Iterato
         raise NotMeasured(reasons, [])
 
 
-def _measure(encoder: MTEBEncoder, task: AbsTask) -> list[dict[str, Any]]:
+def _measure(encoder: MTEBEncoder, task: AbsTask, batch_size: int) -> list[dict[str, Any]]:
     """Loads a task's data, evaluates the model, and returns a result per test split and subset (mostly a language).
 
     An error of mteb, `datasets` or the hub becomes a UserError, so that one task does not end a benchmark of a hundred.
@@ -113,7 +114,6 @@ def _measure(encoder: MTEBEncoder, task: AbsTask) -> list[dict[str, Any]]:
     except Exception as error:  # `datasets` and its hub client raise about twenty unrelated types.
         dataset = metadata.dataset["path"]
         raise UserError(f"{metadata.name}: {dataset} cannot be loaded: {one_line(error.__cause__ or error)}") from error
-    batch_size = encoder.model.recipe.evaluation.batch_size
     evaluate: Any = mteb.evaluate  # Its types demand arguments that our encoder does not use.
     try:
         with warnings.catch_warnings():
