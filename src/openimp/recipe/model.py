@@ -71,8 +71,9 @@ class Model(Strict):
     moe: MoE | None = None
     """Options of a sparse encoder; null: a dense encoder."""
     modality_specific_layers: Whole = 0
-    """Number of first blocks that each stem has for itself, to compare a shared encoder with modality-specific ones. 0:
-    one shared encoder, as in the paper. All blocks: one encoder per stem."""
+    """Number of first blocks that each stem has for itself. In short trainings of tasks that share little, two of three
+    blocks avoid most of what sharing an encoder costs (docs/results/moe_mixture.md). 0: one shared encoder, as in the
+    paper. All blocks: one encoder per stem."""
     space: Literal["disjoint", "joint"] = "disjoint"
     """disjoint: one projection head per ordered pair of modalities, as in the authors' release. joint: one per
     modality."""
