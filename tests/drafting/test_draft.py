@@ -18,7 +18,7 @@ from recordings import picture_file
 
 from openimp.common.json_lines import read_lines
 from openimp.drafting.assembling import ChosenTower, assemble
-from openimp.drafting.draft import find_tasks, fit, recipe_name
+from openimp.drafting.draft import draft_recipe, find_tasks, fit, recipe_name
 from openimp.drafting.machine import Machine
 from openimp.drafting.sizing import steps_between_evaluations, text
 from openimp.drafting.writing import write
@@ -202,6 +202,14 @@ def test_a_picture_whose_text_names_a_side_is_not_mirrored_with_a_tower_for_text
     for towers in ({}, {"text": ChosenTower("sentence_transformers:a/b", 24)}):
         (task,) = assemble("all", tasks, CPU, towers).recipe["tasks"].values()
         assert [view["image"]["flip"] for view in task["views"]] == [False, False]
+
+
+def test_a_training_that_cannot_be_tested_says_so(media_folder, tmp_path, monkeypatch):
+    for file in media_folder.glob("?.*"):
+        if file.suffix in (".png", ".txt"):
+            shutil.copy(file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert "too few different values of" in draft_recipe([str(tmp_path)]).notes[-1]
 
 
 def test_two_towers_of_one_stem_are_refused(media_folder):

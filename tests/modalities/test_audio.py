@@ -1,8 +1,10 @@
 import io
+import sys
 
 import numpy as np
 import PIL.Image
 import pytest
+import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -143,6 +145,26 @@ NO_SOUND = {
     "a WAV cut short": file(sine(440))[:-200],
     "an AIFF cut short": file(sine(440), form="AIFF")[:-200],
 }
+
+
+def test_an_mp3_is_opened_once_for_all_segments_until_it_changes(tmp_path):
+    """Otherwise, an hour takes a minute, because libsndfile reads an MP3 from its start to each segment."""
+    path = tmp_path / "long.mp3"
+    opened: list[str] = []
+    is_counting = True
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if is_counting and event == "open" else None)
+    for seed in (0, 1):
+        soundfile.write(path, np.random.default_rng(seed).uniform(-0.5, 0.5, 30 * 16_000), 16_000)
+        content = path.read_bytes()
+        opened.clear()
+        for start in (0.0, 5.0, 20.0, 10.0, 0.0):
+            segment = AUDIO.encode_segment(path, SHORT, start, start + 5)
+            np.testing.assert_allclose(segment, AUDIO.encode_segment(content, SHORT, start, start + 5), atol=1e-4)
+        assert opened.count(str(path)) == 1
+    is_counting = False
+    path.write_bytes(b"ID3")
+    with pytest.raises(BadMedia):
+        AUDIO.encode_segment(path, SHORT, 0.0, 5.0)
 
 
 # Named, for a file of floats holds the second at which it was made, and names must not differ between test processes.

@@ -72,6 +72,7 @@ def draft_recipe(
     for tower in towers:
         if not any(tower_by_kind[kind].name == tower for kind in kinds & tower_by_kind.keys()):
             raise UserError(f"--tower {tower}: reads none of {', '.join(sorted(kinds))}, or another tower does")
+    notes += [f"{name}: {split.why}" for name, _, split in tasks if split.test is None]
     draft = assemble(recipe_name(paths[0]), tasks, machine, tower_by_kind)
     classes = {
         head_key(draft.recipe["tasks"][name]["source"], task.label.name): sort_classes(split.classes)

@@ -18,10 +18,10 @@ from openimp.modalities import media
 from openimp.modalities.sound import (
     ReadPlan,
     array_samples,
-    between,
     clips_of,
     length_in_seconds,
     mono,
+    read_segment,
     read_sound,
     resample,
     sampled_array,
@@ -174,7 +174,7 @@ class Audio(Modality):
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
         """The segment's clips (clips, samples): as many as cover all of it, whatever the view's `clips`."""
         with media.decoder_errors():
-            sound = self._read(value, between(start, end))
+            sound = self._resampled(*read_segment(value, start, end))
         clips = ceil(len(sound) / self.samples(view))
         return self.transform(sound, view.model_copy(update={"clips": clips}), None)
 
@@ -189,7 +189,11 @@ class Audio(Modality):
         else:
             with media.open_media(raw) as media_file:
                 sound, source_rate = read_sound(media_file, plan)
-        sound = resample(mono(sound), source_rate, rate)
+        return self._resampled(sound, source_rate)
+
+    def _resampled(self, sound: np.ndarray, source_rate: int) -> np.ndarray:
+        """Mono samples (N,) int16 at the stem's sample rate, of samples (N,) or (N, channels)."""
+        sound = resample(mono(sound), source_rate, self.config.sample_rate)
         if not sound.size:
             raise BadMedia("no samples")
         return np.round(sound.clip(-1, 1) * 32767).astype(np.int16)

@@ -2,10 +2,12 @@
 
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from math import ceil
 from numbers import Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 import av
@@ -13,7 +15,8 @@ import numpy as np
 import soundfile
 
 from openimp.common.modality import BadMedia
-from openimp.modalities.media import MediaFile, narrowed, open_container, parts_to_read
+from openimp.common.safe_files import file_state
+from openimp.modalities.media import MediaFile, narrowed, open_container, open_media, parts_to_read
 
 MAX_SECONDS = 300
 """Longest sound that is read as a whole."""
@@ -105,6 +108,59 @@ def between(start: float, end: float) -> ReadPlan:
     return lambda _, rate: [(int(start * rate), ceil((end - start) * rate))]
 
 
+class _LastMP3(threading.local):
+    """The MP3 of which this thread has read a segment last, still open.
+
+    libsndfile looks for a place in an MP3 from the start of the file on, unless it has read the part before it. If each
+    segment opened the file anew, a long recording would take quadratic time. Samples depend on the place where the
+    decoder was before, but only by about 1e-7.
+    """
+
+    state: tuple[str, str] | None = None  # its path and `file_state`
+    media_file: MediaFile
+    file: soundfile.SoundFile
+
+    def open(self, path: str) -> None:
+        self.close()
+        self.media_file = open_media(path)
+        try:
+            self.file = soundfile.SoundFile(_Quiet(self.media_file))
+        except BaseException:
+            self.media_file.close()
+            raise
+        self.state = (path, file_state(path))
+
+    def close(self) -> None:
+        if self.state is not None:
+            self.state = None
+            self.file.close()
+            self.media_file.close()
+
+
+_last_mp3 = _LastMP3()
+
+
+def read_segment(raw: Any, start: float, end: float) -> tuple[np.ndarray, int]:
+    """Reads a recording between two times in seconds, as `read_sound` does. `raw` is a path or the bytes of a file."""
+    plan = between(start, end)
+    path = str(raw) if isinstance(raw, str | Path) else ""
+    if not path.lower().endswith(".mp3"):
+        with open_media(raw) as media_file:
+            return read_sound(media_file, plan)
+    try:
+        if _last_mp3.state != (path, file_state(path)):
+            _last_mp3.open(path)
+        _last_mp3.media_file.restart_limits()
+        return _read_soundfile(_last_mp3.media_file, _last_mp3.file, plan)
+    except soundfile.LibsndfileError:
+        _last_mp3.close()
+        with open_media(raw) as media_file:
+            return read_sound(media_file, plan)
+    except BaseException:
+        _last_mp3.close()
+        raise
+
+
 def read_sound(media_file: MediaFile, plan: ReadPlan) -> tuple[np.ndarray, int]:
     """Reads the parts of a sound that are used: the mean of its channels (N,) fp32, and the sample rate."""
     sound_and_rate = _try_libsndfile(media_file, lambda file: _read_soundfile(media_file, file, plan))
@@ -145,7 +201,7 @@ def _read_soundfile(media_file: MediaFile, file: soundfile.SoundFile, plan: Read
     parts = [np.empty(0, np.float32)]
     block = BLOCK // file.channels
     for start, count in _checked(plan, file.frames, file.samplerate):
-        if start:
+        if file.tell() != start:
             file.seek(start)
         end = min(start + count, file.frames)
         for begin in range(start, end, block):
