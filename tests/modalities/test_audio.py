@@ -165,6 +165,9 @@ def test_an_mp3_is_opened_once_for_all_segments_until_it_changes(tmp_path):
     path.write_bytes(b"ID3")
     with pytest.raises(BadMedia):
         AUDIO.encode_segment(path, SHORT, 0.0, 5.0)
+    soundfile.write(path, np.zeros(RATE), RATE, format="PAF")  # Not one of the formats that are read.
+    with pytest.raises(BadMedia):
+        AUDIO.encode_segment(path, SHORT, 0.0, 1.0)
 
 
 # Named, for a file of floats holds the second at which it was made, and names must not differ between test processes.

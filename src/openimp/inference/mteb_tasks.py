@@ -83,7 +83,7 @@ def measure(model: Model, step: int | None, tasks: Iterable[AbsTask]) -> Iterato
     Tasks that cannot be measured are named in one NotMeasured after the results of the others.
     """
     encoder = MTEBEncoder(model)
-    batch_size = model.recipe.evaluation.batch_size  # UserError before any data is loaded, if there is no recipe.
+    batch_size = model.recipe.evaluation.batch_size  # Before any data is loaded: UserError without a recipe.
     provenance = {
         "view": {name: view.model_dump(mode="json") for name, view in model.views.items()},
         "precision": precision_of(model.device, model.precision),

@@ -26,6 +26,8 @@ MAX_SAMPLES = 2**25
 """Most samples of a sound in memory: 300 s at up to 111 kHz."""
 BLOCK = 2**22
 """Most samples times channels per read."""
+MP3 = re.compile(rb"ID3|\xff[\xe0-\xff]")
+"""First bytes of an MP3 file."""
 SOUNDFILE = re.compile(rb"RIFF|RIFX|RF64|riff|FORM|fLaC|OggS|caff|\.snd|ID3|\xff[\xe0-\xff]")
 """First bytes of the files that libsndfile may read: WAV, W64, AIFF, FLAC, Ogg, CAF, AU and MP3. It knows many more."""
 
@@ -109,7 +111,7 @@ def between(start: float, end: float) -> ReadPlan:
 
 
 class _LastMP3(threading.local):
-    """The MP3 of which this thread has read a segment last, still open.
+    """The MP3 file from which this thread last read a segment. It stays open.
 
     libsndfile looks for a place in an MP3 from the start of the file on, unless it has read the part before it. If each
     segment opened the file anew, a long recording would take quadratic time. Samples depend on the place where the
@@ -124,6 +126,8 @@ class _LastMP3(threading.local):
         self.close()
         self.media_file = open_media(path)
         try:
+            if not MP3.match(self.media_file.peek(4)):
+                raise soundfile.LibsndfileError(1)  # Only MP3s: whatever else has this name is read as other files are.
             self.file = soundfile.SoundFile(_Quiet(self.media_file))
         except BaseException:
             self.media_file.close()
