@@ -192,8 +192,12 @@ def test_names_of_classes_are_short_texts_and_classify_with_full_weight():
         assert view["text"]["length"] <= 8
     assert drafted["views"][-1]["text"]["length"] == 8, "queries may be longer than names"
     names = ["red", "blue"] * 40 + ["dark green", "dark grey"]
-    assert text(names, 1000, are_classes=True)[1] == 3, "two words and the end token, so that no two names are equal"
-    assert text(names, 1000, are_classes=False) == ({"vocab_size": 8192, "min_df": 2, "positions": 8}, 2)
+    assert text(names, 1000, names)[1] == 3, "two words and the end token, so that no two names are equal"
+    words = {"vocab_size": 8192, "min_df": 2, "positions": 8}
+    assert text(names, 1000, []) == (words, 2)
+    languages = ["C", "C++", "Python"] * 40
+    assert text(languages, 1000, []) == (words, 2)
+    assert text(languages, 1000, languages)[0] == {"vocab_size": 2048, "positions": 8}, "two have equal words"
 
 
 def test_a_picture_whose_text_names_a_side_is_not_mirrored_with_a_tower_for_texts_either(media_folder):

@@ -104,6 +104,11 @@ def test_unreadable_pictures_and_labels_are_left_out_counted_and_named(labelled,
     assert evaluate(*made)[0]["skipped_rows"][0].startswith("things2.png: ")
 
 
+def test_classes_with_equal_tokens_are_named(labelled, capsys):
+    evaluate(*labelled(["sea", "sea" * 50, "sea" * 51] * 3))
+    assert f"reads the classes {'sea' * 50!r} and {'sea' * 51!r} as the same text" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("labels", "options"),
     [

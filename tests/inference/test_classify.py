@@ -91,6 +91,7 @@ def test_what_cannot_be_classified_is_refused(run, pictures, tmp_path):
         {"names": ["red"]},
         {"names": ["red", "red"]},
         {"names": ["red", ""]},
+        {"names": ["red " * 20, "blue", "red " * 21]},
         {"names": [0, 1]},
         {"names": ["red", "blue"], "prompts": ["a square"]},
         {"names": "red"},

@@ -89,8 +89,8 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mappin
             views[kind] = {}
     text_length = 0
     if texts and "text" not in towers:
-        has_classes = any(not column.items for column in text_columns)
-        modalities["text"], text_length = sizing.text(texts, rows, has_classes)
+        class_names = [name for column in text_columns if not column.items for name in column.sample]
+        modalities["text"], text_length = sizing.text(texts, rows, class_names)
         views["text"] = {"length": modalities["text"]["positions"]}
     if "size" in views.get("image", {}) and mentions_sides:
         views["image"]["flip"] = False  # A mirrored picture would contradict its text.

@@ -4,6 +4,7 @@ Shape suffixes: K classes, P prompts, Z features of the shared embedding space.
 """
 
 import re
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openimp.common.errors import UserError
+from openimp.common.modality import Modality
+from openimp.common.progress import notice
+from openimp.common.protocols import TextReader
 from openimp.common.schema import as_text
 from openimp.common.texts import text_key
 from openimp.evaluation.evaluator import Evaluator
-from openimp.parallel.distributed import all_gather_uneven, own_part
+from openimp.parallel.distributed import all_gather_uneven, own_part, rank
 from openimp.recipe.evaluation import ZeroShot
 
 
@@ -54,10 +58,24 @@ def check_prompt(prompt: str, error_prefix: str) -> None:
         raise UserError(f"{error_prefix}: prompt {prompt!r} needs one plain {{}} where the class' text goes")
 
 
+def names_with_equal_tokens(names: Iterable[str], reader: Modality, view: Any) -> tuple[str, str] | None:
+    """The first two names that the model cannot tell apart, such as "C" and "C++" if its tokens are words."""
+    if not isinstance(reader, TextReader):  # A tower would embed each name.
+        return None
+    name_of: dict[bytes, str] = {}
+    for name in names:
+        other = name_of.setdefault(reader.encode_input(name, view).tobytes(), name)
+        if other != name:
+            return other, name
+    return None
+
+
 def class_embeddings(evaluator: Evaluator, options: ZeroShot, names: list[str]) -> Tensor:
     """(K, Z) unit vectors: for each class, the mean of the unit vectors of its name in each prompt."""
     (seen,) = options.inputs
     encoder = evaluator.item_encoder(options.reader, evaluator.recipe.inference_view(options.reader), seen)
+    if rank() == 0 and (equal_names := names_with_equal_tokens(names, encoder.modality, encoder.view)):
+        notice("the model reads the classes {!r} and {!r} as the same text, so it confuses them".format(*equal_names))
     rank_names = [names[i] for i in own_part(len(names))]
     texts = (prompt.format(name) for name in rank_names for prompt in options.prompts)
     vectors = [vector for _, vector in encoder.encode((text, partial(encoder.read, text)) for text in texts)]

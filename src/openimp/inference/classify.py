@@ -21,7 +21,7 @@ from openimp.common.protocols import TextReader
 from openimp.common.texts import text_key
 from openimp.data.batch import head_key
 from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
-from openimp.evaluation.zero_shot import check_prompt
+from openimp.evaluation.zero_shot import check_prompt, names_with_equal_tokens
 from openimp.inference.files import File, file_value, find_files, left_out, shown_name
 from openimp.inference.model import Model, load
 from openimp.recipe.schema import Recipe
@@ -116,6 +116,9 @@ def _by_names(model: Model, modality: str, names: Sequence[str], prompts: Sequen
         is_known = not isinstance(reader, TextReader) or reader.knows(name, model.views[reader.name])
         if not name.strip() or not is_known:
             raise UserError(f"the class {name!r} has no word that the model knows")
+    if equal_names := names_with_equal_tokens(names, reader, model.views[reader.name]):
+        name, other = equal_names
+        raise UserError(f"the model reads the classes {name!r} and {other!r} as the same text; describe one differently")
     texts = [prompt.format(name) for name in names for prompt in prompts]
     z_NZ = model.encode(reader.name, texts, normalize=True, towards=modality, batch_size=batch_size)
     z_KPZ = z_NZ.unflatten(0, (len(names), len(prompts)))
