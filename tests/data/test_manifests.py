@@ -54,7 +54,17 @@ def test_any_other_csv_file_is_read_alike_or_refused_alike(tmp_path_factory, tex
         expected = by_python(str(file))
     except ValueError:
         return  # Arrow may read more, for example a cell that is longer than Python's limit.
-    assert manifests._read_csv(str(file)).to_pylist() == expected
+    assert manifests._without_empty_end(manifests._parsed_csv(str(file), ",")).to_pylist() == expected
+
+
+def test_a_quote_that_would_swallow_rows_is_named(tmp_path):
+    file = tmp_path / "x.csv"
+    for stray in (['b.png,"a dog', "c.png,a cat"], ['b.png,"a dog', 'c.png,"a cat']):
+        file.write_text("\n".join(["file,caption", 'a.png,"two\nlines, and a ""quote"""', *stray, "d.png,a cow", ""]))
+        with refuses(ValueError):
+            manifests._read_csv(str(file))
+    file.write_text('file,caption\na.png,"two\nlines"\nb.png,"Hello" world\nc.png,a 5" pipe\n')
+    assert manifests._read_csv(str(file))["caption"].to_pylist() == ["two\nlines", "Hello world", 'a 5" pipe']
 
 
 def test_what_spreadsheets_leave_beside_and_below_a_table_is_no_data(tmp_path):

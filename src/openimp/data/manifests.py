@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import reduce
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -103,8 +103,43 @@ def _csv_reader(lines: Iterable[str], delimiter: str) -> Any:
 
 
 def _read_csv(file: str, delimiter: str = ",") -> pa.Table:
+    table = _without_empty_end(_parsed_csv(file, delimiter))
+    texts = (column for column in table.columns if pa.types.is_string(column.type))
+    if delimiter == "," and any(pc.any(pc.match_substring(column, "\n")).as_py() for column in texts):
+        _check_quotes(file)
+    return table
+
+
+def _check_quotes(file: str) -> None:
+    """Raises ValueError for a quote that opens a cell by mistake, so that the cell takes in the rows below it.
+
+    The readers of tables allow that: they continue to the next quote, or to the end of the file.
+    """
+    with _open_csv(file) as lines:
+        rows = csv.reader(lines, strict=True)
+        last_line = 0
+        while True:
+            try:
+                for _ in rows:
+                    last_line = rows.line_num
+                return
+            except csv.Error:
+                if rows.line_num > last_line + 1:
+                    raise ValueError(
+                        f'line {last_line + 1}: the quote (") that begins a cell has no end; remove it, or write the '
+                        'whole cell in quotes, and "" for a quote inside it'
+                    ) from None
+                last_line = rows.line_num  # As in `"Hello" world`; the reader continues with the next line.
+
+
+def _open_csv(file: str) -> TextIO:
+    csv.field_size_limit(max(BLOCK_BYTES, csv.field_size_limit()))  # As large as Arrow's cells.
+    return open(file, encoding="utf-8-sig", newline="")  # -sig: Excel writes a byte order mark first.
+
+
+def _parsed_csv(file: str, delimiter: str) -> pa.Table:
     with suppress(csv.Error, pa.ArrowException):
-        with open(file, encoding="utf-8-sig", newline="") as lines:  # -sig: Excel writes a byte order mark first.
+        with _open_csv(file) as lines:
             header = _csv_header(_csv_reader(lines, delimiter), delimiter)
         table = pyarrow.csv.read_csv(
             file,
@@ -118,8 +153,8 @@ def _read_csv(file: str, delimiter: str = ",") -> pa.Table:
         )
         unnamed = table.columns[len(header) :]
         if table.column_names[: len(header)] == header and all(len(cells) == cells.null_count for cells in unnamed):
-            return _without_empty_end(table.select(range(len(header))))
-    return _without_empty_end(_to_arrow(_csv_rows(file, delimiter)))
+            return table.select(range(len(header)))
+    return _to_arrow(_csv_rows(file, delimiter))
 
 
 def _without_empty_end(table: pa.Table) -> pa.Table:
@@ -152,9 +187,9 @@ def _csv_rows(file: str, delimiter: str = ",") -> Iterator[dict[str, Any]]:
 
     A row that spans several lines has the number of its first line.
     """
-    with open(file, encoding="utf-8-sig", newline="") as handle:
-        csv.field_size_limit(max(BLOCK_BYTES, csv.field_size_limit()))  # As large as Arrow's cells.
+    with _open_csv(file) as handle:
         lines = _csv_reader(handle, delimiter)
+        end = 0
         try:
             header = _csv_header(lines, delimiter)
             end = lines.line_num
@@ -168,7 +203,7 @@ def _csv_rows(file: str, delimiter: str = ",") -> Iterator[dict[str, Any]]:
                 if cells:
                     yield dict.fromkeys(header) | {column: cell or None for column, cell in zip(header, cells)}
         except csv.Error as error:
-            raise ValueError(f"line {lines.line_num}: {error}") from None
+            raise ValueError(f"line {end + 1}: {error}") from None
 
 
 def _read_json(file: str) -> pa.Table:
