@@ -236,6 +236,15 @@ def test_media_without_a_caption_are_found_by_the_words_of_their_path(word_model
     assert {hit.text for hit in index.search("drum", by="words")} == {"old guitar/red_drum", "red_drum"}
 
 
+def test_words_are_found_in_languages_without_spaces(word_model, media_folder, tmp_path):
+    texts = ["一只小狗在草地上", "東京タワーの写真", "แมวสีดำ", "two dogs and a cat"]
+    for text in texts:
+        shutil.copy(media_folder / "0.png", tmp_path / f"{text}.png")
+    index = open_index(build_index(word_model, [tmp_path], tmp_path / "x.index").folder)
+    for word, text in zip(["小狗", "タワー", "แมว", "dog"], texts):
+        assert [hit.text for hit in index.search(word, by="words")] == [text]
+
+
 def test_the_text_of_media_is_their_path_in_the_outermost_given_folder(word_model, media_folder, tmp_path):
     dogs = tmp_path / "photos" / "dog"
     dogs.mkdir(parents=True)

@@ -118,7 +118,7 @@ def _by_names(model: Model, modality: str, names: Sequence[str], prompts: Sequen
             raise UserError(f"the class {name!r} has no word that the model knows")
     if equal_names := names_with_equal_tokens(names, reader, model.views[reader.name]):
         name, other = equal_names
-        raise UserError(f"the model reads the classes {name!r} and {other!r} as the same text; describe one differently")
+        raise UserError(f"the model reads the classes {name!r} and {other!r} as the same text; rename one")
     texts = [prompt.format(name) for name in names for prompt in prompts]
     z_NZ = model.encode(reader.name, texts, normalize=True, towards=modality, batch_size=batch_size)
     z_KPZ = z_NZ.unflatten(0, (len(names), len(prompts)))

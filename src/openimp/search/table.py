@@ -36,6 +36,13 @@ KEEP_VERSIONS = 24 * 3600
 """Seconds that a version of the table is kept after a newer one has replaced it, for processes that still read it."""
 ACCENTS = 200
 """Least combining class, in Unicode, of the accents of Latin, Greek and Cyrillic letters."""
+# fmt: off
+STOP_WORDS = [
+    "a", "an", "and", "are", "as", "at", "be", "but", "by", "for", "if", "in", "into", "is", "it", "no", "not", "of",
+    "on", "or", "such", "that", "the", "their", "then", "there", "these", "they", "this", "to", "was", "will", "with",
+]
+# fmt: on
+"""Words that do not count. By default, LanceDB's ICU tokenizer removes those of all languages, such as "dog"."""
 FILTER_VALUES = 500
 """Maximum number of values in one SQL filter."""
 
@@ -237,7 +244,9 @@ class Items:
             if column not in indexed:
                 self.table.create_index(column, config=BTree())
         if self.word_column not in indexed:
-            self.table.create_index(self.word_column, config=FTS())
+            # ICU knows where words end in Chinese, Japanese and Thai.
+            words = FTS(base_tokenizer="icu/split", custom_stop_words=STOP_WORDS)
+            self.table.create_index(self.word_column, config=words)
         if "vector" not in indexed and self.table.count_rows() >= APPROXIMATE_ROWS:
             self.table.create_index("vector", config=IvfSq(distance_type="cosine"))
         self.table.optimize(cleanup_older_than=timedelta(days=9999))  # Only merges, which may take long.
