@@ -67,6 +67,15 @@ def test_a_quote_that_would_swallow_rows_is_named(tmp_path):
     assert manifests._read_csv(str(file))["caption"].to_pylist() == ["two\nlines", "Hello world", 'a 5" pipe']
 
 
+def test_spaces_after_the_commas_of_a_table_typed_by_hand_do_not_count(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text('file, caption, class\na.png, "a cat, asleep", cat\nb.png, two  dogs, dog \n')
+    assert manifests._read_csv(str(file)).to_pylist() == [
+        {"file": "a.png", "caption": "a cat, asleep", "class": "cat"},
+        {"file": "b.png", "caption": "two  dogs", "class": "dog "},
+    ]
+
+
 def test_what_spreadsheets_leave_beside_and_below_a_table_is_no_data(tmp_path):
     for ending in ("", "\nlong," + "x" * 200_000):
         text = f"file,class,,\na.png,cat,,\n,,,\nb.png,dog,,{ending}\n,,,\n,,,\n"

@@ -140,6 +140,17 @@ def test_what_cannot_be_trained_on_is_told(rows):
         tasks(rows)
 
 
+def test_empty_texts_and_classes_that_differ_only_in_case_are_told():
+    write(numbered(60, caption=["a cat {}", "", "a dog {}"]))
+    assert find_tasks(["data.jsonl"])[1] == [
+        "found data.jsonl: 60 rows, image in file, text in caption (empty in 33% of the rows)"
+    ]
+    write(numbered(60, label=["Cat", "dog", "cat"]))
+    assert find_tasks(["data.jsonl"])[1] == [
+        "found data.jsonl: 60 rows, image in file, 3 classes in label ('Cat' and 'cat' count as two)"
+    ]
+
+
 def test_rows_without_a_file_or_a_text_are_counted():
     (task,) = tasks(numbered(32, file=["gone.png", *["0.png"] * 7], caption=[None, "a", "b", "c"]))
     assert (task.media.bad, task.text.bad) == (1 / 8, 1 / 4)

@@ -119,7 +119,8 @@ def inside(root: Path, path: str) -> Path:
         real_root = _real_folder(folder) if os.path.isabs(folder) else os.path.realpath(folder)
         real_path = os.path.realpath(os.path.join(real_root, path))
         if real_path != real_root and not real_path.startswith(os.path.join(real_root, "")):
-            raise BadMedia(f"{shown_path} leaves the folder {root}")
+            remedy = "set `root` of the source to a folder above all files, or move the table there"
+            raise BadMedia(f"{shown_path} leaves the folder {root}; {remedy}")
         if not stat.S_ISREG(os.stat(real_path).st_mode):
             raise BadMedia(f"{shown_path} is not a regular file")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name

@@ -97,9 +97,20 @@ def _read_all(name: str, path: str, files: list[str]) -> tuple[pa.Table, list[in
         raise UserError(f"source {name}: {path}: {error}") from None
 
 
-def _csv_reader(lines: Iterable[str], delimiter: str) -> Any:
-    """A `csv.reader`. Tabs separate plain texts, in which quotes are ordinary characters."""
-    return csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL)
+def _csv_reader(lines: TextIO, delimiter: str, strict: bool = False) -> Any:
+    """A `csv.reader`. Tabs separate plain texts, in which quotes are ordinary characters.
+
+    If the header has spaces after commas, as in "file, caption", such spaces belong to no cell.
+    """
+    header = lines.readline(BLOCK_BYTES)
+    lines.seek(0)
+    return csv.reader(
+        lines,
+        delimiter=delimiter,
+        quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
+        skipinitialspace=delimiter == "," and ", " in header,
+        strict=strict,
+    )
 
 
 def _read_csv(file: str, delimiter: str = ",") -> pa.Table:
@@ -116,7 +127,7 @@ def _check_quotes(file: str) -> None:
     The readers of tables allow that: they continue to the next quote, or to the end of the file.
     """
     with _open_csv(file) as lines:
-        rows = csv.reader(lines, strict=True)
+        rows = _csv_reader(lines, ",", strict=True)
         last_line = 0
         while True:
             try:
@@ -140,7 +151,10 @@ def _open_csv(file: str) -> TextIO:
 def _parsed_csv(file: str, delimiter: str) -> pa.Table:
     with suppress(csv.Error, pa.ArrowException):
         with _open_csv(file) as lines:
-            header = _csv_header(_csv_reader(lines, delimiter), delimiter)
+            rows = _csv_reader(lines, delimiter)
+            header = _csv_header(rows, delimiter)
+        if rows.dialect.skipinitialspace:  # Arrow cannot.
+            return _to_arrow(_csv_rows(file, delimiter))
         table = pyarrow.csv.read_csv(
             file,
             pyarrow.csv.ReadOptions(block_size=BLOCK_BYTES),

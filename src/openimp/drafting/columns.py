@@ -217,7 +217,7 @@ def _media_columns(table: Table, first_rows: dict[str, list[Any]], notes: list[s
         kind = Counter(media.kind for media in probed).most_common(1)[0][0] if probed else "image"
         of_kind = [media for media in probed if media.kind == kind]
         if 2 * len(of_kind) <= len(values):
-            notes.append(f"{shown(name)}: most of its files cannot be used: {shown(why, limit=200)}")
+            notes.append(f"{shown(name)}: most of its files cannot be used: {shown(why, limit=500)}")
         elif kind in columns:
             notes.append(f"{shown(name)}: {shown(columns[kind].name)} has {kind} too")
         else:

@@ -5,11 +5,13 @@ import shlex
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes
 from openimp.common.names import BUNDLED, HUB, Name
+from openimp.common.schema import as_text
+from openimp.common.texts import text_key
 from openimp.data.batch import head_key
 from openimp.data.files import is_utf8
 from openimp.data.sources import FORMATS
@@ -161,10 +163,23 @@ def _summary(named: NamedTask) -> str:
     _, task, split = named
     parts = [f"{split.rows + split.test_rows:,} rows", f"{task.media.kind} in {shown(task.media.name)}"]
     if task.text and task.text.items:
-        parts.append(f"text in {shown(task.text.name)}")
+        empty = f" (empty in {task.text.bad:.0%} of the rows)" if task.text.bad >= 0.005 else ""
+        parts.append(f"text in {shown(task.text.name)}{empty}")
     if task.label:
-        parts.append(f"{len(split.classes):,} classes in {shown(task.label.name)}")
+        alike = _classes_alike(split.classes)
+        note = f" ({shown(alike[0])!r} and {shown(alike[1])!r} count as two)" if alike else ""
+        parts.append(f"{len(split.classes):,} classes in {shown(task.label.name)}{note}")
     return f"found {shown(task.candidate.place)}: {', '.join(parts)}"
+
+
+def _classes_alike(classes: list[Any]) -> tuple[str, str] | None:
+    """The first two classes that differ only in case or spaces, such as "Cat" and "cat "."""
+    first_with: dict[str, str] = {}
+    for name in map(as_text, classes):
+        other = first_with.setdefault(text_key(name), name)
+        if other != name:
+            return other, name
+    return None
 
 
 def fit(draft: Draft, classes: Classes, machine: Machine) -> float:

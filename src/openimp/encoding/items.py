@@ -1,7 +1,7 @@
 """Reads items of one modality from the rows of a source, and checks that modalities can be compared."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def raw_value(table: Table, modality: Modality, spec: Input, row: int) -> Raw:
 
 
 def raw_values(
-    table: Table, modality: Modality, spec: Input, rows: range, progress: Progress | None
+    table: Table, modality: Modality, spec: Input, rows: Sequence[int], progress: Progress | None
 ) -> Iterator[tuple[str, Raw | BadMedia]]:
     """Yields (key, value) of each row. Equal values have the same key. One that cannot be read is a BadMedia."""
     all_values = chain.from_iterable(table.chunks(rows, _columns(modality, spec)))

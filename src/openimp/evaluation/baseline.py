@@ -79,7 +79,8 @@ def _read(recipe: Recipe, source: str, options: ZeroShot | ClassHead, limit: int
     if not isinstance(modality, Comparable) or not isinstance(table, Table):
         return None
     view = options.view[name]
-    numbers = range(0, len(table), -(-len(table) // limit) or 1)
+    count = min(limit, len(table))
+    numbers = [number * len(table) // count for number in range(count)]
     labels = table.column(options.label)
     features = []
     classes = []

@@ -65,8 +65,8 @@ class Image(Vision):
 
     name = "image"
     tensor_axes = ("B", "3", "H", "W")
-    extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".ppm",
-                  ".tga")  # fmt: skip
+    extensions = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2",
+                  ".ppm", ".tga")  # fmt: skip
     decoders: ClassVar[tuple[str, ...]] = ("pillow",)
     raw_features_name = "pixels"
 
