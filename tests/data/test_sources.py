@@ -14,6 +14,7 @@ import socket
 import tarfile
 import threading
 from pathlib import Path
+from unicodedata import normalize
 
 import datasets
 import numpy as np
@@ -652,6 +653,14 @@ def test_paths_stay_inside(hostile_folder, path):
         table.media(path.format(outside=hostile_folder.parent))
     assert colour(table.media("inner.png")) == 0
     assert colour(table.media(f"{hostile_folder}/dog/../cat/a.png")) == 0
+
+
+def test_accents_in_a_table_may_be_encoded_in_another_way_than_in_names_of_files(tmp_path):
+    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        name = f"é {form}.png"
+        (tmp_path / normalize(form, name)).write_bytes(png(0))
+        (tmp_path / "m.csv").write_text(f"file,label\n{normalize(other, name)},0\n", encoding="utf-8")
+        assert opened(tmp_path / "m.csv").media(normalize(other, name)).name == normalize(form, name)
 
 
 def test_a_folder_with_brackets_in_its_name(tmp_path):

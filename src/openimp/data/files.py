@@ -6,6 +6,7 @@ import io
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -107,7 +108,8 @@ _real_folder = lru_cache(maxsize=64)(os.path.realpath)
 def inside(root: Path, path: str) -> Path:
     """Resolves links and `..` in `path`, which is relative to `root` and must not leave it.
 
-    Only a regular file is accepted, because reading a pipe would never end.
+    Only a regular file is accepted, because reading a pipe would never end. Letters with accents may be encoded in
+    another way than in the file's name: files from macOS have them decomposed.
     """
     if path.startswith(("zip://", "hf://")):  # So `datasets` names a file in a zip, and of a streamed data set.
         advice = "unpack the archive, leave out stream, or store bytes in Parquet files"
@@ -117,7 +119,7 @@ def inside(root: Path, path: str) -> Path:
         # Not as Path objects, which take longer to resolve and to compare. This is called for each example.
         folder = str(root)
         real_root = _real_folder(folder) if os.path.isabs(folder) else os.path.realpath(folder)
-        real_path = os.path.realpath(os.path.join(real_root, path))
+        real_path = os.path.realpath(os.path.join(real_root, path if path.isascii() else _as_on_disk(real_root, path)))
         if real_path != real_root and not real_path.startswith(os.path.join(real_root, "")):
             remedy = "set `root` of the source to a folder above all files, or move the table there"
             raise BadMedia(f"{shown_path} leaves the folder {root}; {remedy}")
@@ -127,6 +129,12 @@ def inside(root: Path, path: str) -> Path:
         hint = "; write / instead of \\" if os.sep == "/" and "\\" in path else ""  # Windows' paths
         raise BadMedia(f"{shown_path}: {getattr(error, 'strerror', None) or error} in {root}{hint}") from None
     return Path(real_path)
+
+
+def _as_on_disk(folder: str, path: str) -> str:
+    """The Unicode form of `path` in which a file exists; `path` itself if none does."""
+    forms = (path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path))
+    return next((form for form in forms if os.path.lexists(os.path.join(folder, form))), path)
 
 
 def digest(file: str | Path, blocks: int = 64, block: int = 64 * 1024) -> str:
