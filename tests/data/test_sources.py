@@ -359,6 +359,12 @@ def test_where(shards):
         ([{"split": 1}, {"split": 3}], "{'split': 3}", [1]),
         ([True, None, False], False, [2]),
         ([1.0, None, 2.0, 1.5], 1, [0]),  # Integers with a gap, as pandas writes them.
+        (["a", None, "", "b"], {"not": None}, [0, 3]),
+        (["a", None, "b", "c"], {"not": ["a", "c"]}, [1, 2]),
+        ([1, None, 2, 3], {"not": [None, 2]}, [0, 3]),
+        ([1.0, float("nan"), None], {"not": None}, [0]),
+        ([["a"], None, [], ["b", None], ["a", "b"]], {"not": None}, [0, 4]),
+        ([["a"], ["b"], None, ["a", "b"]], {"not": "a"}, [1, 2]),
     ],
 )
 def test_where_compares_values_of_any_type_as_text(tmp_path, cells, wanted, expected):

@@ -283,14 +283,20 @@ def _arrow_mask(column: Any, wanted: Any, text_of: Callable[[Any], Any] | None =
     With `text_of`, numbers are compared by the text that it makes of them.
     """
     kind = column.type
+    if isinstance(wanted, dict):
+        mask = _arrow_mask(column, wanted["not"], text_of)
+        return None if mask is None else ~mask
     if pa.types.is_primitive(kind):
         values = column.unique().to_pylist()
         return _is_in(column, [value for value in values if matches(text_of(value) if text_of else value, wanted)])
     if text_of:
         return None
+    texts = _as_texts(wanted)
     if _is_text(kind):
-        return _is_in(column, _as_texts(wanted))
-    if pa.types.is_list(kind) and (pa.types.is_string(kind.value_type) or pa.types.is_primitive(kind.value_type)):
+        return _is_in(column, [*texts, ""] if None in texts else texts)
+    if None in texts or not pa.types.is_list(kind):
+        return None
+    if pa.types.is_string(kind.value_type) or pa.types.is_primitive(kind.value_type):
         return np.concatenate([np.zeros(0, bool), *(_arrow_list_mask(chunk, wanted) for chunk in column.chunks)])
     return None
 
@@ -351,19 +357,26 @@ def _hash(content: bytes, signed: bool) -> int:
 def matches(cell: Any, wanted: Any) -> bool:
     """Whether a cell is a wanted value or, if it is a list, contains one. An `UnreadableRest` always matches.
 
+    `{"not": unwanted}` matches the cells that `unwanted` does not. None is a cell without a value.
+
     Values are compared as text, because the cells of a CSV file have no type. 1.0 is 1, because pandas makes floats of
     integers if one is missing.
     """
     if isinstance(cell, UnreadableRest):
         return True
-    cells = cell if isinstance(cell, list) else [cell]
+    if isinstance(wanted, dict):
+        return not matches(cell, wanted["not"])
+    items = cell if isinstance(cell, list) and cell else [cell]
     texts = _as_texts(wanted)
+    if None in texts and any(item in (None, "", []) or item != item for item in items):  # != is for NaN.
+        return True
     return any(
         item is not None
         and (as_text(item) in texts or (isinstance(item, float) and item.is_integer() and str(int(item)) in texts))
-        for item in cells
+        for item in items
     )
 
 
-def _as_texts(wanted: Any) -> list[str]:
-    return [as_text(item) for item in (wanted if isinstance(wanted, list) else [wanted])]
+def _as_texts(wanted: Any) -> list[str | None]:
+    values = wanted if isinstance(wanted, list) else [wanted]
+    return [None if value is None else as_text(value) for value in values]

@@ -73,7 +73,7 @@ def find_classes(table: Table, column: str, values: list[Any], has_lists: bool, 
         row = rows_without_class[0]
         raise UserError(
             f"{column_prefix} has {counted(len(rows_without_class), 'row')} without a class (the first, "
-            f"{table.row_name(row)} has {values[row]!r:.60}); leave them out with where"
+            f"{table.row_name(row)} has {values[row]!r:.60}); leave them out with where: {{{column}: {{not: null}}}}"
         )
     return row_by_class
 

@@ -43,6 +43,10 @@ class Part(Strict):
         return part not in (self.drop or ())
 
 
+Unwanted = Annotated[dict[Literal["not"], Any], Field(min_length=1)]
+"""A value, or values, of a column in rows that are left out."""
+
+
 class Source(Strict):
     """Data from exactly one `path` or `hub`. Several tasks may share a source."""
 
@@ -65,8 +69,9 @@ class Source(Strict):
     the manifest or, for a hub data set, its own folder in the hub's cache."""
     license: str | None = None
     """The license of the data, such as CC-BY-4.0, for the model card that `openimp push` writes."""
-    where: dict[str, str | int | bool | list[str] | list[int]] = {}
-    """Selects the rows in which each of these columns has the given value, or one of the given values."""
+    where: dict[str, str | int | bool | list[str] | list[int] | Unwanted] = {}
+    """Selects the rows in which each of these columns has the given value, or one of the given values. `{not: VALUE}`
+    or `{not: [VALUE, ...]}`: rows with other values; `{not: null}`: rows with any value."""
     part: Part | None = None
     """Selects a fixed share of the rows that `where` leaves. Streams have no parts."""
     stream: bool = False
