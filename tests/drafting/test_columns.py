@@ -146,9 +146,26 @@ def test_empty_texts_and_classes_that_differ_only_in_case_are_told():
         "found data.jsonl: 60 rows, image in file, text in caption (empty in 33% of the rows)"
     ]
     write(numbered(60, label=["Cat", "dog", "cat"]))
-    assert find_tasks(["data.jsonl"])[1] == [
-        "found data.jsonl: 60 rows, image in file, 3 classes in label ('Cat' and 'cat' count as two)"
-    ]
+    (line,) = find_tasks(["data.jsonl"])[1]
+    assert "3 classes in label ('Cat' and 'cat' count as two)" in line
+
+
+def test_what_is_wrong_with_files_is_told():
+    write(numbered(60, label=["cat", "dog", "cow"]))  # All rows name the same file.
+    assert (
+        "3 classes in label (1 file of several classes: openimp reads whole files" in find_tasks(["data.jsonl"])[1][0]
+    )
+    files = copies(50)
+    write([{"file": file, "caption": f"a cat {i}"} for i, file in enumerate([*files, *["gone.png"] * 10])])
+    assert "image in file (16% of a sample cannot be used: gone.png: No such file" in find_tasks(["data.jsonl"])[1][0]
+    write([{"id": "0", "caption": "a cat"}, {"id": "1", "caption": "a dog"}])
+    with refuses():
+        find_tasks(["data.jsonl"])
+
+
+def test_captions_in_lists_are_no_classes_although_they_repeat():
+    (task,) = tasks(numbered(80, captions=[["a cat", "a pet"], ["a dog"]]))
+    assert (task.text.name, task.label) == ("captions", None)
 
 
 def test_rows_without_a_file_or_a_text_are_counted():

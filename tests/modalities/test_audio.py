@@ -345,7 +345,8 @@ def test_a_long_sound_is_cut_into_segments_that_cover_it(form):
 
 
 def test_a_short_sound_an_array_and_a_lying_header_are_not_cut():
-    assert AUDIO.segments(file(sine(440, 7.0)), SHORT) == []
+    assert AUDIO.segments(file(sine(440, 4.0)), SHORT) == [], "the four clips of the view cover it"
+    assert AUDIO.segments(file(sine(440, 7.0)), SHORT) == [(0, 7)], "so that no part of it goes unheard"
     assert AUDIO.segments(sine(440, 60.0), SHORT) == []
     lying = bytearray(file(np.zeros(1600)))
     lying[24:28] = (1).to_bytes(4, "little")  # One sample per second makes 1,600 s of 3,244 bytes.

@@ -153,6 +153,22 @@ def test_a_recording_in_segments_is_one_result(joint_model, media, tmp_path, mon
     assert len(index.search(query, 100, under="long")) == 2, "a folder's files are one result each"
 
 
+def test_nothing_goes_unheard_between_the_clips_of_a_sound(joint_model, tmp_path):
+    """The view has clips of half a second, at the beginning and the end of a sound and between them."""
+    noise = np.random.default_rng(0).normal(0, 0.01, 7 * 16_000)
+    for moment in (0, 1, 2, 3, 4, 5):
+        sound = noise.copy()
+        sound[moment * 16_000 + 8_000 : moment * 16_000 + 16_000] *= 30
+        soundfile.write(tmp_path / f"{moment}.wav", sound, 16_000)
+    soundfile.write(tmp_path / "none.wav", noise, 16_000)
+    index = open_index(build_index(joint_model, [tmp_path], tmp_path / "x.index").folder)
+    (quiet,) = index.search(Query("audio", tmp_path / "none.wav"), under=tmp_path / "none.wav")
+    assert quiet.start is None, "it is too short for segments"
+    hits = index.search(Like(quiet.id), 7)
+    assert len(hits) == 6
+    assert all(hit.score < 0.9999 for hit in hits), [hit.score for hit in hits]
+
+
 def test_only_indexed_media_that_are_unchanged_are_read(tiny_model_folder, media_folder, tmp_path):
     file = Path(shutil.copy(media_folder / "1.png", tmp_path))
     index = open_index(build_index(tiny_model_folder, [file], tmp_path / "x.index").folder)

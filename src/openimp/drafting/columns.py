@@ -1,5 +1,6 @@
 """Finds out, by the names of columns and a sample of rows, which columns hold media, texts and classes."""
 
+import errno
 import os
 import re
 from collections import Counter
@@ -20,7 +21,7 @@ from openimp.recipe.tasks import Source
 
 NAMES = {
     "split": ["split", "subset", "set"],
-    "group": ["group", "speaker", "patient", "subject", "session", "artist", "user", "recording"],
+    "group": ["group", "speaker", "client", "patient", "subject", "session", "artist", "singer", "user", "recording"],
     "class": ["label", "labels", "class", "classes", "cls", "category", "categories", "species", "genre"],
     "text": ["caption", "captions", "text", "texts", "txt", "description", "descriptions", "sentence", "sentences",
              "transcript", "transcription", "utterance", "prompt", "alt", "title", "name", "keywords", "tags"],
@@ -49,6 +50,7 @@ class MediaColumn(NamedTuple):
     kind: Kind
     sample: list[MediaInfo]
     bad: float  # share of the sample that is not readable, or of another kind
+    problem: str  # why one of the sample is not readable; empty if all are
 
 
 class TextColumn(NamedTuple):
@@ -58,6 +60,7 @@ class TextColumn(NamedTuple):
     sample: list[str]  # texts of sampled rows
     items: int  # different values in the sample; 0: classes
     bad: float  # share of the sampled rows without a text
+    has_lists: bool = False
 
 
 class ClassColumn(NamedTuple):
@@ -116,7 +119,9 @@ def inspect(
     min_rows_per_class = dict.fromkeys([chosen_label] if chosen_label else class_columns, ROWS_PER_CLASS)
     if not chosen:
         # Texts that repeat often are the names of classes.
-        repeated = (text.name for text in texts if ROWS_PER_NAME * text.items <= len(text.sample))
+        repeated = (
+            text.name for text in texts if ROWS_PER_NAME * text.items <= len(text.sample) and not text.has_lists
+        )
         min_rows_per_class |= dict.fromkeys(repeated, ROWS_PER_NAME)
     label = _class_column(table, min_rows_per_class, notes, are_named=chosen_label is not None)
     if chosen_label and label is None:
@@ -135,6 +140,8 @@ def inspect(
         text = None
     if not media or not (text or label):
         is_explained = media and (by_use["text"] or by_use["class"]) and notes
+        if not media and (column := _names_without_extension(table, first_rows)):
+            notes.append(f"{shown(column)} has names of files without their extension; add it, as in cat.jpg")
         raise UserError("; ".join([*notes, *([] if is_explained else [_what_to_add(candidate, media, plain_columns)])]))
     if text is None and label and not label.are_numbers:
         names = [as_text(name)[:MAX_LENGTH] for name in label.classes]
@@ -201,6 +208,15 @@ def _are_media(values: Sequence[Any]) -> bool:
     return has_bytes or _are_paths(values)
 
 
+def _names_without_extension(table: Table, first_rows: dict[str, list[Any]]) -> str | None:
+    """The first column whose first value is the name of a file of media in the table's folder, but for its ending."""
+    for name, values in first_rows.items():
+        stem = str(values[0])
+        if table.root and stem and any(_exists(table.root, f"{stem}{ending}") for ending in KIND_OF):
+            return name
+    return None
+
+
 def _media_columns(table: Table, first_rows: dict[str, list[Any]], notes: list[str]) -> list[MediaColumn]:
     """The first column of each kind of media. Notes tell why others are not used."""
     columns: dict[str, MediaColumn] = {}
@@ -208,20 +224,23 @@ def _media_columns(table: Table, first_rows: dict[str, list[Any]], notes: list[s
         if not _are_media(values):
             continue
         probed = []
-        why = "it mixes kinds of media"
+        problem = ""
         for value in values:
             try:
                 probed.append(probe(table.media(value)))
             except BadMedia as error:
-                why = str(error)
+                problem = str(error)
         kind = Counter(media.kind for media in probed).most_common(1)[0][0] if probed else "image"
         of_kind = [media for media in probed if media.kind == kind]
         if 2 * len(of_kind) <= len(values):
-            notes.append(f"{shown(name)}: most of its files cannot be used: {shown(why, limit=500)}")
+            why = shown(problem, limit=500) if problem else "it mixes kinds of media"
+            if os.strerror(errno.ENOENT) in problem:
+                why += "; if the files are in another folder, move the table to a folder above them"
+            notes.append(f"{shown(name)}: most of its files cannot be used: {why}")
         elif kind in columns:
             notes.append(f"{shown(name)}: {shown(columns[kind].name)} has {kind} too")
         else:
-            columns[kind] = MediaColumn(name, kind, of_kind, 1 - len(of_kind) / len(values))
+            columns[kind] = MediaColumn(name, kind, of_kind, 1 - len(of_kind) / len(values), problem)
     return list(columns.values())
 
 
@@ -245,7 +264,8 @@ def _text_columns(table: Table, names: Sequence[str]) -> list[TextColumn]:
         if all(isinstance(text, str) for text in texts) and not all(map(_is_number, texts)):
             items = len({item_key(value) for value in present})
             texts = [" ".join(text[:MAX_LENGTH].split()) for text in texts]
-            columns.append(TextColumn(name, texts, items, 1 - len(present) / len(values)))
+            has_lists = any(isinstance(value, list) for value in present)
+            columns.append(TextColumn(name, texts, items, 1 - len(present) / len(values), has_lists))
     return columns
 
 

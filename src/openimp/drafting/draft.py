@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, counted
 from openimp.common.modality import Classes
 from openimp.common.names import BUNDLED, HUB, Name
 from openimp.common.schema import as_text
@@ -15,6 +15,7 @@ from openimp.common.texts import text_key
 from openimp.data.batch import head_key
 from openimp.data.files import is_utf8
 from openimp.data.sources import FORMATS
+from openimp.data.tables import Table
 from openimp.data.targets import sort_classes
 from openimp.drafting import sizing
 from openimp.drafting.assembling import ChosenTower, Draft, NamedTask, assemble, source_name, task_names
@@ -161,15 +162,30 @@ def _inspect(candidates: list[Candidate], text: str | None, label: str | None) -
 
 def _summary(named: NamedTask) -> str:
     _, task, split = named
-    parts = [f"{split.rows + split.test_rows:,} rows", f"{task.media.kind} in {shown(task.media.name)}"]
+    media = task.media
+    unusable = f" ({media.bad:.0%} of a sample cannot be used: {shown(media.problem)})" if media.problem else ""
+    parts = [f"{split.rows + split.test_rows:,} rows", f"{media.kind} in {shown(media.name)}{unusable}"]
     if task.text and task.text.items:
         empty = f" (empty in {task.text.bad:.0%} of the rows)" if task.text.bad >= 0.005 else ""
         parts.append(f"text in {shown(task.text.name)}{empty}")
     if task.label:
-        alike = _classes_alike(split.classes)
+        alike = _classes_alike(sort_classes(split.classes))
         note = f" ({shown(alike[0])!r} and {shown(alike[1])!r} count as two)" if alike else ""
+        if count := _files_of_several_classes(task.table, media.name, task.label.name):
+            note += f" ({counted(count, 'file')} of several classes: openimp reads whole files, so cut them first)"
         parts.append(f"{len(split.classes):,} classes in {shown(task.label.name)}{note}")
     return f"found {shown(task.candidate.place)}: {', '.join(parts)}"
+
+
+def _files_of_several_classes(table: Table, media: str, label: str) -> int:
+    """The number of files that rows of different classes name, as in a table of segments of recordings."""
+    first_class: dict[str, Any] = {}
+    conflicting = {
+        path
+        for path, name in zip(table.path_of_rows(media), table.column(label))
+        if path and first_class.setdefault(path, name) != name
+    }
+    return len(conflicting)
 
 
 def _classes_alike(classes: list[Any]) -> tuple[str, str] | None:

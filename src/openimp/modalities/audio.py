@@ -169,7 +169,12 @@ class Audio(Modality):
         if isinstance(value, np.ndarray):
             return []
         with media.decoder_errors(), media.open_media(value) as media_file:
-            return media.equal_segments(media_file, length_in_seconds(media_file), view.seconds)
+            seconds = length_in_seconds(media_file)
+            segments = media.equal_segments(media_file, seconds, view.seconds)
+        # Between the clips of the view, something could go unheard; those of a segment cover all of it.
+        if not segments and view.clips * view.seconds < seconds < 2 * media.SEGMENT_SECONDS:
+            return [(0.0, seconds)]
+        return segments
 
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
         """The segment's clips (clips, samples): as many as cover all of it, whatever the view's `clips`."""
