@@ -152,9 +152,8 @@ def test_empty_texts_and_classes_that_differ_only_in_case_are_told():
 
 def test_what_is_wrong_with_files_is_told():
     write(numbered(60, label=["cat", "dog", "cow"]))  # All rows name the same file.
-    assert (
-        "3 classes in label (1 file of several classes: openimp reads whole files" in find_tasks(["data.jsonl"])[1][0]
-    )
+    first_line = find_tasks(["data.jsonl"])[1][0]
+    assert "3 classes in label (1 file of several classes: openimp reads whole files" in first_line
     files = copies(50)
     write([{"file": file, "caption": f"a cat {i}"} for i, file in enumerate([*files, *["gone.png"] * 10])])
     assert "image in file (16% of a sample cannot be used: gone.png: No such file" in find_tasks(["data.jsonl"])[1][0]

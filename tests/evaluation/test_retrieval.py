@@ -169,6 +169,11 @@ def test_sources_that_were_checked_before_training_are_not_opened_again(named):
     assert evaluate(*made, tables=tables) == results
 
 
+def test_a_column_of_objects_is_no_text_which_is_told_before_training(named):
+    with refuses():
+        check_sets(*named(names=[{"color": name} for name in NAMES]), {})
+
+
 def test_unreadable_rows_are_left_out_counted_and_named(named):
     """The figures are those of the readable rows alone."""
     bad = evaluate(*named([*PICTURES[:3], b"not a picture", *PICTURES[4:], png(9)], [*NAMES, None]))

@@ -1,3 +1,4 @@
+import io
 import json
 import pickle
 import shutil
@@ -226,7 +227,7 @@ def test_unreadable_inputs_are_named(model, tmp_path):
         model.encode_text("a", batch_size=0)
 
 
-def test_inputs_may_be_in_any_ordinary_container(model):
+def test_inputs_may_be_in_any_ordinary_container(model, media_folder):
     texts = ["noise", "a square"]
     expected = model.encode_text(texts)
     for container in (
@@ -238,6 +239,10 @@ def test_inputs_may_be_in_any_ordinary_container(model):
     ):
         assert torch.equal(model.encode_text(container), expected)
     assert model.encode_image(torch.zeros(0, 3, 32, 32)).shape == (0, 32)
+    raw = (media_folder / "0.png").read_bytes()
+    expected = model.encode_image(raw)
+    for picture in (io.BytesIO(raw), [io.BytesIO(raw)], {"bytes": raw, "path": "a.png"}):
+        assert torch.equal(model.encode_image(picture), expected)
 
 
 def test_a_text_without_a_known_word_is_told_once_in_one_line(tiny_recipe, model_of, capsys):

@@ -61,7 +61,8 @@ def _find_local(path: Path) -> Path:
         return path
     saved = checkpoints(path)
     if not saved:
-        raise UserError(f"{path}: no model here; expected a run with a checkpoint, or a folder with config.json")
+        hint = "; it is an index, for openimp search and serve" if (path / "index.json").exists() else ""
+        raise UserError(f"{path}: no model here; expected a run with a checkpoint, or a folder with config.json{hint}")
     return saved[-1]
 
 

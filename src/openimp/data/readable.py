@@ -8,6 +8,7 @@ from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.protocols import Towered
 from openimp.data.tables import Table
+from openimp.data.templates import columns_of, fill
 from openimp.recipe.inputs import Input
 
 TRIED_ROWS = 50
@@ -17,13 +18,24 @@ TRIED_ROWS = 50
 def require_readable(table: Table, modality: Modality, spec: Input, view: Any, error_prefix: str) -> None:
     """Tries rows until the media of one can be read. UserError if all that have media are unreadable.
 
-    A wrong folder would otherwise be noticed when the task has its first step, or after training.
+    A wrong folder would otherwise be noticed when the task has its first step, or after training. So would a column of
+    objects as a text.
     """
-    if modality.reads_text or isinstance(modality, Towered):
+    rows = np.linspace(0, len(table) - 1, min(TRIED_ROWS, len(table))).astype(int).tolist()
+    if modality.reads_text:
+        for values in table.rows(rows, columns_of(spec.columns)):
+            try:
+                fill(spec.columns, values)
+            except BadMedia:
+                continue
+            except UserError as error:
+                raise UserError(f"{error_prefix}: {error} (source {table.name})") from None
+        return
+    if isinstance(modality, Towered):
         return
     column = spec.columns[0]
     first_reason = ""
-    for row in np.linspace(0, len(table) - 1, min(TRIED_ROWS, len(table))).astype(int).tolist():
+    for row in rows:
         (values,) = table.rows([row], [column])
         if values[column] is None:  # A row may lack a modality.
             continue

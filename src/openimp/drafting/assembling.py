@@ -29,7 +29,8 @@ COMMENTS = {
     "weight: of a task, how often it is drawn; of a view, its share of the task's steps.",
     "alternation": "A task uses its views one after the other: many fast steps with a quarter of the tokens, then some "
     "with all of them.",
-    "optimizer": "As in the demo. To fine-tune a model (train.init), divide the rates by 3 or more.",
+    "optimizer": "As in the demo. To fine-tune a model (train.init), divide the rates by 3 or more, copy `model` and "
+    "`modalities` from its recipe, and choose views that are whole patches.",
     "parallel": "With several GPUs, each has all of the model.",
     "evaluation": "Measured at the end; `every: N` also measures after each N steps. `best: SET` keeps the best "
     "checkpoint, too.",

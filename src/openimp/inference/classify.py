@@ -76,7 +76,7 @@ def make_classifier(
     if not heads:
         raise UserError(f"the model has no classification head for {modality}, so name the classes to choose from")
     if head is None and len(heads) > 1:
-        raise UserError(f"choose one of the classification heads for {modality}: {', '.join(heads)}")
+        raise UserError(f"{modality} has several classification heads; choose the head: {', '.join(heads)}")
     head = head or next(iter(heads))
     if head not in heads:
         raise UserError(f"no classification head {head!r} was trained on {modality}{nearest(head, heads)}")

@@ -360,8 +360,20 @@ class Model(nn.Module):
 def _as_list(inputs: Any) -> list[Any]:
     """One input or several as a list. Several may be in a sequence, iterator, array of texts or pandas column."""
     is_sequence = isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | bytearray | memoryview)
-    if is_sequence or isinstance(inputs, Iterator) or hasattr(inputs, "to_list"):
-        return list(inputs)
-    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OU" and inputs.ndim:
-        return inputs.tolist()
-    return [inputs]
+    is_iterator = isinstance(inputs, Iterator) and not hasattr(inputs, "read")  # A file would yield its lines.
+    if is_sequence or is_iterator or hasattr(inputs, "to_list"):
+        inputs = list(inputs)
+    elif isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OU" and inputs.ndim:
+        inputs = inputs.tolist()
+    else:
+        inputs = [inputs]
+    return [_unwrapped(value) for value in inputs]
+
+
+def _unwrapped(value: Any) -> Any:
+    """The bytes of an open file, and the bytes or the path in a dictionary of the library `datasets`."""
+    if hasattr(value, "read"):
+        return value.read()
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+        return value["bytes"] or value["path"] or value
+    return value

@@ -203,8 +203,8 @@ class Recipe(Strict):
             raise UserError(f"{key}.task: the model has no task {options.task!r}{hint}")
         columns = {column.name: column for column in self.tasks[options.task].class_columns}
         if options.label not in columns:
-            hint = nearest(options.label, columns)
-            raise UserError(f"{key}.label: the model has no head of tasks.{options.task} for {options.label!r}{hint}")
+            classified = f"classifies {', '.join(map(repr, columns))}, not" if columns else "has no head for"
+            raise UserError(f"{key}.label: tasks.{options.task} {classified} {options.label!r}")
         return columns[options.label]
 
     def inference_view(self, modality: str) -> Any:

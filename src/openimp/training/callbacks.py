@@ -72,8 +72,11 @@ class EarlyStopping(Callback):
 class Callbacks(Callback):
     """Several callbacks. All of them are called, in order, before one of them ends the training."""
 
-    def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
-        self.callbacks = list(callbacks)
+    def __init__(self, callbacks: Callback | Iterable[Callback] = ()) -> None:
+        self.callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+        for callback in self.callbacks:
+            if not isinstance(callback, Callback):
+                raise UserError(f"callbacks: expected instances of openimp.Callback, found {callback!r:.100}")
 
     def on_start(self, recipe: Recipe) -> None:
         self._call(lambda callback: callback.on_start(recipe))

@@ -42,7 +42,7 @@ def train(
     resume: bool | Literal["auto"] = False,
     variant: Variant = ORDINARY,
     allow_changed_data: bool = False,
-    callbacks: Iterable[Callback] = (),
+    callbacks: Callback | Iterable[Callback] = (),
 ) -> bool:
     """Trains and evaluates a recipe. Returns True if the run is complete, and False if a signal stopped it.
 
