@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from openimp.model.imp import IMP
     from openimp.recipe.schema import Recipe
     from openimp.search import open_index
-    from openimp.search.build import build_index
+    from openimp.search.build import build_index as index
     from openimp.training.callbacks import Callback, EarlyStopping, StopTraining
     from openimp.training.trainer import train
 
@@ -23,9 +23,9 @@ _HOME = {
     "Model": "openimp.inference.model",
     "Recipe": "openimp.recipe.schema",
     "StopTraining": "openimp.training.callbacks",
-    "build_index": "openimp.search.build",
     "embed": "openimp.inference.embed",
     "evaluate": "openimp.inference.evaluate",
+    "index": "openimp.search.build:build_index",
     "list_models": "openimp.checkpoint.find",
     "load": "openimp.inference.model",
     "open_index": "openimp.search",
@@ -40,9 +40,9 @@ __all__ = [
     "Recipe",
     "StopTraining",
     "__version__",
-    "build_index",
     "embed",
     "evaluate",
+    "index",
     "list_models",
     "load",
     "open_index",
@@ -57,7 +57,8 @@ def __getattr__(name: str) -> Any:
         return import_module("importlib.metadata").version("openimp")
     if name not in _HOME:
         raise AttributeError(f"module 'openimp' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(import_module(module), attribute or name)
 
 
 def __dir__() -> list[str]:

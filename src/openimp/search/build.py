@@ -82,7 +82,7 @@ def build_index(
     allow_sources: bool = False,
     forget: str | Path | Iterable[str | Path] = (),
 ) -> IndexResult:
-    """Embeds media into an index, or updates an index, and prints a summary.
+    """Embeds media into an index, or updates an index, and prints a summary. Also named `openimp.index`.
 
     Only new and changed files are embedded. Files that were moved are recognized by their hash, unless a part of them
     cannot be read. Items are removed if their file is gone from `paths`; items of other folders stay, and so do all
