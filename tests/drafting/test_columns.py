@@ -183,6 +183,16 @@ def test_of_folders_with_the_same_names_the_one_named_like_the_table_is_read():
         assert task.source["root"] == f"data/{root}"
 
 
+def test_paths_may_start_at_a_folder_beside_that_of_the_table_in_a_folder_that_was_named():
+    for i in range(60):
+        copy(f"{i % 3}.wav", f"ESC/audio/{i}.wav")
+    write([{"filename": f"{i}.wav", "category": "cat" if i % 2 else "dog"} for i in range(60)], "ESC/meta/esc.jsonl")
+    (named,), _ = find_tasks(["ESC"])
+    assert named.task.source == {"path": "ESC/meta/esc.jsonl", "root": "ESC/audio"}
+    with refuses():
+        find_tasks(["ESC/meta/esc.jsonl"])
+
+
 def test_paths_may_start_at_a_folder_beside_the_table_also_of_a_test_split():
     for part in ("train", "test"):
         copy("0.png", f"set/{part}/images/0.png")

@@ -102,7 +102,7 @@ def inspect(
     chosen = [name for name in (chosen_text, chosen_label) if name]
     table.require(chosen)
     first_rows = sample(table, table.columns, PROBED_ROWS)
-    source = with_root(candidate.source, table, first_rows)
+    source = with_root(candidate.source, table, first_rows, candidate.folder)
     if source is not candidate.source:
         table = open_candidate(source)
     notes: list[str] = []
@@ -169,21 +169,30 @@ def sample(table: Table, columns: Sequence[str], count: int) -> dict[str, list[A
     return {column: [row[column] for row in rows] for column in columns}
 
 
-def with_root(source: dict[str, Any], table: Table, first_rows: dict[str, list[Any]]) -> dict[str, Any]:
-    """A source, with the folder beside its table where the paths in the rows start, if they do not start at its own."""
-    if "path" not in source or table.root is None:
+def with_root(
+    source: dict[str, Any], table: Table, first_rows: dict[str, list[Any]], named_folder: str
+) -> dict[str, Any]:
+    """A source, with the folder where the paths in its rows start, if they do not start at the table's own.
+
+    Looks in the folders beside the table and, if the user named a folder above it, in this one and those in it.
+    """
+    path = os.path.expanduser(source.get("path", ""))
+    if table.root is None or not path or os.path.isdir(path):
         return source
     columns = [values for values in first_rows.values() if _are_paths(values)]
     paths = [value for values in columns for value in values if isinstance(value, str)]
-    folders = ["", *subfolders(table.root)[:MAX_ROOTS]]
-    found = {folder: sum(_exists(table.root / folder, path) for path in paths) for folder in folders}
-    best = [folder for folder in folders if found[folder] == max(found.values())]
-    if "" in best:
+    own_folder = folder_of_pattern(path)
+    roots = [own_folder, *(own_folder / name for name in subfolders(own_folder)[:MAX_ROOTS])]
+    if named_folder:
+        roots += [Path(named_folder), *(Path(named_folder) / name for name in subfolders(named_folder)[:MAX_ROOTS])]
+    found = {root: sum(_exists(root, file) for file in paths) for root in roots}
+    best = [root for root in roots if found[root] == max(found.values())]
+    if own_folder in best:
         return source
     # The same names may be in several folders: train.csv then names the files in train/.
-    words = re.split(r"\W+|_", Path(source["path"]).stem.lower())
-    folder = next((folder for folder in best if folder.lower() in words), best[0])
-    return {**source, "root": str(folder_of_pattern(os.path.expanduser(source["path"])) / folder)}
+    words = re.split(r"\W+|_", Path(path).stem.lower())
+    root = next((root for root in best if root.name.lower() in words), best[0])
+    return {**source, "root": str(root)}
 
 
 def _exists(root: Path, path: str) -> bool:
@@ -235,7 +244,7 @@ def _media_columns(table: Table, first_rows: dict[str, list[Any]], notes: list[s
         if 2 * len(of_kind) <= len(values):
             why = shown(problem, limit=500) if problem else "it mixes kinds of media"
             if os.strerror(errno.ENOENT) in problem:
-                why += "; if the files are in another folder, move the table to a folder above them"
+                why += "; if the files are in another folder, name a folder above both, or move the table there"
             notes.append(f"{shown(name)}: most of its files cannot be used: {why}")
         elif kind in columns:
             notes.append(f"{shown(name)}: {shown(columns[kind].name)} has {kind} too")

@@ -37,6 +37,7 @@ class Candidate(NamedTuple):
     kind: str = ""  # of the media in a folder
     left_out: str = ""  # other files of the folder: their numbers by extension
     problem: str = ""  # why it cannot be trained on, for folders beside others that can
+    folder: str = ""  # below which it was found, as the user named it
 
     @property
     def place(self) -> str:
@@ -65,7 +66,7 @@ def _below(path: str, tables: bool) -> list[Candidate]:
     if scheme == HUB:
         return _hub_splits(rest)
     if os.path.isdir(path):
-        return _in_folder(Path(path), tables)
+        return [candidate._replace(folder=path) for candidate in _in_folder(Path(path), tables)]
     return [Candidate({"path": path})]  # Whoever opens it checks it.
 
 

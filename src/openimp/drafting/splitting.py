@@ -65,7 +65,7 @@ def _given_split(task: TaskDraft, train: dict[str, Any], test: dict[str, Any], w
     table = task.table if train is task.source else open_candidate(train)
     held_out = open_candidate(test)
     held_out.require(task.columns)
-    test = with_root(test, held_out, sample(held_out, [task.media.name], PROBED_ROWS))
+    test = with_root(test, held_out, sample(held_out, [task.media.name], PROBED_ROWS), task.candidate.folder)
     classes = _classes(table, task)
     test_classes = _classes(held_out, task)
     if None in test_classes:
