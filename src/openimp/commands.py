@@ -40,7 +40,7 @@ from openimp.recipe.tasks import Source
 from openimp.search.build import build_and_open
 from openimp.search.folder import METADATA, own_index
 from openimp.search.index import open_index
-from openimp.search.query import By, Like, Query
+from openimp.search.query import UNSCORED, By, Like, Query
 from openimp.training.metrics_file import read_metrics
 from openimp.training.trainer import train
 
@@ -225,8 +225,9 @@ def run_search(
         console.print(f"{score}  {hit.modality:{width}}  {escaped(hit.path)}{time}{text}", soft_wrap=True)
     if hits:
         return
-    if min_score is not None and find(1, modalities, under, since=since, until=until):
-        console.print("no item is that close to the query")
+    if min_score is not None and (found := find(1, modalities, under, since=since, until=until)):
+        close = "no item is that close to the query"
+        console.print(close if found[0].score is not None else f"{close}; {UNSCORED}")
     elif find(1):
         console.print("nothing is indexed that matches these filters")
     else:

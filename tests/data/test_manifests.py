@@ -63,8 +63,10 @@ def test_a_quote_that_would_swallow_rows_is_named(tmp_path):
         file.write_text("\n".join(["file,caption", 'a.png,"two\nlines, and a ""quote"""', *stray, "d.png,a cow", ""]))
         with refuses(ValueError):
             manifests._read_csv(str(file))
-    file.write_text('file,caption\na.png,"two\nlines"\nb.png,"Hello" world\nc.png,a 5" pipe\n')
-    assert manifests._read_csv(str(file))["caption"].to_pylist() == ["two\nlines", "Hello world", 'a 5" pipe']
+    rows = ['a.png,"two\nlines"', 'b.png,"Hello" world', 'c.png,a 5" pipe', 'd.png,"three\n\nlines" ', 'e.png,"a\nb"']
+    file.write_text("\n".join(["file,caption", *rows, ""]))
+    expected = ["two\nlines", "Hello world", 'a 5" pipe', "three\n\nlines ", "a\nb"]
+    assert manifests._read_csv(str(file))["caption"].to_pylist() == expected
 
 
 def test_spaces_after_the_commas_of_a_table_typed_by_hand_do_not_count(tmp_path):
@@ -74,6 +76,8 @@ def test_spaces_after_the_commas_of_a_table_typed_by_hand_do_not_count(tmp_path)
         {"file": "a.png", "caption": "a cat, asleep", "class": "cat"},
         {"file": "b.png", "caption": "two  dogs", "class": "dog "},
     ]
+    file.write_text('file,"caption, in English"\na.png, a cat\n')
+    assert manifests._read_csv(str(file)).to_pylist() == [{"file": "a.png", "caption, in English": " a cat"}]
 
 
 def test_what_spreadsheets_leave_beside_and_below_a_table_is_no_data(tmp_path):

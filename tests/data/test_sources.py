@@ -365,6 +365,9 @@ def test_where(shards):
         ([1.0, float("nan"), None], {"not": None}, [0]),
         ([["a"], None, [], ["b", None], ["a", "b"]], {"not": None}, [0, 4]),
         ([["a"], ["b"], None, ["a", "b"]], {"not": "a"}, [1, 2]),
+        ([b"1", None, b"", b"2"], {"not": None}, [0, 3]),
+        ([{"bytes": b"1", "path": None}, {"bytes": None, "path": None}, None], {"not": None}, [0]),
+        ([[[1.0]], None, []], {"not": None}, [0]),
     ],
 )
 def test_where_compares_values_of_any_type_as_text(tmp_path, cells, wanted, expected):
@@ -663,10 +666,13 @@ def test_paths_stay_inside(hostile_folder, path):
 
 def test_accents_in_a_table_may_be_encoded_in_another_way_than_in_names_of_files(tmp_path):
     for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
-        name = f"é {form}.png"
-        (tmp_path / normalize(form, name)).write_bytes(png(0))
-        (tmp_path / "m.csv").write_text(f"file,label\n{normalize(other, name)},0\n", encoding="utf-8")
-        assert opened(tmp_path / "m.csv").media(normalize(other, name)).name == normalize(form, name)
+        folder = tmp_path / normalize(other, f"ü {form}")
+        folder.mkdir()
+        file = folder / normalize(form, "é.png")
+        file.write_bytes(png(0))
+        name = normalize(other, str(file.relative_to(tmp_path)))
+        (tmp_path / "m.csv").write_text(f"file,label\n{name},0\n", encoding="utf-8")
+        assert opened(tmp_path / "m.csv").media(name) == file
 
 
 def test_a_folder_with_brackets_in_its_name(tmp_path):

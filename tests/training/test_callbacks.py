@@ -120,6 +120,8 @@ def test_early_stopping_that_would_never_stop_is_refused_before_the_first_step(r
         openimp.train(openimp.Recipe.build(seldom), tmp_path / "run", callbacks=openimp.EarlyStopping("colours"))
     with refuses():
         openimp.train(recipe, tmp_path / "run", callbacks=[openimp.EarlyStopping])
+    with refuses():
+        openimp.train(recipe, tmp_path / "run", callbacks=openimp.EarlyStopping)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -96,7 +96,7 @@ class Segmented(Protocol):
     """A modality of recordings, which `openimp index` cuts if they are long."""
 
     def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
-        """The equal segments of a recording, as (start, end) in seconds; empty if the view's clips stand for all of it.
+        """The equal segments of a recording, as (start, end) in seconds; empty if it is encoded as a whole.
 
         BadMedia if the value cannot be read.
         """

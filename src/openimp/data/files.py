@@ -121,8 +121,7 @@ def inside(root: Path, path: str) -> Path:
         real_root = _real_folder(folder) if os.path.isabs(folder) else os.path.realpath(folder)
         real_path = os.path.realpath(os.path.join(real_root, path if path.isascii() else _as_on_disk(real_root, path)))
         if real_path != real_root and not real_path.startswith(os.path.join(real_root, "")):
-            remedy = "set `root` of the source to a folder above all files, or move the table there"
-            raise BadMedia(f"{shown_path} leaves the folder {root}; {remedy}")
+            raise BadMedia(f"{shown_path} leaves the folder {root}")
         if not stat.S_ISREG(os.stat(real_path).st_mode):
             raise BadMedia(f"{shown_path} is not a regular file")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -132,9 +131,13 @@ def inside(root: Path, path: str) -> Path:
 
 
 def _as_on_disk(folder: str, path: str) -> str:
-    """The Unicode form of `path` in which a file exists; `path` itself if none does."""
-    forms = (path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path))
-    return next((form for form in forms if os.path.lexists(os.path.join(folder, form))), path)
+    """A path of an existing file, whose names differ from those in `path` in the Unicode form only, if there is one."""
+    found = folder
+    for name in Path(path).parts:
+        forms = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
+        existing = (form for form in forms if os.path.lexists(os.path.join(found, form)))
+        found = os.path.join(found, next(existing, name))
+    return found
 
 
 def digest(file: str | Path, blocks: int = 64, block: int = 64 * 1024) -> str:

@@ -35,7 +35,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 CACHED_BYTES = 2**26
 """Bytes of manifests from which on their table is kept in the cache folder. Smaller manifests are read faster than
 `datasets`, which opens a cached table, is imported."""
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 """Version of the files in the cache folder. Files of another version are not read."""
 
 
@@ -97,50 +97,58 @@ def _read_all(name: str, path: str, files: list[str]) -> tuple[pa.Table, list[in
         raise UserError(f"source {name}: {path}: {error}") from None
 
 
-def _csv_reader(lines: TextIO, delimiter: str, strict: bool = False) -> Any:
-    """A `csv.reader`. Tabs separate plain texts, in which quotes are ordinary characters.
-
-    If the header has spaces after commas, as in "file, caption", such spaces belong to no cell.
-    """
-    header = lines.readline(BLOCK_BYTES)
-    lines.seek(0)
+def _csv_reader(lines: Iterable[str], delimiter: str, skips_spaces: bool = False) -> Any:
+    """A `csv.reader`. Tabs separate plain texts, in which quotes are ordinary characters."""
     return csv.reader(
         lines,
         delimiter=delimiter,
         quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
-        skipinitialspace=delimiter == "," and ", " in header,
-        strict=strict,
+        skipinitialspace=skips_spaces,
     )
+
+
+def _skips_spaces(file: str, delimiter: str) -> bool:
+    """Whether spaces after commas belong to no cell: all commas of the header have one, as in "file, caption"."""
+    with _open_csv(file) as lines:
+        names: list[str] = next(_csv_reader(lines, delimiter), [])
+    return delimiter == "," and len(names) > 1 and all(name.startswith(" ") for name in names[1:])
 
 
 def _read_csv(file: str, delimiter: str = ",") -> pa.Table:
     table = _without_empty_end(_parsed_csv(file, delimiter))
     texts = (column for column in table.columns if pa.types.is_string(column.type))
-    if delimiter == "," and any(pc.any(pc.match_substring(column, "\n")).as_py() for column in texts):
+    if delimiter == "," and any(pc.any(pc.match_substring_regex(column, "[\r\n]")).as_py() for column in texts):
         _check_quotes(file)
     return table
 
 
 def _check_quotes(file: str) -> None:
-    """Raises ValueError for a quote that opens a cell by mistake, so that the cell takes in the rows below it.
+    """Raises ValueError for a quote that begins a cell by mistake, so that the cell takes in the rows below it.
 
     The readers of tables allow that: they continue to the next quote, or to the end of the file.
     """
+    skips_spaces = _skips_spaces(file, ",")
+    lines_of_row: list[str] = []
+    first_line = 1
     with _open_csv(file) as lines:
-        rows = _csv_reader(lines, ",", strict=True)
-        last_line = 0
-        while True:
-            try:
-                for _ in rows:
-                    last_line = rows.line_num
-                return
-            except csv.Error:
-                if rows.line_num > last_line + 1:
+
+        def recorded() -> Iterator[str]:
+            for line in lines:
+                lines_of_row.append(line)
+                yield line
+
+        for _ in _csv_reader(recorded(), ",", skips_spaces):
+            if len(lines_of_row) > 1:
+                strict_lines = [re.sub(r'"[ \t]+(?=,|$)', '"', line) for line in lines_of_row]
+                try:
+                    list(csv.reader(strict_lines, skipinitialspace=skips_spaces, strict=True))
+                except csv.Error:
                     raise ValueError(
-                        f'line {last_line + 1}: the quote (") that begins a cell has no end; remove it, or write the '
-                        'whole cell in quotes, and "" for a quote inside it'
+                        f'line {first_line}: the quote (") that begins a cell does not end it, so the cell takes in '
+                        'lines below; remove it, or write the whole cell in quotes, and "" for a quote inside it'
                     ) from None
-                last_line = rows.line_num  # As in `"Hello" world`; the reader continues with the next line.
+            first_line += len(lines_of_row)
+            lines_of_row.clear()
 
 
 def _open_csv(file: str) -> TextIO:
@@ -151,9 +159,8 @@ def _open_csv(file: str) -> TextIO:
 def _parsed_csv(file: str, delimiter: str) -> pa.Table:
     with suppress(csv.Error, pa.ArrowException):
         with _open_csv(file) as lines:
-            rows = _csv_reader(lines, delimiter)
-            header = _csv_header(rows, delimiter)
-        if rows.dialect.skipinitialspace:  # Arrow cannot.
+            header = _csv_header(_csv_reader(lines, delimiter), delimiter)
+        if _skips_spaces(file, delimiter):  # Arrow cannot.
             return _to_arrow(_csv_rows(file, delimiter))
         table = pyarrow.csv.read_csv(
             file,
@@ -202,9 +209,9 @@ def _csv_rows(file: str, delimiter: str = ",") -> Iterator[dict[str, Any]]:
     A row that spans several lines has the number of its first line.
     """
     with _open_csv(file) as handle:
-        lines = _csv_reader(handle, delimiter)
         end = 0
         try:
+            lines = _csv_reader(handle, delimiter, _skips_spaces(file, delimiter))
             header = _csv_header(lines, delimiter)
             end = lines.line_num
             for cells in lines:

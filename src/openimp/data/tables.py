@@ -199,8 +199,9 @@ class Table(Rows):
             if not mask.any():
                 first_rows = chain.from_iterable(self.chunks(range(min(len(self), 1000)), [column]))
                 values = sorted({as_text(row[column]) for row in first_rows})[:5]
+                condition = f"other than {wanted['not']!r}" if isinstance(wanted, dict) else f"= {wanted!r}"
                 raise UserError(
-                    f"source {self.name} ({self.path}): no row has {column} = {wanted!r}; it holds {', '.join(values)}"
+                    f"source {self.name} ({self.path}): no row has {column} {condition}; it holds {', '.join(values)}"
                 )
             self._keep(np.flatnonzero(mask).tolist())
         return self
@@ -292,6 +293,8 @@ def _arrow_mask(column: Any, wanted: Any, text_of: Callable[[Any], Any] | None =
     if text_of:
         return None
     texts = _as_texts(wanted)
+    if texts == [None]:
+        return _is_missing(column)
     if _is_text(kind):
         return _is_in(column, [*texts, ""] if None in texts else texts)
     if None in texts or not pa.types.is_list(kind):
@@ -304,6 +307,23 @@ def _arrow_mask(column: Any, wanted: Any, text_of: Callable[[Any], Any] | None =
 def _is_in(column: Any, values: list[Any]) -> np.ndarray:
     """Which cells of a pyarrow.ChunkedArray are one of these values."""
     return np.asarray(pc.is_in(column, value_set=pa.array(values, column.type)).to_numpy())
+
+
+def _is_missing(column: Any) -> np.ndarray | None:
+    """Which cells of a pyarrow.ChunkedArray have no value, without reading media. None: Arrow cannot tell."""
+    kind = column.type
+    if pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
+        no_bytes, no_path = (_is_missing(pc.struct_field(column, name)) for name in ("bytes", "path"))
+        return None if no_bytes is None or no_path is None else no_bytes & no_path
+    if pa.types.is_null(kind):
+        return np.ones(len(column), bool)
+    if _is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        length = pc.binary_length(column)
+    elif pa.types.is_list(kind) and pa.types.is_nested(kind.value_type):
+        length = pc.list_value_length(column)
+    else:
+        return None
+    return np.asarray(pc.fill_null(pc.equal(length, 0), True).to_numpy())
 
 
 def _arrow_list_mask(lists: Any, wanted: Any) -> np.ndarray:
@@ -368,12 +388,23 @@ def matches(cell: Any, wanted: Any) -> bool:
         return not matches(cell, wanted["not"])
     items = cell if isinstance(cell, list) and cell else [cell]
     texts = _as_texts(wanted)
-    if None in texts and any(item in (None, "", []) or item != item for item in items):  # != is for NaN.
+    if None in texts and any(map(_has_no_value, items)):
         return True
     return any(
         item is not None
         and (as_text(item) in texts or (isinstance(item, float) and item.is_integer() and str(int(item)) in texts))
         for item in items
+    )
+
+
+def _has_no_value(item: Any) -> bool:
+    """Whether an item is None, NaN, or empty, such as media of a Hugging Face data set without bytes and path."""
+    if isinstance(item, dict):
+        return item.keys() <= {"bytes", "path"} and not any(item.values())
+    return (
+        item is None
+        or (isinstance(item, str | bytes | list) and not item)
+        or (isinstance(item, float) and item != item)
     )
 
 

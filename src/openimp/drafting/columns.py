@@ -39,6 +39,8 @@ ROWS_PER_NAME = 10
 """Rows per different text, on average, from which on texts are the names of classes."""
 MAX_LENGTH = 1000
 """Characters of a text that are inspected."""
+MAX_NAME = 100
+"""Most characters of a value that may be the name of a file."""
 MAX_ROOTS = 20
 """Folders beside a table that are tried as the root of its paths."""
 
@@ -60,7 +62,7 @@ class TextColumn(NamedTuple):
     sample: list[str]  # texts of sampled rows
     items: int  # different values in the sample; 0: classes
     bad: float  # share of the sampled rows without a text
-    has_lists: bool = False
+    has_lists: bool  # some rows have several texts
 
 
 class ClassColumn(NamedTuple):
@@ -145,7 +147,7 @@ def inspect(
         raise UserError("; ".join([*notes, *([] if is_explained else [_what_to_add(candidate, media, plain_columns)])]))
     if text is None and label and not label.are_numbers:
         names = [as_text(name)[:MAX_LENGTH] for name in label.classes]
-        text = TextColumn(label.name, [*names, *names], 0, 0.0)  # Each twice, because a class has several rows.
+        text = TextColumn(label.name, [*names, *names], 0, 0.0, False)  # Each twice, because a class has several rows.
     tasks = [
         TaskDraft(candidate, source, table, media=column, text=text, label=label, by_use=by_use) for column in media
     ]
@@ -218,10 +220,14 @@ def _are_media(values: Sequence[Any]) -> bool:
 
 
 def _names_without_extension(table: Table, first_rows: dict[str, list[Any]]) -> str | None:
-    """The first column whose first value is the name of a file of media in the table's folder, but for its ending."""
+    """The first column whose first value is the name of a media file, but for its ending, near the table."""
+    if table.root is None:
+        return None
+    roots = [table.root, *(table.root / name for name in subfolders(table.root)[:MAX_ROOTS])]
     for name, values in first_rows.items():
         stem = str(values[0])
-        if table.root and stem and any(_exists(table.root, f"{stem}{ending}") for ending in KIND_OF):
+        is_name = isinstance(values[0], str | int) and 0 < len(stem) < MAX_NAME
+        if is_name and any((root / f"{stem}{ending}").is_file() for root in roots for ending in KIND_OF):
             return name
     return None
 
@@ -238,14 +244,15 @@ def _media_columns(table: Table, first_rows: dict[str, list[Any]], notes: list[s
             try:
                 probed.append(probe(table.media(value)))
             except BadMedia as error:
-                problem = str(error)
+                problem = problem or str(error)
         kind = Counter(media.kind for media in probed).most_common(1)[0][0] if probed else "image"
         of_kind = [media for media in probed if media.kind == kind]
+        if len(of_kind) < len(probed):
+            problem = problem or "it mixes kinds of media"
         if 2 * len(of_kind) <= len(values):
-            why = shown(problem, limit=500) if problem else "it mixes kinds of media"
-            if os.strerror(errno.ENOENT) in problem:
-                why += "; if the files are in another folder, name a folder above both, or move the table there"
-            notes.append(f"{shown(name)}: most of its files cannot be used: {why}")
+            if os.strerror(errno.ENOENT) in problem or "leaves the folder" in problem:
+                problem += "; if the files are in another folder, name a folder above both, or move the table there"
+            notes.append(f"{shown(name)}: most of its files cannot be used: {shown(problem, limit=500)}")
         elif kind in columns:
             notes.append(f"{shown(name)}: {shown(columns[kind].name)} has {kind} too")
         else:

@@ -163,7 +163,9 @@ def _inspect(candidates: list[Candidate], text: str | None, label: str | None) -
 def _summary(named: NamedTask) -> str:
     _, task, split = named
     media = task.media
-    unusable = f" ({media.bad:.0%} of a sample cannot be used: {shown(media.problem)})" if media.problem else ""
+    unusable = (
+        f" ({media.bad:.0%} of a sample cannot be used: {shown(media.problem, limit=500)})" if media.problem else ""
+    )
     parts = [f"{split.rows + split.test_rows:,} rows", f"{media.kind} in {shown(media.name)}{unusable}"]
     if task.text and task.text.items:
         empty = f" (empty in {task.text.bad:.0%} of the rows)" if task.text.bad >= 0.005 else ""

@@ -160,7 +160,7 @@ def classify(
     (query,) = options.inputs
     labels = read_labels(evaluator, options, error_prefix, table)
     if isinstance(options, ZeroShot):
-        classes_KZ = zero_shot.class_embeddings(evaluator, options, labels.names)
+        classes_KZ = zero_shot.class_embeddings(evaluator, options, error_prefix, labels.names)
         z_NZ, truths, readable = evaluator.encode_labelled(options, error_prefix, table, options.reader)
     else:
         classes_KZ = _head_vectors(evaluator, options)

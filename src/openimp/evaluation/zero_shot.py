@@ -5,7 +5,7 @@ Shape suffixes: K classes, P prompts, Z features of the shared embedding space.
 
 import re
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -70,12 +70,18 @@ def names_with_equal_tokens(names: Iterable[str], reader: Modality, view: Any) -
     return None
 
 
-def class_embeddings(evaluator: Evaluator, options: ZeroShot, names: list[str]) -> Tensor:
+@cache
+def _notice_once(message: str) -> None:
+    notice(message)
+
+
+def class_embeddings(evaluator: Evaluator, options: ZeroShot, error_prefix: str, names: list[str]) -> Tensor:
     """(K, Z) unit vectors: for each class, the mean of the unit vectors of its name in each prompt."""
     (seen,) = options.inputs
     encoder = evaluator.item_encoder(options.reader, evaluator.recipe.inference_view(options.reader), seen)
     if rank() == 0 and (equal_names := names_with_equal_tokens(names, encoder.modality, encoder.view)):
-        notice("the model reads the classes {!r} and {!r} as the same text, so it confuses them".format(*equal_names))
+        both = "{!r} and {!r}".format(*equal_names)
+        _notice_once(f"{error_prefix}: the model reads the classes {both} as the same text, so it confuses them")
     rank_names = [names[i] for i in own_part(len(names))]
     texts = (prompt.format(name) for name in rank_names for prompt in options.prompts)
     vectors = [vector for _, vector in encoder.encode((text, partial(encoder.read, text)) for text in texts)]

@@ -3,6 +3,7 @@
 Shape suffixes: B inputs, Z features of the shared embedding space.
 """
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -360,7 +361,7 @@ class Model(nn.Module):
 def _as_list(inputs: Any) -> list[Any]:
     """One input or several as a list. Several may be in a sequence, iterator, array of texts or pandas column."""
     is_sequence = isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | bytearray | memoryview)
-    is_iterator = isinstance(inputs, Iterator) and not hasattr(inputs, "read")  # A file would yield its lines.
+    is_iterator = isinstance(inputs, Iterator) and not _is_open_file(inputs)
     if is_sequence or is_iterator or hasattr(inputs, "to_list"):
         inputs = list(inputs)
     elif isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OU" and inputs.ndim:
@@ -370,9 +371,14 @@ def _as_list(inputs: Any) -> list[Any]:
     return [_unwrapped(value) for value in inputs]
 
 
+def _is_open_file(value: Any) -> bool:
+    """Whether it is a file of bytes. The lines of a file of text are several inputs."""
+    return hasattr(value, "read") and not isinstance(value, io.TextIOBase)
+
+
 def _unwrapped(value: Any) -> Any:
     """The bytes of an open file, and the bytes or the path in a dictionary of the library `datasets`."""
-    if hasattr(value, "read"):
+    if _is_open_file(value):
         return value.read()
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
         return value["bytes"] or value["path"] or value

@@ -172,7 +172,7 @@ class Audio(Modality):
             seconds = length_in_seconds(media_file)
             segments = media.equal_segments(media_file, seconds, view.seconds)
         # Between the clips of the view, something could go unheard; those of a segment cover all of it.
-        if not segments and view.clips * view.seconds < seconds < 2 * media.SEGMENT_SECONDS:
+        if not segments and view.clips * view.seconds < seconds < 2 * max(view.seconds, media.SEGMENT_SECONDS):
             return [(0.0, seconds)]
         return segments
 

@@ -43,7 +43,7 @@ class Part(Strict):
         return part not in (self.drop or ())
 
 
-Unwanted = Annotated[dict[Literal["not"], Any], Field(min_length=1)]
+Unwanted = Annotated[dict[Literal["not"], str | int | bool | list[str | int | None] | None], Field(min_length=1)]
 """A value, or values, of a column in rows that are left out."""
 
 

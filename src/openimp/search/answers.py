@@ -11,7 +11,7 @@ from starlette.datastructures import QueryParams
 from openimp.common.errors import UserError, counted
 from openimp.search.index import Index, stands_for_file
 from openimp.search.media_types import UNKNOWN, kind_of
-from openimp.search.query import Hit, Like, Query, QueryPart
+from openimp.search.query import UNSCORED, Hit, Like, Query, QueryPart
 from openimp.search.state import MAX_RESULTS, PAGE_RESULTS, State
 from openimp.search.uploads import Uploads
 
@@ -148,10 +148,14 @@ def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
         page.status = f"{start}{counted(len(hits), 'result')}{at_least}"
     elif closest := _closest(find) if state.min else []:
         page.status = f"No result{at_least}; the best has {closest[0].score:.2f}"
+    elif state.min and find(1):
+        page.status = f"No result{at_least}; {UNSCORED}"
     elif state.by == "words" and not page.chips:
         page.status = "No item has these words"
     else:
         page.status = NO_MATCH
+    if page.chips and state.by == "words":
+        page.notes.append("Files and items are compared by meaning.")
     by_meaning = all(hit.found_by == "meaning" for hit in hits)
     if by_meaning and len(index.groups(hit.modality for hit in hits)) > 1:
         page.notes.append("Different kinds of items take turns, because their scores cannot be compared.")

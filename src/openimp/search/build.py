@@ -136,6 +136,9 @@ def _build(
         raise UserError(f"{name}: comes without media; name files or folders, and the index with --out")
     given = None if paths is None else [Path(os.path.expanduser(path)) for path in paths]
     forgotten = [Path(os.path.expanduser(path)) for path in forget]
+    for root in forgotten:
+        if root.exists() and any(root.resolve().is_relative_to(other.resolve()) for other in given or ()):
+            raise UserError(f"--forget {root}: is among the files that are indexed; name it without them")
     folder = Path(os.path.expanduser(out)) if out else _default_folder(name, has_paths=paths is not None)
     opened = load(name)
     modalities = {

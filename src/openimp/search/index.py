@@ -158,7 +158,7 @@ class Index:
         model_knows_a_word = any(part.vectors for part in encoded)
         unknown_texts = [part.text for part in encoded if not part.vectors]
         if words is None and unknown_texts:
-            raise UserError(f"{unknown_texts[0]!r} has no word that the model knows")
+            raise UserError(f"{unknown_texts[0]!r:.100} has no word that the model knows")
         # There are no words if the query has anything but texts.
         wanted = Wanted(encoded, words, by != "words" or words is None, filters, k, under)
         rankings = [self._ranked(wanted, names) for names in self.groups(modalities or self.counts)]
@@ -168,7 +168,7 @@ class Index:
             items = ", ".join(modalities or self.counts)
             raise UserError(f"{kinds} and the items ({items}) share no space, so they cannot be compared")
         if words is not None and by == "both" and not any(ranked_by_group) and not model_knows_a_word:
-            raise UserError(f"{words.wanted!r} has no word that the model knows, and no item has its words")
+            raise UserError(f"{words.wanted!r:.100} has no word that the model knows, and no item has its words")
         # By meaning alone, items of equal rank have equal sums. Then the group with the highest cosine is first.
         ranked_by_group.sort(key=lambda ranked: -max((item.hit.score or 0 for item in ranked), default=0))
         best_first = sorted(chain.from_iterable(ranked_by_group), key=lambda item: -item.sum)

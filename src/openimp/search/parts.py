@@ -81,7 +81,7 @@ def _parts(encoder: ItemEncoder, raw: bytes | Path | np.ndarray, text: str | Non
     segments = modality.segments(raw, encoder.view) if isinstance(modality, Segmented) else []
     return [
         {"part": i, "start": start, "end": end, "text": text, "media_type": displayed_type}
-        for i, (start, end) in enumerate(segments if len(segments) > 1 else [(None, None)])
+        for i, (start, end) in enumerate(segments or [(None, None)])
     ]
 
 
@@ -93,12 +93,8 @@ def read_part(encoder: ItemEncoder, file: IndexedFile, part: Mapping[str, Any]) 
         if modality.reads_text:
             error_prefix = f"line {part['part'] + 1}: "
             return encoder.read_known(part["text"])
-        if not isinstance(modality, Segmented):
+        if part["end"] is None or not isinstance(modality, Segmented):
             return encoder.read(file.media.raw())
-        if part["end"] is None:
-            raw = file.media.raw()
-            segments = modality.segments(raw, encoder.view)
-            return modality.encode_segment(raw, encoder.view, *segments[0]) if segments else encoder.read(raw)
         error_prefix = f"from {part['start']:.1f} to {part['end']:.1f} s: "
         return modality.encode_segment(file.media.raw(), encoder.view, part["start"], part["end"])
     except BadMedia as error:

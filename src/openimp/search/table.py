@@ -42,7 +42,9 @@ STOP_WORDS = [
     "on", "or", "such", "that", "the", "their", "then", "there", "these", "they", "this", "to", "was", "will", "with",
 ]
 # fmt: on
-"""Words that do not count. By default, LanceDB's ICU tokenizer removes those of all languages, such as "dog"."""
+"""Words that do not count. LanceDB's own list for `TOKENIZER` has those of all languages, among them "dog"."""
+TOKENIZER = "icu/split"
+"""What LanceDB divides texts with. ICU knows where words end in Chinese, Japanese and Thai."""
 FILTER_VALUES = 500
 """Maximum number of values in one SQL filter."""
 
@@ -106,6 +108,11 @@ class Items:
     def indexed(self) -> set[str]:
         """The columns that have an index."""
         return {column for index in self.table.list_indices() for column in index.columns}
+
+    def _tokenizer_of_words(self) -> str | None:
+        """The tokenizer of the words' index; None if there is none."""
+        details = (index.index_details for index in self.table.list_indices() if self.word_column in index.columns)
+        return next((detail["base_tokenizer"] for detail in details), None)
 
     def count(self, where: str) -> int:
         """The number of rows that match an SQL filter."""
@@ -243,9 +250,8 @@ class Items:
         for column in ("id", "path"):  # Without an index, each look-up of items or files scans the table.
             if column not in indexed:
                 self.table.create_index(column, config=BTree())
-        if self.word_column not in indexed:
-            # ICU knows where words end in Chinese, Japanese and Thai.
-            words = FTS(base_tokenizer="icu/split", custom_stop_words=STOP_WORDS)
+        if self._tokenizer_of_words() != TOKENIZER:
+            words = FTS(base_tokenizer=TOKENIZER, custom_stop_words=STOP_WORDS)
             self.table.create_index(self.word_column, config=words)
         if "vector" not in indexed and self.table.count_rows() >= APPROXIMATE_ROWS:
             self.table.create_index("vector", config=IvfSq(distance_type="cosine"))

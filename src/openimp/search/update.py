@@ -267,6 +267,8 @@ def _rows(file: IndexedFile) -> list[dict[str, Any]]:
     if any(part.get("start") is not None for part in parts):
         # Readable segments are counted, because words are looked up in segment 0.
         parts = [part | {"part": number} for number, part in enumerate(parts)]
+    if len(file.parts) == 1:  # Its only segment is all of it.
+        parts = [part | {"start": None, "end": None} for part in parts]
     latitude, longitude = file.recorded.place or (None, None)
     of_file = {
         "path": media.path,

@@ -73,7 +73,7 @@ class Callbacks(Callback):
     """Several callbacks. All of them are called, in order, before one of them ends the training."""
 
     def __init__(self, callbacks: Callback | Iterable[Callback] = ()) -> None:
-        self.callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+        self.callbacks = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
         for callback in self.callbacks:
             if not isinstance(callback, Callback):
                 raise UserError(f"callbacks: expected instances of openimp.Callback, found {callback!r:.100}")
