@@ -17,6 +17,7 @@ from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
+from openimp.data.task_data import TaskData
 from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
@@ -75,6 +76,16 @@ def test_the_tokenizer_is_the_checkpoints(little_run, pictures_only, tmp_path):
     assert (ours / "tokenizer.json").read_text() == (theirs / "tokenizer.json").read_text()
     ids, wanted = (openimp.load(folder).tokenizer("a red square") for folder in (ours, theirs))
     assert torch.equal(ids, wanted)
+
+
+def test_texts_without_a_word_that_the_tokenizer_knows_are_told(little_data, capsys):
+    recipe = Recipe.load(little_data / "recipe.yaml", ["modalities.text.min_df=1"])
+    for known_word in ("a", "tone"):
+        modalities = recipe.make_modalities()
+        modalities["text"].fit([[known_word]])
+        TaskData(recipe, modalities).fit(["text"])
+        is_told = "% of the training texts have no word" in capsys.readouterr().err
+        assert is_told == (known_word == "tone"), "the texts of pictures have no tone"
 
 
 def test_a_head_of_the_same_classes_is_taken_and_of_other_classes_is_not(little_run, own_data, tmp_path):

@@ -37,18 +37,6 @@ def task_of(*objectives: Objective, inputs: tuple[str, ...] = ("image", "text"))
     return Task(source="all", inputs={name: name for name in inputs}, objectives=list(objectives))
 
 
-@pytest.mark.parametrize("unknown", [0, 2])
-def test_texts_without_a_known_word_are_told(unknown):
-    """Also if the recipe says which texts are the same."""
-    objective = Contrastive(type="contrastive", positives_by="name")
-    ids_BL = torch.arange(12).view(4, 3)
-    mask_BL = torch.ones(4, 3, dtype=torch.bool)
-    mask_BL[:unknown] = False
-    tokens = {"image": Tokens(ids_BL, ids_BL[..., None]), "text": Tokens(ids_BL, ids_BL[..., None], mask_BL)}
-    warning = objective.warning(task_of(objective), tokens, {"item": torch.arange(4)})
-    assert warning == ("the tokenizer knows no word of 50% of a batch's texts: they train nothing" if unknown else None)
-
-
 def losses_of(
     model: IMP, objective: Objective, encoded: dict[str, Encoded], **targets: torch.Tensor
 ) -> dict[str, torch.Tensor]:

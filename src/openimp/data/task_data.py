@@ -13,8 +13,8 @@ import numpy as np
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality
 from openimp.common.objective import TargetSizes, Teacher
-from openimp.common.progress import Progress
-from openimp.common.protocols import Learned, Towered
+from openimp.common.progress import Progress, notice
+from openimp.common.protocols import Learned, TextReader, Towered
 from openimp.data.batch import head_key
 from openimp.data.embedded import EmbeddedRows, EmbeddedTexts, embed_column, texts_in
 from openimp.data.order import permute, seed_key
@@ -30,6 +30,10 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 from openimp.recipe.training import tolerant_fraction
 
+KNOWN_ROWS = 10_000
+"""Rows whose texts are read to see whether the tokenizer of another model knows their words."""
+UNKNOWN_SHARE = 0.1
+"""Share of texts without a known word above which they are reported."""
 CORPUS_ROWS = 100_000
 """Maximum number of rows per task to train a tokenizer: the first rows of a stream, or a random sample of a table."""
 SHOWN_BAD_ROWS = 3
@@ -183,10 +187,23 @@ class TaskData:
         Modalities whose stem is in `fitted_stems` are left as they are.
         """
         for name, modality in self.modalities.items():
+            if modality.stem in fitted_stems and isinstance(modality, TextReader) and rank() == 0:
+                self._report_unknown_texts(name, modality)
             if modality.reads_text and modality.stem not in fitted_stems and isinstance(modality, Learned):
                 state = run_on_rank_zero(partial(self._fitted_state, name, modality))
                 if rank() > 0:
                     modality.load_state(state)
+
+    def _report_unknown_texts(self, name: str, reader: TextReader) -> None:
+        """Prints how many texts have no word that the tokenizer of another model knows."""
+        view = next(task.views[0][name] for task in self.recipe.tasks.values() if name in task.inputs)
+        texts = [*chain.from_iterable(islice(self._fitting_texts(name), KNOWN_ROWS))]
+        unknown = [text for text in texts if not reader.knows(text, view)]
+        if len(unknown) > UNKNOWN_SHARE * len(texts):
+            notice(
+                f"{len(unknown) / len(texts):.0%} of the training texts have no word that the model of train.init "
+                f"knows, such as {unknown[0]!r:.100}; nothing is learned from them"
+            )
 
     def _fitted_state(self, name: str, learner: Learned) -> dict[str, str]:
         learner.fit(self._fitting_texts(name))

@@ -31,8 +31,6 @@ NOBODY_OF_FIRST = -1
 """The id of the first modality's embeddings that are 0. Other ids are numbers of rows, or hashes of 64 bits."""
 NOBODY_OF_SECOND = -2
 """The same for the second modality. It differs, so that no two of them are positives."""
-UNKNOWN_TEXT_WARNING = 0.1
-"""Share of texts without a known word in a batch above which a warning is printed."""
 DUPLICATE_TEXT_WARNING = 0.1
 """Share of duplicate texts in a batch above which `positives_by` is suggested."""
 
@@ -181,28 +179,22 @@ class Contrastive(Objective):
         return LossSizes(heads, vectors, similarities)
 
     def warning(self, task: Task, tokens: Mapping[str, Tokens], targets: Tensors) -> str | None:
-        """Tells that many texts of the global batch have no known word, or suggests `positives_by` if many are equal.
+        """Suggests `positives_by` if the loss separates many texts of the global batch that are equal.
 
         With `positives_by` or `positives_in`, the recipe says itself which texts are the same.
         """
-        # Texts, and not the vectors of towers.
-        masks = {name: mask for name in self.modalities(task) if (mask := tokens[name].mask) is not None}
-        for mask_NL in masks.values():
-            (known_N,) = all_gather(mask_NL.any(1))
-            unknown_share = 1 - float(known_N.float().mean())
-            if unknown_share > UNKNOWN_TEXT_WARNING:
-                return f"the tokenizer knows no word of {unknown_share:.0%} of a batch's texts: they train nothing"
         if self.positives_by or self.positives_in:
             return None
         shares = [0.0]
         (row_B,) = all_gather(targets["item"])
-        for name in masks:
-            (ids_NL,) = all_gather(tokens[name].values)
-            _, text_N = ids_NL.unique(dim=0, return_inverse=True)  # equal texts have equal numbers
-            row_N = row_B.repeat_interleave(len(text_N) // len(row_B))
-            # For each text, the number of different rows that have it.
-            rows_with_text = torch.stack([text_N, row_N]).unique(dim=1)[0].bincount()
-            shares.append(float((rows_with_text[text_N] > 1).float().mean()))
+        for name in dict.fromkeys(self.modalities(task)):
+            if tokens[name].mask is not None:  # A text, and not the vector of a tower.
+                (ids_NL,) = all_gather(tokens[name].values)
+                _, text_N = ids_NL.unique(dim=0, return_inverse=True)  # equal texts have equal numbers
+                row_N = row_B.repeat_interleave(len(text_N) // len(row_B))
+                # For each text, the number of different rows that have it.
+                rows_with_text = torch.stack([text_N, row_N]).unique(dim=1)[0].bincount()
+                shares.append(float((rows_with_text[text_N] > 1).float().mean()))
         duplicate_share = max(shares)
         if duplicate_share <= DUPLICATE_TEXT_WARNING:
             return None
