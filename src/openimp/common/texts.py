@@ -1,5 +1,6 @@
 """When two texts are equal, and which texts UTF-8 can encode."""
 
+from collections.abc import Callable, Hashable, Iterable
 from unicodedata import normalize
 
 
@@ -18,3 +19,13 @@ def text_key(text: str) -> str:
 def valid_text(text: str) -> str:
     """Removes lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-8", "ignore").decode("utf-8")
+
+
+def equal_pair(texts: Iterable[str], key: Callable[[str], Hashable]) -> tuple[str, str] | None:
+    """The first two different texts with equal keys; None if there are none."""
+    text_of_key: dict[Hashable, str] = {}
+    for text in texts:
+        other = text_of_key.setdefault(key(text), text)
+        if other != text:
+            return other, text
+    return None

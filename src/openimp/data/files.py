@@ -131,7 +131,7 @@ def inside(root: Path, path: str) -> Path:
 
 
 def _as_on_disk(folder: str, path: str) -> str:
-    """A path of an existing file, whose names differ from those in `path` in the Unicode form only, if there is one."""
+    """Writes each name in `path` in the Unicode form (NFC or NFD) in which it exists; other names stay as they are."""
     found = folder
     for name in Path(path).parts:
         forms = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))

@@ -107,30 +107,35 @@ def _csv_reader(lines: Iterable[str], delimiter: str, skips_spaces: bool = False
     )
 
 
-def _skips_spaces(file: str, delimiter: str) -> bool:
-    """Whether spaces after commas belong to no cell: all commas of the header have one, as in "file, caption"."""
-    with _open_csv(file) as lines:
-        names: list[str] = next(_csv_reader(lines, delimiter), [])
-    return delimiter == "," and len(names) > 1 and all(name.startswith(" ") for name in names[1:])
+def _has_spaces_after_commas(file: str) -> bool:
+    """Whether spaces follow all commas of the header, as in "file, caption". Such spaces belong to no cell."""
+    with suppress(csv.Error), _open_csv(file) as lines:
+        names: list[str] = next(_csv_reader(lines, ","), [])
+        return len(names) > 1 and all(name.startswith(" ") for name in names[1:])
+    return False
 
 
 def _read_csv(file: str, delimiter: str = ",") -> pa.Table:
-    table = _without_empty_end(_parsed_csv(file, delimiter))
+    if delimiter != ",":
+        return _without_empty_end(_parsed_csv(file, delimiter))
+    skips_spaces = _has_spaces_after_commas(file)
+    # Arrow cannot skip spaces.
+    table = _to_arrow(_csv_rows(file, ",", skips_spaces)) if skips_spaces else _parsed_csv(file, ",")
     texts = (column for column in table.columns if pa.types.is_string(column.type))
-    if delimiter == "," and any(pc.any(pc.match_substring_regex(column, "[\r\n]")).as_py() for column in texts):
-        _check_quotes(file)
-    return table
+    if any(pc.any(pc.match_substring_regex(column, "[\r\n]")).as_py() for column in texts):
+        _check_quotes(file, skips_spaces)
+    return _without_empty_end(table)
 
 
-def _check_quotes(file: str) -> None:
+def _check_quotes(file: str, skips_spaces: bool) -> None:
     """Raises ValueError for a quote that begins a cell by mistake, so that the cell takes in the rows below it.
 
     The readers of tables allow that: they continue to the next quote, or to the end of the file.
     """
-    skips_spaces = _skips_spaces(file, ",")
     lines_of_row: list[str] = []
     first_line = 1
-    with _open_csv(file) as lines:
+    # csv.Error: of what Arrow accepts, such as a NUL character in Python 3.10.
+    with suppress(csv.Error), _open_csv(file) as lines:
 
         def recorded() -> Iterator[str]:
             for line in lines:
@@ -160,8 +165,6 @@ def _parsed_csv(file: str, delimiter: str) -> pa.Table:
     with suppress(csv.Error, pa.ArrowException):
         with _open_csv(file) as lines:
             header = _csv_header(_csv_reader(lines, delimiter), delimiter)
-        if _skips_spaces(file, delimiter):  # Arrow cannot.
-            return _to_arrow(_csv_rows(file, delimiter))
         table = pyarrow.csv.read_csv(
             file,
             pyarrow.csv.ReadOptions(block_size=BLOCK_BYTES),
@@ -202,16 +205,16 @@ def _csv_header(lines: Any, delimiter: str) -> list[str]:
     return header
 
 
-def _csv_rows(file: str, delimiter: str = ",") -> Iterator[dict[str, Any]]:
+def _csv_rows(file: str, delimiter: str = ",", skips_spaces: bool = False) -> Iterator[dict[str, Any]]:
     """The rows of a CSV or TSV file with a header. A file that is damaged, or something else, raises a ValueError that
     names the line.
 
     A row that spans several lines has the number of its first line.
     """
     with _open_csv(file) as handle:
+        lines = _csv_reader(handle, delimiter, skips_spaces)
         end = 0
         try:
-            lines = _csv_reader(handle, delimiter, _skips_spaces(file, delimiter))
             header = _csv_header(lines, delimiter)
             end = lines.line_num
             for cells in lines:

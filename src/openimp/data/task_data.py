@@ -30,8 +30,8 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 from openimp.recipe.training import tolerant_fraction
 
-KNOWN_ROWS = 10_000
-"""Rows whose texts are read to see whether the tokenizer of another model knows their words."""
+VOCABULARY_CHECK_ROWS = 10_000
+"""Most rows whose texts are compared with the vocabulary of the model in `train.init`."""
 UNKNOWN_SHARE = 0.1
 """Share of texts without a known word above which they are reported."""
 CORPUS_ROWS = 100_000
@@ -195,9 +195,9 @@ class TaskData:
                     modality.load_state(state)
 
     def _report_unknown_texts(self, name: str, reader: TextReader) -> None:
-        """Prints how many texts have no word that the tokenizer of another model knows."""
+        """Warns if many texts have no word in the vocabulary of the model in `train.init`."""
         view = next(task.views[0][name] for task in self.recipe.tasks.values() if name in task.inputs)
-        texts = [*chain.from_iterable(islice(self._fitting_texts(name), KNOWN_ROWS))]
+        texts = [*chain.from_iterable(islice(self._fitting_texts(name), VOCABULARY_CHECK_ROWS))]
         unknown = [text for text in texts if not reader.knows(text, view)]
         if len(unknown) > UNKNOWN_SHARE * len(texts):
             notice(

@@ -184,9 +184,9 @@ def with_root(
     columns = [values for values in first_rows.values() if _are_paths(values)]
     paths = [value for values in columns for value in values if isinstance(value, str)]
     own_folder = folder_of_pattern(path)
-    roots = [own_folder, *(own_folder / name for name in subfolders(own_folder)[:MAX_ROOTS])]
+    roots = _with_subfolders(own_folder)
     if named_folder:
-        roots += [Path(named_folder), *(Path(named_folder) / name for name in subfolders(named_folder)[:MAX_ROOTS])]
+        roots += _with_subfolders(Path(named_folder))
     found = {root: sum(_exists(root, file) for file in paths) for root in roots}
     best = [root for root in roots if found[root] == max(found.values())]
     if own_folder in best:
@@ -219,16 +219,19 @@ def _are_media(values: Sequence[Any]) -> bool:
     return has_bytes or _are_paths(values)
 
 
+def _with_subfolders(folder: Path) -> list[Path]:
+    """A folder and the first folders in it, where the paths in a table may start."""
+    return [folder, *(folder / name for name in subfolders(folder)[:MAX_ROOTS])]
+
+
 def _names_without_extension(table: Table, first_rows: dict[str, list[Any]]) -> str | None:
-    """The first column whose first value is the name of a media file, but for its ending, near the table."""
-    if table.root is None:
-        return None
-    roots = [table.root, *(table.root / name for name in subfolders(table.root)[:MAX_ROOTS])]
-    for name, values in first_rows.items():
+    """The first column whose first value is the name of a media file near the table, without its extension."""
+    roots = [] if table.root is None else _with_subfolders(table.root)
+    for column, values in first_rows.items():
         stem = str(values[0])
-        is_name = isinstance(values[0], str | int) and 0 < len(stem) < MAX_NAME
-        if is_name and any((root / f"{stem}{ending}").is_file() for root in roots for ending in KIND_OF):
-            return name
+        may_be_name = isinstance(values[0], str | int) and 0 < len(stem) < MAX_NAME
+        if may_be_name and any((root / f"{stem}{ending}").is_file() for root in roots for ending in KIND_OF):
+            return column
     return None
 
 

@@ -11,7 +11,7 @@ from openimp.common.errors import UserError, counted
 from openimp.common.modality import Classes
 from openimp.common.names import BUNDLED, HUB, Name
 from openimp.common.schema import as_text
-from openimp.common.texts import text_key
+from openimp.common.texts import equal_pair, text_key
 from openimp.data.batch import head_key
 from openimp.data.files import is_utf8
 from openimp.data.sources import FORMATS
@@ -171,7 +171,7 @@ def _summary(named: NamedTask) -> str:
         empty = f" (empty in {task.text.bad:.0%} of the rows)" if task.text.bad >= 0.005 else ""
         parts.append(f"text in {shown(task.text.name)}{empty}")
     if task.label:
-        alike = _classes_alike(sort_classes(split.classes))
+        alike = equal_pair(map(as_text, sort_classes(split.classes)), text_key)
         note = f" ({shown(alike[0])!r} and {shown(alike[1])!r} count as two)" if alike else ""
         if count := _files_of_several_classes(task.table, media.name, task.label.name):
             note += f" ({counted(count, 'file')} of several classes: openimp reads whole files, so cut them first)"
@@ -188,16 +188,6 @@ def _files_of_several_classes(table: Table, media: str, label: str) -> int:
         if path and first_class.setdefault(path, name) != name
     }
     return len(conflicting)
-
-
-def _classes_alike(classes: list[Any]) -> tuple[str, str] | None:
-    """The first two classes that differ only in case or spaces, such as "Cat" and "cat "."""
-    first_with: dict[str, str] = {}
-    for name in map(as_text, classes):
-        other = first_with.setdefault(text_key(name), name)
-        if other != name:
-            return other, name
-    return None
 
 
 def fit(draft: Draft, classes: Classes, machine: Machine) -> float:

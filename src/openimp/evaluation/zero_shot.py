@@ -16,7 +16,7 @@ from openimp.common.modality import Modality
 from openimp.common.progress import notice
 from openimp.common.protocols import TextReader
 from openimp.common.schema import as_text
-from openimp.common.texts import text_key
+from openimp.common.texts import equal_pair, text_key
 from openimp.evaluation.evaluator import Evaluator
 from openimp.parallel.distributed import all_gather_uneven, own_part, rank
 from openimp.recipe.evaluation import ZeroShot
@@ -59,15 +59,10 @@ def check_prompt(prompt: str, error_prefix: str) -> None:
 
 
 def names_with_equal_tokens(names: Iterable[str], reader: Modality, view: Any) -> tuple[str, str] | None:
-    """The first two names that the model cannot tell apart, such as "C" and "C++" if its tokens are words."""
+    """Two names that the model cannot tell apart. A tokenizer of words, for example, removes the + of "C++"."""
     if not isinstance(reader, TextReader):  # A tower would embed each name.
         return None
-    name_of: dict[bytes, str] = {}
-    for name in names:
-        other = name_of.setdefault(reader.encode_input(name, view).tobytes(), name)
-        if other != name:
-            return other, name
-    return None
+    return equal_pair(names, lambda name: reader.encode_input(name, view).tobytes())
 
 
 @cache

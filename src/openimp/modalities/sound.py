@@ -113,9 +113,9 @@ def between(start: float, end: float) -> ReadPlan:
 class _LastMP3(threading.local):
     """The MP3 file from which this thread last read a segment. It stays open.
 
-    libsndfile looks for a place in an MP3 from the start of the file on, unless it has read the part before it. If each
-    segment opened the file anew, a long recording would take quadratic time. Samples depend on the place where the
-    decoder was before, but only by about 1e-7.
+    libsndfile seeks in an MP3 by decoding it from its start, unless it has just read the part before. With the file
+    opened again for each segment, a long recording would take quadratic time. After another seek, samples may differ by
+    about 1e-7.
     """
 
     state: tuple[str, str] | None = None  # its path and `file_state`
@@ -127,7 +127,7 @@ class _LastMP3(threading.local):
         self.media_file = open_media(path)
         try:
             if not MP3.match(self.media_file.peek(4)):
-                raise soundfile.LibsndfileError(1)  # Only MP3s: whatever else has this name is read as other files are.
+                raise soundfile.LibsndfileError(1)  # Another format with this name: `read_sound` reads it.
             self.file = soundfile.SoundFile(_Quiet(self.media_file))
         except BaseException:
             self.media_file.close()

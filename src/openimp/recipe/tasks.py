@@ -44,7 +44,7 @@ class Part(Strict):
 
 
 Unwanted = Annotated[dict[Literal["not"], str | int | bool | list[str | int | None] | None], Field(min_length=1)]
-"""A value, or values, of a column in rows that are left out."""
+"""`{not: VALUES}`: rows with one of these values in a column are left out."""
 
 
 class Source(Strict):
