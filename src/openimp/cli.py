@@ -77,12 +77,15 @@ def init(
             "sentence_transformers:OWNER/NAME, ... Can be repeated."
         ),
     ] = None,
+    init: Annotated[
+        str | None, typer.Option(help="A model of openimp to start from (train.init): a run, openimp:base, ...")
+    ] = None,
 ) -> None:
     """Inspect your data and print a recipe that trains on it: openimp init photos > mine.yaml."""
     from openimp.common.progress import notice
     from openimp.drafting.draft import draft_recipe
 
-    drafted = draft_recipe(paths, text, label, tower or [])
+    drafted = draft_recipe(paths, text, label, tower or [], init)
     for note in drafted.notes:
         notice(note)
     sys.stdout.buffer.write(drafted.text.encode())

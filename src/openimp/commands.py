@@ -19,7 +19,7 @@ from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.errors import UserError, escaped
 from openimp.common.json_lines import append
 from openimp.common.modality import Modality
-from openimp.common.names import HUB, has_scheme, is_bundled, is_url
+from openimp.common.names import HUB, TIMM, Name, has_scheme, is_bundled, is_url
 from openimp.common.progress import clock, console, notice, number_table, track
 from openimp.common.safe_files import refuse_links
 from openimp.data.batch import head_key
@@ -101,7 +101,10 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
                 f"run with {command}"
             )
         return saved_recipe
-    drafted = distributed.run_on_rank_zero(lambda: draft_recipe([data]))
+    starts = [text.removeprefix("train.init=") for text in overrides if text.startswith("train.init=")]
+    # A public ViT has no recipe; what must be written to start from it is told later.
+    init = next((name for name in reversed(starts) if Name.parse(name).scheme != TIMM), None)
+    drafted = distributed.run_on_rank_zero(lambda: draft_recipe([data], init=init))
     if distributed.rank() == 0:
         for note in drafted.notes:
             notice(note)

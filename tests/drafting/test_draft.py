@@ -16,6 +16,7 @@ from messages import refuses
 from PIL import Image
 from recordings import picture_file
 
+from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.json_lines import read_lines
 from openimp.drafting.assembling import ChosenTower, assemble
 from openimp.drafting.draft import draft_recipe, find_tasks, fit, recipe_name
@@ -220,6 +221,19 @@ def test_two_towers_of_one_stem_are_refused(media_folder):
     tasks = [*tasks_of_kinds(media_folder, "png"), *tasks_of_kinds(media_folder, "mp4")]
     with refuses():
         assemble("all", tasks, CPU, {"image": ChosenTower("timm:a", 24), "video": ChosenTower("hub:b/c", 24)})
+
+
+def test_a_draft_fits_the_model_to_start_from(media_folder, tiny_model_folder):
+    """Also for sounds and clips, although a draft alone would choose another encoder, tokenizer and patches."""
+    drafted = draft_recipe([str(media_folder)], init=str(tiny_model_folder))
+    recipe = Recipe.build({"name": "more", **yaml.load(drafted.text, RecipeLoader)}, Path.cwd())
+    assert {*recipe.to_config({}).views} == {"image", "video", "audio", "text"}
+    start = open_warm_start(recipe, recipe.make_modalities())
+    assert start.stems == {"vision", "audio", "text"}
+    assert f"--init {tiny_model_folder}" in drafted.text
+    for changes in ({"init": "open_clip:ViT-B-32/openai"}, {"init": "openimp:base", "towers": ["openimp:base"]}):
+        with refuses():
+            draft_recipe([str(media_folder)], **changes)
 
 
 def test_the_caches_of_all_sources_together_are_bounded(media_folder):

@@ -13,6 +13,7 @@ from openimp.drafting.finding import ROLE
 from openimp.drafting.machine import Machine
 from openimp.drafting.probing import MediaInfo
 from openimp.drafting.splitting import Split
+from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.registry import modality_class
 from openimp.recipe.training import tolerant_fraction
 
@@ -29,8 +30,7 @@ COMMENTS = {
     "weight: of a task, how often it is drawn; of a view, its share of the task's steps.",
     "alternation": "A task uses its views one after the other: many fast steps with a quarter of the tokens, then some "
     "with all of them.",
-    "optimizer": "As in the demo. To fine-tune a model (train.init), divide the rates by 3 or more, copy `model` and "
-    "`modalities` from its recipe, and choose views that are whole patches.",
+    "optimizer": "As in the demo.",
     "parallel": "With several GPUs, each has all of the model.",
     "evaluation": "Measured at the end; `every: N` also measures after each N steps. `best: SET` keeps the best "
     "checkpoint, too.",
@@ -59,7 +59,20 @@ class Draft(NamedTuple):
     comments: dict[str, str]
 
 
-def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mapping[str, ChosenTower]) -> Draft:
+class Start(NamedTuple):
+    """A trained model that training starts from."""
+
+    name: str
+    config: ModelConfig
+
+
+def assemble(
+    name: str,
+    tasks: list[NamedTask],
+    machine: Machine,
+    towers: Mapping[str, ChosenTower],
+    start: Start | None = None,
+) -> Draft:
     """Makes a complete recipe. Its batches may not fit into memory yet, and its training may take too long.
 
     `towers` has the frozen encoders that read some of the modalities.
@@ -93,21 +106,33 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine, towers: Mappin
         class_names = [name for column in text_columns if not column.items for name in column.sample]
         modalities["text"], text_length = sizing.text(texts, rows, class_names)
         views["text"] = {"length": modalities["text"]["positions"]}
+    model = sizing.adapters(towers, kinds) if towers.keys() >= {*kinds} else sizing.model(rows, machine)
+    optimizer = {"lr": 1e-3, "muon_lr": 4e-3, "weight_decay": 0.1}
+    if start:
+        model = start.config.model.model_dump(mode="json", exclude_defaults=True)
+        optimizer |= {"lr": 3e-4, "muon_lr": 1.2e-3}
+        text_length = 0
+        for kind in start.config.views.keys() & {*kinds}:
+            stem = modality_class(kind).stem
+            modalities[stem] = start.config.modalities[stem].model_dump(mode="json", exclude_defaults=True)
+            views[kind] = start.config.views[kind].model_dump(mode="json", exclude={"drop_tokens"})
     if "size" in views.get("image", {}) and mentions_sides:
         views["image"]["flip"] = False  # A mirrored picture would contradict its text.
     recipe: dict[str, Any] = {
         "name": name,
-        "model": sizing.adapters(towers, kinds) if towers.keys() >= {*kinds} else sizing.model(rows, machine),
+        "model": model,
         "modalities": modalities,
         "sources": {},
         "tasks": {},
         "alternation": {"views": "sequence"},
-        "optimizer": {"lr": 1e-3, "muon_lr": 4e-3, "weight_decay": 0.1},
+        "optimizer": optimizer,
         "parallel": {"shard_degree": 1},
-        "train": {"num_workers": machine.workers, "save_every": 500},
+        "train": {**({"init": start.name} if start else {}), "num_workers": machine.workers, "save_every": 500},
         "evaluation": {"sets": {}},
     }
     comments = dict(COMMENTS)
+    if start:
+        comments["optimizer"] = "Rates for a model that is trained already."
     if not any(views[kind] for kind in samples):  # Towers read all media, in one view and from openimp's cache.
         comments |= {"sources": "", "alternation": ""}
     cached_bytes = 0.0

@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from openimp.checkpoint.find import find_model
+from openimp.checkpoint.folder import read_config
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import Classes
 from openimp.common.names import BUNDLED, HUB, Name
@@ -18,7 +20,7 @@ from openimp.data.sources import FORMATS
 from openimp.data.tables import Table
 from openimp.data.targets import sort_classes
 from openimp.drafting import sizing
-from openimp.drafting.assembling import ChosenTower, Draft, NamedTask, assemble, source_name, task_names
+from openimp.drafting.assembling import ChosenTower, Draft, NamedTask, Start, assemble, source_name, task_names
 from openimp.drafting.columns import TaskDraft, inspect
 from openimp.drafting.finding import Candidate, find, shown
 from openimp.drafting.machine import Machine, this_machine
@@ -53,16 +55,24 @@ class DraftedRecipe(NamedTuple):
 
 
 def draft_recipe(
-    paths: list[str], text: str | None = None, label: str | None = None, towers: Iterable[str] = ()
+    paths: list[str],
+    text: str | None = None,
+    label: str | None = None,
+    towers: Iterable[str] = (),
+    init: str | None = None,
 ) -> DraftedRecipe:
     """Drafts a recipe for the data at `paths`. Paths in the recipe are relative to the current folder.
 
     `text` and `label` name the columns with texts and classes. By default, the names of the columns tell. `towers` are
-    frozen encoders. If several can read a modality, the first one does.
+    frozen encoders. If several can read a modality, the first one does. `init` names a model of openimp that training
+    starts from.
 
     Raises:
-        UserError: there is nothing to train on.
+        UserError: there is nothing to train on, or a model cannot be used.
     """
+    start = _start(init) if init else None
+    if start and towers:
+        raise UserError("--init and --tower: choose one; a model to start from has its own stems")
     tasks, notes = find_tasks(paths, text, label)
     machine = this_machine()
     tower_by_kind: dict[str, ChosenTower] = {}
@@ -76,7 +86,7 @@ def draft_recipe(
         if not any(tower_by_kind[kind].name == tower for kind in kinds & tower_by_kind.keys()):
             raise UserError(f"--tower {tower}: reads none of {', '.join(sorted(kinds))}, or another tower does")
     notes += [f"{name}: {split.why}" for name, _, split in tasks if split.test is None]
-    draft = assemble(recipe_name(paths[0]), tasks, machine, tower_by_kind)
+    draft = assemble(recipe_name(paths[0]), tasks, machine, tower_by_kind, start)
     classes = {
         head_key(draft.recipe["tasks"][name]["source"], task.label.name): sort_classes(split.classes)
         for name, task, split in tasks if task.label
@@ -96,10 +106,21 @@ def draft_recipe(
         arguments += ["--label", label]
     for tower in towers:
         arguments += ["--tower", tower]
+    if init:
+        arguments += ["--init", init]
     command = shlex.join(shown(argument, limit=1000) for argument in arguments)
     draft.comments["model"] = HEAD.format(command=command, cost=cost)
     del draft.recipe["name"]  # The name of the file in which the user stores the recipe suits its run better.
     return DraftedRecipe(write(draft.recipe, draft.comments), notes)
+
+
+def _start(name: str) -> Start:
+    """The model that `train.init` names. UserError if there is none, or it is not openimp's own encoder."""
+    if Name.parse(name).scheme in (None, BUNDLED, HUB):
+        config, _, _ = read_config(find_model(name))
+        if not config.model.wrap:
+            return Start(name, config)
+    raise UserError(f"--init {name}: is not openimp's own encoder; docs/fine-tuning.md tells how to fine-tune it")
 
 
 def is_data(what: str) -> bool:
