@@ -211,10 +211,11 @@ def word_model(tiny_recipe, write_tiny, tmp_path_factory) -> Path:
     return write_tiny(tiny_recipe(modalities=modalities), tmp_path_factory.mktemp("words"))
 
 
-def test_a_query_without_a_known_word_is_refused(word_model, tmp_path):
-    (tmp_path / "lines.txt").write_text("green noise\nxyzzy", encoding="utf-8")
+def test_texts_without_a_known_word_are_found_by_words_only(word_model, tmp_path):
+    (tmp_path / "lines.txt").write_text("green noise\nxyzzy\nxyzzy plugh", encoding="utf-8")
     done = build_index(word_model, [tmp_path / "lines.txt"], tmp_path / "x.index")
-    assert list(done.skipped.values()) == ["line 2: has no word that the model knows"]
+    (problem,) = done.skipped.values()
+    assert problem == "line 2: has no word that the model knows, and 1 other part of the file"
     (tmp_path / "lines.txt").rename(tmp_path / "renamed.txt")
     shutil.copy(tmp_path / "renamed.txt", tmp_path / "copied.txt")
     done = build_index(word_model, [tmp_path], done.folder)
@@ -223,6 +224,11 @@ def test_a_query_without_a_known_word_is_refused(word_model, tmp_path):
     done = build_index(word_model, [tmp_path], done.folder)
     index = open_index(done.folder)
     assert [hit.text for hit in index.search("noise")] == ["green noise"]
+    line, longer = index.search("Xyzzy")
+    assert [line.text, longer.text] == ["xyzzy", "xyzzy plugh"]
+    assert (line.score, line.found_by) == (None, "words")
+    assert [hit.score is None for hit in index.search("xyzzy noise", by="words")] == [False, True, True]
+    assert index.search(Like(line.id)) == [longer], "which has a word of it"
     for text in ("xyzzy", " "):
         with refuses():
             index.search(text, by="meaning")

@@ -29,6 +29,10 @@ class BadMedia(Exception):
     """An example that cannot be read. It is skipped, counted and listed, and does not stop a run by itself."""
 
 
+class UnknownText(BadMedia):
+    """A text without a word that the model knows. Its vector would be zero."""
+
+
 class Tokens(NamedTuple):
     """A batch of one modality: B examples with L tokens each, P values per token, A axes."""
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openimp.common.device import Precision
-from openimp.common.modality import BadMedia, Modality, Tokens
+from openimp.common.modality import BadMedia, Modality, Tokens, UnknownText
 from openimp.common.progress import Progress
 from openimp.common.protocols import TextReader
 from openimp.common.threads import map_ahead
@@ -65,9 +65,9 @@ class ItemEncoder:
         return self.modality.encode_input(value, self.view)
 
     def read_known(self, value: Any) -> np.ndarray:
-        """Like `read`. A text without a word that the model knows is BadMedia, because its vector would be zero."""
+        """Like `read`, but raises UnknownText."""
         if isinstance(self.modality, TextReader) and not self.modality.knows(value, self.view):
-            raise BadMedia("has no word that the model knows")
+            raise UnknownText("has no word that the model knows")
         return self.read(value)
 
     def encode(self, items: Iterable[tuple[K, Callable[[], np.ndarray]]]) -> Iterator[tuple[K, Tensor | BadMedia]]:

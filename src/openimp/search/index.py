@@ -237,7 +237,7 @@ class Index:
         return media
 
     def vectors(self) -> pa.Table:
-        """`id`, `modality` and fp16 `vector` of all items."""
+        """`id`, `modality` and fp16 `vector` of all items; null if the model knows no word of an item."""
         return self._read(Items.vectors)
 
     def sample(
@@ -305,7 +305,7 @@ class Index:
     def _encode_all(self, parts: Sequence[str | QueryPart]) -> list[EncodedQuery]:
         """The parts with their vectors. Items have their stored vectors."""
         likes = [part.id for part in parts if isinstance(part, Like)]
-        columns = ["id", "modality", "vector"]
+        columns = ["id", "modality", "text", "vector"]
         stored = {row["id"]: row for row in self._read(lambda items: items.rows("id", likes, columns))}
         encoded = []
         for part in parts:
@@ -316,9 +316,13 @@ class Index:
             if isinstance(part, Like):
                 if part.id not in stored:
                     raise UserError(f"{self.folder}: has no item {part.id!r}")
-                name = stored[part.id]["modality"]
-                vector = np.asarray(stored[part.id]["vector"], np.float32)
-                part = EncodedQuery(name, {self._space(name): vector}, part.weight)
+                item = stored[part.id]
+                name = item["modality"]
+                if item["vector"] is None:
+                    part = EncodedQuery(name, {}, part.weight, item["text"])
+                else:
+                    vector = np.asarray(item["vector"], np.float32)
+                    part = EncodedQuery(name, {self._space(name): vector}, part.weight)
             encoded.append(part)
         return encoded
 

@@ -40,7 +40,8 @@ class IndexedFile:
     problem: str = ""  # why the file, its text or a part of it cannot be read
     copied_from: str = ""  # the path of an indexed file with the same content
     recorded: Recorded = UNKNOWN_RECORDING  # when and where
-    parts: list[dict[str, Any]] = field(default_factory=list)  # rows of the table, with "vector" once it is known
+    # Rows of the table, with "vector" once it is known. None: the part is found by its words only.
+    parts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def content(self) -> tuple[str, str]:
@@ -98,7 +99,7 @@ def read_part(encoder: ItemEncoder, file: IndexedFile, part: Mapping[str, Any]) 
         error_prefix = f"from {part['start']:.1f} to {part['end']:.1f} s: "
         return modality.encode_segment(file.media.raw(), encoder.view, part["start"], part["end"])
     except BadMedia as error:
-        raise BadMedia(f"{error_prefix}{error}") from None
+        raise type(error)(f"{error_prefix}{error}") from None
 
 
 def _recorded(modality: Modality, raw: bytes | Path | np.ndarray) -> Recorded:

@@ -61,7 +61,7 @@ class Stored(NamedTuple):
 
 def schema(size: int) -> pa.Schema:
     """The columns of the table: those of `Hit`, the hash of the media, the `folded` text, and unit vectors with `size`
-    features."""
+    features, null for items that only words can find."""
     texts = ("id", "path", "sha256", "state", "modality", "text", "folded", "media_type", "source", "column", "date")
     columns = dict.fromkeys(texts, pa.string())
     columns |= dict.fromkeys(("part", "parts", "row"), pa.int64())
@@ -203,9 +203,12 @@ class Items:
         query = self.table.search(match, query_type="fts").limit(k).select([*self.hit_columns, "vector", "_score"])
         with _read_errors():
             hits = query.where(where).to_arrow()
-        values = hits["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        vectors = values.astype(np.float32).reshape(len(hits), hits.schema.field("vector").type.list_size)
-        cosines = [None] * len(hits) if vector is None else (vectors @ vector).tolist()
+        cosines: list[float | None] = [None] * len(hits)
+        if vector is not None:
+            vectors = hits["vector"].combine_chunks()
+            values = vectors.flatten().to_numpy(zero_copy_only=False)  # Without those of rows that have no vector.
+            known = iter((values.astype(np.float32).reshape(-1, len(vector)) @ vector).tolist())
+            cosines = [next(known) if is_known else None for is_known in vectors.is_valid().to_pylist()]
         bm25 = hits["_score"].to_pylist()
         rows = hits.drop_columns(["vector", "_score"]).to_pylist()
         order = sorted(range(len(rows)), key=lambda i: (-bm25[i], -(cosines[i] or 0)))
@@ -224,10 +227,7 @@ class Items:
         """Replaces all rows of some paths. If it is interrupted, these paths have no rows."""
         self.remove(paths)
         if rows:
-            rows = [
-                row | {"vector": np.asarray(row["vector"], np.float16), "folded": folded(row.get("text") or "")}
-                for row in rows
-            ]
+            rows = [row | {"vector": to_fp16(row["vector"]), "folded": folded(row.get("text") or "")} for row in rows]
             self.table.add(pa.Table.from_pylist(rows, self.table.schema))
 
     @_write_errors()
@@ -284,6 +284,10 @@ def folded(text: str) -> str:
     # Marks of lower classes make other letters in Indic scripts, Japanese, Arabic and others.
     bare = "".join(char for char in decomposed if unicodedata.combining(char) < ACCENTS)
     return unicodedata.normalize("NFC", bare)
+
+
+def to_fp16(vector: Any) -> np.ndarray | None:
+    return None if vector is None else np.asarray(vector, np.float16)
 
 
 def any_of(column: str, values: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from openimp.common.cache import stable_hash
 from openimp.common.errors import counted
-from openimp.common.modality import BadMedia
+from openimp.common.modality import BadMedia, UnknownText
 from openimp.common.progress import Progress
 from openimp.common.safe_files import write_text
 from openimp.common.threads import map_ahead
@@ -169,6 +169,8 @@ class Update:
             if not isinstance(result, BadMedia):
                 part["vector"] = result
                 continue
+            if isinstance(result, UnknownText):
+                part["vector"] = None
             unreadable_parts[file.media.path] += 1
             file.problem = file.problem or str(result)
         for file in files:
