@@ -32,9 +32,11 @@ def test_the_table_shows_every_figure_beside_chance():
 
 
 def test_the_table_warns_of_few_queries_and_of_unreadable_rows():
-    _, cells = printed(RETRIEVAL | {"n": 50, "skipped": 3}, ZERO_SHOT | {"n": 49}, ZERO_SHOT | {"n": 6})
+    rows = {"n": 50, "skipped": 3, "unknown": 1}
+    _, cells = printed(RETRIEVAL | rows, ZERO_SHOT | {"n": 49}, ZERO_SHOT | {"n": 6})
     assert "n is below 50, so results and intervals are unreliable: groups" in " ".join(cells)
     assert "unreadable rows left out: unseen vendor 3" in " ".join(cells)
+    assert "texts without a word that the model knows: unseen vendor 1" in " ".join(cells)
 
 
 def test_the_table_fits_80_columns_with_any_name_and_prints_brackets_as_they_are():

@@ -51,6 +51,7 @@ def result_of(queries, candidates, pairs, rank=None) -> RetrievalResult:
         candidate_row=np.arange(len(candidates)),
         query_NZ=queries,
         candidate_MZ=candidates,
+        unknown=[],
     )
 
 
@@ -186,6 +187,16 @@ def test_unreadable_rows_are_left_out_counted_and_named(named):
         assert "no text in column name" in second
         for key in ("n", "candidates", "r1", "r5", "median_rank", "chance"):
             assert with_bad[key] == without[key]
+
+
+def test_texts_without_a_known_word_are_counted_and_named(named):
+    audio = {"window": 512, "hop": 256, "bins": 32}
+    words = {"modalities": {"vision": {"patch": [2, 8, 8]}, "audio": audio, "text": {"min_df": 1}}}
+    names = ["red", "green", "purple", "red", "red", "green", "red", "black"]  # The training texts have red and green.
+    result, reverse = evaluate(*named(names=names, keys=words))
+    assert result["unknown"] == reverse["unknown"] == 2
+    assert result["unknown_rows"] == ["pictures.parquet[2]", "pictures.parquet[7]"]
+    assert [result["unknown"] for result in evaluate(*named())] == [0, 0]
 
 
 @pytest.mark.parametrize(

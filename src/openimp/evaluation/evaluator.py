@@ -26,6 +26,9 @@ from openimp.parallel.distributed import all_gather_object, all_gather_uneven, o
 from openimp.recipe.evaluation import ClassHead, EvaluationSet, Probe, ZeroShot
 from openimp.recipe.schema import Recipe
 
+NAMED = 20
+"""Maximum number of unreadable or unknown rows that a result names. It counts all of them."""
+
 
 @dataclass(frozen=True)
 class Predicted(ABC):

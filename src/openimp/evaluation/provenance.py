@@ -10,14 +10,11 @@ from openimp.common.modality import Modalities
 from openimp.common.protocols import learned_files
 from openimp.common.versions import library_version, openimp_version
 from openimp.data.tables import Table
-from openimp.evaluation.evaluator import ReadableRows
+from openimp.evaluation.evaluator import NAMED, ReadableRows
 from openimp.model.embedder import Embedder
 from openimp.parallel.layout import weights_hash
 from openimp.recipe.evaluation import EvaluationSet, ZeroShot
 from openimp.recipe.schema import Recipe
-
-NAMED = 20
-"""Maximum number of unreadable rows that a result names. It counts all of them."""
 
 
 def checkpoint_fields(model: Embedder, modalities: Modalities) -> dict[str, Any]:

@@ -18,6 +18,12 @@ MAIN = ("r1", "top1", "map", "score")
 FEW = 50
 """Number of queries below which the table warns: if none or all are answered, the interval has no width."""
 
+ROW_NOTES = {
+    "unreadable rows left out": "skipped",
+    "texts without a word that the model knows": "unknown",
+}
+"""What is noted about rows that are no ordinary items, and the result's field with their number."""
+
 
 def main_metric(result: dict[str, Any]) -> float:
     """R@1, top-1, mAP or another library's score: the metric by which results are compared."""
@@ -40,7 +46,7 @@ def _is_result(result: Any) -> bool:
         shares = [main_metric(result), result["chance"], *(result["interval"] or [None])]
         return (
             all(type(result[key]) is str for key in ("set", "task", "type"))
-            and type(result["skipped"]) is int
+            and all(type(result.get(key, 0)) is int for key in ROW_NOTES.values())
             and all(type(result[key]) is int or (other_library and result[key] is None) for key in ("n", "candidates"))
             and all(other_library if share is None else -other_library <= share <= 1 for share in shares)
             and (other_library or result["type"] != "retrieval" or {"r10", "mrr"} <= result.keys())
@@ -64,6 +70,15 @@ def best_step(file: Path, name: str, steps: Collection[int]) -> int:
     return max(metrics, key=lambda step: fmean(metrics[step]))
 
 
+def row_notes(results: list[dict[str, Any]]) -> list[str]:
+    """Sentences that count unreadable rows, and texts that the model does not know, by evaluation set."""
+    notes = []
+    for note, key in ROW_NOTES.items():
+        if counts := {result["set"]: result[key] for result in results if result.get(key)}:
+            notes.append(f"{note}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    return notes
+
+
 def table(results: list[dict[str, Any]]) -> Table:
     """A table of at most 80 columns: a line per evaluation set, then a line per task and per test split.
 
@@ -76,8 +91,7 @@ def table(results: list[dict[str, Any]]) -> Table:
     few = dict.fromkeys(result["set"] for result in results if result["n"] is not None and result["n"] < FEW)
     if few:
         caption += f"\nn is below {FEW}, so results and intervals are unreliable: {', '.join(few)}"
-    if skipped := {result["set"]: result["skipped"] for result in results if result["skipped"]}:
-        caption += "\nunreadable rows left out: " + ", ".join(f"{name} {count}" for name, count in skipped.items())
+    caption = "\n".join([caption, *row_notes(results)])
     out = Table(
         title="Evaluation", title_justify="left", caption=caption, caption_justify="left",
         box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False,

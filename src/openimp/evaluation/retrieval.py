@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from openimp.data.tables import Table
-from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows, readable_rows
+from openimp.evaluation.evaluator import NAMED, Evaluator, Predicted, ReadableRows, readable_rows
 from openimp.evaluation.metrics import interval
 from openimp.recipe.evaluation import Retrieval
 
@@ -38,6 +38,7 @@ class RetrievalResult(Predicted):
     candidate_row: np.ndarray  # (M,) int64, for each candidate, the first row of the source that has it
     query_NZ: Tensor  # unit vectors
     candidate_MZ: Tensor
+    unknown: list[str]  # the rows of the texts of both modalities that have no word that the model knows
 
     def answers(self, query_index: int, k: int) -> list[Answer]:
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.
@@ -71,6 +72,8 @@ class RetrievalResult(Predicted):
             "mrr": float((1 / self.rank).mean()),
             # R@1 of a random order: the share of correct candidates, averaged over the queries.
             "chance": len(self.correct_pairs) / len(self.rank) / candidates,
+            "unknown": len(self.unknown),
+            "unknown_rows": self.unknown[:NAMED],
         }
 
 
@@ -100,6 +103,11 @@ def retrieve(
         first_row_of_item[modality] = rows[first_index]
         item_of_row[modality] = inverse
     pairs = np.unique(np.stack([item_of_row[a], item_of_row[b]], axis=1), axis=0)
+    unknown = [
+        table.row_name(row)
+        for modality, vectors_NZ in vectors.items()
+        for row in first_row_of_item[modality][~vectors_NZ.any(1).cpu().numpy()]  # Only such a text has a zero vector.
+    ]
     directions = [
         RetrievalResult(
             query=query,
@@ -110,6 +118,7 @@ def retrieve(
             candidate_row=first_row_of_item[target],
             query_NZ=vectors[query],
             candidate_MZ=vectors[target],
+            unknown=unknown,
         )
         for query, target, correct in ((a, b, pairs), (b, a, pairs[:, ::-1]))
     ]

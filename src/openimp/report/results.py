@@ -11,7 +11,7 @@ import PIL.Image
 
 from openimp.data.tables import Table
 from openimp.evaluation.classification import Classified
-from openimp.evaluation.results import main_metric
+from openimp.evaluation.results import main_metric, row_notes
 from openimp.evaluation.retrieval import RetrievalResult
 from openimp.report.charts import Curve, line_chart, nice_ticks, series
 
@@ -45,7 +45,7 @@ def section(results: list[dict[str, Any]], recorded: list[dict[str, Any]], notes
         "results": results,
         "steps": list({result["step"] for result in results}),
         "scale": min(1.0, nice_ticks(0, max(values, default=1.0))[-1]),
-        "skipped": {result["set"]: result["skipped"] for result in results if result["skipped"]},
+        "row_notes": row_notes(results),
         "history": _history(recorded),
     }
 
