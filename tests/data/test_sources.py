@@ -517,7 +517,7 @@ def url(shards):
 
 
 @pytest.mark.parametrize(("kind", "file"), [("parquet", "part-0.parquet"), ("tar", "shard-000.tar")])
-def test_sources_at_a_url(shards, url, kind, file):
+def test_sources_at_a_url(shards, url, kind, file, monkeypatch):
     assert sorted(names(opened(f"{url}/{file}", stream=True), 0, 20)) == sorted(f"n{i}" for i in range(20))
     local = opened(shards / f"*.{kind}", stream=True, window=8)
     assert names(opened(f"{url}/*.{kind}", stream=True, window=8), 0, 40) == names(local, 0, 40)
@@ -529,6 +529,12 @@ def test_sources_at_a_url(shards, url, kind, file):
         assert table.row_name(3) == f"{url}/{file}[3]"
         with pytest.raises(UserError, match="must be on disk"):
             opened(f"{url}/rows.csv")
+    this_file = Path(__file__).resolve()
+    monkeypatch.chdir(this_file.parent)
+    for options in ({"stream": True}, {}) if kind == "parquet" else ({"stream": True},):
+        with pytest.raises(BadMedia, match="at a URL"):
+            opened(f"{url}/{file}", **options).media(this_file.name)
+        assert opened(f"{url}/{file}", root=str(this_file.parent), **options).media(this_file.name) == this_file
 
 
 def test_local_files_need_no_network_and_no_other_cache(shards, tmp_path, monkeypatch):

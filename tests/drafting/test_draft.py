@@ -279,8 +279,28 @@ def test_names_from_the_data_cannot_change_the_recipe():
 
 
 def test_any_text_of_the_data_is_read_again_as_it_is():
-    recipe = {"sources": {"a": {"where": {"label": ["a\x85b", "two\nlines", "\u2028", "naïve", "x" * 200]}}}}
+    recipe = {"sources": {"a": {"where": {"label": ["a\x85b", "two\nlines", "\u2028", "naïve", "1e5", "x" * 200]}}}}
     assert yaml.load(write(recipe, {}), RecipeLoader) == recipe
+
+
+def test_groups_that_all_fall_into_one_part_are_not_held_out():
+    """By their hashes, all five speakers would be."""
+    speakers = ["s0", "s14", "s21", "s26", "s39"]
+    rows = [
+        {"picture": data, "caption": text, "speaker": speakers[i % 5]} for i, (_, text, data) in enumerate(examples())
+    ]
+    write_parquet("rows.parquet", rows)
+    ((_, _, split),), _ = find_tasks(["rows.parquet"])
+    assert (split.rows, split.test) == (30, None)
+
+
+def test_no_two_tasks_write_one_source_or_evaluation_set():
+    write_csv()
+    for name in ("birds_classes.csv", "birds.csv"):
+        shutil.copy("pictures.csv", name)
+    tasks, _ = find_tasks(["birds_classes.csv", "birds.csv"])
+    names = [f"{task.name}{ending}" for task in tasks for ending in ("", "_test", "_classes")]
+    assert len({*names}) == len(names)
 
 
 def test_sparse_texts_and_objects_in_a_group_column_are_drafted():

@@ -359,7 +359,11 @@ def test_a_mistake_in_keywords_is_told_in_the_same_words(little_data):
 
 
 @pytest.mark.parametrize(
-    "text", ["1e5", "4190e10", "12E3", "1_0e2", "e-3", "1e", "1e3x", "null", "yes", "0x1f", "1.5", "~", "a: b", "", "é"]
+    "text",
+    [
+        *["1e5", "4190e10", "12E3", "1_0e2", "e-3", "1e", "1e3x", "null", "yes", "0x1f", "1.5", "~"],
+        *["a: b", "", "é", "a\x85b"],
+    ],
 )
 def test_texts_survive_being_saved_as_yaml(text):
     data = {"value": text, text: [text, 1.5, 10, True, None]}

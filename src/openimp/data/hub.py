@@ -79,7 +79,7 @@ def hub_root(source: Source) -> Path:
     return Path(HF_HUB_CACHE) / repo_folder_name(repo_id=hub, repo_type="dataset")
 
 
-def as_table(name: str, path: str, data: Any, row_prefix: str, root: Path) -> Table:
+def as_table(name: str, path: str, data: Any, row_prefix: str, root: Path | None) -> Table:
     """Converts a `datasets.Dataset` to a table. Rows are named by `row_prefix` and their number."""
     files = [file["filename"] for file in data.cache_files]
     content = partial(_content, files, row_prefix, len(data))

@@ -49,7 +49,7 @@ def _open_table(name: str, source: Source) -> Table:
     if is_url(path) and file_format in ("folder", "manifest"):
         raise UserError(f"source {name}: {path}: a {file_format} source must be on disk")
     base, files = locate(name, path)
-    root = Path(source.root or base)
+    root = _root(source, base)
     if file_format == "webdataset":
         raise UserError(
             f"source {name}: {path}: tars are read as a stream: set stream: true, or convert them to Parquet, which "
@@ -81,14 +81,14 @@ def _open_stream(name: str, source: Source, seed: int) -> Stream:
     where = source.where
     if source.hub:
         path = source.hub
-        root = hub.hub_root(source)
+        root: Path | None = hub.hub_root(source)
         shards = hub.HubShards(name, path, hub.load(name, source))
         revision = [source.revision] if source.revision else []
         content = partial(stable_hash, [path, source.config, source.split, where, len(shards), *revision])
     else:
         path, file_format = _path_and_format(name, source)
         base, files = locate(name, path)
-        root = Path(source.root or base)
+        root = _root(source, base)
         if file_format == "webdataset":
             shards = TarShards(name, files)
         elif file_format == "parquet":
@@ -100,6 +100,14 @@ def _open_stream(name: str, source: Source, seed: int) -> Stream:
             raise UserError(f"source {name}: {path}: a {file_format} source cannot be streamed; remove stream")
         content = partial(_shards_fingerprint, base, files, where)
     return Stream(name, path, shards, root, content, source=source, seed=seed)
+
+
+def _root(source: Source, base: Path) -> Path | None:
+    """The folder of the paths in a source. A table at a URL must not name files of the current folder."""
+    if source.root:
+        return Path(source.root)
+    assert source.path is not None
+    return None if is_url(source.path) else base
 
 
 def _shards_fingerprint(base: Path, files: list[str], where: dict[str, Any]) -> str:

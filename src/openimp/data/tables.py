@@ -89,11 +89,19 @@ class Rows:
             raise BadMedia("the column is empty here")
         if isinstance(value, bytes):
             return value
-        if isinstance(value, str) and self.root is not None:
-            return inside(self.root, value)
+        if isinstance(value, str):
+            return self.file(value)
         if isinstance(value, list):
             return number_array(value)
         raise BadMedia(f"expected bytes, a path or numbers, found {type(value).__name__}")
+
+    def file(self, path: str) -> Path:
+        """The file at a path in a column. BadMedia if it is not inside `root`."""
+        if self.root is None:
+            raise BadMedia(
+                f"{path:.200}: a source at a URL has no files of this machine, unless root names their folder"
+            )
+        return inside(self.root, path)
 
 
 class Table(Rows):
@@ -185,9 +193,8 @@ class Table(Rows):
 
     def file_state(self, path: str) -> str:
         """Hash of a media file's size, first and last 4 KiB; "bad" if it cannot be read."""
-        assert self.root is not None
         try:
-            return digest(inside(self.root, path), blocks=2, block=4096)
+            return digest(self.file(path), blocks=2, block=4096)
         except (BadMedia, OSError):
             return "bad"
 

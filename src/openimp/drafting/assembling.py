@@ -224,12 +224,13 @@ def task_names(tasks: list[TaskDraft]) -> list[str]:
 
     `_test` and `_classes` are appended to names of tasks, for sources and evaluation sets.
     """
+    endings = ("", "_test", "_classes")
     places = [task.candidate.place for task in tasks]
     names: list[str] = []
     for task, place in zip(tasks, places):
         name = source_name(place) + (f"_{task.media.kind}" if places.count(place) > 1 else "")
-        taken = {other + ending for other in names for ending in ("", "_test", "_classes")}
-        while name in taken:
+        taken = {other + ending for other in names for ending in endings}
+        while any(name + ending in taken for ending in endings):
             name += "_2"
         names.append(name)
     return names

@@ -238,6 +238,4 @@ def fit(draft: Draft, classes: Classes, machine: Machine) -> float:
         train["steps"] *= 2  # Of half as many examples each, so training sees each row the same number of times.
     flops = sum(row["flops"] for row in mixture(recipe, costs(recipe, modalities, classes)).values())
     train["steps"] = min(train["steps"], sizing.rounded(machine.hours * 3600 * machine.speed / flops))
-    memory = f"{needed_bytes / 2**20:,.0f} MiB"
-    draft.comments["model"] = f"{short(weights)} parameters; the largest step needs {memory} of memory."
     return train["steps"] * flops

@@ -96,13 +96,13 @@ def _by_hash(task: TaskDraft) -> Split:
         classes=list(classes),
         trains_test_classes=True,
     )
-    if items < MIN_ITEMS:
-        return whole
     groups = [name for name in task.by_use["group"] if len(set(_keys(task.table, name))) >= MIN_GROUPS]
     by = next(iter([*groups, *([item] if item else []), *task.by_use["path"]]), None)
     parts = max(10, rows // TEST_ROWS)
     part_of_row = task.table.parts(parts, by)
     sizes = Counter(part_of_row)
+    if items < MIN_ITEMS or len(sizes) < 2:
+        return whole
     labels = task.table.column(task.label.name) if task.label else []
     classes_of_part = defaultdict(set)
     for label, part in zip(labels, part_of_row):

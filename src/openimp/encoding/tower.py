@@ -2,7 +2,7 @@
 
 A tower turns an item into a vector, which is the only token of the item. The tower is a part of the modality and not of
 the model: it is never trained, saved or distributed. Training embeds its items before the first step
-(`TaskData.embed`), and then reads vectors. Evaluation and inference run the tower.
+(`TaskData.prepare`), and then reads vectors. Evaluation and inference run the tower.
 
 A *clip* is one input of the encoder: a picture, a text, or a window of a longer item.
 Shape suffixes: B items, M clips, D features.

@@ -135,8 +135,21 @@ class RecipeLoader(yaml.SafeLoader):
 
 
 class RecipeDumper(yaml.SafeDumper):
-    """Writes what `RecipeLoader` reads: a text such as "1e5" is quoted, because it would be read as a number."""
+    """Writes what `RecipeLoader` reads: a text such as "1e5" is quoted, because it would be read as a number.
 
+    Texts with characters that are not printable are written with escapes in double quotes. Otherwise U+0085, a line
+    break of YAML, would be read as a space. Equal parts are written again, instead of a reference to the first one.
+    """
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+RecipeDumper.add_representer(str, _represent)
 
 for resolver in (RecipeLoader, RecipeDumper):
     resolver.add_implicit_resolver(
@@ -144,9 +157,10 @@ for resolver in (RecipeLoader, RecipeDumper):
     )
 
 
-def to_yaml(data: Any) -> str:
-    """Plain data as the YAML text of a recipe."""
-    return yaml.dump(data, Dumper=RecipeDumper, sort_keys=False, width=120, allow_unicode=True)
+def to_yaml(data: Any, **layout: Any) -> str:
+    """Plain data as the YAML text of a recipe. `layout` has options of `yaml.dump`."""
+    options: dict[str, Any] = {"sort_keys": False, "width": 120, "allow_unicode": True} | layout
+    return str(yaml.dump(data, Dumper=RecipeDumper, **options))
 
 
 def override(data: dict[str, Any], text: str, folder: Path | None = None) -> None:
