@@ -54,7 +54,7 @@ def openimp(
 
 @app.command()
 def demo(set_: SetOption = None, run: RunOption = None) -> None:
-    """Train and evaluate recipes/demo.yaml on the bundled data: five to six minutes on two cores.
+    """Train and evaluate recipes/demo.yaml on the bundled data: 5 to 7 minutes on two cores.
 
     A training that was interrupted resumes."""
     from openimp.commands import run_demo

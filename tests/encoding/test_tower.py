@@ -248,6 +248,13 @@ def test_a_model_of_openimp_is_a_tower_for_sounds(data, tmp_path):
     assert vector.norm() == pytest.approx(32**0.5, rel=1e-4)
     train(recipe, tmp_path / "run")
     assert openimp.load(tmp_path / "run", "cpu").encode_audio(file).shape == (1, 32)
+    # Bundled recipes of evaluations have views, but a tower has its own.
+    sounds = {"type": "zero_shot", "source": "sounds", "inputs": {"audio": "sound"}, "label": "caption"}
+    sets = {"sounds": sounds | {"view": {"audio": {"seconds": 5, "clips": 2}}}}
+    evaluation = {"sources": {"sounds": {"path": str(data / "sounds.jsonl")}}, "evaluation": {"sets": sets}}
+    (tmp_path / "evaluation.yaml").write_text(json.dumps(evaluation))
+    (result,) = openimp.evaluate(tmp_path / "run", recipe=tmp_path / "evaluation.yaml")
+    assert result["n"] == 15
 
     # A tower that cannot be opened is no fault of the files, so the index does not remember them as unreadable.
     shutil.move(tmp_path / "tower", tmp_path / "elsewhere")
@@ -353,6 +360,8 @@ def test_a_model_of_transformers_reads_texts(data, clip, tmp_path):
     vectors = text.tokens(np.concatenate([text.encode_input(words, None) for words in ("a cat", "red")]), None, None)
     expected = SentenceTransformer(str(tmp_path / "bert")).encode(["a cat", "red"], convert_to_tensor=True)
     torch.testing.assert_close(vectors.values[:, 0], F.normalize(expected) * 32**0.5, atol=1e-4, rtol=1e-4)
+    half_a_pair = text.encode_input("\ud83d", None)
+    assert text.tokens(half_a_pair, None, None).values.isfinite().all()
     train(recipe, tmp_path / "run")
     assert openimp.load(tmp_path / "run", "cpu").encode_text(["red", "a cat"]).shape == (2, 32)
 

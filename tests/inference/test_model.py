@@ -359,6 +359,8 @@ def test_a_model_of_this_user_that_is_saved_with_another_view_is_still_its_own(l
     model.save(tmp_path / "mine")
     monkeypatch.setenv("HOME", str(tmp_path))
     again = openimp.load("~/mine")
+    (tmp_path / "red.txt").write_text("red")
+    assert openimp.embed("~/mine", ["~/red.txt"], tmp_path / "vectors.parquet")
     assert again.views["image"].size == (24, 24)
     assert trained_here(tmp_path / "mine")
     assert openimp.load(little_run).views["image"].size != (24, 24)

@@ -28,6 +28,7 @@ def test_the_type_of_a_file_comes_from_its_content(name):
     for content in FORMATS[name][1]():
         for kind in ("audio", "video"):
             assert media_type(content, kind) == expected.format(kind)
+    assert media_type(b"\xff\xfa\x90\x64", "audio") == "audio/mpeg", "MP3 frames with a checksum"
 
 
 @pytest.mark.parametrize(

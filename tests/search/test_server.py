@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import signal
@@ -23,6 +24,7 @@ from messages import refuses
 from served import Server, serving
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
+from starlette.testclient import TestClient
 
 from openimp.commands import run_serve
 from openimp.common.errors import UserError
@@ -31,7 +33,7 @@ from openimp.search.answers import answer
 from openimp.search.guard import HEADERS, POLICY, Guard
 from openimp.search.page import Page, TemporaryResponse
 from openimp.search.query import EncodedQuery
-from openimp.search.server import serve
+from openimp.search.server import create_app, serve
 from openimp.search.state import MAX_PARTS, State
 from openimp.search.uploads import Upload, Uploads
 
@@ -254,6 +256,16 @@ def test_uploads_that_never_end_keep_nobody_waiting(server: Server, media_folder
     for connection in stalled:
         connection.close()
     assert server.upload("0.png", (media_folder / "0.png").read_bytes()).status == 200
+
+
+def test_an_item_that_has_changed_has_no_thumbnail_any_more(tiny_model_folder, media_folder, tmp_path):
+    file = Path(shutil.copy(media_folder / "0.png", tmp_path))
+    index = open_index(build_index(tiny_model_folder, [file], tmp_path / "x.index").folder)
+    (hit,) = index.sample(1)
+    client = TestClient(create_app(index), base_url="http://127.0.0.1")
+    assert client.get(f"/thumbnails/{hit.id}").headers["content-type"] == "image/webp"
+    os.utime(file)
+    assert client.get(f"/thumbnails/{hit.id}").status_code == 404
 
 
 def test_a_file_that_is_too_large_is_refused_before_it_is_read(server: Server):

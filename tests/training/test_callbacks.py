@@ -122,6 +122,13 @@ def test_early_stopping_that_would_never_stop_is_refused_before_the_first_step(r
         openimp.train(recipe, tmp_path / "run", callbacks=[openimp.EarlyStopping])
     with refuses():
         openimp.train(recipe, tmp_path / "run", callbacks=openimp.EarlyStopping)
+
+    class NeverStarts(openimp.Callback):
+        def on_start(self, recipe):
+            raise openimp.StopTraining
+
+    with refuses():
+        openimp.train(recipe, tmp_path / "run", callbacks=NeverStarts())
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

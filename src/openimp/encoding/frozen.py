@@ -26,6 +26,7 @@ from openimp.common.modality import Rng
 from openimp.common.names import LOCAL, SENTENCE_TRANSFORMERS, TIMM, Name
 from openimp.common.protocols import learned_files
 from openimp.common.safe_files import read_text, refuse_links, sha256
+from openimp.common.texts import valid_text
 from openimp.encoding.engine import ItemEncoder
 from openimp.modalities.image import upright
 from openimp.modalities.media import decoder_errors
@@ -42,6 +43,8 @@ ASPECT = 1.33
 """Largest factor by which a random crop changes the aspect ratio."""
 CLIPS = 64
 """Clips in a forward pass of a tower."""
+LONGEST_TEXT = 10_000
+"""Most characters of a text that is given to a library, whose tokenizer cuts it further."""
 LONGEST_SIDE = 2048
 """Largest side, in pixels, of a picture that is given to a library, which shrinks it further."""
 
@@ -92,7 +95,9 @@ class OwnEncoder(FrozenEncoder):
                 "--join --towards, and name their column in `to`"
             )
         self.features = model.config.embed_dim if embeds else model.config.width
-        parts = [weights, sorted(learned_files([self.reader]).items()), self.view, *(["embeddings"] if embeds else [])]
+        # Without defaults, so that a later version of openimp with more options knows the same encoder.
+        options = [part.model_dump_json(exclude_defaults=True) for part in (self.reader.config, self.view)]
+        parts = [weights, sorted(learned_files([self.reader]).items()), options, embeds]
         self.fingerprint = stable_hash(parts)[:16]
         towards = modality if embeds else None
         self._encoder = ItemEncoder(model, self.reader, self.view, towards, "fp32")  # Slow, but once per item.
@@ -120,7 +125,7 @@ class LibraryEncoder(FrozenEncoder):
 
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
         if self.reader.reads_text:
-            return _objects(value)
+            return _objects(valid_text(value[:LONGEST_TEXT]))
         if self._modality != "image":
             return super().read(value, rng)
         return _objects(_picture(value, rng))

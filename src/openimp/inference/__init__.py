@@ -1,4 +1,4 @@
-"""A trained model in use: openimp.load, the embed command, and the interface of mteb.
+"""A trained model in use: embedding, classification, evaluation, export, and publishing.
 
-Nothing here trains or evaluates.
+Nothing here trains.
 """

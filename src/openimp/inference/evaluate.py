@@ -44,7 +44,7 @@ def evaluate(
         UserError: there is no such model or evaluation set, or the recipe has no evaluation sets.
         NotMeasured: a set cannot be measured; its `results` are the results of the other sets.
     """
-    name = Path(model)
+    name = Path(model).expanduser()
     folder = find_model(name)
     imp, (config, modalities, saved_recipe) = load_model(folder)
     measured = saved_recipe.validated()
@@ -153,5 +153,6 @@ def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
         for name in recipe.modality_names:
             if isinstance(view.get(name), dict):
                 schema = class_for(name, recipe.model, recipe.modalities).View
-                removed_keys = {key for key, new in schema.renamed.items() if new not in schema.model_fields}
-                view[name] = {key: value for key, value in view[name].items() if key not in removed_keys}
+                decided = {key for key, new in schema.renamed.items() if new not in schema.model_fields}
+                kept = {key: value for key, value in view[name].items() if key not in decided}
+                view[name] = kept if schema.model_fields else {}

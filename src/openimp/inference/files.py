@@ -34,7 +34,7 @@ def find_files(
     modality_of = {extension: name for name in reversed(names) for extension in modalities[name].extensions}
     # The keys of each inner dictionary are the files, each once.
     files_by_modality: dict[str, dict[File, None]] = {}
-    given = [str(file) if is_url(str(file)) else Path(file) for file in files]
+    given = [str(file) if is_url(str(file)) else Path(file).expanduser() for file in files]
     unknown = Counter[str]()
     for file in given:
         files_in_folder = _files_in(file, None if only else modality_of)

@@ -231,7 +231,7 @@ def _samples_from(media_file: MediaFile, container: Any, stream: Any, start: int
     """Up to `count` samples from index `start` on, in blocks (n,)."""
     start_pts = None
     if start:
-        start_pts = (stream.start_time or 0) + int(start / stream.rate / stream.time_base)
+        start_pts = (stream.start_time or 0) + round(start / stream.rate / stream.time_base)
         # Lossy codecs need earlier samples; Opus needs 80 ms.
         container.seek(max(0, start_pts - int(0.1 / stream.time_base)), stream=stream)
     planar = av.AudioResampler("fltp")

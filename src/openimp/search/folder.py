@@ -63,14 +63,19 @@ def own_index(model: str) -> Path | None:
     if scheme == BUNDLED:  # A cache may be emptied, but the model and its data can index it again.
         find_model(model)  # It may not exist.
         return cache_folder("search") / name
-    run = Path(model)
+    run = Path(model).expanduser()
     return run / OWN_INDEX if (run / CHECKPOINTS).is_dir() else None
+
+
+def is_index(folder: Path) -> bool:
+    """Whether a folder holds an index. One that was interrupted at its start may have only the lock."""
+    return any((folder / name).exists() for name in (METADATA, LOCK))
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Creates the folder of an index and keeps other writers out."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / LOCK).exists())):
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_index(folder))):
         raise UserError(f"{folder}: is not an index; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     refuse_links(folder, INDEX_FILES)

@@ -97,7 +97,7 @@ class Page:
     async def item_thumbnail(self, request: Request) -> Response:
         """A small picture of an item."""
         id = request.path_params["id"]
-        return _picture(await to_thread.run_sync(self.cached_thumbnail, id, limiter=self.drawing))
+        return _picture(await to_thread.run_sync(self._thumbnail, id, limiter=self.drawing))
 
     async def upload_thumbnail(self, request: Request) -> Response:
         """A small picture of an upload."""
@@ -169,10 +169,14 @@ class Page:
         os.utime(file.name, (0, 0))  # The same ETag for each range.
         return TemporaryResponse(file.name, headers=headers, media_type=displayed_type, filename=name)
 
-    def _draw_item(self, id: str) -> bytes | None:
+    def _thumbnail(self, id: str) -> bytes | None:
         hit = self.index.hit(id)
+        self.index.check(hit)
+        return self.cached_thumbnail(hit)
+
+    def _draw_item(self, hit: Hit) -> bytes | None:
         segment = None if hit.start is None or hit.end is None else (hit.start, hit.end)
-        return self._draw(hit.modality, self.index.read(id), segment)
+        return self._draw(hit.modality, self.index.read(hit.id), segment)
 
     def _draw(self, name: str, media: bytes | Path, segment: tuple[float, float] | None = None) -> bytes | None:
         model = self.index.model

@@ -98,7 +98,9 @@ def _make_small(data: dict[str, Any], original: Recipe) -> None:
             source["limit"] = SMOKE_ROWS
     for task in data["tasks"].values():
         if not data["sources"][task["source"]]["stream"]:  # The lanes of a stream divide its batches.
-            task["batch_size"] = SMOKE_BATCH
+            for options in (task, *task["views"]):
+                if options.get("batch_size"):
+                    options["batch_size"] = SMOKE_BATCH
     if (data["modalities"].get("text") or {}).get("min_df") and not data["train"]["init"]:
         data["modalities"]["text"]["min_df"] = 1  # In few rows, words do not repeat.
     data["train"]["num_workers"] = 0

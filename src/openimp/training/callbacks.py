@@ -79,7 +79,10 @@ class Callbacks(Callback):
                 raise UserError(f"callbacks: expected instances of openimp.Callback, found {callback!r:.100}")
 
     def on_start(self, recipe: Recipe) -> None:
-        self._call(lambda callback: callback.on_start(recipe))
+        try:
+            self._call(lambda callback: callback.on_start(recipe))
+        except StopTraining:
+            raise UserError("a callback ended the training before its first step") from None
 
     def on_step(self, step: int, metrics: dict[str, Any] | None) -> None:
         self._call(lambda callback: callback.on_step(step, metrics))
