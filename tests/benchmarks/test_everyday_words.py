@@ -22,6 +22,8 @@ def test_the_words_of_texts_are_found(tiny_model_folder, tmp_path, monkeypatch, 
     index = build_index(tiny_model_folder, [file.parent], tmp_path / "x.index").folder
     monkeypatch.setattr("sys.argv", ["everyday_words.py", str(index)])
     main()
-    rows = dict(row[2:].split(" | ", 1) for row in capsys.readouterr().out.splitlines() if row.startswith("| "))
-    assert rows["words"] == rows["both"] == "1 | 100.0% | 100.0% |"
-    assert rows["meaning"] != rows["both"]
+    rows = [row[2:].split(" | ", 2) for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
+    found = {(kinds, by): result for kinds, by, result in rows}
+    for kinds in ("pictures, clips", "everything"):
+        assert found[kinds, "words"] == found[kinds, "both"] == "1 | 100.0% | 100.0% |"
+        assert found[kinds, "meaning"] != found[kinds, "both"]

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -60,17 +61,22 @@ def encoded(index: Index, modality: str, value: object) -> np.ndarray:
     return index.model.encode(modality, value, normalize=True)[0].cpu().numpy()
 
 
-def assert_best(index: Index, hits: list[Hit], expected: dict[str, float]) -> None:
-    """The hits are the best of the expected scores: in order within a stem, and the stems take turns."""
-    stem_of = {name: modality.stem for name, modality in index.model.modalities.items()}
+def assert_best(index: Index, hits: list[Hit], expected: dict[str, float], candidates: Iterable[str]) -> None:
+    """The hits are the best of the candidates, by how far they are above the other items of their stem."""
     table = index.vectors()
-    modality_of = dict(zip(table["id"].to_pylist(), table["modality"].to_pylist()))
-    ranked: dict[str, list[float]] = {}
-    for id, score in sorted(expected.items(), key=lambda pair: -pair[1]):
-        ranked.setdefault(stem_of[modality_of[id]], []).append(score)  # The stem with the best score is the first key.
-    turns = [(stem, ranked[stem][i]) for i in range(len(expected)) for stem in ranked if i < len(ranked[stem])]
-    assert [stem_of[hit.modality] for hit in hits] == [stem for stem, _ in turns[: len(hits)]]
-    assert [hit.score for hit in hits] == pytest.approx([score for _, score in turns[: len(hits)]], abs=1e-3)
+    stems = [index.model.modalities[name].stem for name in table["modality"].to_pylist()]
+    stem_of = dict(zip(table["id"].to_pylist(), stems))
+
+    groups = {stem: [id for id in expected if stem_of[id] == stem] for stem in {stem_of[id] for id in candidates}}
+    usual = np.mean([np.var([expected[id] for id in group]) for group in groups.values()])
+
+    def excess(id: str) -> float:
+        others = [expected[other] for other in groups[stem_of[id]] if other != id]
+        squares = sum((score - np.mean(others)) ** 2 for score in others)
+        return (expected[id] - np.mean(others)) / np.sqrt((squares + 5 * usual) / (len(others) + 5))
+
+    best = sorted(candidates, key=lambda id: -excess(id))
+    assert [hit.id for hit in hits] == best[: len(hits)]
     for hit in hits:
         assert hit.score == pytest.approx(expected[hit.id], abs=1e-3)
 
@@ -80,7 +86,8 @@ def test_results_are_those_of_comparing_all_items(index, media):
     for k in (1, 5, 100):
         hits = index.search("a red square", k, by="meaning")
         assert len(hits) == min(k, 12)
-        assert_best(index, hits, scores(index, encoded(index, "text", "a red square")))
+        expected = scores(index, encoded(index, "text", "a red square"))
+        assert_best(index, hits, expected, expected)
     file = media / "seen" / "1.png"
     for value in (file, str(file), file.read_bytes()):
         hits = index.search(Query("image", value), k=1)
@@ -96,10 +103,10 @@ def test_queries_and_stored_vectors_of_items_add_up_and_can_be_subtracted(index,
     parts = ["a red square", Query("audio", sound, 2.0), Query("text", "noise", -0.5), Like(ids[3]), Like(ids[7], -0.5)]
     text, noise = (encoded(index, "text", text) for text in ("a red square", "noise"))
     total = text + 2 * encoded(index, "audio", sound) - 0.5 * noise + vectors[3] - 0.5 * vectors[7]
-    expected = {id: score for id, score in scores(index, total).items() if id not in (ids[3], ids[7])}
     hits = index.search(parts, by="meaning")
-    assert {hit.id for hit in hits} == expected.keys(), "items of the query are no results"
-    assert_best(index, hits, expected)
+    results = {*ids} - {ids[3], ids[7]}
+    assert {hit.id for hit in hits} == results, "items of the query are no results"
+    assert_best(index, hits, scores(index, total), results)
 
 
 def test_filters_leave_the_best_of_what_they_keep(index, media, monkeypatch):
@@ -107,7 +114,8 @@ def test_filters_leave_the_best_of_what_they_keep(index, media, monkeypatch):
     everything = scores(index, encoded(index, "text", "noise"))
     hits = search("noise", modalities=["image", "audio"])
     assert [hit.modality for hit in hits].count("image") == 3
-    assert_best(index, hits, {hit.id: everything[hit.id] for hit in hits})
+    of_both = {hit.id: everything[hit.id] for hit in hits}
+    assert_best(index, hits, of_both, of_both)
     assert index.folders == [str(media / "heard_100%"), str(media / "seen")]
     monkeypatch.chdir(media)
     for folder in ("seen", media / "seen", f"{media}/seen/"):
@@ -144,13 +152,13 @@ def test_a_recording_in_segments_is_one_result(joint_model, media, tmp_path, mon
     for k in (1, 5, 100):
         hits = index.search(query, k)
         assert len(hits) == min(k, 14)
-        assert_best(index, hits, expected)
+        assert_best(index, hits, everything, expected)
         assert all(hit.parts == (1 if hit.start is None else 12) for hit in hits)
     monkeypatch.chdir(tmp_path)
     for file in (tmp_path / "long" / "0.wav", "long/0.wav"):
         segments = index.search(query, 100, under=file)
         assert [hit.path for hit in segments] == [str(tmp_path / "long" / "0.wav")] * 12
-        assert_best(index, segments, {hit.id: everything[hit.id] for hit in segments})
+        assert_best(index, segments, everything, [hit.id for hit in segments])
     assert len(index.search(query, 100, under="long")) == 2, "a folder's files are one result each"
 
 

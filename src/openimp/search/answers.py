@@ -158,7 +158,9 @@ def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
         page.notes.append("Files and items are compared by meaning.")
     by_meaning = all(hit.found_by == "meaning" for hit in hits)
     if by_meaning and len(index.groups(hit.modality for hit in hits)) > 1:
-        page.notes.append("Different kinds of items take turns, because their scores cannot be compared.")
+        page.notes.append(
+            "Kinds have different scores, so the order is by how far a score is above the others of its kind."
+        )
     page.items = [_item(index, hit, stands_for_file(hit, state.under or None)) for hit in hits]
     if len(hits) == state.k < MAX_RESULTS:
         page.next = state.link(k=min(state.k + PAGE_RESULTS, MAX_RESULTS))

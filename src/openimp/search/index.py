@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import date, datetime
 from functools import cached_property, partial
-from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple, TypeVar, get_args
 
 import numpy as np
@@ -40,22 +40,45 @@ RANK_CONSTANT = 60
 """Of reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): the larger, the less the first ranks count."""
 
 
+SAMPLE = 1000
+"""Maximum number of items of a group whose cosines tell how unusual a cosine is."""
+PRIOR = 5
+"""Imaginary items of each group. With fewer, chance would decide whether the only three sounds stand out."""
+
+
 class Wanted(NamedTuple):
     """What a search looks for."""
 
-    encoded: Sequence[EncodedQuery]
+    groups: Sequence[tuple[Sequence[str], np.ndarray]]  # modalities that are ranked together, with the query's vector
     words: Words | None  # to look for in the texts of items
-    by_meaning: bool  # whether items are ranked by their cosine, too
     filters: Sequence[str]  # in SQL, all of which an item must pass
     k: int  # maximum number of results
     under: str | Path | None  # see `Index.search`
 
 
-class Ranked(NamedTuple):
-    """A result, and the sum of its reciprocal ranks."""
+class Spread(NamedTuple):
+    """The cosines of a query with the items of a group, or with a sample of them.
 
-    hit: Hit
-    sum: float
+    In most models, all sounds may be closer to a text than any picture is, or all texts closer than both. So cosines of
+    different groups are compared by how far they are above the others of their group.
+    """
+
+    mean: float
+    variance: float
+    items: int  # of the group
+
+    def excess(self, cosine: float, usual_variance: float) -> float:
+        """How far a cosine is above the mean of the group's other items, in their standard deviations.
+
+        Their variance is estimated as if `PRIOR` more items had the variance that is usual in the groups.
+        """
+        others = self.items - 1
+        if others == 0:
+            return 0.0
+        above_others = (cosine - self.mean) * self.items / others
+        squares = self.items * self.variance - above_others * (cosine - self.mean)  # Of the other items.
+        variance = (max(squares, 0.0) + PRIOR * usual_variance) / (others + PRIOR)
+        return above_others / (variance + 1e-12) ** 0.5
 
 
 class Index:
@@ -76,6 +99,7 @@ class Index:
         self._items = Items(folder)
         self._allow_sources = allow_sources
         self._sources: dict[str, Table] = {}
+        self._samples: dict[tuple[str, ...], np.ndarray] = {}  # vectors of items, by modalities
         self._encoding_lock = threading.Lock()
         self._sources_lock = threading.RLock()  # `read` holds it while it calls `_source`.
 
@@ -121,10 +145,9 @@ class Index:
         twice by the BM25 of their texts (captions, names, lines): those with any word of the query's texts, and those
         with all words. The rankings are merged: an item gets the sum of its 1 / (60 + rank).
 
-        Modalities with one projection head, such as image and video, are ranked together. By meaning alone, groups with
-        different heads take turns, because their cosines cannot be compared: in most models, all texts are closer to a
-        text than any picture is. The group with the highest cosine begins. Of a file that was cut into segments, only
-        the best segment is returned, unless `under` is that file.
+        Cosines are compared between modalities with one projection head, such as image and video. Items of groups with
+        different heads are ranked by how far their cosines are above the others of their group (`Spread`). Of a file
+        that was cut into segments, only the best segment is returned, unless `under` is that file.
 
         Args:
             queries: one part of the query or several. A string is a text. Items in the query are not returned.
@@ -159,20 +182,24 @@ class Index:
         unknown_texts = [part.text for part in encoded if not part.vectors]
         if words is None and unknown_texts:
             raise UserError(f"{unknown_texts[0]!r:.100} has no word that the model knows")
-        # There are no words if the query has anything but texts.
-        wanted = Wanted(encoded, words, by != "words" or words is None, filters, k, under)
-        rankings = [self._ranked(wanted, names) for names in self.groups(modalities or self.counts)]
-        ranked_by_group = [ranking for ranking in rankings if ranking is not None]
-        if not ranked_by_group:
+        comparable = [
+            (names, vector)
+            for names in self.groups(modalities or self.counts)
+            if (vector := unit_vector(encoded, self._space(names[0]))) is not None
+        ]
+        if words is None and not comparable:
             kinds = ", ".join(dict.fromkeys(part.modality for part in encoded))
             items = ", ".join(modalities or self.counts)
             raise UserError(f"{kinds} and the items ({items}) share no space, so they cannot be compared")
-        if words is not None and by == "both" and not any(ranked_by_group) and not model_knows_a_word:
+        if modalities:
+            filters.append(any_of("modality", modalities))
+        wanted = Wanted(comparable, words, filters, k, under)
+        table = self._items
+        hits = self._ranked(wanted, by)
+        if self._items is not table:  # It was opened again meanwhile, so that some hits may be of the older version.
+            hits = self._ranked(wanted, by)
+        if words is not None and by == "both" and not hits and not model_knows_a_word:
             raise UserError(f"{words.wanted!r:.100} has no word that the model knows, and no item has its words")
-        # By meaning alone, items of equal rank have equal sums. Then the group with the highest cosine is first.
-        ranked_by_group.sort(key=lambda ranked: -max((item.hit.score or 0 for item in ranked), default=0))
-        best_first = sorted(chain.from_iterable(ranked_by_group), key=lambda item: -item.sum)
-        hits = [item.hit for item in best_first]
         if min_score is not None:
             hits = [hit for hit in hits if hit.score is not None and hit.score >= min_score]
         return hits[:k]
@@ -354,6 +381,7 @@ class Index:
             if metadata is None or metadata.fingerprint != self._metadata.fingerprint:
                 raise  # The model would not fit.
             self._items = Items(self.folder)
+            self._samples.clear()
             for name in ("counts", "folders"):
                 self.__dict__.pop(name, None)
             return read(self._items)
@@ -379,36 +407,58 @@ class Index:
             filters.append(between(first_day, last_day))
         return filters
 
-    def _ranked(self, wanted: Wanted, names: Sequence[str]) -> list[Ranked] | None:
-        """The items of one group of modalities (see `groups`), the best first. None: nothing in it can be compared."""
+    def _ranked(self, wanted: Wanted, by: By) -> list[Hit]:
+        """The items that are found, the best first."""
         words = wanted.words
-        vector = unit_vector(wanted.encoded, self._space(names[0]))
-        if vector is None and words is None:
-            return None
-        filters = list(wanted.filters)
-        if len(names) < len(self.counts):  # Without a filter, LanceDB does not have to scan a column.
-            filters.append(any_of("modality", names))
-        rankings = []
-        if vector is not None and wanted.by_meaning:
-            rankings.append(self._nearest(wanted, vector, filters))
+        # There are no words if the query has anything but texts.
+        rankings = [self._by_meaning(wanted)] if by != "words" or words is None else []
         if words is not None:
-            # All segments of a file have its caption, so words are looked up in the first one.
-            first_segments = "(start IS NULL OR part = 0)"
-            if wanted.under is not None:
-                first_segments = f"({first_segments} OR {any_of('path', _paths_of(wanted.under))})"
-            where = " AND ".join([*filters, first_segments])
             # Two rankings, so that an item with all words comes before one that is only near.
-            for all_words in (False, True):
-                read = partial(
-                    Items.with_words,
-                    words=words,
-                    all_words=all_words,
-                    vector=vector,
-                    k=max(wanted.k, RANKED),
-                    where=where,
-                )
-                rankings.append([Hit(found_by="words", **row) for row in self._read(read)])
+            rankings += [self._by_words(wanted, words, all_words) for all_words in (False, True)]
         return merged(rankings, wanted.under)
+
+    def _by_meaning(self, wanted: Wanted) -> list[Hit]:
+        """The items that are closest to the query, of all groups that can be compared with it."""
+        hits_and_spreads = []
+        for names, vector in wanted.groups:
+            # Without a filter, LanceDB does not have to scan a column.
+            filters = [any_of("modality", names)] if len(names) < len(self.counts) else []
+            hits = self._nearest(wanted, vector, [*wanted.filters, *filters])
+            if len(wanted.groups) == 1:
+                return hits
+            if hits:
+                hits_and_spreads.append((hits, self._spread(names, vector)))
+        variances = [spread.variance for _, spread in hits_and_spreads]
+        excess_and_hits = [
+            (spread.excess(hit.score or 0.0, fmean(variances)), hit)
+            for hits, spread in hits_and_spreads
+            for hit in hits
+        ]
+        return [hit for _, hit in sorted(excess_and_hits, key=lambda pair: -pair[0])]
+
+    def _spread(self, names: Sequence[str], vector: np.ndarray) -> Spread:
+        """The cosines of a vector (Z,) with the items of some modalities."""
+        key = tuple(names)
+        if key not in self._samples:
+            self._samples[key] = self._read(lambda items: items.sample_vectors(SAMPLE, any_of("modality", names)))
+        cosines = self._samples[key] @ vector
+        return Spread(float(cosines.mean()), float(cosines.var()), sum(self.counts[name] for name in names))
+
+    def _by_words(self, wanted: Wanted, words: Words, all_words: bool) -> list[Hit]:
+        """The items that have any or all of the words of the query."""
+        # All segments of a file have its caption, so words are looked up in the first one.
+        first_segments = "(start IS NULL OR part = 0)"
+        if wanted.under is not None:
+            first_segments = f"({first_segments} OR {any_of('path', _paths_of(wanted.under))})"
+        read = partial(
+            Items.with_words,
+            words=words,
+            all_words=all_words,
+            vectors={name: vector for names, vector in wanted.groups for name in names},
+            k=max(wanted.k, RANKED),
+            where=" AND ".join([*wanted.filters, first_segments]),
+        )
+        return [Hit(found_by="words", **row) for row in self._read(read)]
 
     def _nearest(self, wanted: Wanted, vector: np.ndarray, filters: Sequence[str]) -> list[Hit]:
         """At least `k` items that are closest to a vector (Z,) if there are as many, with only the best segment of each
@@ -457,7 +507,7 @@ def unit_vector(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray | Non
     return total / length
 
 
-def merged(rankings: Iterable[Sequence[Hit]], under: str | Path | None) -> list[Ranked]:
+def merged(rankings: Iterable[Sequence[Hit]], under: str | Path | None) -> list[Hit]:
     """Merges rankings by the sum of reciprocal ranks, the largest first."""
     sums: dict[str, float] = defaultdict(float)
     hits: dict[str, Hit] = {}
@@ -468,7 +518,7 @@ def merged(rankings: Iterable[Sequence[Hit]], under: str | Path | None) -> list[
             first_hit = hits.setdefault(key, hit)
             if first_hit.found_by != hit.found_by:
                 hits[key] = replace(first_hit, found_by="both")
-    return sorted((Ranked(hit, sums[key]) for key, hit in hits.items()), key=lambda item: -item.sum)
+    return [hits[key] for key in sorted(hits, key=lambda key: -sums[key])]
 
 
 def result_key(hit: Hit, under: str | Path | None) -> str:

@@ -6,7 +6,7 @@ A write to the table is atomic and contains whole files only. So after a kill, t
 import os
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import date, timedelta
@@ -146,6 +146,14 @@ class Items:
 
     def sample(self, count: int, where: str | None = None) -> list[dict[str, Any]]:
         """At most `count` rows, evenly spaced among those that match an SQL filter, without their vectors."""
+        return self._sample(count, where, self.hit_columns).to_pylist()
+
+    def sample_vectors(self, count: int, where: str) -> np.ndarray:
+        """The vectors (N, Z) fp32 of such rows, without those of rows that have none."""
+        vectors = self._sample(count, where, ["vector"])["vector"].combine_chunks()
+        return _matrix(vectors)
+
+    def _sample(self, count: int, where: str | None, columns: list[str]) -> pa.Table:
         with _read_errors():
             if where is None:  # Faster than reading all ids.
                 taken = self.table.take_offsets(_spread(count, self.table.count_rows()))
@@ -153,7 +161,7 @@ class Items:
                 query = self.table.search().where(where).select(["_rowid"]).with_row_id(True)
                 row_ids = query.to_arrow()["_rowid"].to_numpy()
                 taken = self.table.take_row_ids(row_ids[_spread(count, len(row_ids))].tolist())
-            return taken.select(self.hit_columns).to_list()
+            return taken.select(columns).to_arrow()
 
     def nearest(self, vector: np.ndarray, k: int, where: str | None = None) -> list[dict[str, Any]]:
         """The `k` rows with the highest cosine, without their vectors; `_distance` is 1 - cosine.
@@ -181,9 +189,10 @@ class Items:
         return "folded" if "folded" in self.table.schema.names else "text"
 
     def with_words(
-        self, words: Words, all_words: bool, vector: np.ndarray | None, k: int, where: str
+        self, words: Words, all_words: bool, vectors: Mapping[str, np.ndarray], k: int, where: str
     ) -> list[dict[str, Any]]:
-        """At most `k` rows, the best by BM25 first, with their cosine with a unit vector (Z,) as `score`.
+        """At most `k` rows, the best by BM25 first, with their cosine with the unit vector (Z,) of their modality as
+        `score`; None if there is none.
 
         Their texts have a wanted word or, if `all_words`, all wanted words, and no unwanted word. Rows with equal BM25
         are ordered by their cosine.
@@ -203,16 +212,15 @@ class Items:
         query = self.table.search(match, query_type="fts").limit(k).select([*self.hit_columns, "vector", "_score"])
         with _read_errors():
             hits = query.where(where).to_arrow()
-        cosines: list[float | None] = [None] * len(hits)
-        if vector is not None:
-            vectors = hits["vector"].combine_chunks()
-            values = vectors.flatten().to_numpy(zero_copy_only=False)  # Without those of rows that have no vector.
-            known = iter((values.astype(np.float32).reshape(-1, len(vector)) @ vector).tolist())
-            cosines = [next(known) if is_known else None for is_known in vectors.is_valid().to_pylist()]
+        stored = hits["vector"].combine_chunks()
+        known = iter(_matrix(stored))
+        vector_of_row = [next(known) if is_known else None for is_known in stored.is_valid().to_pylist()]
         bm25 = hits["_score"].to_pylist()
         rows = hits.drop_columns(["vector", "_score"]).to_pylist()
-        order = sorted(range(len(rows)), key=lambda i: (-bm25[i], -(cosines[i] or 0)))
-        return [rows[i] | {"score": cosines[i]} for i in order]
+        for row, item in zip(rows, vector_of_row):
+            query_vector = vectors.get(row["modality"])
+            row["score"] = None if item is None or query_vector is None else float(item @ query_vector)
+        return [row for _, row in sorted(zip(bm25, rows), key=lambda pair: (-pair[0], -(pair[1]["score"] or 0)))]
 
     def rows(self, column: str, values: Iterable[str], columns: list[str]) -> list[dict[str, Any]]:
         """The rows with one of these values in a column; vectors are lists of floats."""
@@ -288,6 +296,12 @@ def folded(text: str) -> str:
 
 def to_fp16(vector: Any) -> np.ndarray | None:
     return None if vector is None else np.asarray(vector, np.float16)
+
+
+def _matrix(vectors: pa.FixedSizeListArray) -> np.ndarray:
+    """The vectors (N, Z) fp32 that are not null."""
+    values = vectors.flatten().to_numpy(zero_copy_only=False)
+    return values.astype(np.float32).reshape(-1, vectors.type.list_size)
 
 
 def any_of(column: str, values: Iterable[str]) -> str:
