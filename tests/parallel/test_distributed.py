@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,7 @@ from openimp.parallel.layout import full_tensor, local_shard, reshard
 from openimp.planning.plan import plans
 from openimp.recipe.schema import Recipe
 from openimp.study.variants import peak_memory
-from openimp.training import setup
-from openimp.training.setup import Variant, set_up
+from openimp.training.setup import set_up
 from openimp.training.step_timer import StepTimer
 from openimp.training.stopping import Interrupted, Stop
 from openimp.training.trainer import Trainer, train
@@ -244,12 +242,6 @@ def test_an_evaluation_changes_nothing_for_training(request, ranks):
     """And a stop of one rank ends the evaluation of all."""
     assert facts(request.getfixturevalue(ranks))["undisturbed"] == {name: True for name in EVALUATED}
     assert all(facts(request.getfixturevalue(ranks))["training after a stop"])
-
-
-def test_a_model_is_made_shard_by_shard(two_ranks):
-    """Each of two ranks holds its shards, and while it draws random numbers, one weight and copies of it."""
-    for peak, weights, largest in facts(two_ranks)["initialization"]:
-        assert weights / 2 < peak < weights / 2 + 6 * largest < 0.8 * weights
 
 
 def test_ranks_share_what_one_of_them_prepares(two_ranks):
@@ -480,22 +472,6 @@ def counted_calls(owner: type, method: str, calls: list[Any]) -> Iterator[None]:
         setattr(owner, method, original)
 
 
-def initialization(folder: Path, out: Path) -> list[Any]:
-    """For each rank: the most bytes that making the model takes, those of all its weights, and of the largest."""
-    trainer = Trainer(set_up(recipe(folder, "model.layers=32", "model.moe=null"), out / "initialized"))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        deferred = setup.DeferredInit(0)
-        model = deferred.build(
-            lambda: Variant().build_model(trainer.recipe, trainer.data.modalities, trainer.data.classes)
-        )
-        setup._distribute(trainer.recipe, model, trainer.device)
-        deferred.initialize(model)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    peak = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
-    sizes = [4 * weight.numel() for weight in trainer.model.parameters()]
-    return distributed.all_gather_object((peak, sum(sizes), max(sizes)))
-
-
 def prepared(folder: Path, out: Path) -> list[Any]:
     """For each rank: how often it fits the tokenizer, and how many pictures it decodes to fill a cache, which is empty
     at first; the tokenizer; and whether it starts from all weights of the checkpoint that two ranks have saved."""
@@ -560,7 +536,6 @@ def main(folder: Path, out: Path) -> None:
     found = compute(folder, out)
     if distributed.world_size() == 2:
         found["refused"] = refused(folder, out)
-        found["initialization"] = initialization(folder, out)
         found["prepared"] = prepared(folder, out)
         found["step times"] = step_times()
         found["evaluation"] = failed_evaluation(folder, out)

@@ -19,7 +19,6 @@ from openimp.common.names import Name
 from openimp.common.progress import no_log_output
 from openimp.common.safe_files import refuse_links
 from openimp.parallel.distributed import run_first_on_node
-from openimp.parallel.layout import fill_shard
 
 PREFERRED = "model.safetensors"
 """The file that timm loads if a folder has several files of weights."""
@@ -112,12 +111,13 @@ class ViTWeights:
         """Whether the tensor `name` of the new model keeps its initial values if these weights lack it."""
         return name.startswith(tuple(f"stems.{stem}.position" for stem in self.stems))
 
+    @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fills tensors in place; of a DTensor, this rank's shard. Every rank must call this."""
+        """Fills tensors in place. Every rank must call this."""
         vit = run_first_on_node(lambda: open_vit(self.name, weights=True))
         for name, tensor in self._tensors(vit):
             if name in tensors:
-                fill_shard(tensors[name], tensor)
+                tensors[name].copy_(tensor)
 
     def _tensors(self, vit: Any) -> Iterator[tuple[str, Tensor]]:
         """IMP's tensors by name, one at a time. The pixels of `vit` are normalized from 0..1."""

@@ -51,7 +51,7 @@ class SavedWeights:
         return group is not None and not any(group[0] in saved for saved in self.shapes)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fills tensors in place; of a DTensor, this rank's shard. Every rank must call this."""
+        """Fills tensors in place."""
         dcp.fill(weights_folder(self.folder), tensors)
 
 

@@ -23,8 +23,8 @@ class SkipInit(TorchFunctionMode):
 
 
 def _one_call(fill: Callable[..., None]) -> Callable[..., None]:
-    """Lets a `TorchFunctionMode` see a function that fills a weight as one call: `SkipInit` skips it, and
-    `DeferredInit` records it. Several of the calls inside, such as `trunc_normal_`, cannot be recorded."""
+    """Lets `SkipInit` see a function that fills a weight as one call, which it skips. It cannot skip all calls inside,
+    such as those on a part of a weight."""
 
     @wraps(fill)
     def filled(weight: Tensor, *arguments: Any) -> None:

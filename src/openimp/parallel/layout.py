@@ -105,8 +105,7 @@ def apply_parallelism(
     computes with copies of the type `param_dtype`, which FSDP2 frees with the gathered parameters.
 
     Args:
-        model: has the same weights on all ranks, or is on the meta device. In the second case it gets memory, and the
-            caller then loads or initializes its weights.
+        model: has the same weights on all ranks.
         layout: see `Layout`.
         device: of this rank.
         blocks: modules whose parameters are gathered only while they compute.
@@ -121,7 +120,7 @@ def apply_parallelism(
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard
 
     blocks = [*blocks]
     experts = [*experts]
@@ -136,10 +135,13 @@ def apply_parallelism(
         expert_shape = (expert_replicas, layout.expert_shards, layout.expert_degree)
         expert_mesh = init_device_mesh(device.type, expert_shape, mesh_dim_names=("replicate", "shard", "experts"))
         expert_mesh["shard", "experts"]._flatten()  # DTensor then reduces a norm over both dimensions at once.
+        experts_mesh = expert_mesh["experts"]
         modules_and_meshes = [*((module, expert_mesh) for module in experts), *modules_and_meshes]
         for module in experts:
             for name, weight in list(module.named_parameters()):
-                sharded = distribute_tensor(weight.detach(), expert_mesh["experts"], [Shard(0)], src_data_rank=None)
+                own_experts = weight.detach().chunk(layout.expert_degree)[experts_mesh.get_local_rank()]
+                # A view would keep the weights of all experts in memory.
+                sharded = DTensor.from_local(own_experts.to(device, copy=True), experts_mesh, [Shard(0)])
                 setattr(module, name, nn.Parameter(sharded, requires_grad=weight.requires_grad))
     # FSDP2 shards dimension 0 by default. In an expert weight, this dimension is the experts: expert parallelism has
     # sharded it already, or else FSDP2 might have to pad it. So dimension 1 is sharded instead, if it divides evenly.
@@ -170,18 +172,6 @@ def apply_parallelism(
         wrapped.set_force_sum_reduction_for_comms(device.type == "cpu")
     for method in methods:
         register_fsdp_forward_method(model, method)
-    if next(model.parameters()).is_meta:
-        model.to_empty(device=device)
-
-
-@torch.no_grad()
-def fill_shard(weight: Tensor, full: Tensor) -> None:
-    """Copies a full tensor, which every rank has, into `weight`. If that is a DTensor, only this rank's shard."""
-    if hasattr(weight, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        full = distribute_tensor(full, weight.device_mesh, cast(Any, weight).placements, src_data_rank=None)
-    local_shard(weight).copy_(local_shard(full))
 
 
 def reshard(model: nn.Module) -> None:

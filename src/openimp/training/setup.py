@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +29,6 @@ from openimp.model.build import build_for_training
 from openimp.model.embedder import Embedder
 from openimp.model.learning_rates import freeze
 from openimp.parallel import distributed
-from openimp.parallel.deferred_init import DeferredInit
 from openimp.parallel.layout import apply_parallelism
 from openimp.planning.costs import Costs, costs
 from openimp.planning.layouts import choose_layout, layout_of
@@ -134,13 +132,10 @@ def set_up(
         changed_source_names = changed_sources(checkpoint, fingerprints, allow_changed_data)
         if saved_classes != data.classes:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
-    # Opens the towers (frozen encoders of modalities), whose sizes the model needs. Inside `DeferredInit`, their
-    # initialization would be recorded.
+    # Opens the towers (frozen encoders of modalities), whose sizes the model needs, and which draw random numbers.
     distributed.run_first_on_node(lambda: [modality.stem_spec() for modality in modalities.values()])
-    deferred = DeferredInit(recipe.seed)
-    build = partial(variant.build_model, recipe, modalities, data.classes)
-    # A model of open_clip computes buffers when it is built, which the meta device cannot do.
-    model = deferred.build(build, at_once=recipe.model.wrap is not None).train()
+    torch.manual_seed(recipe.seed)
+    model = variant.build_model(recipe, modalities, data.classes).train()
     freeze(model, recipe.optimizer)
     # Before the model is sharded, and before media are decoded and embedded, which may take hours.
     evaluated_tables = distributed.run_first_on_node(lambda: check_sets(model, recipe, modalities, data.classes))
@@ -151,12 +146,10 @@ def set_up(
     # Before FSDP2 replaces the model's class, whose name is in config.json.
     model_files = text_files(model, recipe.to_config(data.classes), modalities, recipe.to_yaml())
     step_costs = variant.costs(recipe, modalities, data.classes)
-    _distribute(recipe, model, device)
-    if checkpoint is None:
-        deferred.initialize(model)
     if warm_start is not None:
         report = warm_start.load(model, data.classes)
         console.print(report, soft_wrap=True)
+    _distribute(recipe, model, device)
     updater = Updater(recipe, model, _cumulative_flops(batches, step_costs))
     checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, model_files)
     state = checkpointing.load(checkpoint) if checkpoint else {}
