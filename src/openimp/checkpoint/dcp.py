@@ -46,9 +46,8 @@ def stage(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str
 def save(folder: Path, tensors: Mapping[str, Tensor], group: Group | None = None) -> list[Path]:
     """Writes tensors into a new folder and returns the files that this rank wrote.
 
-    The ranks of `group` write together; None: this process alone. They all see the folder. A rank may have tensors that
-    others lack; of a tensor or shard that several ranks have, one rank writes it. If a rank cannot write, all ranks of
-    `group` raise OSError.
+    The ranks of `group` write together; None: this process alone. They all see the folder. Of a tensor or shard that
+    several ranks have, one rank writes it. If a rank cannot write, all ranks of `group` raise OSError.
     """
     if group is None:
         return [_save_file(folder, tensors)]
@@ -76,15 +75,14 @@ def _save_file(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
     return file
 
 
-def load(folder: Path, tensors: Mapping[str, Tensor], strict: bool = True) -> None:
+def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fills tensors in place from the tensors of the same names in a folder. Of a DTensor, each rank reads its local
     shard only.
 
-    UserError if a tensor is missing in the folder or has another shape there or, if `strict`, the folder has others.
+    UserError if a tensor is missing in the folder or has another shape there, or if the folder has others.
     """
     saved = shapes(folder)
-    names = saved.keys() | tensors.keys() if strict else tensors.keys()
-    for name in sorted(names):
+    for name in sorted(saved.keys() | tensors.keys()):
         saved_shape = saved.get(name, "missing")
         shape = list(tensors[name].shape) if name in tensors else "unknown"
         if saved_shape != shape:

@@ -283,17 +283,14 @@ def load_training_state(
     optimizer_tensors = {}
     for key in dcp.shapes(folder / "optimizer"):
         name, _, field = key.partition("|")
-        if name not in parameters:
-            raise UserError(f"{folder / 'optimizer'}: does not fit the model, which has no parameter {name}")
-        parameter = parameters[name]
-        if parameter not in optimizer_of:  # Another rank updates it.
-            continue
+        parameter = parameters.get(name)
+        if parameter not in optimizer_of:
+            raise UserError(f"{folder / 'optimizer'}: does not fit the model, which trains no parameter {name}")
         # Fused optimizers have the step count on the device of the parameter.
         on_device = torch.zeros((), device=parameter.device) if field == "step" else torch.empty_like(parameter)
         optimizer_tensors[key] = on_device
         optimizer_of[parameter].state.setdefault(parameter, {})[field] = on_device
-    # Not strict: the folder also has the tensors of parameters that other ranks update.
-    dcp.load(folder / "optimizer", optimizer_tensors, strict=False)
+    dcp.load(folder / "optimizer", optimizer_tensors)
     return read_state(folder)
 
 

@@ -132,12 +132,6 @@ def local_world_size() -> int:
     return sizes.pop() if len(sizes) == 1 else world_size()
 
 
-def node_group() -> Group:
-    """The ranks of this node, or all ranks if each node has one. Every rank must call this."""
-    size = local_world_size()
-    return cast(Group, dist.group.WORLD) if size in (1, world_size()) else dist.new_subgroups(size)[0]
-
-
 def all_gather(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Concatenates the rows of each tensor over all ranks, in the order of the ranks, in one collective.
 

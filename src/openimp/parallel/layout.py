@@ -5,7 +5,7 @@ mesh is a DTensor.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -188,6 +188,36 @@ def reshard(model: nn.Module) -> None:
 def local_shard(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds; gradients flow through it."""
     return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def gather_matrices(shard: Tensor, weight: Any) -> Tensor:
+    """Gathers the matrices that `weight` stacks from the shards of all ranks. Whole experts stay on their ranks."""
+    if not hasattr(weight, "device_mesh"):
+        return shard
+    return _redistribute(shard, weight, weight.placements, _placements_of_matrices(weight))
+
+
+def shard_matrices(matrices: Tensor, weight: Any) -> Tensor:
+    """This rank's shard of what `gather_matrices` returned."""
+    if not hasattr(weight, "device_mesh"):
+        return matrices
+    return _redistribute(matrices, weight, _placements_of_matrices(weight), weight.placements)
+
+
+def _placements_of_matrices(weight: Any) -> list[Any]:
+    from torch.distributed.tensor import Replicate
+
+    return [placement if weight.ndim == 3 and placement.is_shard(0) else Replicate() for placement in weight.placements]
+
+
+def _redistribute(local: Tensor, weight: Any, placements: Sequence[Any], new_placements: Sequence[Any]) -> Tensor:
+    """The local part under the new placements of a tensor with the shape and the mesh of `weight`."""
+    from torch.distributed.tensor import DTensor
+
+    tensor: Any = DTensor.from_local(
+        local, weight.device_mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
+    return cast(Tensor, tensor.redistribute(placements=new_placements).to_local())
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

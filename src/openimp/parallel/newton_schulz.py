@@ -1,9 +1,7 @@
-"""Orthogonalization of matrices by Newton-Schulz iterations, in batches of equal shape.
+"""Orthogonalization of matrices by Newton-Schulz iterations.
 
 Shape suffixes: N matrices, R rows, C columns.
 """
-
-from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,28 +14,6 @@ can (Polar Express, arXiv 2505.16932). After the third, all are between 0.73 and
 MARGIN = 1.01
 """bf16 rounds a norm and a quotient by up to 0.4 %. A singular value above 1, as a matrix of rank 1 could then have,
 would explode: 1.004 would become 50."""
-BATCH_NUMBERS = 2**24
-"""Most numbers in a batch of matrices, unless a single parameter has more."""
-
-
-def orthogonalize_in_batches(tensors: Sequence[Tensor]) -> None:
-    """Orthogonalizes the matrices of bf16 tensors (N, R, C) in place. Those of one shape are computed together."""
-    for batch in batches_by_shape(tensors):
-        counts = [len(tensor) for tensor in batch]
-        # If the result had a name, it would be kept in memory while the next one is computed.
-        torch._foreach_copy_(batch, orthogonalize(torch.cat(batch)).split(counts))
-
-
-def batches_by_shape(tensors: Iterable[Tensor], limit: int = BATCH_NUMBERS) -> list[list[Tensor]]:
-    """Groups stacks of matrices (N, R, C) into those that are orthogonalized together: of one shape (R, C), and with at
-    most `limit` numbers."""
-    by_shape: dict[torch.Size, list[list[Tensor]]] = {}
-    for tensor in tensors:
-        batches = by_shape.setdefault(tensor.shape[1:], [[]])
-        if batches[-1] and sum(other.numel() for other in batches[-1]) + tensor.numel() > limit:
-            batches.append([])
-        batches[-1].append(tensor)
-    return [batch for batches in by_shape.values() for batch in batches]
 
 
 def orthogonalize(x_NRC: Tensor) -> Tensor:

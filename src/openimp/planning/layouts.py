@@ -77,8 +77,7 @@ def alternatives(recipe: Recipe, gpus: int) -> list[Layout]:
 def state_bytes(recipe: Recipe, model: Embedder, layout: Layout) -> int:
     """Bytes of a rank's shards of weights, gradients, optimizer state and EMA, in fp32.
 
-    AdamW has two tensors per parameter and Muon one. A frozen parameter has only its weight. Without shards, a rank has
-    less: Muon's tensors are divided among the ranks of a node.
+    AdamW has two tensors per parameter and Muon one. A frozen parameter has only its weight.
     """
     sharding = Sharding(layout, model)
     trained = [weight for weight in model.parameters() if weight.requires_grad]

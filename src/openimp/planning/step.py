@@ -10,11 +10,11 @@ from openimp.common.objective import LossSizes
 from openimp.model.embedder import pass_sizes
 from openimp.model.learning_rates import muon_stacks
 from openimp.objectives.nce import MAX_SIMILARITIES
+from openimp.parallel.muon import BATCH_NUMBERS
 from openimp.planning.costs import Cost
 from openimp.planning.gpus import GPU
 from openimp.planning.memory import StepMemory
-from openimp.planning.muon import MuonWork
-from openimp.planning.sharding import FP32_BYTES, Group, Sharding, Traffic
+from openimp.planning.sharding import BF16_BYTES, FP32_BYTES, Group, Sharding, Traffic
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
@@ -74,7 +74,6 @@ class StepPlanner:
         self.block_weights = [{*block.parameters()} for block in self.model.blocks()]
         self.outside_blocks = {*self.weights.values()}.difference(*self.block_weights)
         self.muon_weights = {*muon_stacks(self.model, recipe.optimizer)}
-        self.muon = MuonWork(sharding, self.muon_weights)
         self.ema_bytes = sharding.held_bytes(self.trained) if recipe.optimizer.ema_decay else 0
 
     def step(self, task: Task, cost: Cost, step_memory: StepMemory) -> StepNeeds:
@@ -104,7 +103,7 @@ class StepPlanner:
         backward_traffic = regather_traffic + self.sharding.reduce(overlapped)
         # No computation hides this traffic.
         exposed_traffic = self.sharding.reduce(with_grad - overlapped)
-        exposed_traffic += self.muon.traffic(updated)
+        exposed_traffic += self._muon_traffic(updated)
         exposed_traffic += self._expert_traffic(cost, is_chunked=len(passes) > 1)
         for _ in range(1 + loss_sizes.heads):  # FSDP2 gathers the weights outside of blocks again for each head.
             exposed_traffic += self.sharding.gather(self.outside_blocks)
@@ -146,21 +145,48 @@ class StepPlanner:
     def _update_seconds(self, cost: Cost, updated: Set[Tensor]) -> float:
         """Time of Muon's matrix products, and of the optimizers' reads from and writes to the GPU's memory."""
         adamw_parameters = self.sharding.held_bytes(updated - self.muon_weights) / FP32_BYTES
-        muon_parameters = self.muon.momentum_bytes(updated) / FP32_BYTES
+        muon_parameters = self.sharding.held_bytes(updated & self.muon_weights) / FP32_BYTES
         ema_parameters = self.ema_bytes / FP32_BYTES
         moved_bytes = ADAMW_BYTES * adamw_parameters + MUON_BYTES * muon_parameters + EMA_BYTES * ema_parameters
-        return self._seconds(cost.optimizer_flops / self.muon.owner_count) + moved_bytes / (
-            1e12 * self.gpu.memory_tb_per_s
-        )
+        product_seconds = self._seconds(cost.optimizer_flops * self._muon_share(updated))
+        return product_seconds + moved_bytes / (1e12 * self.gpu.memory_tb_per_s)
+
+    def _muon_share(self, updated: Set[Tensor]) -> float:
+        """The share of Muon's work that each GPU does. With expert parallelism, it updates only its experts."""
+        weights = updated & self.muon_weights
+        return self._gathered_numbers(weights) / max(1, sum(weight.numel() for weight in weights))
+
+    def _gathered_numbers(self, weights: Set[Tensor]) -> int:
+        return sum(map(self.sharding.numbers, weights))
+
+    def _muon_traffic(self, updated: Set[Tensor]) -> Traffic:
+        """Traffic of Muon's updates, which are gathered in bf16."""
+        traffic = Traffic()
+        for weight in updated & self.muon_weights:
+            traffic += self.sharding.shards(weight).all_gather(BF16_BYTES * self.sharding.numbers(weight))
+        return traffic
+
+    def _muon_buffer_bytes(self, updated: Set[Tensor]) -> int:
+        """Most bytes that Muon holds during an update besides the momentum.
+
+        It always holds the updates of this GPU's shards in bf16. Besides them it first holds the updates in fp32,
+        before they are rounded, and then an iteration on a batch of whole matrices.
+        """
+        weights = updated & self.muon_weights
+        update_bytes = BF16_BYTES * self.sharding.held_bytes(weights) // FP32_BYTES
+        # Of square matrices X: X, the product of X X', a polynomial of it, and the result.
+        iteration_bytes = 4 * BF16_BYTES * min(self._gathered_numbers(weights), BATCH_NUMBERS)
+        return update_bytes + max(2 * update_bytes, iteration_bytes)
 
     def _memory(self, loss_sizes: LossSizes, step_memory: StepMemory, updated: Set[Tensor]) -> GPUMemory:
         """What one GPU holds at the moment of the step at which it holds most."""
         sharding = self.sharding
         layout = sharding.layout
-        adamw_bytes = 2 * sharding.held_bytes(self.trained - self.muon_weights)
+        # AdamW has two tensors per parameter, and Muon one.
+        optimizer_bytes = 2 * sharding.held_bytes(self.trained) - sharding.held_bytes(self.muon_weights)
         before = GPUMemory(
             parameters=sharding.held_bytes(self.weights.values()),
-            optimizer_state=adamw_bytes + self.muon.momentum_bytes(self.trained) + self.ema_bytes,
+            optimizer_state=optimizer_bytes + self.ema_bytes,
             inputs=step_memory.inputs,
         )
         with_gradients = before._replace(gradients=sharding.held_bytes(updated))
@@ -195,5 +221,5 @@ class StepPlanner:
         peak = max(snapshots, key=lambda memory: memory.total)
         # After the passes, only the gradients are left. If they and Muon's buffers need more than the peak of the
         # passes, the difference is added.
-        update_bytes = with_gradients.gradients + self.muon.buffer_bytes(updated)
+        update_bytes = with_gradients.gradients + self._muon_buffer_bytes(updated)
         return peak._replace(muon_buffers=max(0, update_bytes - peak.temporary))
