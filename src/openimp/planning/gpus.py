@@ -19,7 +19,6 @@ class GPU:
 
     memory_gib: float  # that programs see
     bf16_tflops: float  # dense products, as its maker publishes
-    memory_tb_per_s: float
     link_gb_per_s: float  # from the other GPUs of its node
     network_gb_per_s: float  # from other nodes, over a network card of its own
     names: tuple[str, ...]  # CUDA's names of its variants with these figures
@@ -37,7 +36,6 @@ GPUS = {
     "a100-40": GPU(
         memory_gib=39,
         bf16_tflops=312,
-        memory_tb_per_s=1.56,
         link_gb_per_s=300,
         network_gb_per_s=25,
         names=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
@@ -45,7 +43,6 @@ GPUS = {
     "a100": GPU(
         memory_gib=79,
         bf16_tflops=312,
-        memory_tb_per_s=2.04,
         link_gb_per_s=300,
         network_gb_per_s=25,
         names=("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"),
@@ -53,7 +50,6 @@ GPUS = {
     "h100": GPU(
         memory_gib=79,
         bf16_tflops=989,
-        memory_tb_per_s=3.35,
         link_gb_per_s=450,
         network_gb_per_s=50,
         names=("NVIDIA H100 80GB HBM3",),
@@ -61,7 +57,6 @@ GPUS = {
     "h200": GPU(
         memory_gib=140,
         bf16_tflops=989,
-        memory_tb_per_s=4.8,
         link_gb_per_s=450,
         network_gb_per_s=50,
         names=("NVIDIA H200",),
@@ -69,7 +64,6 @@ GPUS = {
     "b200": GPU(
         memory_gib=178,
         bf16_tflops=2250,
-        memory_tb_per_s=8,
         link_gb_per_s=900,
         network_gb_per_s=50,
         names=("NVIDIA B200",),
@@ -77,7 +71,6 @@ GPUS = {
     "l40s": GPU(
         memory_gib=44,
         bf16_tflops=362,
-        memory_tb_per_s=0.864,
         link_gb_per_s=32,
         network_gb_per_s=12.5,
         names=("NVIDIA L40S",),
@@ -85,7 +78,6 @@ GPUS = {
     "rtx4090": GPU(
         memory_gib=23.5,
         bf16_tflops=165,
-        memory_tb_per_s=1.01,
         link_gb_per_s=32,
         network_gb_per_s=1.25,
         names=("NVIDIA GeForce RTX 4090",),

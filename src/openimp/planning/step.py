@@ -21,12 +21,6 @@ from openimp.recipe.tasks import Task
 SIMILARITY_BYTES = 21
 """Bytes that the sigmoid loss holds at its peak per similarity, as measured. The softmax loss holds fewer."""
 
-# Bytes of a GPU's memory that an update reads and writes per parameter, in fp32.
-CLIPPING_BYTES = 12  # The norm reads the gradient; clipping reads and writes it.
-ADAMW_BYTES = CLIPPING_BYTES + 28  # Reads gradient, weight, two moments; writes all but the gradient.
-MUON_BYTES = CLIPPING_BYTES + 48  # Without its matrix products.
-EMA_BYTES = 12  # Reads weight and average; writes the average.
-
 
 class GPUMemory(NamedTuple):
     """Bytes that one GPU holds at the peak of a step, by what they are."""
@@ -74,7 +68,6 @@ class StepPlanner:
         self.block_weights = [{*block.parameters()} for block in self.model.blocks()]
         self.outside_blocks = {*self.weights.values()}.difference(*self.block_weights)
         self.muon_weights = {*muon_stacks(self.model, recipe.optimizer)}
-        self.ema_bytes = sharding.held_bytes(self.trained) if recipe.optimizer.ema_decay else 0
 
     def step(self, task: Task, cost: Cost, step_memory: StepMemory) -> StepNeeds:
         """Plans a step with these costs. `step_memory` is the memory of its activations."""
@@ -111,6 +104,7 @@ class StepPlanner:
 
         forward_seconds = self._seconds(cost.forward_flops / layout.ranks)
         backward_seconds = self._seconds((cost.hardware_flops - cost.forward_flops) / layout.ranks)
+        update_seconds = self._seconds(cost.optimizer_flops * self._muon_share(updated))
         wait_seconds = exposed_traffic.seconds(self.gpu)
         wait_seconds += max(0.0, forward_traffic.seconds(self.gpu) - forward_seconds)
         wait_seconds += max(0.0, backward_traffic.seconds(self.gpu) - backward_seconds)
@@ -118,7 +112,7 @@ class StepPlanner:
             cost=cost,
             memory=self._memory(loss_sizes, step_memory, updated),
             received_bytes=(forward_traffic + backward_traffic + exposed_traffic).received_bytes,
-            compute_seconds=forward_seconds + backward_seconds + self._update_seconds(cost, updated),
+            compute_seconds=forward_seconds + backward_seconds + update_seconds,
             wait_seconds=wait_seconds,
         )
 
@@ -141,15 +135,6 @@ class StepPlanner:
 
     def _seconds(self, flops: float) -> float:
         return flops / (self.gpu.flops_per_s * self.utilization)
-
-    def _update_seconds(self, cost: Cost, updated: Set[Tensor]) -> float:
-        """Time of Muon's matrix products, and of the optimizers' reads from and writes to the GPU's memory."""
-        adamw_parameters = self.sharding.held_bytes(updated - self.muon_weights) / FP32_BYTES
-        muon_parameters = self.sharding.held_bytes(updated & self.muon_weights) / FP32_BYTES
-        ema_parameters = self.ema_bytes / FP32_BYTES
-        moved_bytes = ADAMW_BYTES * adamw_parameters + MUON_BYTES * muon_parameters + EMA_BYTES * ema_parameters
-        product_seconds = self._seconds(cost.optimizer_flops * self._muon_share(updated))
-        return product_seconds + moved_bytes / (1e12 * self.gpu.memory_tb_per_s)
 
     def _muon_share(self, updated: Set[Tensor]) -> float:
         """The share of Muon's work that each GPU does. With expert parallelism, it updates only its experts."""
@@ -184,9 +169,10 @@ class StepPlanner:
         layout = sharding.layout
         # AdamW has two tensors per parameter, and Muon one.
         optimizer_bytes = 2 * sharding.held_bytes(self.trained) - sharding.held_bytes(self.muon_weights)
+        ema_bytes = sharding.held_bytes(self.trained) if self.recipe.optimizer.ema_decay else 0
         before = GPUMemory(
             parameters=sharding.held_bytes(self.weights.values()),
-            optimizer_state=optimizer_bytes + self.ema_bytes,
+            optimizer_state=optimizer_bytes + ema_bytes,
             inputs=step_memory.inputs,
         )
         with_gradients = before._replace(gradients=sharding.held_bytes(updated))
