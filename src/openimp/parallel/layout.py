@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from openimp.common.device import Precision, autocast
-from openimp.common.errors import UserError
 from openimp.parallel.distributed import all_reduce_mean, world_size
 
 
@@ -32,41 +31,6 @@ class Layout(NamedTuple):
     shard_degree: int
     expert_degree: int
     reshard_after_forward: bool = True
-
-    @classmethod
-    def of(
-        cls,
-        ranks: int,
-        shard_degree: int | None,
-        expert_degree: int,
-        expert_dims: Iterable[int],
-        reshard_after_forward: bool = True,
-    ) -> "Layout":
-        """The layout that a recipe's `parallel` describes, for experts whose weights have the sizes `expert_dims`.
-
-        If `shard_degree` is None or more than there are ranks, all ranks share one replica.
-
-        Raises:
-            UserError: the ranks or the weights of an expert cannot be divided evenly.
-        """
-        if ranks == 1:
-            return cls(1, 1, 1)
-        shards = min(shard_degree or ranks, ranks)
-        if ranks % shards:
-            raise UserError(f"parallel.shard_degree: {ranks} ranks cannot be divided into groups of {shards}")
-        sharing_ranks = shards if shards > 1 else ranks
-        if sharing_ranks % expert_degree:
-            named = f"the {sharing_ranks} ranks that share a replica" if shards > 1 else f"{sharing_ranks} ranks"
-            raise UserError(f"parallel.expert_degree: {named} cannot be divided into groups of {expert_degree}")
-        # Without shards, there is nothing to gather again.
-        layout = cls(ranks, shards, expert_degree, reshard_after_forward or shards == 1)
-        if expert_degree > 1 and any(dim % layout.expert_shards for dim in expert_dims):
-            raise UserError(
-                f"parallel: an expert's weights cannot be sharded over {layout.expert_shards} ranks (shard_degree / "
-                f"expert_degree); make model.width and model.mlp_dim multiples of {layout.expert_shards}, or change "
-                "parallel.shard_degree"
-            )
-        return layout
 
     def __str__(self) -> str:
         """As a recipe's `parallel`."""

@@ -49,15 +49,33 @@ def choose_layout(recipe: Recipe, model: Embedder, device: torch.device) -> Layo
 
 
 def layout_of(recipe: Recipe, ranks: int, shard_degree: int | None, expert_degree: int | None = None) -> Layout:
-    """The layout of these degrees for the recipe's model. The recipe's `parallel` sets all else; see `Layout.of`."""
-    options = recipe.parallel
-    return Layout.of(
-        ranks,
-        shard_degree,
-        expert_degree or options.expert_degree,
-        expert_dims=(recipe.model.width, recipe.model.mlp_dim),
-        reshard_after_forward=options.reshard_after_forward,
-    )
+    """The layout of these degrees for the recipe's model. The recipe's `parallel` sets all else.
+
+    If `shard_degree` is None or more than there are ranks, all ranks share one replica.
+
+    Raises:
+        UserError: the ranks or the weights of an expert cannot be divided evenly.
+    """
+    if ranks == 1:
+        return Layout(1, 1, 1)
+    shards = min(shard_degree or ranks, ranks)
+    experts = expert_degree or recipe.parallel.expert_degree
+    if ranks % shards:
+        raise UserError(f"parallel.shard_degree: {ranks} ranks cannot be divided into groups of {shards}")
+    sharing_ranks = shards if shards > 1 else ranks
+    if sharing_ranks % experts:
+        named = f"the {sharing_ranks} ranks that share a replica" if shards > 1 else f"{sharing_ranks} ranks"
+        raise UserError(f"parallel.expert_degree: {named} cannot be divided into groups of {experts}")
+    # Without shards, there is nothing to gather again.
+    layout = Layout(ranks, shards, experts, recipe.parallel.reshard_after_forward or shards == 1)
+    expert_dims = (recipe.model.width, recipe.model.mlp_dim)
+    if experts > 1 and any(dim % layout.expert_shards for dim in expert_dims):
+        raise UserError(
+            f"parallel: an expert's weights cannot be sharded over {layout.expert_shards} ranks (shard_degree / "
+            f"expert_degree); make model.width and model.mlp_dim multiples of {layout.expert_shards}, or change "
+            "parallel.shard_degree"
+        )
+    return layout
 
 
 def alternatives(recipe: Recipe, gpus: int) -> list[Layout]:
