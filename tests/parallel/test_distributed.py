@@ -1,15 +1,9 @@
-"""Training on several ranks of gloo against training on one.
-
-torchrun starts once per number of ranks. It runs this file, which computes all cases and writes what the tests
-compare.
-"""
+"""Training on several ranks of gloo against training on one. torchrun starts once per number of ranks."""
 
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +16,7 @@ import torch
 import yaml
 from messages import refuses
 from mixture import LARGEST_TASK
-from processes import run, torchrun
-from ranks import COMMON
-from ranks import torchrun as torchrun_as_users
+from ranks import COMMON, facts, on
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,7 +34,6 @@ from openimp.planning.plan import plans
 from openimp.recipe.schema import Recipe
 from openimp.study.variants import peak_memory
 from openimp.training.setup import set_up
-from openimp.training.step_timer import StepTimer
 from openimp.training.stopping import Interrupted, Stop
 from openimp.training.trainer import Trainer, train
 
@@ -140,38 +131,18 @@ def one_rank(little_data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(little_data, tmp_path_factory) -> Path:
-    """What `compute` writes on two ranks."""
+    """What two ranks write, and a run that stopped."""
     out = tmp_path_factory.mktemp("two")
-    run(*torchrun(2, __file__, little_data, out), check=True)
+    on(2, on_two_ranks, little_data, out)
     return out
 
 
 @pytest.fixture(scope="module")
-def stopped_run(little_data, tmp_path_factory) -> Path:
-    """A run of two replicas, started as users do and stopped by a signal to one of them."""
-    stopped = tmp_path_factory.mktemp("stopped") / "run"
-    command = ["-m", "openimp", "train", little_data / "recipe.yaml", "--run-dir", stopped]
-    for change in [*COMMON, "parallel.shard_degree=1"]:
-        command += ["--set", change]
-    started = subprocess.Popen(torchrun_as_users(2, *command), stdout=subprocess.PIPE, text=True)
-    assert started.stdout is not None
-    last_line = ""
-    for line in started.stdout:
-        last_line = line if line.strip() else last_line  # Older versions of rich end with an empty line.
-        if line.startswith("step 6/24"):
-            children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-            os.kill(int(children[-1]), signal.SIGTERM)
-    assert started.wait(timeout=300) == 0
-    assert last_line.startswith("stopped at step"), last_line
-    return stopped
-
-
-@pytest.fixture(scope="module")
-def four_ranks(little_data, stopped_run, tmp_path_factory) -> Path:
-    """What `compute` writes on four ranks, which also resume the stopped run."""
+def four_ranks(little_data, two_ranks, tmp_path_factory) -> Path:
+    """What four ranks write, which also resume the stopped run."""
     out = tmp_path_factory.mktemp("four")
-    shutil.copytree(stopped_run, out / "resumed")
-    run(*torchrun(4, __file__, little_data, out), check=True)
+    shutil.copytree(two_ranks / "stopped", out / "resumed")
+    on(4, on_four_ranks, little_data, out)
     return out
 
 
@@ -185,10 +156,6 @@ def test_the_planned_peak_is_near_that_of_four_ranks(four_ranks):
         found = next(plans(recipe, modalities, classes, gpus=4, gpu="h100", utilization=0.4))
         planned = max(step.memory.temporary for (task, _), step in found.step_needs.items() if task == "stills")
         assert planned == pytest.approx(measured, rel=0.15), name
-
-
-def facts(out: Path) -> dict[str, Any]:
-    return json.loads((out / "facts.json").read_text())
 
 
 @pytest.mark.parametrize(("ranks", "cases"), [("two_ranks", [*CASES]), ("four_ranks", FOUR)])
@@ -214,14 +181,6 @@ def test_several_ranks_compute_the_gradients_of_one(one_rank, request, ranks, ca
                 msg=lambda m, k=f"{name}, {key}": f"{k}: {m}",
             )
         assert facts(out)["states"].get(name) == facts(one_rank)["states"].get(name)
-
-
-def test_what_these_ranks_cannot_train_is_refused_before_any_data_is_read(two_ranks):
-    """The recipe's pictures do not exist."""
-    for message in facts(two_ranks)["refused"]:
-        assert message == (
-            "parallel.expert_degree: the 2 ranks that share a replica cannot be divided into groups of 4"
-        )
 
 
 @pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
@@ -253,25 +212,17 @@ def test_ranks_share_what_one_of_them_prepares(two_ranks):
     assert all(rank["same weights"] for rank in prepared)
 
 
-def test_the_wait_for_data_is_that_of_the_slower_rank(two_ranks):
-    """Of each step, not of all: each rank was the slower one once."""
-    first, second = facts(two_ranks)["step times"]
-    for record in (first, second):
-        assert record["data_wait"] * record["seconds"] == pytest.approx(0.3 + 0.2)
-    assert [first["step_p50"], first["step_p95"]] == [second["step_p50"], second["step_p95"]]
-
-
 def test_an_evaluation_that_fails_ends_all_ranks_and_loses_no_step(two_ranks):
     assert all(message.startswith("evaluation.sets.colours") for message in facts(two_ranks)["evaluation"])
     assert (two_ranks / "evaluated" / "checkpoints" / "step-00000002" / "manifest.json").exists()
 
 
-def test_a_run_on_two_ranks_resumes_on_one_and_on_four(little_data, stopped_run, four_ranks, tmp_path):
+def test_a_run_on_two_ranks_resumes_on_one_and_on_four(little_data, two_ranks, four_ranks, tmp_path):
     """The four share the model in another way than the two did."""
     one = tmp_path / "one"
     two = tmp_path / "two"
     four = four_ranks / "resumed"
-    shutil.copytree(stopped_run, two)
+    shutil.copytree(two_ranks / "stopped", two)
     (saved,) = [path.name for path in (two / "checkpoints").iterdir() if path.name > "step-00000005"]
     assert saved < "step-00000024"
     assert train(Recipe.load(little_data / "recipe.yaml", COMMON), one)
@@ -309,17 +260,6 @@ def test_a_streamed_run_on_two_ranks_resumes_on_one(little_data, two_ranks, tmp_
     assert states[0]["cursors"]["named"].keys() == {"0", "1"}
 
 
-def test_a_run_that_is_there_already_is_refused_however_often_torchrun_starts(two_ranks, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(two_ranks / "evaluated", folder, ignore=shutil.ignore_patterns("checkpoints"))
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
-    command = torchrun(1, "train", folder / "recipe.yaml", "--run-dir", folder, restarts=1)
-    done = run(*command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    assert done.returncode
-    assert done.stderr.count(f"openimp: {folder}: holds a run that saved no checkpoint") == 2
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"} == before
-
-
 def test_an_environment_in_which_ranks_would_not_find_each_other_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with refuses():
@@ -337,14 +277,7 @@ def recipe(folder: Path, *changes: str) -> Recipe:
 
 def compute(folder: Path, out: Path) -> dict[str, Any]:
     """What is compared between numbers of ranks, besides the tensors that it writes."""
-    found = compute_gradients(folder, out) | evaluations(folder, out)
-    if distributed.world_size() == 4:
-        found["memory"] = {}
-        for name, changes in PLANNED.items():
-            recipe_of_case = Recipe.load("mixture", [*MEASURED, *changes])
-            peak = peak_memory(Trainer(set_up(recipe_of_case, out / name)))
-            found["memory"][name] = max(distributed.all_gather_object(peak))
-    return found
+    return compute_gradients(folder, out) | evaluations(folder, out)
 
 
 def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
@@ -486,24 +419,6 @@ def prepared(folder: Path, out: Path) -> list[Any]:
     )
 
 
-def step_times() -> list[Any]:
-    """The records of all ranks, after two steps with given waits."""
-    timer = StepTimer()
-    timer.tasks = ["named", "heard"]
-    timer.steps = [0.5 + distributed.rank(), 0.6]
-    timer.waits = [0.1, 0.2] if distributed.rank() else [0.3, 0.1]
-    return distributed.all_gather_object(timer.record())
-
-
-def refused(folder: Path, out: Path) -> list[str]:
-    """The errors of all ranks if they cannot divide the experts."""
-    changes = ["parallel.expert_degree=4", "model.moe.experts=4", "sources.pictures.path=nowhere"]
-    with pytest.raises(UserError) as error:
-        set_up(recipe(folder, *changes), out / "refused")
-    assert not (out / "refused").exists()
-    return distributed.all_gather_object(str(error.value))
-
-
 def train_streamed(folder: Path, out: Path) -> None:
     """A run whose pictures are streamed, with checkpoints after 10, 20 and 24 steps."""
     changes = distributed.run_on_rank_zero(lambda: little.write_tars(folder, out))
@@ -526,23 +441,35 @@ def failed_evaluation(folder: Path, out: Path) -> list[str]:
     return distributed.all_gather_object(str(error.value))
 
 
-def main(folder: Path, out: Path) -> None:
-    distributed.start()
+def train_until_a_signal(folder: Path, run: Path) -> None:
+    """A run of replicas that a signal to one of them stops."""
+    trainer = Trainer(set_up(Recipe.load(folder / "recipe.yaml", [*COMMON, "parallel.shard_degree=1"]), run))
+    make_step = trainer.make_step
+
+    def make_step_and_send(loaded: Any) -> Any:
+        if loaded.visit.step == 6 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make_step(loaded)
+
+    trainer.make_step = make_step_and_send  # type: ignore[method-assign]
+    assert not trainer.train()
+
+
+def on_two_ranks(folder: Path, out: Path) -> dict[str, Any]:
     found = compute(folder, out)
-    if distributed.world_size() == 2:
-        found["refused"] = refused(folder, out)
-        found["prepared"] = prepared(folder, out)
-        found["step times"] = step_times()
-        found["evaluation"] = failed_evaluation(folder, out)
-        train_streamed(folder, out)
-    if distributed.rank() == 0:
-        (out / "facts.json").write_text(json.dumps(found))
-    if distributed.world_size() == 4:
-        changes = [*COMMON, "parallel={shard_degree: 2, expert_degree: 2}"]
-        assert train(Recipe.load(folder / "recipe.yaml", changes), out / "resumed", resume=True)
-    distributed.shut_down()
+    found["prepared"] = prepared(folder, out)
+    found["evaluation"] = failed_evaluation(folder, out)
+    train_streamed(folder, out)
+    train_until_a_signal(folder, out / "stopped")
+    return found
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(*map(Path, sys.argv[1:]))
+def on_four_ranks(folder: Path, out: Path) -> dict[str, Any]:
+    found = compute(folder, out)
+    found["memory"] = {}
+    for name, changes in PLANNED.items():
+        peak = peak_memory(Trainer(set_up(Recipe.load("mixture", [*MEASURED, *changes]), out / name)))
+        found["memory"][name] = max(distributed.all_gather_object(peak))
+    changes = [*COMMON, "parallel={shard_degree: 2, expert_degree: 2}"]
+    assert train(Recipe.load(folder / "recipe.yaml", changes), out / "resumed", resume=True)
+    return found

@@ -1,28 +1,18 @@
-"""bf16 and compiled blocks on two ranks of gloo.
+"""bf16 and compiled blocks on two ranks of gloo."""
 
-torchrun starts once. It runs this file, which trains and writes what the tests compare.
-"""
-
-import json
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
-from processes import run, torchrun
-from ranks import COMMON
-from torch import Tensor, nn
+import ranks
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.func import functional_call
 
 from openimp.data.loader import load_batches
-from openimp.model.moe import Router
 from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel import distributed
-from openimp.parallel.layout import reshard
 from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
@@ -46,10 +36,8 @@ COMPILED = [
 
 @pytest.fixture(scope="module")
 def two_ranks(little_data, tmp_path_factory) -> dict[str, Any]:
-    """What `main` writes on two ranks."""
-    out = tmp_path_factory.mktemp("two")
-    run(*torchrun(2, __file__, little_data, out), check=True)
-    return json.loads((out / "facts.json").read_text())
+    """What `compute` returns on two ranks."""
+    return ranks.on(2, compute, little_data, tmp_path_factory.mktemp("two"))
 
 
 def test_losses_in_bf16_agree_with_one_rank_under_the_same_policy(little_data, two_ranks, tmp_path):
@@ -67,13 +55,9 @@ def test_losses_in_bf16_agree_with_one_rank_under_the_same_policy(little_data, t
         assert found == pytest.approx(expected, abs=0.02), name
 
 
-def test_parameters_gradients_routers_and_losses_are_fp32_and_the_rest_is_bf16(two_ranks):
+def test_parameters_gradients_and_losses_are_fp32(two_ranks):
     """What the forward pass gathers in bf16 shows in the losses of the test above."""
-    types = two_ranks["types"]
-    for part in ("kept", "gradients", "losses", "temperature"):
-        assert types[part] == ["torch.float32"]
-    assert types["features"] == types["tokens of experts"] == ["torch.bfloat16"]
-    assert types["gates are those of fp32 logits"] == [True]
+    assert two_ranks["types"] == {name: ["torch.float32"] for name in ("kept", "gradients", "losses")}
 
 
 def test_blocks_are_compiled_once_per_signature_and_class_on_each_rank(two_ranks):
@@ -84,7 +68,7 @@ def test_blocks_are_compiled_once_per_signature_and_class_on_each_rank(two_ranks
 
 
 def recipe(folder: Path, *changes: str) -> Recipe:
-    return Recipe.load(folder / "recipe.yaml", [*COMMON, "evaluation={}", f"train.steps={STEPS}", *changes])
+    return Recipe.load(folder / "recipe.yaml", [*ranks.COMMON, "evaluation={}", f"train.steps={STEPS}", *changes])
 
 
 class Step(nn.Module):
@@ -118,41 +102,17 @@ def losses_of(trainer: Trainer) -> list[float]:
     return [float(distributed.all_reduce_mean(trainer.make_step(loaded).total.detach())) for loaded in batches]
 
 
-def types_of(trainer: Trainer) -> dict[str, Any]:
+def types_of(trainer: Trainer) -> dict[str, list[str]]:
     """The types of tensors in a step."""
-    found: dict[str, list[Any]] = {}
-
-    def note(key: str, *values: Any) -> None:
-        found.setdefault(key, []).extend(str(x.dtype) if isinstance(x, Tensor) else x for x in values)
-
-    def note_routing(router: nn.Module, inputs: tuple[Any, ...], outputs: list[Any]) -> None:
-        probs = F.linear(inputs[0].float(), router.weight_ED.float()).softmax(-1)
-        for routing, _ in outputs:
-            gates = routing.gate_BEC[routing.gate_BEC > 0]
-            note("gates are those of fp32 logits", bool(torch.isin(gates, probs).all()))
-
-    model = trainer.model
-    for module in model.modules():
-        if isinstance(module, Router):
-            module.register_forward_hook(note_routing)
-    for module in model.experts():
-        module.register_forward_pre_hook(lambda _, inputs: note("tokens of experts", inputs[0]))
-    for pair in model.pairs:
-        model.temperature(*pair).register_forward_hook(lambda _, __, outputs: note("temperature", *outputs))
-    loaded = next(iter(load_batches(trainer.batches, 0)))
-    with torch.no_grad():
-        note("features", *(each.features for each in trainer.encode_all(loaded.batch.tokens).values()))
-    reshard(model)
-    losses = trainer.forward(loaded)
+    losses = trainer.forward(next(iter(load_batches(trainer.batches, 0))))
     losses.total.backward()
-    note("losses", losses.total, *losses.parts.values())
-    note("kept", *model.parameters())
-    note("gradients", *(weight.grad for weight in model.parameters() if weight.grad is not None))
-    return {key: sorted({*values}) for key, values in found.items()}
+    weights = [*trainer.model.parameters()]
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    tensors = {"kept": weights, "gradients": gradients, "losses": [losses.total, *losses.parts.values()]}
+    return {name: sorted({str(tensor.dtype) for tensor in values}) for name, values in tensors.items()}
 
 
-def main(folder: Path, out: Path) -> None:
-    distributed.start()
+def compute(folder: Path, out: Path) -> dict[str, Any]:
     bf16 = "train.precision=bf16"
     losses = {
         name: losses_of(Trainer(set_up(recipe(folder, bf16, *SMOOTH, *changes), out / name)))
@@ -166,11 +126,4 @@ def main(folder: Path, out: Path) -> None:
         compiled = {"losses": losses_of(trainer)}
         compiled["graphs"] = distributed.all_gather_object(counters["stats"]["unique_graphs"])
         found["compiled"].append(compiled)
-    if distributed.rank() == 0:
-        (out / "facts.json").write_text(json.dumps(found))
-    distributed.shut_down()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(*map(Path, sys.argv[1:]))
+    return found

@@ -1,16 +1,11 @@
-"""Muon: torch's on a matrix, on a stack of matrices the same as on each of them, and on four ranks as on one.
+"""Muon: torch's on a matrix, on a stack of matrices the same as on each of them, and on four ranks as on one."""
 
-torchrun runs this very file, which trains one model in several layouts.
-"""
-
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
-from processes import run, torchrun
 from torch import Tensor, nn
 
 from openimp.parallel import distributed, newton_schulz
@@ -163,9 +158,8 @@ def train_model(model: Model, refused: bool = False) -> None:
         muon.step()
 
 
-def train_in_layouts(out: Path) -> None:
-    """Writes, by layout and rank, the largest difference from one rank, relative to the update of a weight."""
-    device = distributed.start()
+def train_in_layouts(out: Path) -> dict[str, list[float]]:
+    """By layout and rank: the largest difference from one rank, relative to the update of a weight."""
     alone = Model()
     train_model(alone)
     start = dict(Model().named_parameters())
@@ -173,28 +167,20 @@ def train_in_layouts(out: Path) -> None:
     for name, layout in LAYOUTS.items():
         model = Model()
         experts = [block.experts for block in model.blocks]
-        apply_parallelism(model, layout, device, blocks=model.blocks, experts=experts, methods=["forward"])
+        apply_parallelism(model, layout, torch.device("cpu"), blocks=model.blocks, experts=experts, methods=["forward"])
         train_model(model, refused=True)
         weights = {key: full_tensor(weight.detach()) for key, weight in model.named_parameters()}
         differences = [
             (weights[key] - weight).norm() / (weight - start[key]).norm() for key, weight in alone.named_parameters()
         ]
         found[name] = distributed.all_gather_object(float(torch.stack(differences).max()))
-    if distributed.rank() == 0:
-        (out / "found.json").write_text(json.dumps(found))
-    distributed.shut_down()
+    return found
 
 
 @pytest.mark.slow
 def test_four_ranks_update_matrices_as_one_does(tmp_path):
     """Products of a batch may be summed in another order, in bf16. A step that is refused changes nothing."""
-    run(*torchrun(4, __file__, tmp_path), check=True)
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = ranks.on(4, train_in_layouts, tmp_path)
     assert found.keys() == LAYOUTS.keys()
     for layout, differences in found.items():
         assert max(differences) < 0.02, layout
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    train_in_layouts(Path(sys.argv[1]))

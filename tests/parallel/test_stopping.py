@@ -1,22 +1,16 @@
-"""Two ranks that stop, fail, and tell each other what they found, although they communicate only on logged steps.
-
-torchrun starts this file once. It computes all cases and writes what the tests compare.
-"""
+"""Two ranks that stop, fail, and tell each other what they found, although they communicate only on logged steps."""
 
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from processes import run, torchrun
-from ranks import COMMON
+import ranks
 from saved import assert_equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,8 +25,8 @@ from openimp.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
-CHANGES = [*COMMON, "evaluation={}", "train.steps=12", "train.log_every=5", "train.save_every=100", "train.keep_last=9",
-           "alternation.kind=intervals", "train.num_workers=1", "train.prefetch_factor=1",
+CHANGES = [*ranks.COMMON, "evaluation={}", "train.steps=12", "train.log_every=5", "train.save_every=100",
+           "train.keep_last=9", "alternation.kind=intervals", "train.num_workers=1", "train.prefetch_factor=1",
            "optimizer={lr: 3e-3, muon_lr: 0.01, warmup_steps: 1, ema_decay: 0.9}"]  # fmt: skip
 AT = 6
 """The step, from 0, in which something happens on the last rank. It is not logged, and neither is the next."""
@@ -40,24 +34,20 @@ AT = 6
 
 @pytest.fixture(scope="module")
 def out(little_data, tmp_path_factory) -> Path:
-    """What `main` writes on two ranks. Three pictures cannot be read."""
+    """What `compute` writes on two ranks. Three pictures cannot be read."""
     out = tmp_path_factory.mktemp("two")
     data = Path(shutil.copytree(little_data, out / "data"))
     for file in sorted((data / "pictures").rglob("*.png"))[::9]:
         file.write_bytes(b"no picture")
-    run(*torchrun(2, __file__, data, out), check=True)
+    ranks.on(2, compute, data, out)
     return out
-
-
-def facts(out: Path) -> dict[str, Any]:
-    return json.loads((out / "facts.json").read_text())
 
 
 def test_ranks_gather_what_they_found_on_logged_steps_only(out):
     """All other steps of a task have the same collectives: those of its passes and its update."""
-    gathered = {int(step) + 1: count for step, count in facts(out)["gathered"].items()}
+    gathered = {int(step) + 1: count for step, count in ranks.facts(out)["gathered"].items()}
     assert gathered.keys() == {5, 10, 12}
-    in_updates = facts(out)["in updates"]
+    in_updates = ranks.facts(out)["in updates"]
     assert {step: task for step, (task, _) in in_updates.items()} == {
         str(step): ("named", "heard")[step % 2] for step in range(12)
     }
@@ -75,7 +65,7 @@ def test_bad_files_of_all_ranks_are_listed_in_the_order_of_the_steps(out):
 @pytest.mark.parametrize("what", ["signal", "worker"])
 def test_what_stops_one_rank_stops_all_and_costs_no_step(out, what):
     """The checkpoint has all steps before, and the resumed run equals one that was never interrupted."""
-    ends = facts(out)[what]
+    ends = ranks.facts(out)[what]
     assert ends[0] == ends[1]
     saved, how = ends[0]
     if what == "signal":
@@ -140,8 +130,7 @@ def trained(folder: Path, run: Path, resume: bool = False, what: str = "") -> tu
     return trainer.step, how
 
 
-def main(folder: Path, out: Path) -> None:
-    distributed.start()
+def compute(folder: Path, out: Path) -> dict[str, Any]:
     trainer = Trainer(set_up(Recipe.load(folder / "recipe.yaml", CHANGES), out / "whole"))
     with Collectives(trainer) as collectives:
         trainer.train()
@@ -149,11 +138,4 @@ def main(folder: Path, out: Path) -> None:
     for what in ("signal", "worker"):
         found[what] = distributed.all_gather_object(trained(folder, out / what, what=what))
         assert trained(folder, out / what, resume=True) == (12, "finished")
-    if distributed.rank() == 0:
-        (out / "facts.json").write_text(json.dumps(found))
-    distributed.shut_down()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(*map(Path, sys.argv[1:]))
+    return found
