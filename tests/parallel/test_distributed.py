@@ -60,12 +60,7 @@ CASES = {
         "tasks.named.objectives=[{type: contrastive, positives_in: label}]",
     ],
     "shards kept gathered, chunks, Muon": ["parallel.reshard_after_forward=false", *CHUNKS, MUON],
-    "replicas, chunks": ["parallel.shard_degree=1", *CHUNKS],
-    "replicas, Muon": ["parallel.shard_degree=1", MUON],
-    "replicas, Muon, zero gradients": [
-        "parallel.shard_degree=1",
-        "optimizer={muon_lr: 0.07, warmup_steps: 1, zero_missing_grads: true}",
-    ],
+    "replicas, chunks, Muon": ["parallel.shard_degree=1", *CHUNKS, MUON],
     "replicas of shards": ["parallel.shard_degree=2"],
     "shards, distillation in chunks": [
         """tasks.named.objectives=[{type: distill, of: image, to: vector, loss: contrastive}, {type: contrastive},
@@ -84,7 +79,7 @@ CASES = {
 }
 FOUR = (
     "shards",
-    "replicas, Muon",
+    "replicas, chunks, Muon",
     "replicas of shards",
     "expert parallelism, replicas",
     "expert parallelism, shards",
@@ -289,9 +284,8 @@ def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
         changes = [*CASES[name], *([vectors] if "distillation" in name else [])]
         trainer = Trainer(set_up(recipe(folder, *changes), out / f"run {name}"))
         tensors = gradients_of(trainer)
-        keys = distributed.all_gather_object([*optimizer_state(trainer.model, trainer.updater.optimizers)])
-        states[name] = sorted({key for some in keys for key in some})
-        if name == "replicas, Muon":
+        states[name] = sorted(optimizer_state(trainer.model, trainer.updater.optimizers))
+        if name == "replicas, chunks, Muon":
             trainer.save(wait=True)  # `prepared` starts from it.
         if distributed.rank() == 0:
             save_file(tensors, out / f"{name}.safetensors")
@@ -409,7 +403,7 @@ def prepared(folder: Path, out: Path) -> list[Any]:
     with counted_calls(Image, "decode", decoded), counted_calls(Text, "fit", fitted):
         trainer = Trainer(set_up(recipe(folder, "sources.pictures.cache=memory"), out / "cached"))
     next(iter(load_batches(trainer.batches, 0, 1)))
-    saved = out / "run replicas, Muon" / "checkpoints" / "step-00000002"
+    saved = out / "run replicas, chunks, Muon" / "checkpoints" / "step-00000002"
     warm = Trainer(set_up(recipe(folder, f"train.init={saved}"), out / "warm"))
     weights = dcp.read(saved / "model")
     same = all(torch.equal(full_tensor(x), weights[name]) for name, x in warm.model.state_dict().items())

@@ -8,10 +8,9 @@ import ranks
 import torch
 from torch import Tensor, nn
 
-from openimp.parallel import distributed, newton_schulz
+from openimp.parallel import distributed, muon
 from openimp.parallel.layout import Layout, apply_parallelism, full_tensor
-from openimp.parallel.muon import Muon
-from openimp.parallel.newton_schulz import orthogonalize
+from openimp.parallel.muon import Muon, orthogonalize
 
 ROWS, COLUMNS = 24, 40
 WIDTH, HIDDEN, EXPERTS, STEPS = 16, 24, 4, 3
@@ -39,8 +38,8 @@ def train(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor], step
 
 def test_a_step_is_that_of_torch(monkeypatch):
     """With torch's iterations."""
-    monkeypatch.setattr(newton_schulz, "COEFFICIENTS", ((3.4445, -4.7750, 2.0315),) * 5)
-    monkeypatch.setattr(newton_schulz, "MARGIN", 1.0)
+    monkeypatch.setattr(muon, "COEFFICIENTS", ((3.4445, -4.7750, 2.0315),) * 5)
+    monkeypatch.setattr(muon, "MARGIN", 1.0)
     shapes = (ROWS, COLUMNS), (COLUMNS, ROWS), (7, 7)
     ours = weights(*shapes)
     theirs = weights(*shapes)
@@ -144,7 +143,7 @@ def train_model(model: Model, refused: bool = False) -> None:
 
     named = dict(model.named_parameters())
     stacks = {w: EXPERTS if w.ndim == 3 else 3 if "qkv" in name else 1 for name, w in named.items()}
-    muon = Muon(stacks, lr=0.1, weight_decay=0.2)
+    optimizer = Muon(stacks, lr=0.1, weight_decay=0.2)
     steps = [*gradients()]
     if refused:
         steps.insert(-1, {name: torch.full_like(grad, torch.nan) for name, grad in steps[-1].items()})
@@ -154,8 +153,8 @@ def train_model(model: Model, refused: bool = False) -> None:
             if grad is not None and isinstance(weight, DTensor):
                 grad = distribute_tensor(grad, weight.device_mesh, weight.placements)
             weight.grad = grad
-        muon.found_inf = torch.tensor(float(any(grad.isnan().any() for grad in step.values())))
-        muon.step()
+        optimizer.found_inf = torch.tensor(float(any(grad.isnan().any() for grad in step.values())))
+        optimizer.step()
 
 
 def train_in_layouts(out: Path) -> dict[str, list[float]]:
