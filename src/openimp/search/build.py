@@ -19,7 +19,6 @@ from openimp.inference.model import Model, load
 from openimp.search.folder import (
     FORMAT,
     METADATA,
-    SKIPPED,
     Metadata,
     built_with,
     fingerprint,
@@ -48,7 +47,7 @@ class IndexResult:
     moved: int  # found by their hash, and not embedded again
     unchanged: int
     removed: int
-    skipped: dict[str, str]  # by path, the reason why a file, or a part of it, could not be read
+    skipped: dict[str, str]  # by path, the reason why a file, or a part of it, could not be read in this call
     unknown: dict[str, int]  # by extension, the number of files that no modality of the model reads
     items: int  # all items that the index now holds: pictures, segments, lines, ...
     approximate: bool  # whether a query is compared with a part of the vectors only
@@ -84,10 +83,10 @@ def build_index(
 ) -> IndexResult:
     """Embeds media into an index, or updates an index, and prints a summary. Also named `openimp.index`.
 
-    Only new and changed files are embedded. Files that were moved are recognized by their hash, unless a part of them
-    cannot be read. Items are removed if their file is gone from `paths`; items of other folders stay, and so do all
-    items of a folder that has no files any more, because its disk may not be mounted. If a call is interrupted, the
-    next call continues.
+    Only new and changed files are embedded. Files that were moved are recognized by their hash. A file of which nothing
+    can be read is tried again by each call. Items are removed if their file is gone from `paths`; items of other
+    folders stay, and so do all items of a folder that has no files any more, because its disk may not be mounted. If a
+    call is interrupted, the next call continues.
 
     Args:
         model: a run, a model folder, `openimp:base` or a model on the Hugging Face Hub, as `openimp.load` takes it.
@@ -173,7 +172,7 @@ def _build(
     with locked(folder):
         _write_metadata(folder, metadata, opened, replace=given is None)
         items = Items(folder, opened.imp.config.embed_dim)
-        update = Update(opened, folder, items, media, given, forgotten)
+        update = Update(opened, items, media, given, forgotten)
         for root in given or ():
             if not root.exists() and not update.has_items_in(root):
                 raise UserError(f"{root}: no such file or folder")
@@ -193,7 +192,7 @@ def _build(
                 f"stopped: {folder} holds {item_count} so far; the same command does the rest", soft_wrap=True
             )
             raise
-        skipped = {path: reason for path, (_, reason) in update.skipped.items()}
+        skipped = update.skipped
         count = items.table.count_rows()
         if not count and not forgotten:
             path, reason = next(iter(skipped.items()), ("nothing", "there are no media"))
@@ -243,5 +242,4 @@ def _write_metadata(folder: Path, metadata: Metadata, model: Model, replace: boo
         if count := sum(file.source is None for file in old_files):
             notice(f"{folder}: {counted(count, 'file')} of folders had other weights; index these folders again")
         import_lancedb().connect(folder).drop_table(ITEMS, ignore_missing=True)
-        (folder / SKIPPED).unlink(missing_ok=True)
     write_text(folder / METADATA, metadata.model_dump_json(indent=1))

@@ -1,8 +1,6 @@
-"""The folder of an index, its lock and its JSON files.
+"""The folder of an index, its lock and its metadata.
 
 index.json     the model, and a fingerprint of its weights and views
-skipped.json   files that could not be read, in whole or in part; they are tried again if they or the versions of
-               decoders have changed
 items.lance/   a LanceDB table with one row per item
 .lock          held by the process that writes the index
 """
@@ -11,10 +9,9 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import Field
 
 from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import CHECKPOINTS
@@ -29,7 +26,6 @@ from openimp.inference.model import Model
 FORMAT = 3
 """Version of this layout. Format 2 is lifted if its search is exact."""
 METADATA = "index.json"
-SKIPPED = "skipped.json"
 LOCK = ".lock"
 OWN_INDEX = "search.index"
 """The index in a run's folder."""
@@ -37,8 +33,6 @@ INDEX_FILES = ("**/*",)
 """Patterns of the files of an index, for `refuse_links`."""
 NEWER_OPTIONS = {"aspect", "noise", "equalize", "mask_frames", "mask_bins"}
 """Options of views that did not exist when fingerprints contained all options. Add each new option."""
-MAX_JSON = 2**28
-"""Maximum size in bytes of `skipped.json`."""
 
 
 class Metadata(Strict):
@@ -91,7 +85,10 @@ def read_metadata(folder: Path) -> Metadata | None:
     file = folder / METADATA
     if not file.exists():
         return None
-    data = _read_json(file)
+    try:
+        data = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: damaged: {error}") from None
     if isinstance(data, dict):
         if data.get("format") == 2 and data.pop("ivf", None) is None:
             data["format"] = FORMAT  # The formats differ only for an approximate search.
@@ -101,24 +98,6 @@ def read_metadata(folder: Path) -> Metadata | None:
                 f"{file}: format {version}, and this version of openimp reads format {FORMAT}; make a new index"
             )
     return checked(Metadata, data, str(file))
-
-
-class Skipped(Strict):
-    """The content of skipped.json."""
-
-    decoders: dict[str, str]
-    """The versions of the packages that could not read the files."""
-    files: dict[str, Annotated[tuple[str, str], Field(strict=False)]]  # JSON has lists only
-    """The (`file_state`, reason) of each file that could not be read, by path."""
-
-
-def read_skipped(folder: Path) -> Skipped:
-    """Reads skipped.json. If the file does not exist, the result lists no files."""
-    file = folder / SKIPPED
-    data = _read_json(file) if file.exists() else {}
-    if isinstance(data, dict) and "decoders" not in data:  # Older versions wrote only the files.
-        data = {"decoders": {}, "files": data}
-    return checked(Skipped, data, f"{file}: damaged")
 
 
 def fingerprint(model: Model) -> str:
@@ -144,10 +123,3 @@ def _weights_hash(model: Model) -> Any:
 def _fingerprint(model: Model, weights_hash: Any, **dump_options: Any) -> str:
     views = [(name, view.model_dump_json(**dump_options)) for name, view in model.views.items()]
     return stable_hash([weights_hash, views])
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(read_text(file, MAX_JSON))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: damaged: {error}") from None

@@ -38,22 +38,13 @@ class IndexedFile:
     sha256: str
     text: str | None = None  # its caption or the text of its row
     problem: str = ""  # why the file, its text or a part of it cannot be read
-    copied_from: str = ""  # the path of an indexed file with the same content
     recorded: Recorded = UNKNOWN_RECORDING  # when and where
     # Rows of the table, with "vector" once it is known. None: the part is found by its words only.
     parts: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def content(self) -> tuple[str, str]:
-        """Files with the same content have the same vectors."""
-        return self.sha256, self.media.modality
 
-
-def open_file(encoder: ItemEncoder, path_of: Mapping[tuple[str, str], str], media: Media, sha256: str) -> IndexedFile:
-    """Reads the text of media, hashes them if `sha256` is empty, and lists their parts.
-
-    A path that `path_of` has for `IndexedFile.content` becomes `copied_from`, and no parts are listed.
-    """
+def open_file(encoder: ItemEncoder, media: Media, sha256: str) -> IndexedFile:
+    """Reads the text of media, hashes them if `sha256` is empty, and lists their parts."""
     file = IndexedFile(media, sha256)
     try:
         file.text = nfc(media.text() or "")[:MAX_TEXT] or None
@@ -63,9 +54,7 @@ def open_file(encoder: ItemEncoder, path_of: Mapping[tuple[str, str], str], medi
         raw = media.raw()
         file.recorded = _recorded(encoder.modality, raw)
         file.sha256 = sha256 or _hash(raw)
-        file.copied_from = path_of.get(file.content, "")
-        if not file.copied_from:
-            file.parts = _parts(encoder, raw, file.text)
+        file.parts = _parts(encoder, raw, file.text)
     except OSError as error:
         file.problem = error.strerror or str(error)
     except BadMedia as error:

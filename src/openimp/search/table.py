@@ -56,7 +56,6 @@ class Stored(NamedTuple):
     modality: str
     state: str
     source: str | None
-    parts: int
 
 
 def schema(size: int) -> pa.Schema:
