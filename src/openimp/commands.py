@@ -5,7 +5,6 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +39,7 @@ from openimp.recipe.tasks import Source
 from openimp.search.build import build_and_open
 from openimp.search.folder import METADATA, own_index
 from openimp.search.index import open_index
-from openimp.search.query import UNSCORED, By, Like, Query
+from openimp.search.query import By, Like, Query
 from openimp.training.metrics_file import read_metrics
 from openimp.training.trainer import train
 
@@ -210,9 +209,8 @@ def run_search(
     parts: list[str | Query | Like] = list(texts)
     parts += [Query(name, value) for name, values in queries.items() for value in values or ()]
     parts += [index.text_query(text, -1.0) for text in minus]
-    find = partial(index.search, parts, by=by)
-    hits = find(k, modalities, under, min_score, since=since, until=until)
-    if under and not hits and not find(1, modalities, under):
+    hits = index.search(parts, k, modalities, under, min_score, by, since, until)
+    if under and not hits and not index.search(parts, 1, modalities, under, by=by):
         raise UserError(f"--under {under}: nothing is indexed there that the query could find")
     if as_json:
         for hit in hits:
@@ -226,15 +224,8 @@ def run_search(
         text = f"  {' '.join(hit.text.split())[:MAX_TEXT]}" if hit.text and not is_in_path else ""
         score = " " * 6 if hit.score is None else f"{hit.score:6.3f}"
         console.print(f"{score}  {hit.modality:{width}}  {escaped(hit.path)}{time}{text}", soft_wrap=True)
-    if hits:
-        return
-    if min_score is not None and (found := find(1, modalities, under, since=since, until=until)):
-        close = "no item is that close to the query"
-        console.print(close if found[0].score is not None else f"{close}; {UNSCORED}")
-    elif find(1):
-        console.print("nothing is indexed that matches these filters")
-    else:
-        console.print("no item has these words")
+    if not hits:
+        console.print("nothing is indexed that matches the query and its filters")
 
 
 def run_serve(what: Path, host: str, port: int, names: Sequence[str] = (), allow_sources: bool = False) -> None:

@@ -397,11 +397,9 @@ def test_the_command_line_indexes_and_searches(openimp, joint_model, media, tmp_
     hits = [json.loads(line) for line in out.splitlines()]
     assert {hit["text"][:12] for hit in hits} == {"a red square", "a green circ", "a blue line "}
     assert hits[0].keys() == {field.name for field in fields(Hit)}
-    assert openimp("search", index, "noise", "--min-score", 0.9999)[1] == "no item is that close to the query\n"
-    for words in ("noise",), ("circle", "--by", "words"), ("noise", "--min-score", 0.1):
-        printed = openimp("search", index, *words, "--since", "2099-01-01")[1]
-        assert printed == "nothing is indexed that matches these filters\n"
-    assert openimp("search", index, "piano", "--by", "words")[1] == "no item has these words\n"
+    for words in ("noise", "--min-score", 0.9999), ("noise", "--since", "2099-01-01"), ("piano", "--by", "words"):
+        printed = openimp("search", index, *words)[1]
+        assert printed == "nothing is indexed that matches the query and its filters\n"
 
 
 def test_the_command_line_refuses_in_one_sentence(openimp, index, joint_model, media, monkeypatch):

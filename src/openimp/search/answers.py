@@ -1,17 +1,14 @@
 """The content of the page for a query: its parts, and its results in order."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from starlette.datastructures import QueryParams
 
 from openimp.common.errors import UserError, counted
 from openimp.search.index import Index, stands_for_file
 from openimp.search.media_types import UNKNOWN, kind_of
-from openimp.search.query import UNSCORED, Hit, Like, Query, QueryPart
+from openimp.search.query import Hit, Like, QueryPart
 from openimp.search.state import MAX_RESULTS, PAGE_RESULTS, State
 from openimp.search.uploads import Uploads
 
@@ -121,35 +118,32 @@ def _parts(index: Index, uploads: Uploads, page: Answer) -> list[QueryPart]:
     if len(hits) < len({*state.more, *state.less}):
         page.is_incomplete = True
         page.notes.append("An item of this query is no longer indexed.")
-    ids_by_kind: dict[str, Any] = {
+    ids_by_kind = {
         kind: tuple(chip.id for chip in page.chips if chip.kind == kind) for kind in ("file", "more", "less")
     }
-    page.state = replace(state, **ids_by_kind)
+    page.state = state.model_copy(update=ids_by_kind)
     return parts
 
 
 def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
     """Adds the results to the page."""
     state = page.state
-    encoded = [index.encode(part) if isinstance(part, Query) else part for part in parts]  # Once for both searches.
-    find = partial(
-        index.search,
-        encoded,
+    hits = index.search(
+        parts,
+        state.k,
         modalities=state.modality or None,
         under=state.under or None,
+        min_score=state.min or None,
         by=state.by,
         since=state.since,
         until=state.until,
     )
-    hits = find(state.k, min_score=state.min or None)
     at_least = f" with a score of at least {state.min:.2f}" if state.min else ""
     if hits:
         start = "The first " if len(hits) == state.k else ""
         page.status = f"{start}{counted(len(hits), 'result')}{at_least}"
-    elif closest := _closest(find) if state.min else []:
-        page.status = f"No result{at_least}; the best has {closest[0].score:.2f}"
-    elif state.min and find(1):
-        page.status = f"No result{at_least}; {UNSCORED}"
+    elif state.min:
+        page.status = f"No result{at_least}"
     elif state.by == "words" and not page.chips:
         page.status = "No item has these words"
     else:
@@ -164,14 +158,6 @@ def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
     page.items = [_item(index, hit, stands_for_file(hit, state.under or None)) for hit in hits]
     if len(hits) == state.k < MAX_RESULTS:
         page.next = state.link(k=min(state.k + PAGE_RESULTS, MAX_RESULTS))
-
-
-def _closest(find: Callable[..., list[Hit]]) -> list[Hit]:
-    """The item that is closest to the query by meaning, if the model knows a word of it."""
-    try:
-        return find(1, by="meaning")
-    except UserError:
-        return []
 
 
 def _item(index: Index, hit: Hit, is_best_segment: bool = False) -> Item:

@@ -8,8 +8,6 @@ import numpy as np
 
 By = Literal["both", "meaning", "words"]
 """How a text finds items: by the vectors, by the words of the texts that items have, or by both."""
-UNSCORED = "items with these words have no score, because the model does not know the words"
-"""Why a least score leaves out items that have the words of a query."""
 Space = frozenset[str]
 """A space of vectors that can be compared, identified by the names of its two heads; empty for a joint space."""
 

@@ -1,12 +1,12 @@
 """The state of the search page. All of it is in the URL, so reloading, going back and sharing a link work."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
+from typing import Annotated, Any
 from urllib.parse import urlencode
 
+from pydantic import ConfigDict, Field
 from starlette.datastructures import QueryParams
 
-from openimp.common.errors import UserError, nearest
+from openimp.common.schema import Strict, checked
 from openimp.search.query import By
 
 MAX_TEXT = 1000
@@ -17,49 +17,35 @@ PAGE_RESULTS = 48
 """Results that are shown at once."""
 MAX_RESULTS = 480
 
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Ids = Annotated[tuple[str, ...], Field(max_length=MAX_PARTS)]
 
-@dataclass(frozen=True)
-class State:
+
+class State(Strict):
     """The query and the filters of its results. The fields have the names of the URL's parameters."""
 
-    q: str = ""  # a text
-    file: tuple[str, ...] = ()  # ids of uploads
-    more: tuple[str, ...] = ()  # ids of items
-    less: tuple[str, ...] = ()
-    modality: tuple[str, ...] = ()  # none: all
-    under: str = ""  # a folder, a file or a source
-    min: float = 0.0  # score; 0: any
+    model_config = ConfigDict(strict=False)  # A URL has numbers as text.
+
+    q: Text = ""
+    file: Ids = ()  # of uploads
+    more: Ids = ()  # of items
+    less: Ids = ()
+    modality: Ids = ()  # none: all
+    under: Text = ""  # a folder, a file or a source
+    min: Annotated[float, Field(ge=-1, le=1)] = 0.0  # score; 0: any
     by: By = "both"
-    k: int = PAGE_RESULTS  # results
-    since: str = ""  # a day: 2026-05-31
-    until: str = ""
+    k: Annotated[int, Field(ge=1, le=MAX_RESULTS)] = PAGE_RESULTS  # results
+    since: Text = ""  # a day: 2026-05-31
+    until: Text = ""
 
     @classmethod
     def parse(cls, parameters: QueryParams) -> "State":
         """Reads the parameters of a URL; UserError if one is unknown, or its value impossible."""
-        known = [field.name for field in fields(cls)]
-        for name in parameters:
-            if name not in known:
-                raise UserError(f"there is no parameter {name!r}{nearest(name, known)}")
-        lists: dict[str, Any] = {
-            name: tuple(dict.fromkeys(parameters.getlist(name))) for name in ("file", "more", "less", "modality")
-        }
-        texts: dict[str, Any] = {name: parameters.get(name, "").strip() for name in ("q", "under", "since", "until")}
-        if max(map(len, lists.values())) > MAX_PARTS:
-            raise UserError(f"a query has at most {MAX_PARTS} files or items")
-        if max(map(len, texts.values())) > MAX_TEXT:
-            raise UserError(f"a query has at most {MAX_TEXT:,} characters")
-        try:
-            score = float(parameters.get("min") or 0)
-            count = int(parameters.get("k") or PAGE_RESULTS)
-        except ValueError:
-            raise UserError("min and k must be numbers") from None
-        if not (-1 <= score <= 1 and 1 <= count <= MAX_RESULTS):
-            raise UserError(f"min must be between -1 and 1, and k between 1 and {MAX_RESULTS}")
-        by: Any = parameters.get("by") or "both"
-        if by not in get_args(By):
-            raise UserError(f"by must be {' or '.join(get_args(By))}")
-        return cls(**texts, **lists, min=score, by=by, k=count)
+        values: dict[str, Any] = {name: value.strip() for name, value in parameters.items() if value.strip()}
+        for name in ("file", "more", "less", "modality"):
+            values[name] = tuple(dict.fromkeys(parameters.getlist(name)))
+        state: State = checked(cls, values, "the URL")
+        return state
 
     @property
     def is_empty(self) -> bool:
@@ -68,8 +54,7 @@ class State:
 
     def link(self, k: int = PAGE_RESULTS, **changes: Any) -> str:
         """The URL of this state with some fields changed, and the first `k` results."""
-        values = vars(replace(self, k=k, **changes))
-        parameters = {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
+        parameters = self.model_copy(update={"k": k, **changes}).model_dump(exclude_defaults=True)
         return f"/?{urlencode(parameters, doseq=True)}" if parameters else "/"
 
     def with_item(self, kind: str, id: str) -> str:
