@@ -84,8 +84,8 @@ class Spread(NamedTuple):
 class Index:
     """An open index. Its methods may be called from any thread; calls that encode a query take turns.
 
-    It shows the state of the index at the time when it was opened. A day after the index has changed, that version may
-    be removed; then it shows the newest.
+    It shows the state of the index at the time when it was opened until an update removes that version, which must be
+    an hour old; then it shows the newest.
 
     Attributes:
         model: the model that embedded the items. It encodes queries.

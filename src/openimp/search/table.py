@@ -4,7 +4,6 @@ A write to the table is atomic and contains whole files only. So after a kill, t
 """
 
 import os
-import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,8 +31,8 @@ SEARCHED_PARTITIONS = 40
 """A query is compared with the vectors of this many nearest partitions. LanceDB makes one per 4,096 rows."""
 REFINE_FACTOR = 2
 """After a search in quantized vectors, `REFINE_FACTOR` * k rows are compared by their exact vectors for k results."""
-KEEP_VERSIONS = 24 * 3600
-"""Seconds that a version of the table is kept after a newer one has replaced it, for processes that still read it."""
+KEEP_VERSIONS = timedelta(hours=1)
+"""How long a version of the table is kept, for processes that read it."""
 ACCENTS = 200
 """Least combining class, in Unicode, of the accents of Latin, Greek and Cyrillic letters."""
 # fmt: off
@@ -246,10 +245,7 @@ class Items:
     @_write_errors()
     def compact(self) -> None:
         """Merges the small files that many writes leave, builds the indexes or adds new rows to them, and removes
-        old versions.
-
-        A process reads the version that was the newest when it opened the index. So a version is kept until
-        `KEEP_VERSIONS` seconds after a newer one was written.
+        versions that are more than `KEEP_VERSIONS` old. An index that reads one of them is opened again.
         """
         from lancedb.index import FTS, BTree, IvfSq
 
@@ -262,14 +258,7 @@ class Items:
             self.table.create_index(self.word_column, config=words)
         if "vector" not in indexed and self.table.count_rows() >= APPROXIMATE_ROWS:
             self.table.create_index("vector", config=IvfSq(distance_type="cosine"))
-        self.table.optimize(cleanup_older_than=timedelta(days=9999))  # Only merges, which may take long.
-        # Lance removes versions by the time when they were written. The version that readers have may be years old: it
-        # is the last one that was written before the limit.
-        now = time.time()
-        limit = now - KEEP_VERSIONS
-        write_times = [version["timestamp"].timestamp() for version in self.table.list_versions()]
-        oldest_kept = max((write_time for write_time in write_times if write_time < limit), default=limit)
-        self.table.optimize(cleanup_older_than=timedelta(seconds=now - oldest_kept + 60))
+        self.table.optimize(cleanup_older_than=KEEP_VERSIONS)
 
 
 class IndexChanged(UserError):
