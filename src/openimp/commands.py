@@ -202,7 +202,7 @@ def run_search(
     """Searches an index and prints the results."""
     index = open_index(path)
     if texts and by == "both" and not index.has_words:
-        notice(f"{path}: words are not searched, because openimp index did not end, or was too old; run it again")
+        notice(f"{path}: words are not searched; run openimp index again or make a new index")
     for text in texts:
         if "." in text and os.path.isfile(text):
             raise UserError(f"{text}: is a file; --image, --video or --audio searches with it")

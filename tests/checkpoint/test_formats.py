@@ -74,7 +74,7 @@ def test_the_checkpoint_is_what_its_manifest_says():
 
 
 def test_the_index_is_searched_and_updated(fixtures):
-    """It has neither words, which the next update adds, nor dates."""
+    """It has neither words nor dates."""
     pytest.importorskip("lancedb")
     index = open_index("index", "cpu")
     hits = index.search("a red apple", k=5)
@@ -86,21 +86,9 @@ def test_the_index_is_searched_and_updated(fixtures):
     Path("apple.txt").write_text("a red apple")
     assert build_index("checkpoint", ["apple.txt"], "index").new == 1
     index = open_index("index", "cpu")
-    assert index.search("a red apple", k=1, by="words")[0].text == "a red apple"
+    assert index.search("a red apple", under="apple.txt")[0].text == "a red apple"
     with refuses():
         index.search("a red apple", since="2024-01-01")
-
-
-@pytest.mark.parametrize(("ivf", "lifted"), [(None, True), ({"rows": 60_000, "probes": 10, "recall": 0.99}, False)])
-def test_an_index_in_format_2_is_lifted_if_its_search_is_exact(fixtures, ivf, lifted):
-    pytest.importorskip("lancedb")
-    file = fixtures / "index" / "index.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2, "ivf": ivf}))
-    if lifted:
-        assert len(open_index("index", "cpu").search("a red apple", k=5)) == 5
-    else:
-        with refuses():
-            open_index("index", "cpu")
 
 
 def test_a_model_is_used_although_its_recipe_has_keys_that_went(fixtures, capsys):

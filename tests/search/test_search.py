@@ -15,9 +15,8 @@ import soundfile
 from messages import refuses
 
 from openimp.search import Hit, Index, Like, Query, build_index, open_index
-from openimp.search.table import Items
 
-lancedb = pytest.importorskip("lancedb")
+pytest.importorskip("lancedb")
 
 
 @pytest.fixture(scope="module")
@@ -274,10 +273,6 @@ def test_words_are_found_in_languages_without_spaces(word_model, media_folder, t
     index = open_index(build_index(word_model, [tmp_path], tmp_path / "x.index").folder)
     for word, text in zip(["小狗", "タワー", "แมว", "dog"], texts):
         assert [hit.text for hit in index.search(word, by="words")] == [text]
-    items = Items(index.folder)
-    items.table.create_index(items.word_column, config=lancedb.index.FTS())  # As in an index of an older version.
-    build_index(word_model, [tmp_path], index.folder)
-    assert [hit.text for hit in open_index(index.folder).search("小狗", by="words")] == texts[:1]
 
 
 def test_the_text_of_media_is_their_path_in_the_outermost_given_folder(word_model, media_folder, tmp_path):

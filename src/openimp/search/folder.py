@@ -24,7 +24,7 @@ from openimp.evaluation.provenance import checkpoint_fields
 from openimp.inference.model import Model
 
 FORMAT = 3
-"""Version of this layout. Format 2 is lifted if its search is exact."""
+"""Version of this layout."""
 METADATA = "index.json"
 LOCK = ".lock"
 OWN_INDEX = "search.index"
@@ -89,14 +89,10 @@ def read_metadata(folder: Path) -> Metadata | None:
         data = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: damaged: {error}") from None
-    if isinstance(data, dict):
-        if data.get("format") == 2 and data.pop("ivf", None) is None:
-            data["format"] = FORMAT  # The formats differ only for an approximate search.
-        version = data.get("format")
-        if version != FORMAT:
-            raise UserError(
-                f"{file}: format {version}, and this version of openimp reads format {FORMAT}; make a new index"
-            )
+    if isinstance(data, dict) and (version := data.get("format")) != FORMAT:
+        raise UserError(
+            f"{file}: format {version}, and this version of openimp reads format {FORMAT}; make a new index"
+        )
     return checked(Metadata, data, str(file))
 
 

@@ -112,7 +112,7 @@ class Index:
 
     @property
     def has_words(self) -> bool:
-        """Whether items are found by the words of their texts. Indexes of older versions need `build_index` again."""
+        """Whether items are found by the words of their texts. Indexes of older versions must be made anew."""
         return self._items.has_words
 
     @property
@@ -322,7 +322,7 @@ class Index:
         That is so if the query has anything but texts: words cannot say what to change in a picture.
         """
         if by == "words" and not self.has_words:
-            raise UserError(f"{self.folder}: has no words; run openimp index again")
+            raise UserError(f"{self.folder}: has no words; run openimp index again or make a new index")
         wanted = " ".join(part.text for part in encoded if part.text and part.weight > 0)
         unwanted = " ".join(part.text for part in encoded if part.text and part.weight < 0)
         if by != "meaning" and self.has_words and wanted and all(part.text for part in encoded):

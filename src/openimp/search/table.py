@@ -94,7 +94,7 @@ class Items:
                 raise UserError(f"{folder}: holds no items yet; run openimp index again")
             # Whether the words of the items' texts have an index. Older versions built none. Read now: once this
             # version of the table is removed, LanceDB tells of no index.
-            self.has_words = self.word_column in self.indexed()
+            self.has_words = "folded" in self.indexed()
         except (ValueError, RuntimeError, OSError) as error:
             raise UserError(f"{folder}: damaged: {one_line(error)}") from None
 
@@ -106,11 +106,6 @@ class Items:
     def indexed(self) -> set[str]:
         """The columns that have an index."""
         return {column for index in self.table.list_indices() for column in index.columns}
-
-    def _tokenizer_of_words(self) -> str | None:
-        """The tokenizer of the words' index; None if there is none."""
-        details = (index.index_details for index in self.table.list_indices() if self.word_column in index.columns)
-        return next((detail["base_tokenizer"] for detail in details), None)
 
     def count(self, where: str) -> int:
         """The number of rows that match an SQL filter."""
@@ -181,11 +176,6 @@ class Items:
                     return rows
             return query.bypass_vector_index().to_list()
 
-    @property
-    def word_column(self) -> str:
-        """The column in which words are looked up. Older versions have no folded texts."""
-        return "folded" if "folded" in self.table.schema.names else "text"
-
     def with_words(
         self, words: Words, all_words: bool, vectors: Mapping[str, np.ndarray], k: int, where: str
     ) -> list[dict[str, Any]]:
@@ -200,12 +190,9 @@ class Items:
         """
         lance = import_lancedb().query
         operator = lance.FullTextOperator.AND if all_words else lance.FullTextOperator.OR
-        column = self.word_column
-        if column == "folded":
-            words = Words(folded(words.wanted), folded(words.unwanted))
-        match = lance.MatchQuery(words.wanted, column, operator=operator)
+        match = lance.MatchQuery(folded(words.wanted), "folded", operator=operator)
         if words.unwanted:
-            unwanted = lance.MatchQuery(words.unwanted, column)
+            unwanted = lance.MatchQuery(folded(words.unwanted), "folded")
             match = lance.BooleanQuery([(lance.Occur.MUST, match), (lance.Occur.MUST_NOT, unwanted)])
         query = self.table.search(match, query_type="fts").limit(k).select([*self.hit_columns, "vector", "_score"])
         with _read_errors():
@@ -253,9 +240,9 @@ class Items:
         for column in ("id", "path"):  # Without an index, each look-up of items or files scans the table.
             if column not in indexed:
                 self.table.create_index(column, config=BTree())
-        if self._tokenizer_of_words() != TOKENIZER:
+        if "folded" not in indexed and "folded" in self.table.schema.names:  # Older versions have no such column.
             words = FTS(base_tokenizer=TOKENIZER, custom_stop_words=STOP_WORDS)
-            self.table.create_index(self.word_column, config=words)
+            self.table.create_index("folded", config=words)
         if "vector" not in indexed and self.table.count_rows() >= APPROXIMATE_ROWS:
             self.table.create_index("vector", config=IvfSq(distance_type="cosine"))
         self.table.optimize(cleanup_older_than=KEEP_VERSIONS)
