@@ -17,7 +17,7 @@ from openimp.checkpoint.folder import load_model
 from openimp.commands import run_eval
 from openimp.common.json_lines import read_lines
 from openimp.evaluation.classification import Classified
-from openimp.evaluation.evaluate import NotMeasured, check_sets, evaluate
+from openimp.evaluation.evaluate import check_sets, evaluate
 from openimp.evaluation.metrics import average_precision
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
@@ -223,32 +223,13 @@ def test_rows_in_no_split_and_classes_and_splits_of_unreadable_rows_are_named(se
         check_sets(*setup({"rows": {"colour": [[], []]}}, **ZERO_SHOT), {})
 
 
-def test_sets_that_do_not_fit_the_model_stop_no_others(little_run, tmp_path):
+def test_a_set_that_does_not_fit_the_model_stops_no_evaluation_of_others(little_run, tmp_path):
     task = "evaluation.sets.heads={type: classification, task: nosuch, source: pictures, " + OPTIONS + "}"
     out = tmp_path / "results.jsonl"
     run_eval(little_run, ["tones"], None, out, [task])
     assert [line["set"] for line in read_lines(out)] == ["tones", "tones"]
-    out.unlink()
-    label = "evaluation.sets.labels={type: classification, task: heard, source: pictures, " + OPTIONS + "}"
-    with refuses(NotMeasured):
-        run_eval(little_run, None, None, out, [task, label, "evaluation.sets.more={type: probe, source: nosuch}"])
-    assert {line["set"] for line in read_lines(out)} == {"colours", "tones"}
-    with refuses(NotMeasured):
-        run_eval(little_run, ["heads"], None, None, [task])
-
-
-def test_sets_of_another_recipe_that_do_not_fit_the_bundled_model_stop_no_others(tmp_path):
-    for i, colour in enumerate(["red", "blue"]):
-        (tmp_path / "pictures" / colour).mkdir(parents=True)
-        (tmp_path / "pictures" / colour / "0.png").write_bytes(png(i))
-    (tmp_path / "recipe.yaml").write_text(
-        "sources: {rows: {path: pictures}}\nevaluation:\n  sets:\n"
-        "    heads: {type: classification, task: rows, source: rows, inputs: {image: file}, label: label}\n"
-        "    names: {type: zero_shot, source: rows, inputs: {image: file}, label: label}\n"
-    )
-    with refuses(NotMeasured) as refused:
-        openimp.evaluate("openimp:base", recipe=tmp_path / "recipe.yaml")
-    assert [result["set"] for result in refused.value.results] == ["names"]
+    with refuses():
+        run_eval(little_run, None, None, out, [task])
 
 
 OPTIONS = "inputs: {image: file}, label: label, view: {image: {size: 16}}"

@@ -89,9 +89,8 @@ def test_imagenet(evaluate, copy, tmp_path):
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_fits_a_model_of_all_modalities(tiny_recipe, file):
-    measured, _, reasons = _with_sets(tiny_recipe({"space": "joint"}), str(file), [], None)
+    measured, _ = _with_sets(tiny_recipe({"space": "joint"}), str(file), [], None)
     assert measured.evaluation.sets
-    assert not reasons
 
 
 def test_cifar100(evaluate, media_folder, tmp_path):

@@ -1,7 +1,6 @@
 """`openimp eval`: measures a named model on evaluation sets of its own or another recipe."""
 
 from collections.abc import Collection, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.progress import Progress
 from openimp.data.trust import check_sources
-from openimp.evaluation.evaluate import NotMeasured, check_names
+from openimp.evaluation.evaluate import check_names
 from openimp.evaluation.evaluate import evaluate as evaluate_sets
 from openimp.recipe.file import override, read_recipe
 from openimp.recipe.model_config import class_for
@@ -41,7 +40,8 @@ def evaluate(
         (docs/metrics.md).
 
     Raises:
-        UserError: there is no such model or evaluation set, or the recipe has no evaluation sets.
+        UserError: there is no such model or evaluation set, the recipe has no evaluation sets, or one does not fit the
+            model.
         NotMeasured: a set cannot be measured; its `results` are the results of the other sets.
     """
     name = Path(model).expanduser()
@@ -52,32 +52,24 @@ def evaluate(
     if sets is not None:
         sets = [sets] if isinstance(sets, str) else list(sets)
     user_sources: Collection[str] = ()  # names of sources whose path the user gave
-    reasons: list[str] = []  # why sets do not fit the model
     if recipe or overrides:
-        measured, user_sources, reasons = _with_sets(measured, str(recipe) if recipe else None, overrides, sets)
-        sets = list(measured.evaluation.sets)
-    if not measured.evaluation.sets and not reasons:
+        measured, user_sources = _with_sets(measured, str(recipe) if recipe else None, overrides, sets)
+    if not measured.evaluation.sets:
         raise UserError(f"{recipe or model}: the recipe has no evaluation sets")
     if not allow_sources:
         check_sources(name, folder, measured, sets or measured.evaluation.sets, user_sources)
     imp = imp.to(pick_device())
     step = saved_step(folder)
-    try:
-        results = evaluate_sets(imp, measured, modalities, sets, step, progress=progress, classes=config.classes)
-    except NotMeasured as error:
-        raise NotMeasured([*reasons, str(error)], error.results) from None
-    if reasons:
-        raise NotMeasured(reasons, results)
-    return results
+    return evaluate_sets(imp, measured, modalities, sets, step, progress=progress, classes=config.classes)
 
 
 def _with_sets(
     recipe: Recipe, other: str | None, overrides: list[str], names: list[str] | None
-) -> tuple[Recipe, Collection[str], list[str]]:
+) -> tuple[Recipe, Collection[str]]:
     """A model's recipe with overrides, or with the sources and sets of another recipe, which has the overrides.
 
-    It has only the sets `names` that fit the model; None: all that do. The second value has the names of the sources
-    that the other recipe defines, or that the overrides move, and the third one says why sets do not fit.
+    It has only the sets `names`; None: all. The second value has the names of the sources that the other recipe
+    defines, or that the overrides move.
     """
     for text in overrides:
         if not text.startswith(("sources.", "evaluation.")):
@@ -86,7 +78,7 @@ def _with_sets(
     if other is None:
         for text in overrides:
             override(ours, text)
-        measured, reasons = _build(ours, names)
+        measured = _build(ours, names)
         changed_keys = {text.partition("=")[0].strip() for text in overrides}
         moved = [
             name
@@ -97,7 +89,7 @@ def _with_sets(
                 and (source.root is None or f"sources.{name}.root" in changed_keys)
             )
         ]
-        return measured, moved, reasons
+        return measured, moved
     theirs, file = read_recipe(other, overrides, Path.cwd())
     # The model's own sources are kept, because its tasks name them.
     user_sources = theirs.get("sources") or {}
@@ -106,39 +98,20 @@ def _with_sets(
     _drop_sizes(recipe, evaluation)
     # `build` refuses unknown keys of `theirs`.
     data = {**theirs, **ours, "sources": sources, "evaluation": evaluation}
-    measured, reasons = _build(data, names, file.resolve().parent, other)
-    return measured, user_sources, reasons
+    return _build(data, names, file.resolve().parent, other), user_sources
 
 
 def _build(
     data: dict[str, Any], names: list[str] | None, folder: str | Path = ".", error_prefix: str = "recipe"
-) -> tuple[Recipe, list[str]]:
-    """The recipe with the sets in `names` that fit its model, and the reasons why the others do not.
-
-    `Recipe.build` explains the other arguments.
-    """
+) -> Recipe:
+    """The recipe with the sets in `names`; None: all. `Recipe.build` explains the other arguments."""
     evaluation = data["evaluation"]
     known = evaluation.get("sets") if isinstance(evaluation, dict) else None
-    if not isinstance(known, dict):
-        return Recipe.build(data, folder, error_prefix), []
-
-    def build(chosen: Iterable[str]) -> Recipe:
+    if names is not None and isinstance(known, dict):
+        check_names(names, known)
         # `best` is for training, and may name a set that is not chosen.
-        part = {**evaluation, "best": None, "sets": {name: known[name] for name in chosen}}
-        return Recipe.build({**data, "evaluation": part}, folder, error_prefix)
-
-    names = list(known) if names is None else names
-    check_names(names, known)
-    with suppress(UserError):
-        return build(names), []
-    build([])  # Raises an error that is not about the sets.
-    reasons = {}
-    for name in names:
-        try:
-            build([name])
-        except UserError as error:
-            reasons[name] = str(error)
-    return build(name for name in names if name not in reasons), list(reasons.values())
+        evaluation = {**evaluation, "best": None, "sets": {name: known[name] for name in names}}
+    return Recipe.build({**data, "evaluation": evaluation}, folder, error_prefix)
 
 
 def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
