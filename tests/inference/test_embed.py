@@ -13,7 +13,6 @@ from messages import refuses
 
 import openimp
 from openimp.inference.embed import embed
-from openimp.inference.files import file_value
 
 
 @pytest.fixture
@@ -78,39 +77,7 @@ def test_a_download_that_breaks_off_costs_one_row(tiny_model_folder, media_folde
     server.shutdown()
     assert done.rows == {"image": 1}
     (skipped,) = done.skipped
-    assert skipped.startswith(f"{urls[1]}: cannot be downloaded: ")
-
-
-class InChunks(SimpleHTTPRequestHandler):
-    """A server that does not know the length of its answers, and can send no part of them."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        self.send_response(200)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        data = Path(self.directory, self.path.lstrip("/")).read_bytes()
-        for start in range(0, len(data), 10_000):
-            chunk = data[start : start + 10_000]
-            self.wfile.write(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n")
-        self.wfile.write(b"0\r\n\r\n")
-
-    def do_HEAD(self):
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-
-def test_a_download_of_unknown_length_is_read_whole(tiny_model_folder, tmp_path):
-    (tmp_path / "long.txt").write_text("noise " * 50_000 + "a red square", encoding="utf-8")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(InChunks, directory=tmp_path))
-    Thread(target=server.serve_forever, daemon=True).start()
-    text = file_value(f"http://127.0.0.1:{server.server_port}/long.txt", reads_text=True)
-    server.shutdown()
-    assert text == (tmp_path / "long.txt").read_text(encoding="utf-8")
+    assert skipped.startswith(f"{urls[1]}: cannot be read: ")
 
 
 def test_a_text_without_a_known_word_has_no_vector(tiny_model_folder, media_folder, tmp_path):

@@ -11,12 +11,10 @@ from openimp.common.errors import UserError, by_extension, counted, escaped, nea
 from openimp.common.folders import files_below, is_hidden
 from openimp.common.modality import BadMedia, Modalities
 from openimp.common.names import is_url
-from openimp.common.safe_files import LARGEST_TEXT, read_text
+from openimp.common.safe_files import read_text
 
 File = Path | str
 """A path on disk, or a URL that fsspec opens, such as `s3://bucket/photos/1.jpg`."""
-LARGEST_DOWNLOAD = 2**31
-"""Maximum size in bytes of a media file at a URL, because it is read into memory."""
 
 
 def find_files(
@@ -89,36 +87,16 @@ def _files_in(file: File, extensions: Container[str] | None) -> Iterator[str] | 
 def file_value(file: File, reads_text: bool) -> str | bytes | Path:
     """The value that a modality decodes: the text of a file, its path, or its bytes if it is at a URL.
 
-    Raises BadMedia if the file is missing, cannot be downloaded or is too large, or if a text is not in UTF-8.
+    BadMedia if a file at a URL cannot be read, or if a text is not in UTF-8.
     """
     if isinstance(file, Path):
         return file_text(file).strip() if reads_text else file
-    limit = LARGEST_TEXT if reads_text else LARGEST_DOWNLOAD
     try:
-        system, path = fsspec.core.url_to_fs(file)
-        blocks = []
-        size = 0
-        with system.open(path, "rb") as stream:
-            # Of an answer of unknown length, fsspec returns a part at a time.
-            while size <= limit and (block := stream.read(limit + 1 - size)):
-                blocks.append(block)
-                size += len(block)
-        if size > limit:
-            raise BadMedia(f"is larger than {limit:,} bytes")
-        data = b"".join(blocks)
+        with fsspec.open(file) as stream:
+            data = stream.read()
         return data.decode("utf-8-sig").strip() if reads_text else data
-    except FileNotFoundError:
-        # fsspec raises it for each answer of a web server but success.
-        refused = ", or the server refuses it" if file.lower().startswith("http") else ""
-        raise BadMedia(f"no such file{refused}") from None
-    except PermissionError:
-        raise BadMedia("access is denied") from None
-    except UnicodeDecodeError as error:
-        raise BadMedia(f"no UTF-8 text: {error}") from None
-    except BadMedia:
-        raise
     except Exception as error:  # Each file system raises its own errors. One file must not end the embedding of others.
-        raise BadMedia(f"cannot be downloaded: {one_line(error)}") from None
+        raise BadMedia(f"cannot be read: {type(error).__name__}: {one_line(error)}") from None
 
 
 def file_text(path: Path) -> str:
