@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openimp.common.errors import UserError, counted, escaped, nearest
-from openimp.common.modality import BadMedia
 from openimp.common.progress import notice
 from openimp.common.protocols import TextReader
 from openimp.common.texts import text_key
 from openimp.data.batch import head_key
-from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
+from openimp.encoding.engine import ItemEncoder
 from openimp.evaluation.zero_shot import check_prompt, names_with_equal_tokens
-from openimp.inference.files import File, file_value, find_files, left_out, shown_name
+from openimp.inference.files import File, encoded, find_files, left_out, shown_name
 from openimp.inference.model import Model, load
 from openimp.recipe.schema import Recipe
 
@@ -166,14 +165,10 @@ def classify_files(
         raise next(iter(errors.values()))
     for name, reason in errors.items():
         notice(f"left out {counted(len(files_by_modality[name]), f'{name} file')}: {reason}")
-    skipped = []
+    skipped: list[str] = []
     count = 0
     for name, classifier in classifiers.items():
-        encoder = classifier.encoder
-        items = ((file, partial(_read, encoder, file)) for file in files_by_modality[name])
-        for chunk in chunks_on_cpu(encoder.encode(items)):
-            skipped += [f"{shown_name(file)}: {result}" for file, result in chunk if isinstance(result, BadMedia)]
-            vectors = {file: result for file, result in chunk if isinstance(result, np.ndarray)}
+        for vectors in encoded(classifier.encoder, files_by_modality[name], skipped):
             count += len(vectors)
             if vectors:
                 z_NZ = torch.from_numpy(np.stack([*vectors.values()])).to(model.device)
@@ -194,7 +189,3 @@ def _print_lines(files: list[File], predictions: Predictions, k: int) -> None:
         for probability, number in zip(probabilities, numbers):
             parts += [escaped(str(classes[number])), f"{probability:.3f}"]
         print("\t".join(parts), flush=True)
-
-
-def _read(encoder: ItemEncoder, file: File) -> np.ndarray:
-    return encoder.read(file_value(file, encoder.modality.reads_text))

@@ -3,20 +3,16 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openimp.common.errors import UserError, counted, escaped
-from openimp.common.modality import BadMedia
 from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
 from openimp.data.files import is_utf8
-from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
-from openimp.inference.files import File, file_value, find_files, left_out, parquet_file, shown_name
+from openimp.inference.files import File, encoded, find_files, left_out, parquet_file, shown_name
 from openimp.inference.model import load
 
 
@@ -68,21 +64,18 @@ def embed(
     columns = dict.fromkeys(texts, pa.string()) | {"embedding": pa.list_(pa.float32(), model.imp.config.embed_dim)}
     schema = pa.schema(columns, {"openimp": json.dumps({"model": str(run), "recipe": model.config.name})})
     rows = dict.fromkeys(files_by_modality, 0)
-    skipped = []
+    skipped: list[str] = []
     out.parent.mkdir(parents=True, exist_ok=True)
     # A dictionary of numbers that do not repeat would take a third more space, and five times as long to write.
     with replacing(out) as draft, pq.ParquetWriter(draft, schema, use_dictionary=texts) as writer:
         for name, modality_files in files_by_modality.items():
             encoder = encoders[name]
-            items = ((file, partial(_read, encoder, file)) for file in track(modality_files, f"embed {name}"))
-            for chunk in chunks_on_cpu(encoder.encode(items)):
-                new_rows = []
-                for file, result in chunk:
-                    if isinstance(result, BadMedia):
-                        skipped.append(f"{shown_name(file)}: {result}")
-                    else:
-                        row = {"path": str(file), "modality": name, "towards": encoder.towards, "embedding": result}
-                        new_rows.append(row)
+            named = [file for file in modality_files if is_utf8(str(file))]
+            unnamed = [shown_name(file) for file in modality_files if not is_utf8(str(file))]
+            skipped += [f"{file}: its name is not UTF-8, so the table cannot hold it" for file in unnamed]
+            for vectors in encoded(encoder, track(named, f"embed {name}"), skipped):
+                row = {"modality": name, "towards": encoder.towards}
+                new_rows = [row | {"path": str(file), "embedding": vector} for file, vector in vectors.items()]
                 rows[name] += len(new_rows)
                 writer.write_table(pa.Table.from_pylist(new_rows, schema))
         if not sum(rows.values()):
@@ -90,9 +83,3 @@ def embed(
     embedded = Embedded(out, rows, skipped, unknown)
     console.print(str(embedded), soft_wrap=True)
     return embedded
-
-
-def _read(encoder: ItemEncoder, file: File) -> np.ndarray:
-    if not is_utf8(str(file)):
-        raise BadMedia("its name is not UTF-8, so the table cannot hold it")
-    return encoder.read_known(file_value(file, encoder.modality.reads_text))

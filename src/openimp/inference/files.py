@@ -3,15 +3,18 @@
 import os
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import fsspec
+import numpy as np
 
 from openimp.common.errors import UserError, by_extension, counted, escaped, nearest, one_line
 from openimp.common.folders import files_below, is_hidden
 from openimp.common.modality import BadMedia, Modalities
 from openimp.common.names import is_url
 from openimp.common.safe_files import read_text
+from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
 
 File = Path | str
 """A path on disk, or a URL that fsspec opens, such as `s3://bucket/photos/1.jpg`."""
@@ -84,7 +87,18 @@ def _files_in(file: File, extensions: Container[str] | None) -> Iterator[str] | 
     return (system.unstrip_protocol(inner) for inner in paths if not is_hidden(inner.removeprefix(path)))
 
 
-def file_value(file: File, reads_text: bool) -> str | bytes | Path:
+def encoded(encoder: ItemEncoder, files: Iterable[File], skipped: list[str]) -> Iterator[dict[File, np.ndarray]]:
+    """Yields the vectors of files, a group at a time. `skipped` gets "path: reason" of each unreadable file."""
+
+    def read(file: File) -> np.ndarray:
+        return encoder.read_known(_value(file, encoder.modality.reads_text))
+
+    for group in chunks_on_cpu(encoder.encode((file, partial(read, file)) for file in files)):
+        skipped += [f"{shown_name(file)}: {result}" for file, result in group if isinstance(result, BadMedia)]
+        yield {file: result for file, result in group if isinstance(result, np.ndarray)}
+
+
+def _value(file: File, reads_text: bool) -> str | bytes | Path:
     """The value that a modality decodes: the text of a file, its path, or its bytes if it is at a URL.
 
     BadMedia if a file at a URL cannot be read, or if a text is not in UTF-8.
