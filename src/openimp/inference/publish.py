@@ -4,13 +4,10 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import HfApi
 
 from openimp.checkpoint.folder import CONFIG, RECIPE
 from openimp.common.errors import UserError, nearest, one_line
@@ -23,9 +20,6 @@ from openimp.inference.model_card import model_card, training_sources
 from openimp.inference.public_recipe import shorten_paths
 from openimp.recipe.file import override, to_yaml
 from openimp.recipe.schema import Recipe
-
-LICENSE = "[a-z0-9][a-z0-9.-]*"
-"""Pattern of the Hub's identifiers of licenses. The Hub refuses a model card with any other."""
 
 
 def push(
@@ -41,7 +35,6 @@ def push(
     `license` is the Hub's identifier of the model's license. `overrides` state licenses of sources, as in
     `sources.photos.license=CC-BY-4.0`. If the repository exists, the upload is a new commit.
     """
-    _check(name, license, needs_login=to is None)  # `upload` does, too, but after the model is loaded.
     model = load(run, "cpu")
     model.recipe = _with_licenses(model.recipe, overrides)
     if to is not None:
@@ -60,7 +53,6 @@ def upload(
     token: str | None = None,
 ) -> str:
     """Uploads a model that `load` opened, and returns the URL. `Model.push_to_hub` explains the arguments."""
-    _check(name, license, needs_login=token is None)
     hub = HfApi(token=token)
     message = f"{model.config.name}, written by openimp {openimp_version()}"
     with TemporaryDirectory() as folder:
@@ -85,6 +77,8 @@ def write(model: Model, name: str, license: str | None, folder: Path) -> None:
 
     `name` is the name of the repository, or of a model that comes with openimp.
     """
+    if "/" not in name and not is_bundled(name):
+        raise UserError(f"{name}: expected OWNER/NAME")
     if model.folder is None:
         raise UserError("only a model that openimp.load opened can be published; save it and load it")
     for stem, options in model.config.modalities.items():
@@ -118,17 +112,3 @@ def _with_licenses(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
             raise UserError(f"--set {text}: the recipe has no such source{nearest(source, recipe.sources)}")
         override(data, text)
     return Recipe.build(data)
-
-
-def _check(name: str, license: str | None, needs_login: bool) -> None:
-    """UserError if the name of the repository or of the license is invalid, or if a login is needed and missing."""
-    is_valid = False
-    with suppress(HFValidationError):
-        validate_repo_id(name)
-        is_valid = "/" in name
-    if not is_valid:
-        raise UserError(f"{name}: expected OWNER/NAME, of letters, digits, '-', '_' and '.'")
-    if license is not None and not re.fullmatch(LICENSE, license):
-        raise UserError(f"license {license}: expected the Hub's identifier of a license, such as apache-2.0 or other")
-    if needs_login and get_token() is None:
-        raise UserError("you are not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
