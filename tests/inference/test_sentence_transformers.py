@@ -9,7 +9,6 @@ import pytest
 import soundfile
 import torch
 from messages import refuses
-from sentence_transformers import SentenceTransformer
 
 import openimp
 from openimp.common.errors import UserError
@@ -70,13 +69,6 @@ def test_options_of_the_library_work(model, theirs):
     close(theirs.encode(["red"], prompt="a "), model.encode_text("a red"))
     close(theirs.encode(["a"], towards="audio"), model.encode_text("a", towards="audio"))
     assert theirs.encode(["a"], truncate_dim=8).shape == (1, 8)
-
-
-def test_the_library_saves_and_loads_the_model(theirs, tmp_path):
-    theirs.save_pretrained(str(tmp_path / "saved"))
-    again = SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
-    again[0].model.precision = "fp32"
-    np.testing.assert_allclose(again.encode(["a"]), theirs.encode(["a"]), rtol=0, atol=1e-5)
 
 
 def test_what_the_model_cannot_encode_is_said_in_one_sentence(theirs, tmp_path):

@@ -84,20 +84,6 @@ class AnyModality(nn.Module):
             z_BZ[rows] = self.model.encode(name, [values[row] for row in rows], towards=towards)
         return {**features, "sentence_embedding": z_BZ}
 
-    def save(self, folder: str) -> None:
-        """Writes the model to an empty folder, for `SentenceTransformer.save_pretrained`."""
-        self.model.save(folder)
-
-    @classmethod
-    def load(cls, path: str, subfolder: str = "", **options: Any) -> "AnyModality":
-        """Loads what `save` wrote, for `SentenceTransformer(path, trust_remote_code=True)`."""
-        from sentence_transformers.util import load_dir_path
-
-        hub_options: dict[str, Any] = {
-            key: options.get(key) for key in ("token", "cache_folder", "revision", "local_files_only")
-        }
-        return cls(load(load_dir_path(path, subfolder, **hub_options) or path))
-
     def _typed(self, value: Any) -> tuple[str, Any]:
         """The name of an input's modality, and the input as `Model.encode` takes it."""
         from sentence_transformers.base.modality import infer_modality
