@@ -128,21 +128,6 @@ def test_the_penalty_is_chosen_by_the_training_examples():
     assert linear(noisy, classes, noisy)[1] < linear(exact, order, exact)[1]
 
 
-def test_weak_penalties_are_not_tried_after_worse_ones(monkeypatch):
-    """The search finds what a search of all penalties finds, also if the strongest ones are equally bad."""
-    rng = np.random.default_rng(0)
-    classes = (np.arange(120) % 10 == 0).astype(int)
-    features = rng.normal(size=(120, 20))
-    features[:, :2] += 1.5 * classes[:, None]
-    with monkeypatch.context() as last:
-        last.setattr("openimp.evaluation.probe.C_CANDIDATES", [*C_CANDIDATES, -1.0])  # Trying it would be an error.
-        chosen = linear(features, classes, features)
-    monkeypatch.setattr("openimp.evaluation.probe.PATIENCE", len(C_CANDIDATES) + 1)
-    answers, c = linear(features, classes, features)
-    assert c == chosen[1] > C_CANDIDATES[2]
-    assert (answers == chosen[0]).all()
-
-
 def test_unreadable_rows_of_either_part_are_left_out_counted_and_named(probed):
     known = squares(NAMES, 0, broken=4)
     for line in evaluate(*probed(NAMES, NAMES, known, squares(NAMES, 99, broken=2))):

@@ -28,9 +28,6 @@ from openimp.recipe.evaluation import Probe
 C_CANDIDATES = [10.0**power for power in range(-4, 4)]
 """Candidates for C, the inverse of the weight of the L2 penalty. CLIP searches for it, too: the best C depends on the
 number of examples and on the width by orders of magnitude, so a fixed one would favor some models."""
-PATIENCE = 2
-"""The search ends after so many penalties that are weaker and worse than the best. The weakest take most of the
-time."""
 MAX_ITER = 1000
 """Maximum number of L-BFGS iterations per fit."""
 FOLDS = 5
@@ -118,26 +115,19 @@ def linear(train_ND: np.ndarray, class_N: np.ndarray, test_ND: np.ndarray) -> tu
     """The predictions (N,) of logistic regression, and its C. Of equally good C, the strongest penalty is chosen."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     folds = StratifiedKFold(min(FOLDS, int(np.bincount(class_N).min())), shuffle=True, random_state=0)
-    accuracies = []
+    # The scaler is validated, too, so it sees only the training examples of a fold.
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITER))
+    search = GridSearchCV(pipeline, {"logisticregression__C": C_CANDIDATES}, cv=folds)
     with warnings.catch_warnings():
         # A weak penalty may need more than MAX_ITER iterations. Its result is compared as it is.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for c in C_CANDIDATES:
-            # The scaler is validated, too, so it sees only the training examples of a fold.
-            pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=MAX_ITER))
-            accuracies.append(cross_val_score(pipeline, train_ND, class_N, cv=folds).mean())
-            best = max(accuracies)
-            if all(value < best for value in accuracies[-PATIENCE:]):
-                break
-        best_c = C_CANDIDATES[int(np.argmax(accuracies))]
-        pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=best_c, max_iter=MAX_ITER))
-        pipeline.fit(train_ND, class_N)
-    return pipeline.predict(test_ND), best_c
+        search.fit(train_ND, class_N)
+    return search.predict(test_ND), search.best_params_["logisticregression__C"]
 
 
 def nearest_neighbors(train_ND: np.ndarray, class_N: np.ndarray, test_ND: np.ndarray, k: int) -> np.ndarray:
