@@ -6,6 +6,7 @@ from a score and the numbers of queries and candidates: in zero-shot classificat
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -14,13 +15,12 @@ from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval, AbsTaskZeroShotClassification
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
-from mteb.get_tasks import TASK_LIST
 from mteb.types import PromptType
 from scipy.stats import ConstantInputWarning
 from sklearn.exceptions import UndefinedMetricWarning
 
 from openimp.common.device import precision_of
-from openimp.common.errors import UserError, nearest, one_line
+from openimp.common.errors import UserError, one_line
 from openimp.evaluation.evaluate import NotMeasured
 from openimp.evaluation.metrics import share_interval
 from openimp.evaluation.provenance import checkpoint_fields, software_fields
@@ -47,22 +47,11 @@ def find_tasks(names: Sequence[str], modalities: Collection[str]) -> tuple[list[
     If the model lacks a modality that a task of a benchmark or of an aggregate needs, the task is left out; the second
     value names such tasks in one sentence per name. If no task is left, that is a UserError, and so is an unknown name.
     """
-    benchmarks: dict[str, Any] = {}
-    for benchmark in mteb.get_benchmarks():
-        benchmarks |= dict.fromkeys((benchmark.name, *(benchmark.aliases or ())), benchmark)
-    task_names = {task.metadata.name for task in TASK_LIST}
     chosen_tasks: dict[str, AbsTask] = {}
     left_out = []
     for name in names:
-        if name in benchmarks:
-            named = benchmarks[name].tasks
-        elif name in task_names:
-            named = [mteb.get_task(name)]
-        else:
-            hint = nearest(name, task_names | benchmarks.keys())
-            raise UserError(f"mteb has no task or benchmark called {name!r}{hint}")
         tasks: list[AbsTask] = []
-        for task in named:
+        for task in _tasks_called(name):
             # The parts of an aggregate are in its place: it has only their mean.
             tasks += task.tasks if isinstance(task, AbsTaskAggregate) else [task]
         fitting = {task.metadata.name: task for task in tasks if set(task.metadata.modalities) <= set(modalities)}
@@ -75,6 +64,17 @@ def find_tasks(names: Sequence[str], modalities: Collection[str]) -> tuple[list[
         if other_names:
             left_out.append(f"Left out of {name}, because the model lacks a modality: {', '.join(other_names)}")
     return list(chosen_tasks.values()), left_out
+
+
+def _tasks_called(name: str) -> Iterable[AbsTask]:
+    """The tasks of a benchmark, or the task of this name."""
+    with suppress(KeyError):
+        return mteb.get_benchmark(name).tasks
+    try:
+        return [mteb.get_task(name)]
+    except KeyError as error:
+        reason = str(error.args[0]).removeprefix("KeyError: ")
+        raise UserError(f"mteb has no benchmark called {name!r}, and no task: {reason}") from None
 
 
 def measure(model: Model, step: int | None, tasks: Iterable[AbsTask]) -> Iterator[dict[str, Any]]:
