@@ -130,7 +130,7 @@ def left_out(skipped: list[str], unknown: Mapping[str, int]) -> list[str]:
     """Lines about files without a result: "path: reason" of unreadable ones, and files of no modality by extension."""
     lines = []
     if skipped:
-        lines.append(f"{counted(len(skipped), 'file')} could not be read:")
+        lines.append(f"{counted(len(skipped), 'file')} could not be read completely:")
         lines += [f"  {file}" for file in skipped]
     if unknown:
         lines.append(f"skipped files in folders that no modality of the model reads: {by_extension(unknown)}")

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from openimp.checkpoint.find import find_model
-from openimp.common.errors import UserError, by_extension, counted, escaped
+from openimp.common.errors import UserError, counted, escaped
 from openimp.common.modality import Modalities
 from openimp.common.names import OPEN_CLIP, Name, absolute_name, is_bundled
 from openimp.common.progress import Progress, console, notice, track
 from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
-from openimp.inference.files import File, find_files
+from openimp.inference.files import File, find_files, left_out
 from openimp.inference.model import Model, load
 from openimp.search.folder import (
     FORMAT,
@@ -55,13 +55,10 @@ class IndexResult:
     def __str__(self) -> str:
         files = ", ".join(f"{getattr(self, kind):,} {kind}" for kind in FILE_COUNTS if getattr(self, kind))
         kind_of_search = "approximate" if self.approximate else "exact"
-        lines = [f"{self.folder}: {counted(self.items, 'item')}, {kind_of_search} search; files: {files or 'none'}"]
-        if self.skipped:
-            lines.append(f"{counted(len(self.skipped), 'file')} could not be read, or not completely:")
-            lines += [f"  {path}: {reason}" for path, reason in self.skipped.items()]
-        if self.unknown:
-            lines.append(f"skipped files in folders that no modality of the model reads: {by_extension(self.unknown)}")
-        return "\n".join(map(escaped, lines))
+        items = counted(self.items, "item")
+        summary = f"{escaped(self.folder)}: {items}, {kind_of_search} search; files: {files or 'none'}"
+        skipped = [f"{path}: {reason}" for path, reason in self.skipped.items()]
+        return "\n".join([summary, *left_out(skipped, self.unknown)])
 
 
 class Built(NamedTuple):
