@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from openimp.report.charts import MAX_POINTS, Curve, line_chart, nice_ticks, number, smoothed
+from openimp.report.charts import MAX_POINTS, Curve, line_chart, nice_ticks, number
 from openimp.report.page import TEMPLATES
 from openimp.report.results import display
 
@@ -57,8 +57,8 @@ def test_many_points_are_averaged_and_values_that_are_not_finite_are_left_out():
     values = np.linspace(5, 1, 10_000)
     values[::7] = np.nan
     chart = draw("loss", Curve("loss", list(range(10_000)), values.tolist()))
-    raw, smooth = elements(chart, "path")
-    assert len(points(raw)) == len(points(smooth)) == MAX_POINTS
+    (path,) = elements(chart, "path")
+    assert len(points(path)) == MAX_POINTS
     assert "nan" not in chart
     for value in (np.inf, 1e308):
         assert "No finite values" in draw("loss", Curve("loss", [1], [value]))
@@ -68,15 +68,6 @@ def test_one_point_and_equal_values_are_drawn():
     for values in ([0.0], [2.0], [-3.0, -3.0], [0.0, 0.0]):
         chart = draw("x", Curve("x", list(range(len(values))), values))
         assert np.isfinite(points(elements(chart, "path")[0])).all()
-
-
-def test_smoothing_keeps_a_line_and_reduces_noise():
-    line = np.linspace(3, 1, 200)
-    noisy = line + np.random.default_rng(0).normal(0, 0.1, 200)
-    assert np.allclose(smoothed(line)[20:-20], line[20:-20])
-    assert np.abs(smoothed(noisy) - line)[20:-20].mean() < 0.5 * np.abs(noisy - line).mean()
-    assert len(smoothed(noisy)) == 200
-    assert smoothed(line[:11]).tolist() == line[:11].tolist()
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_the_page_has_all_sections(page, parsed, little_run):
     assert titles(page) == expected
     assert [link.get("href") for link in parsed.find(".//nav")] == [f"#{title.lower()}" for title in expected]
 
-    # One chart per task and one of the routers: raw and smoothed curves of the loss and its two parts.
+    # One chart per task and one of the routers, with curves of the loss and its two parts.
     lines = read_lines(little_run / "metrics.jsonl")
     charts = {text(chart.find(".//span[@class='title']")): chart for chart in section(parsed, "losses").iter("figure")}
     assert set(charts) == {"named", "heard", "router losses"}

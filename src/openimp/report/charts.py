@@ -48,10 +48,10 @@ def percent(share: float) -> str:
     return f"{results.percent(share)}%"
 
 
-def line_chart(title: str, curves: list[Curve], shares: bool = False, smooth: bool = True) -> dict[str, Any]:
+def line_chart(title: str, curves: list[Curve], shares: bool = False) -> dict[str, Any]:
     """Curves over training steps, with axes that span their finite values; other values are left out.
 
-    `shares` are shown as percentages. With `smooth`, curves with 12 or more points get a smoothed version on top.
+    `shares` are shown as percentages.
     """
     form = percent if shares else number
     colored = [(f"c{i % COLORS}", _finite(curve)) for i, curve in enumerate(curves)]
@@ -78,18 +78,16 @@ def line_chart(title: str, curves: list[Curve], shares: bool = False, smooth: bo
     for color, curve in colored:
         x = x_of(np.asarray(curve.steps))
         values = np.asarray(curve.values)
-        line = smoothed(values) if smooth else values
         tips = [f"{curve.name}, step {step:,.0f}: {form(value)}" for step, value in zip(curve.steps, values)]
         start = f"{form(values[0])} at step {curve.steps[0]:,.0f}"
-        end = f"{form(line[-1])} at step {curve.steps[-1]:,.0f}"
+        end = f"{form(values[-1])} at step {curve.steps[-1]:,.0f}"
         drawn.append(
             {
                 "color": color,
                 "name": curve.name,
-                "raw": None if line is values else path(x, y_of(values)),
-                "path": path(x, y_of(line)),
+                "path": path(x, y_of(values)),
                 "dots": list(zip(x.round(1), y_of(values).round(1), tips)) if len(tips) <= MAX_DOTS else [],
-                "last": form(line[-1]),
+                "last": form(values[-1]),
                 "span": f"{curve.name} from {start} to {end}",
             }
         )
@@ -113,17 +111,6 @@ def series(numbers: np.ndarray) -> list[str]:
     x = np.linspace(2, 118, len(curves))
     y = 58 - 56 * (curves - curves.min()) / (np.ptp(curves) or 1)
     return [path(*_thinned(x, column)) for column in y.T[:COLORS]]
-
-
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Values (N,) smoothed by a centered Hann window over a tenth of them; `values` itself if N < 12."""
-    if len(values) < 12:
-        return values
-    reach = max(1, len(values) // 20)
-    weights = np.hanning(2 * reach + 3)[1:-1]
-    sums = np.convolve(values, weights)[reach:-reach]
-    weight_sums = np.convolve(np.ones_like(values), weights)[reach:-reach]
-    return sums / weight_sums
 
 
 def nice_ticks(low: float, high: float) -> list[float]:

@@ -59,7 +59,7 @@ def _history(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
         curve.steps.append(result["step"] or 0)
         curve.values.append(main_metric(result))
     return [
-        line_chart(name, list(curves.values()), shares=True, smooth=False)
+        line_chart(name, list(curves.values()), shares=True)
         for name, curves in sets.items()
         if any(len(curve.steps) > 1 for curve in curves.values())
     ]

@@ -48,7 +48,7 @@ def optimization(metrics: list[MetricsLine]) -> list[dict[str, Any]]:
         return Curve(name, steps, [getattr(line, key) for line in metrics])
 
     return [
-        line_chart("learning rate", [curve("learning rate", "lr")], smooth=False),
+        line_chart("learning rate", [curve("learning rate", "lr")]),
         line_chart("gradient norm", [curve("gradient norm", "grad_norm")]),
         line_chart("examples per second", [curve("examples per second", "examples_per_s")]),
         line_chart("seconds per step", [curve("median", "step_p50"), curve("95th percentile", "step_p95")]),
