@@ -85,10 +85,8 @@ def test_a_bar_is_as_long_as_its_share_of_the_scale():
     assert [(line.get("x1"), line.get("x2")) for line in elements(chart, "line")] == [("0.1", "0.25"), ("0.05", "0.05")]
 
 
-def test_numbers_of_any_shape_are_shown():
-    assert len(elements(MACROS.value(display(np.ones((5000, 3)), "x")), "path")) == 3
+def test_numbers_are_counted():
     assert "2 × 3 × 4 numbers" in MACROS.value(display(np.zeros((2, 3, 4)), "x"))
-    assert "3 numbers" in MACROS.value(display(np.full(3, np.nan), "x"))
 
 
 def test_names_are_escaped_in_every_macro():
@@ -102,7 +100,6 @@ def test_names_are_escaped_in_every_macro():
         draw(hostile, Curve(hostile, [1, 2], [3, 4]), Curve("b", [1, 2], [4, 3])),
         MACROS.heat(hostile, 0.5, hostile),
         MACROS.value(display(hostile, hostile)),
-        MACROS.value(display(np.arange(9.0), hostile)),
         table.render(name=hostile),
     ]
     for html in drawn:

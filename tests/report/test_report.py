@@ -25,8 +25,6 @@ from openimp.evaluation.classification import classify
 from openimp.evaluation.evaluator import Evaluator
 from openimp.evaluation.results import read_results
 from openimp.recipe.schema import Recipe
-from openimp.report.charts import Curve, line_chart
-from openimp.report.page import TEMPLATES
 from openimp.report.training import experts
 from openimp.report.write import write_report
 from openimp.training.metrics_file import read_metrics
@@ -129,26 +127,6 @@ def test_the_page_forbids_scripts_and_requests(browse, page):
     assert "owned" not in text(seen.root.find(".//title"))
     assert seen.requests == []
     assert sum("Content Security Policy" in line for line in seen.console) >= 3
-
-
-@pytest.mark.slow
-@in_browser
-def test_charts_follow_light_and_dark_mode(tmp_path):
-    """This fails for charts with colors of their own, such as matplotlib's."""
-    chart = TEMPLATES.get_template("charts.html").module.line_chart(line_chart("x", [Curve("x", [1, 2], [3, 3])]))
-    style = TEMPLATES.get_template("style.css").render()
-    page = tmp_path / "page.html"
-    page.write_text(f'<!doctype html><style>{style}</style><div class="charts">{chart}</div>')
-    light, dark = [tuple(bytes.fromhex(color)) for color in re.findall(r"--c0: #(\w{6});", style)]
-    for mode, expected, other in (("1", light, dark), ("0", dark, light)):
-        shot = tmp_path / f"{mode}.png"
-        command = [BROWSER, *OPTIONS, f"--blink-settings=preferredColorScheme={mode}", f"--screenshot={shot}"]
-        profile = f"--user-data-dir={tmp_path / 'profile'}"
-        subprocess.run([*command, profile, page.as_uri()], capture_output=True, check=True, timeout=120)
-        with PIL.Image.open(shot) as picture:
-            colors = {color[:3] for _, color in picture.getcolors(2**24)}
-        assert expected in colors
-        assert other not in colors
 
 
 def test_the_page_has_all_sections(page, parsed, little_run):

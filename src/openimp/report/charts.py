@@ -100,19 +100,6 @@ def line_chart(title: str, curves: list[Curve], shares: bool = False) -> dict[st
     }
 
 
-def series(numbers: np.ndarray) -> list[str]:
-    """The paths of small curves without axes in a box of 120 x 60 units, of numbers (N,) or (N, curves).
-
-    There are at most eight; none if the numbers have another shape, or are not finite.
-    """
-    curves = numbers[:, None] if numbers.ndim == 1 else numbers
-    if curves.ndim != 2 or not np.isfinite(curves).all() or len(curves) < 2:
-        return []
-    x = np.linspace(2, 118, len(curves))
-    y = 58 - 56 * (curves - curves.min()) / (np.ptp(curves) or 1)
-    return [path(*_thinned(x, column)) for column in y.T[:COLORS]]
-
-
 def nice_ticks(low: float, high: float) -> list[float]:
     """Two to seven evenly spaced round numbers that span the values; if `low` equals `high`, a range around it."""
     size = max(abs(low), abs(high))

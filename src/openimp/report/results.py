@@ -13,7 +13,7 @@ from openimp.data.tables import Table
 from openimp.evaluation.classification import Classified
 from openimp.evaluation.results import main_metric, row_notes
 from openimp.evaluation.retrieval import RetrievalResult
-from openimp.report.charts import Curve, line_chart, nice_ticks, series
+from openimp.report.charts import Curve, line_chart, nice_ticks
 
 MAX_TABLE = 25
 """Maximum number of classes for which the confusion matrix is a table of numbers."""
@@ -124,13 +124,11 @@ def retrieval(name: str, result: RetrievalResult, source: Table, show: Show) -> 
 
 
 def display(shown: str | bytes | np.ndarray, label: str) -> dict[str, Any]:
-    """What the page shows of a text, an encoded WebP picture, or numbers, with a label for the tooltip."""
+    """What the page shows of a text, an encoded WebP picture, or an array, with a label for the tooltip."""
     if isinstance(shown, str):
         return {"label": label, "text": shown}
     if isinstance(shown, np.ndarray):
-        curves = series(shown)
-        size = " × ".join(map(str, shown.shape))
-        return {"label": label, "curves": curves} if curves else {"label": label, "text": f"{size} numbers"}
+        return {"label": label, "text": f"{' × '.join(map(str, shown.shape))} numbers"}
     with PIL.Image.open(BytesIO(shown)) as picture:
         data = b64encode(shown).decode()
         return {"label": label, "size": picture.size, "picture": f"data:image/webp;base64,{data}"}
