@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import sys
-from itertools import cycle
 from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -17,8 +16,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import soundfile
-from counted import counting
-from fuzz import FORMATS, mutated
 from messages import refuses
 from served import Server, serving
 from starlette.datastructures import QueryParams
@@ -28,8 +25,7 @@ from starlette.testclient import TestClient
 from openimp.commands import run_serve
 from openimp.common.errors import UserError
 from openimp.search import Index, build_index, open_index
-from openimp.search.answers import answer
-from openimp.search.guard import HEADERS, POLICY, Guard
+from openimp.search.guard import HEADERS, POLICY
 from openimp.search.page import Page, TemporaryResponse
 from openimp.search.query import EncodedQuery
 from openimp.search.server import create_app, serve
@@ -61,7 +57,7 @@ def folder(media_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def index(folder: Path, tiny_model_folder: Path) -> Path:
-    build_index(tiny_model_folder, [folder / "media"], folder / "media.index")
+    build_index(tiny_model_folder, str(folder / "media"), folder / "media.index")
     changed = folder / "media" / "changed" / "changed.png"
     changed.unlink()
     changed.symlink_to(folder / "secret.txt")
@@ -115,24 +111,6 @@ def test_other_names_of_the_server_are_refused(server: Server):
     port = urlsplit(server.url).port
     for host in ("localhost", f"LOCALHOST:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"):
         assert server.ask("/", Host=host).status == 200, host
-
-
-def test_a_server_goes_by_the_names_that_it_is_given():
-    async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    guard = Guard(app, "0.0.0.0", ["Search.Example.org"])
-    statuses = {}
-    for host in ("search.example.org", "search.example.org:8000", "192.168.0.7", "evil.example.org"):
-        sent = []
-
-        async def send(message, sent=sent):
-            sent.append(message)
-
-        scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", host.encode())]}
-        anyio.run(guard, scope, None, send)
-        statuses[host] = sent[0]["status"]
-    assert list(statuses.values()) == [200, 200, 200, 421]
 
 
 def test_uploads_from_other_sites_are_refused(server: Server, media_folder: Path):
@@ -233,15 +211,6 @@ def test_a_bad_upload_is_refused_in_one_sentence(server: Server):
         assert error.startswith(f"Cannot search with {name}: {message}")
         assert error.endswith(".")
         assert "\n" not in error
-
-
-def test_hostile_uploads_are_encoded_or_refused(server: Server):
-    endings = {"JPEG": "jpg", "TIFF": "tif", "MKV": "webm", "AIFF": "aif"}
-    for number, name in zip(range(3 * len(FORMATS)), cycle(FORMATS)):
-        content = mutated(name, FORMATS[name][1](), 3, number)
-        answer = server.upload(f"x.{endings.get(name, name.lower())}", content)
-        assert answer.status in (200, 400), (name, number, answer.text)
-        assert ("id" in json.loads(answer.body)) == (answer.status == 200)
 
 
 def test_uploads_that_never_end_keep_nobody_waiting(server: Server, media_folder: Path, ids):
@@ -382,28 +351,6 @@ def test_a_line_has_its_number_and_a_medium_its_caption(server: Server, folder: 
     assert "0.txt" not in ids
 
 
-def test_a_page_encodes_its_query_once_and_looks_no_result_up(index: Path, ids):
-    opened = open_index(index)
-    assert len(opened.counts) == 4
-    opened.search("noise")  # Samples of the groups are read once.
-    opened.search("noise", modalities=["image", "audio"])
-    counts = counting(opened)
-    for query, encodings, queries in (
-        ("q=noise&by=meaning", 1, 3),  # one query per stem, and none per result
-        ("q=noise", 1, 5),  # by meaning, by any and by all words
-        ("q=noise&modality=image&modality=audio", 1, 4),
-        ("q=noise&min=1", 1, 5),
-        ("q=noise&more={0}&more={1}&less={2}&modality=image", 1, 3),  # names of the parts; their vectors; images
-        ("more={0}", 0, 4),
-        ("", 0, 0),
-    ):
-        counts.clear()
-        page = answer(opened, Uploads(), QueryParams(query.format(*(ids[f"{i}.png"] for i in range(3)))))
-        assert page.code == 200
-        assert bool(page.items) == ("min=1" not in query)
-        assert counts == {name: count for name, count in (("encode", encodings), ("search", queries)) if count}
-
-
 def test_uploads_are_kept_for_a_limited_number_and_time(monkeypatch):
     monkeypatch.setattr("openimp.search.uploads.KEPT_UPLOADS", 2)
     upload = Upload("a.png", EncodedQuery("image", {}), None)
@@ -446,10 +393,13 @@ def test_a_port_that_is_taken_is_one_sentence(server: Server, index: Path):
 
 @pytest.mark.slow
 def test_a_server_for_other_machines_warns_and_ends_with_ctrl_c(index: Path):
-    with serving(index, "--host", "0.0.0.0") as server:
+    with serving(index, "--host", "0.0.0.0", "--name", "Search.Example.org") as server:
         assert "Everybody who reaches this machine" in server.process.stdout.readline()
         local = Server(server.url.replace("0.0.0.0", "127.0.0.1"), server.process)
         assert local.ask("/", Host="192.168.0.7:8000").status == 200, "an address of this machine cannot be rebound"
-        assert local.ask("/", Host="evil.example").status == 421
+        for host in ("search.example.org", "search.example.org:8000"):
+            assert local.ask("/", Host=host).status == 200
+        for host in ("evil.example", "evil.example.org"):
+            assert local.ask("/", Host=host).status == 421
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(60) == 0
