@@ -16,6 +16,7 @@ import pytest
 import soundfile
 import torch
 from hypothesis import settings
+from playwright.sync_api import sync_playwright
 from recordings import film
 
 from openimp import cli
@@ -216,3 +217,23 @@ def openimp(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         return int(end.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture(scope="module")  # While it is open, other tests of the process could run no asyncio.
+def browser():
+    """Chromium, driven by Playwright."""
+    programs = ("chromium", "chromium-browser", "google-chrome")
+    program = next((path for path in map(shutil.which, programs) if path), None)
+    if program is None:
+        pytest.skip(f"needs a browser on the PATH: {' or '.join(programs)}")
+    # A sandbox needs rights that containers do not give. The fake microphone beeps.
+    options = [
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--use-fake-device-for-media-stream",
+        "--use-fake-ui-for-media-stream",
+    ]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=options)
+        yield browser
+        browser.close()

