@@ -1,13 +1,12 @@
 """A stand-in for the Hugging Face Hub: a local HTTP server that keeps what is committed to it in memory."""
 
 import base64
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 COMMIT = "0123456789" * 4
 TOKEN = "hf_secret"
@@ -64,32 +63,18 @@ class Handler(BaseHTTPRequestHandler):
             self._answer({"error": f"unknown: {path}"}, 404)
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        owner, name, *rest = path.removeprefix("/api/models").strip("/").split("/")
-        repository = f"{owner}/{name}"
-        files = self.server.files.get(repository, {})
-        if repository not in self.server.files:
-            self._answer({"error": "Repository not found"}, 404)
-        elif rest[:1] == ["resolve"]:
-            self._answer(files["/".join(rest[2:])])
-        elif rest[:1] == ["tree"]:
-            self._answer([{"type": "file", "path": path, "size": len(data), "oid": _hash(data)}
-                          for path, data in files.items()])  # fmt: skip
+        name = urlsplit(self.path).path.removeprefix("/api/models/")
+        if name in self.server.private:
+            self._answer({"id": name, "private": self.server.private[name]})
         else:
-            about = {"id": repository, "sha": COMMIT, "private": self.server.private[repository]}
-            self._answer({**about, "siblings": [{"rfilename": path} for path in files]})
-
-    do_HEAD = do_GET
+            self._answer({"error": f"unknown: {self.path}"}, 404)
 
     def _answer(self, content: object, status: int = 200) -> None:
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        data = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{_hash(data)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -102,7 +87,3 @@ def serve() -> Iterator[Hub]:
         Thread(target=hub.serve_forever, daemon=True).start()
         yield hub
         hub.shutdown()
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()

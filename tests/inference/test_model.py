@@ -187,17 +187,6 @@ def test_each_modality_is_encoded_towards_a_sensible_partner(model, tiny_recipe,
     assert model_of(recipe).partner("text") == "image"
 
 
-def test_video_is_encoded_by_the_heads_that_it_shares_where_no_task_compares_it(tiny_recipe, model_of):
-    """Of tasks on captioned images and labelled clips, zero-shot video follows."""
-    tasks = tiny_recipe().model_dump()["tasks"]
-    tasks["video"] |= {"inputs": {"video": "video"}, "objectives": [{"type": "classification", "label": "label"}]}
-    del tasks["video"]["views"][0]["text"]
-    del tasks["audio"]
-    model = model_of(tiny_recipe(tasks=tasks, modalities={"vision": {"patch": [2, 8, 8]}}))
-    assert model.partner("video") == "text"
-    assert model.encode_video(np.zeros((4, 16, 16, 3), np.uint8)).shape == model.encode_text("a").shape
-
-
 def test_a_model_has_methods_of_its_own_modalities_only(model, tiny_recipe, model_of):
     assert not hasattr(model, "encode_smell")
     assert {"encode_image", "encode_text", "encode_video", "encode_audio"} <= set(dir(model))

@@ -24,13 +24,10 @@ from openimp.recipe.schema import Recipe
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A hub that huggingface_hub uses instead of the real one, with an empty cache and a login of its own."""
+def server(monkeypatch):
+    """A hub that huggingface_hub uses instead of the real one, with a login of its own."""
     with hub.serve() as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-        pattern = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", pattern)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", hub.TOKEN)
         yield server
@@ -50,22 +47,13 @@ def cells(card: ModelCard, title: str) -> list[list[str]]:
     return [html.unescape(line).strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")][2:]
 
 
-def test_a_pushed_model_is_loaded_from_the_hub_by_its_name_and_a_private_one_is_never_made_public(
-    little_run, server, media_folder
-):
+def test_a_private_model_is_pushed_and_never_made_public(little_run, server):
     push(little_run, "me/little", private=True, license="mit")
     assert server.private == {"me/little": True}
     assert {"README.md", "config.json", "tokenizer.json", "recipe.yaml"} <= server.files["me/little"].keys()
     assert server.messages[0].startswith("little, ")
-    ours, theirs = openimp.load(little_run, "cpu"), openimp.load("hub:me/little", "cpu")
-    picture = media_folder / "0.png"
-    assert torch.equal(theirs.encode_image(picture), ours.encode_image(picture))
-    assert torch.equal(theirs.encode_text("a red square"), ours.encode_text("a red square"))
-    assert theirs.classes == ours.classes
-    same = openimp.Model.from_pretrained("me/little", device="cpu")
-    assert torch.equal(same.encode_text("a red square"), ours.encode_text("a red square"))
-
-    assert same.push_to_hub("me/little", token=hub.TOKEN, revision="tuned").endswith("/me/little")
+    model = openimp.load(little_run, "cpu")
+    assert model.push_to_hub("me/little", token=hub.TOKEN, revision="tuned").endswith("/me/little")
     assert len(server.messages) == 2, "a second push is a second commit"
     assert server.branches == {"me/little": {"tuned"}}
 
@@ -159,24 +147,15 @@ def test_paths_lose_their_folders_and_urls_their_secrets():
         "simplecache::https://ada:pass@host/a.tar?key=1": "simplecache::https://host/a.tar",
     }.items():
         assert public_path(path) == public
-    recipe = {
-        "sources": {
-            "a": {"path": "/x/a.csv", "root": "/x/files", "where": {"label": "/m/04rlf"}},
-            "b": {"hub": "/home/ada/set"},
-            "c": {"hub": "me/set"},
-        },
-        "train": {"init": "/runs/before", "steps": 3},
-        "modalities": {"text": {"tokenizer": "/home/ada/tokenizer.json", "positions": 8}},
-    }
-    assert shorten_paths(recipe) == {
-        "sources": {
-            "a": {"path": "a.csv", "root": "files", "where": {"label": "/m/04rlf"}},
-            "b": {"hub": "set"},
-            "c": {"hub": "me/set"},
-        },
-        "train": {"init": "before", "steps": 3},
-        "modalities": {"text": {"tokenizer": "tokenizer.json", "positions": 8}},
-    }
+    recipe = """
+sources:
+  a: {{path: {0}a.csv, root: {0}files, where: {{label: /m/04rlf}}}}
+  b: {{hub: {0}set}}
+  c: {{hub: me/set}}
+train: {{init: {0}before, steps: 3}}
+modalities: {{text: {{tokenizer: {0}tokenizer.json, positions: 8}}}}
+"""
+    assert shorten_paths(yaml.safe_load(recipe.format("/home/ada/"))) == yaml.safe_load(recipe.format(""))
 
 
 def test_names_of_the_data_add_no_markup_to_the_card(tmp_path, tiny_recipe, tiny_model):
