@@ -28,7 +28,7 @@ def test_embedded_media_and_class_names_are_kept_and_unreadable_rows_have_no_vec
     images = [{"bytes": each, "path": None} for each in [*pictures, b"no picture"]]
     rows = datasets.Dataset.from_dict({"image": images, "kind": kinds, "half": halves}, features)
     rows.to_parquet(tmp_path / "rows.parquet")
-    source, out = str(tmp_path / "rows.parquet"), tmp_path / "joined.parquet"
+    source, out = f"{{path: {tmp_path / 'rows.parquet'}, limit: 4}}", tmp_path / "joined.parquet"
     bad = embed_rows(tiny_model_folder, source, out, "image", "image", "vector", batch_size=2)
     assert [row.split(":")[0] for row in bad] == ["rows.parquet[3]"]
     printed = capsys.readouterr().out
@@ -60,25 +60,6 @@ def test_paths_stay_valid_and_captions_are_read(tiny_model_folder, media_folder,
     assert (first["text"], second["text"]) == ((media_folder / "0.txt").read_text(), None)
     assert table.media(second["file"]) == folder / "1.png"
     assert len(first["embedding"]) == 32
-
-
-def test_selected_rows_are_joined(tiny_model_folder, media_folder, tmp_path):
-    rows = [{"file": str(media_folder / f"{i % 3}.png"), "kind": "ab"[i % 2], "number": i} for i in range(8)]
-    (media_folder / "many.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = f"{{path: {media_folder}/many.jsonl, where: {{kind: b}}, limit: 3}}"
-    out = tmp_path / "out.parquet"
-    try:
-        assert embed_rows(tiny_model_folder, source, out, "image", "file", batch_size=2) == []
-    finally:
-        (media_folder / "many.jsonl").unlink()
-    table = pq.read_table(out)
-    assert len(table) == 3
-    assert set(table["kind"].to_pylist()) == {"b"}
-    numbers = table["number"].to_pylist()
-    files = [rows[number]["file"] for number in numbers]
-    assert table["file"].to_pylist() == files
-    expected = openimp.load(tiny_model_folder).encode_image(files, normalize=True)
-    np.testing.assert_allclose(table["embedding"].to_pylist(), expected.cpu(), atol=0.02)
 
 
 def test_what_cannot_be_joined_is_refused_and_leaves_no_file(tiny_model_folder, media_folder, tmp_path):

@@ -304,7 +304,6 @@ def test_programs_search_as_the_page_does(server: Server, media_folder: Path, id
         assert json.loads(server.ask(f"/api/items/{item['id']}").body)["path"] == item["path"]
         assert server.ask(item["media"]).status == 200
         assert (item["thumbnail"] is None) == (item["modality"] == "text")
-        assert item["thumbnail"] is None or server.ask(item["thumbnail"]).status == 200
     examples = json.loads(server.ask("/api/search?q=&k=2").body)["results"]
     assert [(item["score"], item["found_by"]) for item in examples] == [(None, None)] * 2
 
@@ -321,7 +320,6 @@ def test_programs_search_as_the_page_does(server: Server, media_folder: Path, id
         assert json.loads(refused.body).keys() == {"error"}
     refused = server.ask("/api/search", "POST", b"", Origin=server.url)
     assert (refused.status, json.loads(refused.body)) == (405, {"error": "Method Not Allowed"})
-    assert "GET" in refused.headers["allow"]
     assert server.ask("/api/search?q=a", Host="elsewhere.example").status == 421
 
 
