@@ -114,7 +114,7 @@ class Log:
         line = self.metrics.write(steps_done, lr, grad_norm, self.timer.record())
         losses = {task: line["tasks"][task]["loss"] for task in self.recipe.tasks if task in line["tasks"]}
         bar.report(steps_done, losses, speed_text(line))
-        if warning := self.timer.warning(line, self.recipe, self.batches.data.modalities):
+        if warning := self.timer.warning(line):
             console.print(warning, soft_wrap=True)
         return line
 

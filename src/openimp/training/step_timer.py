@@ -3,24 +3,16 @@
 Shape suffixes: R ranks, S steps since the last log record.
 """
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from openimp.common.errors import counted
-from openimp.common.modality import Modalities
-from openimp.common.protocols import Towered
-from openimp.common.threads import core_count
 from openimp.data.loaded_batch import LoadedBatch
 from openimp.parallel.distributed import all_gather
 from openimp.planning.costs import short
-from openimp.recipe.schema import Recipe
 
-FEW_CORES = 8
-"""Below this number of cores and without a GPU, decoded data is prepared by the process that trains."""
 WAIT_WARNING = 0.1
 """Share of the time spent waiting for data above which `StepTimer.warning` gives advice."""
 
@@ -31,7 +23,6 @@ class StepTimer:
     def __init__(self) -> None:
         self.records = 0
         self.warned = False
-        self.rare_waits = False
         self.step_start = time.perf_counter()
         self.step_wait = 0.0
         self._reset()
@@ -70,7 +61,6 @@ class StepTimer:
         for task, wait_seconds in zip(self.tasks, waits_S.tolist()):
             wait_shares[task] += wait_seconds / seconds
         p50, p95 = steps_RS.quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
-        self.rare_waits = bool(waits_S.median() < waits_S.mean() / 10)
         self.records += 1
         self._reset()
         return {
@@ -81,46 +71,16 @@ class StepTimer:
             "waits": wait_shares,
         }
 
-    def warning(self, record: Mapping[str, Any], recipe: Recipe, modalities: Modalities) -> str | None:
+    def warning(self, record: Mapping[str, Any]) -> str | None:
         """Advice, once, if much time is spent waiting for data. The first record, when workers start, is skipped."""
         if self.warned or self.records == 1 or record["data_wait"] <= WAIT_WARNING:
             return None
-        name = max(record["waits"], key=record["waits"].get)
-        ways = advice(recipe, modalities, name, self.rare_waits)
-        if not ways:
-            return None
         self.warned = True
-        *others, last = ways
         return (
-            f"{record['data_wait']:.0%} of the time is spent waiting for data, most of it for task {name}; "
-            f"{', '.join(others)}{' or ' if others else ''}{last}"
+            f"{record['data_wait']:.0%} of the time is spent waiting for data, most of it for task "
+            f"{max(record['waits'], key=record['waits'].get)}; more train.num_workers, a source's cache or smaller "
+            "views may help"
         )
-
-
-def advice(recipe: Recipe, modalities: Modalities, name: str, rare_waits: bool) -> list[str]:
-    """Ways to load the data of the task `name` faster, the easiest first. There may be none.
-
-    `rare_waits`: only a few steps wait, but long. More prefetched batches bridge such waits.
-    """
-    task = recipe.tasks[name]
-    workers = recipe.train.num_workers
-    source = recipe.sources[task.source]
-    cores = core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    inputs = [modalities[modality] for modality in task.inputs]
-    # What a tower reads is embedded before the first step, and what is cached is decoded.
-    decodes = source.cache == "none" and any(not (each.reads_text or isinstance(each, Towered)) for each in inputs)
-    ways = []
-    # On few cores, a process that prepares decoded data would slow down the threads that train; drafts have none.
-    few_cores = cores < FEW_CORES and not torch.cuda.is_available()
-    if workers < cores and not (few_cores and source.cache == "memory"):
-        ways.append(f"raise train.num_workers (now {workers}; {counted(cores, 'core')} per rank)")
-    if workers and rare_waits:
-        ways.append(f"raise train.prefetch_factor (now {recipe.train.prefetch_factor})")
-    if decodes and not source.stream:
-        ways.append(f"set sources.{task.source}.cache=memory")
-    if decodes:
-        ways.append(f"use smaller views in tasks.{name} (lower resolution, fewer frames or seconds)")
-    return ways
 
 
 def speed_text(record: Mapping[str, Any]) -> str:
