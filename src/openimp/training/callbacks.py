@@ -1,6 +1,6 @@
 """Callbacks: what a program does during a training run, without a trainer of its own."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -69,7 +69,7 @@ class EarlyStopping(Callback):
             raise StopTraining
 
 
-class Callbacks(Callback):
+class Callbacks:
     """Several callbacks. All of them are called, in order, before one of them ends the training."""
 
     def __init__(self, callbacks: Callback | Iterable[Callback] = ()) -> None:
@@ -78,26 +78,12 @@ class Callbacks(Callback):
             if not isinstance(callback, Callback):
                 raise UserError(f"callbacks: expected instances of openimp.Callback, found {callback!r:.100}")
 
-    def on_start(self, recipe: Recipe) -> None:
-        try:
-            self._call(lambda callback: callback.on_start(recipe))
-        except StopTraining:
-            raise UserError("a callback ended the training before its first step") from None
-
-    def on_step(self, step: int, metrics: dict[str, Any] | None) -> None:
-        self._call(lambda callback: callback.on_step(step, metrics))
-
-    def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
-        self._call(lambda callback: callback.on_evaluation(step, results))
-
-    def on_checkpoint(self, step: int, folder: Path) -> None:
-        self._call(lambda callback: callback.on_checkpoint(step, folder))
-
-    def _call(self, call: Callable[[Callback], None]) -> None:
+    def call(self, method: str, *args: Any) -> None:
+        """Calls a method of each callback, such as `on_step`. Raises StopTraining if one of them did."""
         stops = False
         for callback in self.callbacks:
             try:
-                call(callback)
+                getattr(callback, method)(*args)
             except StopTraining:
                 stops = True
             except UserError:

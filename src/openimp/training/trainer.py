@@ -75,7 +75,10 @@ def train(
             console.print(f"{run}: all {recipe.train.steps:,} steps are done and evaluated already", soft_wrap=True)
         else:
             all_callbacks = Callbacks(callbacks)
-            all_callbacks.on_start(recipe)  # Before `set_up` writes anything.
+            try:
+                all_callbacks.call("on_start", recipe)  # Before `set_up` writes anything.
+            except StopTraining:
+                raise UserError("a callback ended the training before its first step") from None
             complete = Trainer(set_up(recipe, run, resume, variant, allow_changed_data), all_callbacks).train()
     distributed.shut_down()
     return complete
@@ -281,7 +284,7 @@ class Trainer(Parts):
         metrics = None
         if any(self.log.is_due(step.batch_info.visit.step + 1) for step in steps):
             metrics = self._log()
-        self.callbacks.on_step(self.step, metrics)
+        self.callbacks.call("on_step", self.step, metrics)
 
     def _log(self) -> dict[str, Any]:
         """Writes and returns a line of metrics, up to the last confirmed step."""
@@ -316,7 +319,7 @@ class Trainer(Parts):
             self.checkpointing.wait()
             self._announced_step = step
             try:
-                self.callbacks.on_checkpoint(step, checkpoint_folder(self.run, step))
+                self.callbacks.call("on_checkpoint", step, checkpoint_folder(self.run, step))
             except StopTraining:
                 self._callback_stops = True  # `_train_steps` stops later: the caller has yet to save or to evaluate.
 
@@ -347,7 +350,7 @@ class Trainer(Parts):
         self._announce_checkpoint()  # Before `_keep_best` may save: only the newest checkpoint is announced.
         self._keep_best(results)
         self._announce_checkpoint()
-        self.callbacks.on_evaluation(self.step, results)
+        self.callbacks.call("on_evaluation", self.step, results)
 
     def _keep_best(self, results: list[dict[str, Any]]) -> None:
         """Saves a checkpoint if these results are the best so far, and links to the best one."""
