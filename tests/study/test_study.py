@@ -237,7 +237,6 @@ def test_results_of_another_study_are_refused(done, little_data, tmp_path, chang
         ("metrics.jsonl", "", "steps are missing; remove .*together-0-seed0 to train it again"),
         ("metrics.jsonl", '{"step": 1, "totals": {}}\n', "line 1 is not a line of training metrics: lr"),
         ("results.jsonl", "3\n", "line 1 is not an object with a step"),
-        ("conflict.jsonl", '{"step": 1}\n', "conflict.jsonl: cosine: required value is missing"),
     ],
 )
 def test_damaged_results_are_refused(done, tmp_path, name, lines, message):
@@ -286,7 +285,6 @@ def test_cosines_that_were_not_measured_have_an_empty_cell(tmp_path):
     assert "| x and y | -0.250 (100% below 0) |  |" in page
     assert "\n| a\\|b | **50.0 ± 0.0** |" in page, "a vertical bar is escaped"
     assert page.count(" | 0.000123 | ") == 3, "three digits of the TFLOPs"
-    assert (tmp_path / "t-cosines.png").stat().st_size
 
 
 def test_a_failed_page_leaves_the_old_files(tmp_path):

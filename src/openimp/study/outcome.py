@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
-from openimp.common.schema import checked
 from openimp.evaluation.results import main_metric, read_results
 from openimp.study.schema import Score
-from openimp.training.metrics_file import LayerUsage, read_metrics
+from openimp.training.metrics_file import read_metrics
 
 
 @dataclass
@@ -31,7 +28,6 @@ class Outcome:
     memory: int = 0  # largest result of `peak_memory`: the models train one at a time
     versions: set[str] = field(default_factory=set)  # of openimp, which measured the scores
     cosines: dict[str, list[float]] = field(default_factory=dict)  # of gradients at each measured step, by task pair
-    experts: dict[str, list[LayerUsage]] = field(default_factory=dict)  # latest usage by modality and sparse layer
 
     def add(self, run: Path, score: Score = "mrr") -> None:
         """Adds the results of a finished run, but not what `run_study` measures."""
@@ -42,8 +38,6 @@ class Outcome:
         self.flops += sum(total.flops for total in metrics[-1].totals.values())
         self.steps += metrics[-1].step
         self.seconds += sum(line.seconds for line in metrics)
-        for line in metrics:  # The last line lacks the modalities that did not occur since the line before.
-            self.experts.update(line.experts)
         by_set = defaultdict(list)
         for result in results:
             if "library" in result:  # of a published benchmark, which a user measured
@@ -56,18 +50,9 @@ class Outcome:
             elif result["type"] == "retrieval":
                 by_set[result["set"]].append(result["mrr"])
         self.scores.update((name, statistics.mean(directions)) for name, directions in by_set.items())
-        conflict = run / "conflict.jsonl"
-        for measured in read_lines(conflict):
-            for pair, cosine in checked(_ConflictLine, measured, str(conflict)).cosine.items():
+        for measured in read_lines(run / "conflict.jsonl"):
+            for pair, cosine in measured["cosine"].items():
                 self.cosines.setdefault(pair, []).append(cosine)
-
-
-class _ConflictLine(BaseModel):
-    """A line of conflict.jsonl, which `measure_conflict` writes."""
-
-    model_config = ConfigDict(strict=True)
-
-    cosine: dict[str, float]
 
 
 Outcomes = Mapping[str, Sequence[Outcome]]

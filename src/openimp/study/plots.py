@@ -2,15 +2,12 @@
 
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
-
 from openimp.common.errors import UserError
 from openimp.study.outcome import Outcomes, mean_and_deviation, scores_by_set
-from openimp.training.metrics_file import LayerUsage
 
 try:
     import matplotlib
@@ -80,45 +77,4 @@ def draw_against_flops(outcomes: Outcomes, curves: Sequence[Sequence[str]], scor
     axis.set_xlabel("training TFLOPs (logarithmic)")
     axis.set_ylabel(f"{score} over all sets, %")
     figure.legend(loc="outside right upper", frameon=False)
-    return figure
-
-
-def draw_cosines(cosines_by_arm: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """A heat map per arm of the mean cosine between the gradients of each pair of tasks."""
-    figure = Figure(figsize=(1 + 2.9 * len(cosines_by_arm), 3))
-    axes = figure.subplots(1, len(cosines_by_arm), squeeze=False)
-    means_by_arm = {}
-    for arm, cosines_by_pair in cosines_by_arm.items():
-        means_by_arm[arm] = {pair: statistics.mean(cosines) for pair, cosines in cosines_by_pair.items()}
-    largest = max(abs(mean) for means in means_by_arm.values() for mean in means.values())
-    for axis, (arm, means) in zip(axes[0], means_by_arm.items()):
-        tasks = list(dict.fromkeys(name for pair in means for name in pair.split("|")))
-        grid = np.full((len(tasks), len(tasks)), np.nan)
-        for pair, mean in means.items():
-            a, b = map(tasks.index, pair.split("|"))
-            for x, y in {(a, b), (b, a)}:
-                grid[y, x] = mean
-                ink = "white" if abs(mean) > 0.6 * largest else INK
-                axis.text(x, y, f"{mean:.2f}", ha="center", va="center", fontsize=9, color=ink)
-        image = axis.imshow(grid, cmap="RdBu", vmin=-largest, vmax=largest)
-        axis.set_title(arm)
-        axis.set_xticks(range(len(tasks)), tasks)
-        axis.set_yticks(range(len(tasks)), tasks)
-    figure.colorbar(image, ax=axes, shrink=0.8)
-    return figure
-
-
-def draw_experts(usage: Mapping[str, Sequence[LayerUsage]]) -> Figure:
-    """A heat map per sparse layer of the share of its gate weight that each modality gives to each expert."""
-    layers = len(next(iter(usage.values())))
-    figure = Figure(figsize=(1 + 3.2 * layers, 0.9 + 0.4 * len(usage)))
-    axes = figure.subplots(1, layers, squeeze=False)
-    for i, axis in enumerate(axes[0]):
-        grid = np.array([modality[i].gate for modality in usage.values()])
-        image = axis.imshow(grid, cmap="Blues", vmin=0, aspect="auto")
-        axis.set_title(f"sparse layer {i + 1}")
-        axis.set_yticks(range(len(usage)), list(usage))
-        axis.set_xticks(range(grid.shape[1]), range(1, grid.shape[1] + 1))
-        axis.set_xlabel("expert")
-        figure.colorbar(image, ax=axis)
     return figure

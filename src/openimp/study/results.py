@@ -14,8 +14,8 @@ from typing import Any
 from openimp.common.errors import counted
 from openimp.common.versions import processor
 from openimp.study.outcome import Outcome, Outcomes, mean_and_deviation, scores_by_set
-from openimp.study.plots import draw_against_flops, draw_cosines, draw_experts, draw_scores, plot_style
-from openimp.study.schema import Study, file_name
+from openimp.study.plots import draw_against_flops, draw_scores, plot_style
+from openimp.study.schema import Study
 
 SCORES = {"mrr": "Mean reciprocal rank", "accuracy": "Accuracy"}
 
@@ -57,17 +57,11 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
     if cosines:
         sections += [
             "## The tasks' gradients",
-            plot("Cosine between the tasks' gradients on the encoder", draw_cosines(cosines), "-cosines"),
             _cosine_table(cosines),
             "Each cell is the cosine between the gradients of two batches with respect to all encoder weights: its "
             "mean over the training and the seeds, and the share of measurements below 0. For a task and itself, both "
             "batches are from that task.",
         ]
-        for arm, seeds in outcomes.items():
-            usage = seeds[0].experts
-            if usage:
-                caption = f"Expert usage by modality: {arm}"
-                sections += [plot(caption, draw_experts(usage), f"-experts-{file_name(arm)}")]
     sections += [study.findings.strip()] if study.findings else []
     sections += [f"Written by `{command}`, {date.today().isoformat()}: {_versions(outcomes)}."]
     return "\n\n".join(sections) + "\n"
