@@ -287,19 +287,6 @@ def test_cosines_that_were_not_measured_have_an_empty_cell(tmp_path):
     assert page.count(" | 0.000123 | ") == 3, "three digits of the TFLOPs"
 
 
-def test_a_failed_page_leaves_the_old_files(tmp_path):
-    for name in ("t.md", "t.png"):
-        (tmp_path / name).write_text("old")
-    study = Study(title="t", question="q", recipe="r", flops=1, arms={"a": {}, "b": {"flops_factor": 2}})
-    broken = replace(PLAIN, seconds=None)
-    with pytest.raises(TypeError):
-        write_results(study, {"a": [PLAIN], "b": [broken]}, tmp_path, "t", "c")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"t.md": "old", "t.png": "old"}
-    write_results(study, {"a": [PLAIN], "b": [PLAIN]}, tmp_path, "t", "c")
-    assert {path.name for path in tmp_path.iterdir()} == {"t.md", "t.png", "t-flops.png"}
-    assert (tmp_path / "t.md").read_text() != "old"
-
-
 @pytest.mark.slow
 def test_a_stopped_study_resumes(done, tmp_path):
     """A signal stops its first training. After resuming, the scores equal those of the study that was not stopped."""

@@ -1,17 +1,16 @@
 """The page of a study: tables and plots in Markdown. It needs matplotlib (`pip install openimp[plots]`)."""
 
 import math
-import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from openimp.common.errors import counted
+from openimp.common.safe_files import write_text
 from openimp.common.versions import processor
 from openimp.study.outcome import Outcome, Outcomes, mean_and_deviation, scores_by_set
 from openimp.study.plots import draw_against_flops, draw_scores, plot_style
@@ -21,13 +20,11 @@ SCORES = {"mrr": "Mean reciprocal rank", "accuracy": "Accuracy"}
 
 
 def write_results(study: Study, outcomes: Outcomes, out: Path, name: str, command: str) -> None:
-    """Writes NAME.md and its plots into the folder `out`. If that fails, older files stay unchanged."""
+    """Writes NAME.md and its plots into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{name}-", dir=out) as draft, plot_style():
-        page = _page(study, outcomes, Path(draft), name, command)
-        (Path(draft) / f"{name}.md").write_text(page, encoding="utf-8")
-        for file in sorted(Path(draft).iterdir(), key=lambda file: file.suffix == ".md"):  # The page last.
-            os.replace(file, out / file.name)
+    with plot_style():
+        page = _page(study, outcomes, out, name, command)
+    write_text(out / f"{name}.md", page)
 
 
 def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: str) -> str:
