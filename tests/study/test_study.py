@@ -188,19 +188,6 @@ def test_a_model_for_some_tasks_has_no_heads_and_learning_rates_of_others(little
     assert recipes[0].optimizer.lr_scale == {"stems.vision": 0.1, "encoder": 0.5}
 
 
-def test_a_study_whose_folder_was_moved_trains_nothing_again(done, little_data, tmp_path):
-    file, runs, _ = done
-    runs = Path(shutil.copytree(runs, tmp_path / "runs"))
-    before = {path: path.read_text() for path in runs.rglob("metrics.jsonl")}
-    moved = little_data.rename(tmp_path / "moved")
-    try:
-        assert run_study(str(moved / file.name), runs, tmp_path / "out")
-    finally:
-        moved.rename(little_data)
-    assert {path: path.read_text() for path in runs.rglob("metrics.jsonl")} == before
-    assert (tmp_path / "out" / "little.md").exists()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -4,19 +4,17 @@ A study is a YAML file, such as those in `studies/`. Each arm is the study's rec
 such models that share the arm's FLOPs.
 """
 
-import glob
 import os
 import shlex
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from openimp.checkpoint.folder import load_run_recipe
 from openimp.checkpoint.resume import FREE
 from openimp.common.errors import UserError
-from openimp.common.names import has_scheme, is_url
 from openimp.common.progress import console
 from openimp.planning.plan import parameter_count
 from openimp.recipe.evaluation import Retrieval
@@ -133,16 +131,6 @@ def _run(runs: Path, title: str, training: Training) -> Path:
     return runs / title / f"{file_name(training.arm)}-{training.model_number}-seed{training.seed}"
 
 
-def _is_free(key: str, was: Any, now: Any) -> bool:
-    """Whether a difference changes no result: also another place of a source whose folder was moved."""
-    if not key.startswith("sources."):
-        return key in FREE
-    if key.endswith((".path", ".root")) and isinstance(was, str) and isinstance(now, str):
-        is_gone = not (has_scheme(was) or is_url(was) or glob.glob(was, recursive=True))
-        return Path(was).name == Path(now).name and is_gone
-    return key.endswith(".license")
-
-
 def _check_same_recipes(recipe_by_run: Mapping[Path, Recipe]) -> None:
     """Raises UserError if the study has changed since some of its runs: they have other recipes. It names them all.
 
@@ -151,8 +139,12 @@ def _check_same_recipes(recipe_by_run: Mapping[Path, Recipe]) -> None:
     changed = {}
     for run, recipe in recipe_by_run.items():
         if (run / "recipe.yaml").exists():
-            all_differences = differences(load_run_recipe(run).to_dict(), recipe.to_dict())
-            if relevant := [difference for difference in all_differences if not _is_free(*difference)]:
+            relevant = [
+                (key, was, now)
+                for key, was, now in differences(load_run_recipe(run).to_dict(), recipe.to_dict())
+                if key not in FREE and not key.endswith(".license")
+            ]
+            if relevant:
                 changed[run] = relevant
     if changed:
         first_run = next(iter(changed))
