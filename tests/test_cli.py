@@ -197,23 +197,6 @@ def test_info_counts_the_experts_of_a_token(openimp, little_data, experts, unuse
     assert used == encoder + 2 * (32 * 32 + 32) - unused * 2 * 32 * 64
 
 
-@pytest.mark.slow
-def test_info_tells_that_a_vocabulary_is_a_limit(openimp, little_data, little_run):
-    """Of a recipe whose tokenizer is yet to be trained; not of a run, nor where a file has the tokenizer."""
-    recipe, told = little_data / "recipe.yaml", "text counts with 4,000 tokens, the limit of its vocabulary"
-    change = sets("modalities.text.vocab_size=4000")
-    limited = openimp("info", recipe, *change)[1]
-    assert told in limited
-    assert "in all, at most" in limited
-    assert told in openimp("plan", recipe, "--gpus", "1", *change)[1]
-    tokenizer = little_run / "checkpoints" / "step-00000012" / "tokenizer.json"
-    with_file = sets(f"modalities.text={{tokenizer: {tokenizer}, positions: 16, vocab_size: 4000}}")
-    printed = [openimp("info", little_run)[1], openimp("info", recipe, *with_file)[1]]
-    assert "limit" not in "".join(printed)
-    of_run, of_file = (re.search(r"in all[^\d]+([\d,]+)", text)[1] for text in printed)
-    assert of_run == of_file
-
-
 def test_eval_needs_no_more_of_another_recipe_than_sources_and_sets(
     succeeded, little_data, little_run, tmp_path, monkeypatch
 ):

@@ -310,7 +310,7 @@ def run_plan(name: str, overrides: list[str], gpus: int | None, gpu: str, mfu: f
         gpus = max(recipe.parallel.shard_degree or 1, recipe.parallel.expert_degree)
     modalities = _modalities(recipe)
     layout_plans = [*plans(recipe, modalities, _classes(recipe), gpus=gpus, gpu=gpu, utilization=mfu)]
-    print_plan(recipe, modalities, layout_plans, gpu)
+    print_plan(recipe, layout_plans, gpu)
 
 
 def _modalities(recipe: Recipe) -> dict[str, Modality]:

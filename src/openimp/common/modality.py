@@ -66,7 +66,6 @@ class StemSpec:
     values: int  # P, the values per token; if `table`, the size of the vocabulary
     axes: tuple[int, ...]  # number of rows in the position table of each axis
     table: bool = False  # tokens are ids, which an embedding table embeds
-    is_limit: bool = False  # `values` is the largest size of a vocabulary that `fit` has not learned yet
     position_norm: bool = True  # the sum of a token's position embeddings is normalized
     patch: tuple[int, int, int, int] | None = None  # frames, height, width and channels, if tokens are patches
     conv_channels: int = 0  # of the convolution of patches with a margin of `CONV_MARGIN`; 0: there is none

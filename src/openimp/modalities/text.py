@@ -58,7 +58,8 @@ class Text(Modality):
         """Path of a tokenizer file of the `tokenizers` library. By default a tokenizer is trained on the recipe's
         captions."""
         vocab_size: Annotated[int, Field(ge=RESERVED + 256)] = 8192
-        """Most ids of a trained tokenizer: two reserved ones, and 256 bytes with their merges, or words."""
+        """Most ids of a trained tokenizer: two reserved ones, and 256 bytes with their merges, or words. Before it is
+        trained, `openimp info` and `openimp plan` count all of them."""
         min_df: Count | None = None
         """Train a word tokenizer: keep the words that occur in the texts of at least this many training examples
         (scikit-learn's min_df), and remove other words and punctuation. By default subwords are used. Words suit small
@@ -91,7 +92,7 @@ class Text(Modality):
             self.fit(())
         axes = (self.config.positions,)
         if self._tokenizer is None:
-            return StemSpec(values=self.config.vocab_size, axes=axes, table=True, is_limit=True)
+            return StemSpec(values=self.config.vocab_size, axes=axes, table=True)
         ids = RESERVED + 1 + max(self._tokenizer.get_vocab().values())  # The ids in a file may have gaps.
         return StemSpec(values=ids, axes=axes, table=True)
 

@@ -14,10 +14,10 @@ from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
 
-def print_plan(recipe: Recipe, modalities: Modalities, plans: Sequence[Plan], gpu: str) -> None:
+def print_plan(recipe: Recipe, plans: Sequence[Plan], gpu: str) -> None:
     """Prints the first plan, compares it with the other plans, and says whether it fits on GPUs of the type `gpu`."""
     recipe_plan = plans[0]
-    _print_parameters(recipe_plan.model, modalities)
+    _print_parameters(recipe_plan.model)
     step_rows = [
         (
             f"{task}, {view}",
@@ -81,7 +81,7 @@ def print_model(config: ModelConfig, modalities: Modalities) -> None:
     """Prints the parameters of a model."""
     with META:
         model = build_model(config, modalities)
-    _print_parameters(model, modalities)
+    _print_parameters(model)
 
 
 def print_costs(recipe: Recipe, modalities: Modalities, classes: Classes) -> None:
@@ -95,18 +95,13 @@ def print_costs(recipe: Recipe, modalities: Modalities, classes: Classes) -> Non
     console.print(mixture_table(recipe, cost_by_task_view))
 
 
-def _print_parameters(model: Embedder, modalities: Modalities) -> None:
+def _print_parameters(model: Embedder) -> None:
     """Prints the parameters by part of the model."""
-    specs = {name: modality.stem_spec() for name, modality in modalities.items()}
-    limits = {name: spec.values for name, spec in specs.items() if spec.is_limit}
     rows = [(name, f"{parameter_count(part):,}") for name, part in model.named_children()]
-    totals = [("in all, at most" if limits else "in all", f"{parameter_count(model):,}")]
+    totals = [("in all", f"{parameter_count(model):,}")]
     if isinstance(model, IMP):
         totals.append(("used by a token on average, after its embedding", f"{active_parameters(model):,}"))
     frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
     if frozen:
         totals.append(("frozen", f"{frozen:,}"))
     console.print(number_table("parameters", ("part", "parameters"), rows, totals))
-    for name, limit in limits.items():
-        reason = "the limit of its vocabulary, which is learned from the data and may be smaller"
-        console.print(f"{name} counts with {limit:,} tokens, {reason}", soft_wrap=True)
