@@ -34,7 +34,6 @@ def limits():
 @pytest.mark.parametrize(
     ("frozen", "moe"),
     [
-        ("{}", "null"),
         ("{stems: 0, encoder.blocks.0: 0}", "null"),
         ("{}", "{experts: {vision: 2, text: 3, audio: 2}, layers: 1}"),
     ],

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from openimp.common.cache import cache_folder
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, one_line
 from openimp.common.safe_files import private_folder
 
 MAX_COMPILATIONS = 256
@@ -53,28 +53,15 @@ def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
 
 def _compiled_in_training(block: nn.Module) -> Callable[..., Any]:
     """The forward pass of a block: compiled in training. In evaluation, which has other signatures, it is not."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
     eager = block.forward
     compiled = torch.compile(eager, dynamic=False)
 
     def forward(*inputs: Any) -> Any:
-        if not block.training:
-            return eager(*inputs)
-        from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
-        from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-
         try:
-            return compiled(*inputs)
-        except FailOnRecompileLimitHit:
-            raise UserError(
-                f"train.compile: the recipe needs more than {MAX_COMPILATIONS} compilations; use fewer views and batch "
-                "sizes, or set train.compile=false"
-            ) from None
-        except BackendCompilerFailed as error:
-            if not isinstance(error.inner_exception, InvalidCxxCompiler | CppCompileError):
-                raise
-            raise UserError(
-                "train.compile: torch's C++ code does not compile here; install a compiler, such as g++, and Python's "
-                "headers, or set train.compile=false"
-            ) from None
+            return compiled(*inputs) if block.training else eager(*inputs)
+        except BackendCompilerFailed as error:  # Usually, there is no C++ compiler.
+            raise UserError(f"train.compile: {one_line(error.inner_exception)}; set train.compile=false") from None
 
     return forward
