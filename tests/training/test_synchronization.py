@@ -46,8 +46,7 @@ def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
 
 
 def test_numbers_are_read_on_logged_steps_only(little_data, tmp_path):
-    """Every fourth and every fifth step (with a checkpoint), and the last. A line shows the use of experts in the last
-    step of each task that it covers."""
+    """Every fourth and every fifth step (with a checkpoint), and the last."""
     training = training_of(little_data, tmp_path / "run", "train.steps=11", "train.log_every=4")
     waits = Waits()
     make_step = training.make_step

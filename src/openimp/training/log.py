@@ -10,12 +10,12 @@ from openimp.common.device import precision_of
 from openimp.common.errors import counted
 from openimp.common.progress import StepBar, console
 from openimp.data.loaded_batch import LoadedBatch
-from openimp.data.step_batches import StepBatches
 from openimp.model.embedder import Embedder
 from openimp.objectives.losses import Losses
 from openimp.parallel import distributed
 from openimp.planning.costs import Costs, mixture_table
 from openimp.planning.gpus import peak_flops
+from openimp.recipe.schema import Recipe
 from openimp.training.bad_examples import BadExamples
 from openimp.training.loggers import open_loggers
 from openimp.training.metrics import Metrics
@@ -29,14 +29,11 @@ class Log:
     `state` is that of the checkpoint from which the run resumes; it is empty for a new run.
     """
 
-    def __init__(
-        self, run: Path, batches: StepBatches, costs: Costs, device: torch.device, state: Mapping[str, Any]
-    ) -> None:
-        self.recipe = batches.data.recipe
+    def __init__(self, run: Path, recipe: Recipe, costs: Costs, device: torch.device, state: Mapping[str, Any]) -> None:
+        self.recipe = recipe
         train = self.recipe.train
         step = state.get("step", 0)
         self.run = run
-        self.batches = batches
         self.costs = costs
         self.timer = StepTimer()
         loggers = open_loggers(self.recipe, run, step) if distributed.rank() == 0 else []
@@ -87,19 +84,6 @@ class Log:
     def has_unlogged_steps(self) -> bool:
         """Whether a step was recorded since the last line."""
         return bool(self.metrics.steps)
-
-    def wants_usage(self, step: int) -> bool:
-        """Whether the next line shows how step `step`, which counts from 0, used the experts.
-
-        The line shows each task's last step before it, so that no task is left out, whatever the alternation.
-        """
-        schedule = self.batches.schedule
-        later_step = step
-        while not self.is_due(later_step + 1):
-            later_step += 1
-            if schedule[later_step].task == schedule[step].task:
-                return False
-        return True
 
     def record(self, loaded: LoadedBatch, losses: Losses) -> None:
         """Counts one step for the next line."""

@@ -156,7 +156,7 @@ def set_up(
     cursors = data.load_cursors(state.get("cursors", {}), changed_source_names)
     directory.begin(model_files[CONFIG], model_files[RECIPE])
 
-    log = Log(run, batches, step_costs, device, state)
+    log = Log(run, recipe, step_costs, device, state)
     log.print_start(model, device, checkpointing.newest_step)
     return Parts(
         recipe=recipe,

@@ -236,8 +236,7 @@ class Trainer(Parts):
         dropout_seed = seed_key(self.recipe.seed, "dropout", visit.step, distributed.rank())
         torch.manual_seed(dropout_seed % 2**63)
         with mixed_precision(self.device, self.recipe.train.precision):
-            losses = task_losses(self.model, task, loaded.batch_on(self.device), self.encode_all)
-        return losses if self.log.wants_usage(visit.step) else replace(losses, usage={})  # How experts were used.
+            return task_losses(self.model, task, loaded.batch_on(self.device), self.encode_all)
 
     def _update(self) -> None:
         """Queues the backward pass of the begun steps, and the update from their gradients."""
