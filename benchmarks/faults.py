@@ -150,7 +150,8 @@ def rank_that_dies(bench: Bench) -> list[Outcome]:
 
 def rank_that_is_started_again(bench: Bench) -> list[Outcome]:
     run = bench.folder / "restart"
-    return [_started_again(bench, "the same, under torchrun --max-restarts 1", bench.torchrun(run, 1), run, "two")]
+    process = bench.torchrun(run, "--resume", "auto", restarts=1)
+    return [_started_again(bench, "the same, under torchrun --max-restarts 1", process, run, "two")]
 
 
 def node_that_is_started_again(bench: Bench) -> list[Outcome]:

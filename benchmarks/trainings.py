@@ -103,14 +103,14 @@ class Bench:
             for rank in range(2)
         ]
 
-    def torchrun(self, run: Path, restarts: int = 0, forked: bool = True) -> Process:
+    def torchrun(self, run: Path, *options: str, restarts: int = 0, forked: bool = True) -> Process:
         """Two ranks with a replica each."""
-        command = torchrun(2, *self.command(run, changes=REPLICAS), restarts=restarts, forked=forked)
+        command = torchrun(2, *self.command(run, *options, changes=REPLICAS), restarts=restarts, forked=forked)
         return Process(*command, merge=True, **NEW_STORE)
 
     def two_nodes(self, run: Path) -> Process:
         """Two torchruns with a rank each, as on two nodes. They are the children of the returned process."""
-        node = torchrun(1, *self.command(run), restarts=1, nodes=f"localhost:{free_port()}")
+        node = torchrun(1, *self.command(run, "--resume", "auto"), restarts=1, nodes=f"localhost:{free_port()}")
         return Process(__file__, *node[2:], merge=True, **NEW_STORE)
 
     def started(self, how: How, run: Path, *options: str) -> list[Process]:

@@ -104,18 +104,6 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def job_id() -> str:
-    """torchrun's name for all starts of this rank; empty without torchrun."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    # Without --rdzv-id all jobs are called "none". The parent of the ranks on a node is their torchrun.
-    return f"torchrun {os.getppid()}" if name == "none" else name
-
-
-def restarted() -> bool:
-    """Whether torchrun has restarted the ranks because one of them died. Only the node of that rank counts it."""
-    return any(all_gather_object(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
-
-
 def rank() -> int:
     """This rank's number; rank 0 writes the files of a run."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -55,14 +55,12 @@ class RunDirectory:
         self.path = path
         self.recipe = recipe
         self.recipe_file = path / "recipe.yaml"
-        self.job_file = path / "torchrun.job"
 
     def checkpoint(self, resume: bool | Literal["auto"], trainer: str, allow_changed_data: bool = False) -> Path | None:
         """The checkpoint to resume from, or None for a training run that starts at step 0.
 
         With `resume`, True requires a checkpoint, "auto" uses one if there is one, and False refuses a directory with a
-        run. After a restart by torchrun, `resume` counts as "auto" if the same torchrun job began the run. `trainer` is
-        the name of the `Variant`. For `allow_changed_data`, see `require_same_run`.
+        run. `trainer` is the name of the `Variant`. For `allow_changed_data`, see `require_same_run`.
         """
         saved = bool(common_checkpoints(self.path))
         begun = saved or any((self.path / name).exists() for name in ("tensorboard", "logger.id", "metrics.jsonl"))
@@ -74,11 +72,7 @@ class RunDirectory:
             raise UserError(
                 f"{self.path}: holds metrics without a recipe.yaml, so no run; name another directory with --run-dir"
             )
-        # torchrun also repeats a start that was refused. Only one that wrote its job's name may resume.
-        begun_by_job = distributed.run_on_rank_zero(
-            lambda: self.job_file.exists() and self.job_file.read_text() == distributed.job_id()
-        )
-        if (distributed.restarted() and begun_by_job) or resume == "auto":
+        if resume == "auto":
             resume = saved  # A run that died before its first checkpoint starts again and loses nothing.
         elif has_recipe and not saved:
             raise UserError(
@@ -120,8 +114,6 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.recipe_file, recipe)
             record_training(config, recipe)
-            if distributed.job_id():
-                write_text(self.job_file, distributed.job_id())
 
         distributed.run_on_rank_zero(write)
 

@@ -50,8 +50,7 @@ def train(
         recipe: a recipe, a dictionary for `Recipe.build`, a file, or the name of a recipe that comes with openimp.
         run: directory to write to; with `resume`, that of an interrupted run of the same recipe. None: runs/NAME.
         resume: True requires a checkpoint and resumes from the newest intact one; "auto" starts from step 0 if there is
-            no checkpoint. If torchrun restarts the ranks of a job that began this run, the run resumes as with "auto",
-            even if `resume` is False.
+            no checkpoint.
         variant: what a study changes.
         allow_changed_data: resume even if a source has changed since the checkpoint was saved.
         callbacks: their methods are called at the start, and after steps, evaluations and checkpoints, where they may
