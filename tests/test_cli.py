@@ -293,8 +293,8 @@ def test_a_run_that_is_there_and_a_checkpoint_of_another_recipe_are_refused(refu
     assert refused(*train, little_run, "--resume=yes") == "--resume: expected auto or nothing, found yes"
     before = file.read_bytes()
     for resume in ([], ["--resume", "auto"]):
-        told = f"{file}: a run would overwrite it; name another directory with --run-dir"
-        assert refused(*train, little_data, *resume) == told
+        told = f"{little_data}: holds a run, or files that a run would overwrite; "
+        assert refused(*train, little_data, *resume).startswith(told)
         assert file.read_bytes() == before
 
 

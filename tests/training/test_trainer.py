@@ -309,8 +309,8 @@ def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
     for resume in (False, True):
         with refuses():
             train(recipe_of(little_data, *LONG), tmp_path / "begun", resume)
-        with refuses():
-            train(recipe_of(little_data, *LONG), tmp_path / "begun" / "recipe.yaml", resume)
+    with refuses():
+        train(recipe_of(little_data, *LONG), tmp_path / "begun" / "recipe.yaml")
     for file in ("checkpoints/step-00000009/state.json", "metrics.jsonl"):  # Without a recipe.yaml.
         copy = tmp_path / Path(file).parts[0] / file
         copy.parent.mkdir(parents=True)

@@ -63,31 +63,21 @@ class RunDirectory:
         run. `trainer` is the name of the `Variant`. For `allow_changed_data`, see `require_same_run`.
         """
         saved = bool(common_checkpoints(self.path))
-        begun = saved or any((self.path / name).exists() for name in ("tensorboard", "logger.id", "metrics.jsonl"))
+        if resume is True or (resume and saved):
+            newest = newest_intact(self.path)
+            require_same_run(newest, self.recipe, trainer, allow_changed_data)
+            return newest
+        begun = any((self.path / name).exists() for name in ("tensorboard", "logger.id", "metrics.jsonl"))
         has_recipe = self.recipe_file.exists()
-        # A run that died before it began leaves this very recipe; any other file was written by the user.
-        if has_recipe and not begun and self.recipe_file.read_bytes() != self.recipe.to_yaml().encode():
-            raise UserError(f"{self.recipe_file}: a run would overwrite it; name another directory with --run-dir")
-        if begun and not has_recipe and not saved:
+        # A run that died before its first checkpoint starts again and loses nothing. If it died before it began, it has
+        # left this very recipe; any other file was written by the user.
+        is_run = has_recipe and (begun or self.recipe_file.read_bytes() == self.recipe.to_yaml().encode())
+        if (saved or begun or has_recipe) and not (resume and is_run):
             raise UserError(
-                f"{self.path}: holds metrics without a recipe.yaml, so no run; name another directory with --run-dir"
+                f"{self.path}: holds a run, or files that a run would overwrite; resume the run with --resume auto, or "
+                "name another directory with --run-dir"
             )
-        if resume == "auto":
-            resume = saved  # A run that died before its first checkpoint starts again and loses nothing.
-        elif has_recipe and not saved:
-            raise UserError(
-                f"{self.path}: holds a run that saved no checkpoint; start it again with --resume auto, or name "
-                "another directory with --run-dir"
-            )
-        elif saved and not resume:
-            raise UserError(
-                f"{self.path}: already holds a run; resume it with --resume, or name another directory with --run-dir"
-            )
-        if not resume:
-            return None
-        newest = newest_intact(self.path)
-        require_same_run(newest, self.recipe, trainer, allow_changed_data)
-        return newest
+        return None
 
     def finished(self, trainer: str, allow_changed_data: bool = False) -> bool:
         """Whether the run has made all steps and has been evaluated, so that resuming would do nothing."""
