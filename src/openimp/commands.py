@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from openimp.checkpoint.find import find_model
-from openimp.checkpoint.folder import CONFIG, checkpoints, describe_model, load_run_recipe, saved_step
+from openimp.checkpoint.folder import CONFIG, describe_model, load_run_recipe, saved_step
 from openimp.checkpoint.resume import common_checkpoints
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.errors import UserError, escaped
@@ -256,14 +256,13 @@ def run_serve(what: Path, host: str, port: int, names: Sequence[str] = (), allow
 
 
 def run_info(what: str, overrides: list[str]) -> None:
-    """Describes a recipe, a model, or a run. A run without a checkpoint is described by its recipe."""
+    """Describes a recipe, a model, or a run."""
     path = Path(what)
     is_folder = path.is_dir()
     is_name = has_scheme(what)
-    if (is_name or is_folder) and overrides:
-        raise UserError(f"{path}: --set changes a recipe, and this is a run or a model")
-    has_model = is_folder and (checkpoints(path) or (path / CONFIG).exists())
-    if is_name or has_model or (is_folder and not (path / "recipe.yaml").exists()):
+    if is_name or is_folder:
+        if overrides:
+            raise UserError(f"{path}: --set changes a recipe, and this is a run or a model")
         folder = find_model(what)
         config, modalities, saved_recipe = describe_model(folder)
         console.print(f"{what if is_name else folder}: a model of recipe {config.name}", soft_wrap=True)
@@ -275,15 +274,9 @@ def run_info(what: str, overrides: list[str]) -> None:
         except UserError as error:
             notice(f"what a step costs is not known: {error}")
     else:
-        if is_folder:
-            refuse_links(path)
-            recipe = load_run_recipe(path)
-        else:
-            recipe = Recipe.load(what, overrides, Path.cwd())
+        recipe = Recipe.load(what, overrides, Path.cwd())
         modalities = _modalities(recipe)
         classes = _classes(recipe)
-        if is_folder:
-            console.print(f"{path}: a run of recipe {recipe.name}, which has saved no checkpoint yet", soft_wrap=True)
         print_model(recipe.to_config(classes), modalities)
     if recipe is not None:
         print_costs(recipe, modalities, classes)
