@@ -428,8 +428,8 @@ def test_rows_get_the_vectors_of_a_model_from_which_another_one_learns(
         ([*join[:3], out, "--out", out, *choice], "already; name another one"),
         (join, "--modality: expected image or text or audio, found none"),
         ([*join, *choice[:2]], "--column: name the column or the text template that audio reads"),
-        (["embed", little_run, sound, *choice[2:4]], "--column needs --join"),
-        ([*join, *choice, sound], "drop files"),
+        (["embed", little_run, sound, *choice[2:4]], "a source with --join, and then --column"),
+        ([*join, *choice, sound], "name files or folders to embed, or a source with --join"),
         (["embed", little_run], "name files or folders to embed, or a source with --join"),
         ([*join[:4], "--out", tmp_path / "x.csv", *choice], "name a file on disk that ends with .parquet"),
     ):

@@ -174,13 +174,8 @@ def embed(
     from openimp.inference.embed import embed as embed_files
     from openimp.inference.join import embed_rows
 
-    if join is None and (column or to):
-        option = "--column" if column else "--to"
-        raise UserError(f"{option} needs --join, the source whose rows to embed")
-    if join is None and not files:
-        raise UserError("name files or folders to embed, or a source with --join")
-    if join is not None and files:
-        raise UserError("--join embeds the rows of a source; drop files")
+    if (join is None) != bool(files) or (files and (column or to)):
+        raise UserError("name files or folders to embed, or a source with --join, and then --column and --to")
     if join is not None:
         embed_rows(run, join, out, modality, column, to=to or "embedding", towards=towards, batch_size=batch_size)
     elif files:

@@ -186,13 +186,6 @@ def test_evaluations_that_fail_lose_no_step_and_the_last_one_is_made_up_for(own_
     assert sorted(measured) == [(6, name) for name in pictures] + [(9, name) for name in [*pictures, "tones", "tones"]]
 
 
-def test_a_warm_up_longer_than_the_training_is_told(little_data, tmp_path, capsys):
-    for warmup in (11, 12):
-        Trainer(set_up(recipe_of(little_data, f"optimizer.warmup_steps={warmup}"), tmp_path / str(warmup)))
-        told = "warm-up of 12 steps is not shorter than a run of 12 steps; set optimizer.warmup_steps"
-        assert (told in capsys.readouterr().out) == (warmup == 12)
-
-
 def test_equal_texts_of_different_items_are_told(little_data, tmp_path, capsys):
     """Each of four colours has six pictures; unless they are one item, a batch of 8 pushes equal texts apart."""
     changes = ["train.steps=3", "tasks.heard.weight=0", "evaluation.sets={}", "tasks.named.views.1.weight=0.001"]

@@ -72,11 +72,7 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _arms_are_possible(self) -> "Study":
-        by_file_name: dict[str, str] = {}
         for name, parts in self.arms.items():
-            other = by_file_name.setdefault(file_name(name), name)
-            if other != name:
-                raise ValueError(f"arms {other!r} and {name!r} would share files: only spaces, _ - or commas differ")
             tasks = [task for part in parts for task in part.tasks or ()]
             if len(parts) > 1 and (len(set(tasks)) < len(tasks) or not all(part.tasks for part in parts)):
                 raise ValueError(f"arm {name!r}: each of its models needs `tasks` that no other model of the arm has")

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from openimp.common.device import precision_of
-from openimp.common.errors import counted
 from openimp.common.progress import StepBar, console
 from openimp.data.loaded_batch import LoadedBatch
 from openimp.model.embedder import Embedder
@@ -57,14 +56,6 @@ class Log:
         console.print(f"{self.recipe.name}: {size} on {device.type}, {execution}, into {self.run}", soft_wrap=True)
         if step:
             console.print(f"resuming from step {step}", soft_wrap=True)
-        steps = self.recipe.train.steps
-        warmup = self.recipe.optimizer.warmup_steps
-        if warmup is not None and warmup >= steps:
-            console.print(
-                f"a warm-up of {counted(warmup, 'step')} is not shorter than a run of {counted(steps, 'step')}; "
-                "set optimizer.warmup_steps",
-                soft_wrap=True,
-            )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for the counts to continue."""

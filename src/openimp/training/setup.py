@@ -107,8 +107,6 @@ def set_up(
     device = distributed.start()  # Does nothing more if `train` has called it.
     keep_freed_memory()
     world_size = distributed.world_size()
-    if world_size > 1 and variant != ORDINARY:
-        raise UserError(f"{variant.name}: a study trains on one rank; start it without torchrun")
     layout_of(recipe, world_size, recipe.parallel.shard_degree)  # UserError if the ranks do not divide as asked.
     check_loggers(recipe)
 
