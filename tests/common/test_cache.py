@@ -36,8 +36,10 @@ def test_an_entry_is_made_once_and_again_if_it_is_damaged(cache):
     (cache / "a" / "n").write_text("seven")
     assert number("a", written) == 7
     (cache / "a" / "n").unlink()
+    (cache / ".a.0123456789abcdef.tmp").mkdir()  # A process that was killed has left it.
     assert number("a", written) == 7
     assert written == ["a"] * 3
+    assert sorted(path.name for path in cache.iterdir()) == ["a", "a.lock"]
 
 
 def test_what_cannot_be_made_leaves_nothing(cache):

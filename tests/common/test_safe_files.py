@@ -14,7 +14,7 @@ from openimp.commands import run_eval
 from openimp.common import json_lines, safe_files
 from openimp.common.cache import cache_folder
 from openimp.common.json_lines import append, forget_after, own_lines, read_lines
-from openimp.common.safe_files import private_folder, replacing, write_text
+from openimp.common.safe_files import private_folder, write_text
 from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report
 from openimp.training.trainer import train
@@ -57,59 +57,6 @@ def test_a_link_under_the_name_of_a_draft_or_a_result_is_not_followed(victim, tm
     (tmp_path / ".page.html.guessed.tmp").unlink()
     write_text(tmp_path / "page.html", "text")
     assert not (tmp_path / "page.html").is_symlink()
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("old")
-
-    def half() -> None:
-        with replacing(file) as draft:
-            draft.write(b"half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        half()
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert file.read_text() == "old"
-
-
-def test_drafts_that_killed_processes_left_are_removed(victim, tmp_path):
-    names = ("file.0123456789abcdef", "file.fedcba9876543210", "file." + 16 * "0", "more." + 16 * "0")
-    old, new, link, other = (tmp_path / f".{name}.tmp" for name in names)
-    folder = tmp_path / f".file.{16 * '1'}.tmp"
-    folder.mkdir()
-    for draft in (old, new, other, folder / "part"):
-        draft.touch()
-    link.symlink_to(victim)
-    for draft in (old, link, other, folder):
-        os.utime(draft, (0, 0), follow_symlinks=False)
-    write_text(tmp_path / "file", "text")
-    assert {*tmp_path.iterdir()} == {tmp_path / "file", victim, new, other}
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no getuid")
-def test_drafts_of_other_users_are_left(tmp_path, monkeypatch):
-    draft = tmp_path / f".file.{16 * '0'}.tmp"
-    draft.touch()
-    os.utime(draft, (0, 0))
-    monkeypatch.setattr(os, "getuid", lambda: draft.stat().st_uid + 1)
-    write_text(tmp_path / "file", "text")
-    assert draft.exists()
-
-
-def test_a_draft_is_closed_before_it_is_renamed(tmp_path, monkeypatch):
-    """Windows renames no open file."""
-    still_open = []
-
-    def rename(draft: Path, file: Path) -> None:
-        still_open.extend(link for link in Path("/proc/self/fd").iterdir() if os.path.realpath(link) == str(draft))
-        draft.rename(file)
-
-    monkeypatch.setattr(os, "replace", rename)
-    write_text(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "new"
-    assert still_open == []
 
 
 def test_files_have_the_mode_that_the_umask_gives(tmp_path, little_data):

@@ -91,6 +91,8 @@ def cached(kind: str, key: str, read: Callable[[Path], T], write: Callable[[Path
             except READ_ERRORS as error:
                 log.info("%s is made again: %s", entry, error)
         _remove_unused(entry.parent)
+        for draft in entry.parent.glob(f".{key}.*.tmp"):  # A process that was killed has left it.
+            shutil.rmtree(draft)
         with replacing_folder(entry) as draft:
             write(draft)
         return read(entry)

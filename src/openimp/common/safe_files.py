@@ -1,21 +1,16 @@
 """Atomic replacement of files and folders, folders that only this user can write to, and refusal of links."""
 
-import glob
 import hashlib
 import os
 import shutil
 import stat
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO
 
 from openimp.common.errors import UserError
-
-STALE = 24 * 3600
-"""Seconds after which a temporary file counts as left by a killed process."""
 
 
 @contextmanager
@@ -23,8 +18,8 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
     """Opens a temporary file beside `file`. When the block ends it replaces `file`; if the block fails it is removed.
 
     The temporary file has a random name, and opening it fails if that name exists, also as a link. So files and links
-    that other users put into the folder cannot redirect the write. Its mode is that of any new file. Such files of
-    this user that are older than a day are removed: the processes that wrote them were killed.
+    that other users put into the folder cannot redirect the write. Its mode is that of any new file. If the
+    process is killed, the temporary file stays.
     """
     draft = _new_draft(file)
     stream = draft.open("xb")  # O_CREAT | O_EXCL does not follow links.
@@ -42,10 +37,7 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Makes an empty folder beside `folder`, which it replaces when the block ends. If the block fails it is removed.
-
-    What a killed process has left is removed after a day.
-    """
+    """Makes an empty folder beside `folder`, which it replaces when the block ends; if it fails, it is removed."""
     draft = _new_draft(folder)
     draft.mkdir()
     try:
@@ -60,16 +52,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def _new_draft(path: Path) -> Path:
-    """A name for a new file or folder beside `path`. Removes what processes that were killed left under such names."""
-    for old in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.tmp"):
-        with suppress(OSError):
-            status = old.lstat()
-            if time.time() - status.st_mtime <= STALE or not _is_own(status):
-                continue
-            if old.is_dir() and not old.is_symlink():
-                shutil.rmtree(old)
-            else:
-                old.unlink()
+    """A random name for a new file or folder beside `path`."""
     return path.with_name(f".{path.name}.{token_hex(8)}.tmp")
 
 
