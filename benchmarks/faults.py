@@ -98,10 +98,14 @@ def killed_while_saving(bench: Bench) -> list[Outcome]:
 
 
 def stopped(bench: Bench) -> list[Outcome]:
-    run = bench.folder / "stopped"
-    process = bench.start(run)
-    lines = watch(process, Process.terminate)
-    return [bench.gone_on("SIGTERM", run, told(process, lines, "stopped at step", code=0))]
+    """As a terminal or a scheduler does, with a signal to the processes that read data, too."""
+    outcomes = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        run = bench.folder / f"stopped by {number.name}"
+        process = bench.start(run, changes=["train.num_workers=2"])
+        lines = watch(process, lambda process, number=number: os.killpg(process.pid, number))
+        outcomes.append(bench.gone_on(number.name, run, told(process, lines, "stopped at step", code=0)))
+    return outcomes
 
 
 def full_disk(bench: Bench) -> list[Outcome]:

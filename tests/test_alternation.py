@@ -122,11 +122,3 @@ def test_tasks_of_weight_0_are_never_visited():
         recipe = mixture(kind, 100, {**THREE, "b": {"weight": 0.0}})
         assert {visit.task for visit in Alternation(recipe)} == {"a", "c"}
         assert "b" not in expected_shares(recipe)
-
-
-def test_steps_outside_the_run_are_refused():
-    schedule = Alternation(mixture("random", 5, THREE))
-    assert len(schedule) == 5
-    for step in (-1, 5):
-        with pytest.raises(IndexError):
-            schedule[step]

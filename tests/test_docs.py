@@ -196,11 +196,17 @@ def test_a_modality_from_another_package_is_as_the_page_says(outside, tmp_path, 
     for name, code in blocks(page, "python"):
         if not name:
             exec(code, {})
+    lines = (tmp_path / "traces.jsonl").read_text().splitlines()
+    lines[0] = '{"trace": [[0.0, 1.0]], "activity": "walking"}'
+    (tmp_path / "traces.jsonl").write_text("\n".join(lines))
     ((_, text),) = blocks(page, "yaml")
-    recipe = Recipe.build(yaml.load(text, RecipeLoader) | {"train": {"steps": 2, "num_workers": 0}}, tmp_path)
-    assert train(recipe, tmp_path / "run")
+    options = {"steps": 4, "num_workers": 0, "max_bad_fraction": 0.1}
+    assert train(Recipe.build(yaml.load(text, RecipeLoader) | {"train": options}, tmp_path), tmp_path / "run")
     (result,) = read_lines(tmp_path / "run" / "results.jsonl")
-    assert (result["n"], result["candidates"]) == (64, 2)
+    assert (result["n"], result["candidates"]) == (63, 2)
+    (skipped,) = read_lines(tmp_path / "run" / "skipped.jsonl")
+    assert skipped["where"] == "traces.jsonl[0]"
+    assert skipped["why"] == "expected finite samples (N, 3), found an array of shape [1, 2]"
     model = openimp.load(tmp_path / "run", "cpu")
     traces = [np.random.default_rng(0).normal(size=(length, 3)) for length in (100, 900)]
     assert model.encode_accelerometer(traces).shape == (2, 64)

@@ -1,10 +1,8 @@
 """Names of models and data."""
 
-from pathlib import Path
-
 import pytest
 
-from openimp.common.names import HubName, Name, absolute_name, map_path
+from openimp.common.names import Name
 from openimp.recipe.tasks import Source
 
 
@@ -26,20 +24,6 @@ def test_a_name_has_a_scheme_and_a_rest(name, scheme, rest, folder):
     parsed = Name.parse(name)
     assert parsed == (scheme, rest)
     assert parsed.folder == folder
-
-
-def test_only_paths_start_at_a_folder(tmp_path):
-    assert absolute_name("runs/demo", tmp_path) == f"{tmp_path}/runs/demo"
-    assert absolute_name("~/x", tmp_path) == str(Path.home() / "x")
-    assert absolute_name("timm:local-dir:x", tmp_path) == f"timm:local-dir:{tmp_path}/x"
-    for name in ("hub:me/cats", "openimp:icons.parquet", "open_clip:a/b", "https://x.org/y"):
-        assert absolute_name(name, tmp_path) == map_path(name, str.upper) == name
-
-
-def test_a_repository_may_have_a_revision():
-    assert HubName.parse("me/cats") == ("me/cats", None)
-    assert HubName.parse("me/cats@refs/pr/1") == ("me/cats", "refs/pr/1")
-    assert HubName.parse("cats") is None
 
 
 def test_a_source_may_name_a_data_set_of_the_hub_as_its_path():

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 from messages import refuses
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import openimp
 from openimp.checkpoint.warm_start import open_warm_start
@@ -15,7 +13,6 @@ from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
 from openimp.data.task_data import TaskData
 from openimp.modalities.media import patchify
-from openimp.model.heads import MAX_LOG_LOGIT_SCALE
 from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report
 from openimp.study.budget import flops_per_step
@@ -100,45 +97,15 @@ def test_the_towers_learn_and_are_evaluated_on_every_set(trained):
         assert result.get("r10", result.get("top5")) > 2 * result["chance"], result["task"]
 
 
-def test_the_counted_cost_equals_a_real_step(tmp_path):
-    training = trainer(recipe_of("image"), tmp_path)
-    loaded = training.batches[0]
-    # The counter does not count the CPU's fused attention, but the two matrix products of the math backend.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        training.make_step(loaded)
-    assert counter.get_total_flops() == training.log.costs["pairs", 0].flops
-
-
-def test_the_towers_have_the_recipes_sizes_and_temperature(tmp_path):
-    recipe = recipe_of("image")
-    model = trainer(recipe, tmp_path).model
+def test_the_towers_have_the_recipes_sizes(tmp_path):
+    model = trainer(recipe_of("image"), tmp_path).model
     assert isinstance(model, TwoTowers)
     visual = model.encoder.visual
-    assert type(model.encoder).__module__ == "open_clip.model"
     assert (visual.image_size, visual.patch_size, visual.patch_dropout.prob) == ((32, 32), (8, 8), 0.5)
     assert model.encoder.context_length == 12  # The longest of all views.
-    assert model.encoder.text_pool_type == "eos"
     for tower in (visual.transformer, model.encoder.transformer):
         assert (tower.width, len(tower.resblocks), tower.resblocks[0].attn.num_heads) == (32, 2, 2)
         assert tower.resblocks[0].mlp.c_fc.out_features == 64
-    assert model.scale.scale.item() == pytest.approx(1 / recipe.model.init_temperature)
-    with torch.no_grad():
-        model.scale.logit_scale.fill_(9.0)
-    model.scale.logit_scale.grad = torch.zeros(1)
-    model.clamp_logit_scales()
-    assert model.scale.logit_scale.item() == pytest.approx(MAX_LOG_LOGIT_SCALE)
-
-
-def test_muon_updates_the_blocks_and_the_projections(tmp_path):
-    training = trainer(recipe_of("image"), tmp_path)
-    names = {parameter: name.removeprefix("encoder.") for name, parameter in training.model.named_parameters()}
-    adamw, muon = ({names[p] for g in o.param_groups for p in g["params"]} for o in training.updater.optimizers)
-    block = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-    towers = ("visual.transformer", "transformer")
-    hidden = {f"{tower}.resblocks.{i}.{name}" for tower in towers for i in range(2) for name in block}
-    assert muon == hidden | {"visual.proj", "text_projection"}
-    assert adamw | muon == set(names.values())
-    assert not adamw & muon
 
 
 @pytest.mark.parametrize("seen", SEEN)
@@ -175,36 +142,6 @@ def test_a_clip_is_the_mean_of_its_frames_and_a_sound_is_a_gray_image(tmp_path):
             vectors = [model.encoder.encode_image(picture, normalize=True) for picture in pictures]
         mean = torch.nn.functional.normalize(sum(vectors), dim=-1)
         torch.testing.assert_close(found, mean, atol=1e-5, rtol=1e-5)
-
-
-def test_padding_does_not_change_a_text(tmp_path):
-    training = trainer(recipe_of("image"), tmp_path)
-    model = training.model.eval()
-    text = training.data.modalities["text"]
-    words = ["cat", "dog", "sun", "sea", "sky", "car", "hat", "map", "pen", "cup", "red", "one"]
-    full = [" ".join(words), " ".join([words[0], *words[:0:-1]])]
-    assert (text.tokenize(full, 12) != 0).all()
-    with torch.no_grad():
-        short, long = (
-            model.encode("text", text.from_tensor(text.tokenize("grinning face", length))).features
-            for length in (6, 12)
-        )
-        whole = model.encode("text", text.from_tensor(text.tokenize(full, 12))).features
-    torch.testing.assert_close(short, long)
-    assert (whole[0] - whole[1]).abs().max() > 0.01  # Their first word is the same.
-
-
-def test_a_run_resumes(tmp_path):
-    recipe = recipe_of("image")
-    training = trainer(recipe, tmp_path)
-    for step in range(3):
-        training.make_step(training.batches[step])
-    training.save()
-    training.checkpointing.wait()
-    resumed = trainer(recipe, tmp_path, resume=True)
-    assert resumed.step == 3
-    for name, tensor in training.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], tensor)
 
 
 @pytest.mark.parametrize("trained", ["image"], indirect=True)

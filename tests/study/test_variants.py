@@ -47,16 +47,6 @@ def test_a_summed_round_applies_the_gradient_of_the_summed_losses(little_data, t
     assert not torch.equal(summed.model.encoder.norm.weight, before["encoder.norm.weight"])
 
 
-def test_half_a_round_is_never_saved(little_data, tmp_path):
-    training = Trainer(set_up(recipe_of(little_data, *ROUNDS, "evaluation.best=tones"), tmp_path / "a", variant=SUMMED))
-    for step in range(3):
-        training.make_step(training.batches[step])
-        training.save()
-    training.evaluate()
-    training.checkpointing.wait()
-    assert {path.name for path in (tmp_path / "a" / "checkpoints").iterdir()} == {"best", "step-00000002"}
-
-
 def test_a_round_of_which_one_loss_is_not_finite_is_neither_applied_nor_saved(little_data, tmp_path):
     """The first task's loss is infinite, and its gradients are not."""
     training = Trainer(set_up(recipe_of(little_data, *ROUNDS), tmp_path / "a", variant=SUMMED))

@@ -7,7 +7,6 @@ import pytest
 from processes import run
 
 import openimp
-from openimp.common.json_lines import read_lines
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
 
@@ -65,9 +64,3 @@ def test_tensorboard_keeps_the_figures_of_the_step_from_which_a_run_resumes(data
     names = events.Tags()["scalars"]
     assert {"lr", "grad_norm", "examples_per_s"} <= set(names)
     assert "seconds" not in names
-
-
-def test_without_loggers_the_figures_are_in_the_runs_files_only(data, tmp_path):
-    train(Recipe.load(str(data / "recipe.yaml"), [*CHANGES, "train.loggers=[]"]), tmp_path / "run")
-    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [2, 4]
-    assert not (tmp_path / "run" / "tensorboard").exists()

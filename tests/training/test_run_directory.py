@@ -29,13 +29,6 @@ def test_a_second_training_in_the_same_directory_is_refused(little_data, tmp_pat
     assert sorted(path.name for path in run.iterdir()) == [LOCK, "metrics.jsonl"]
 
 
-def test_a_refused_training_leaves_no_directory(little_data, tmp_path):
-    recipe = Recipe.load(little_data / "recipe.yaml", ["sources.sounds.path=missing.jsonl"])
-    with refuses():
-        train(recipe, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_finished_run_is_resumed_without_its_data(little_data, little_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(little_run, run, symlinks=True)
@@ -52,13 +45,14 @@ def test_a_finished_run_is_resumed_without_its_data(little_data, little_run, tmp
 
 
 def test_what_may_change_when_a_run_is_resumed(little_data, little_run, tmp_path):
-    """The list of loggers, and the paths of files that only the start of a run reads."""
+    """The list of loggers, which may be empty, and the paths of files that only the start of a run reads."""
     run = Path(shutil.copytree(little_run, tmp_path / "run", symlinks=True))
     for changes in (["train.loggers=[]"], ["train.loggers=[tensorboard]", "train.log_every=7"]):
         assert train(Recipe.load(little_data / "recipe.yaml", changes), run, resume=True)
     first = Path(shutil.copytree(little_run, tmp_path / "first", symlinks=True))
-    started = [f"train.init={first}", "train.steps=1", "evaluation={}"]
+    started = [f"train.init={first}", "train.steps=1", "evaluation={}", "train.loggers=[]"]
     assert train(Recipe.load(little_data / "recipe.yaml", started), tmp_path / "tuned")
+    assert not (tmp_path / "tuned" / "tensorboard").exists()
     started[0] = f"train.init={tmp_path / 'elsewhere' / 'first'}"
     with refuses():  # Another model, because the first one is still there.
         train(Recipe.load(little_data / "recipe.yaml", started), tmp_path / "tuned", resume=True)
