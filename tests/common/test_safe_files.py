@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from messages import refuses
+from trained import recipe_of
 
 import openimp
 from openimp.checkpoint.folder import checkpoints
@@ -15,7 +16,6 @@ from openimp.common import json_lines, safe_files
 from openimp.common.cache import cache_folder
 from openimp.common.json_lines import append, forget_after, own_lines, read_lines
 from openimp.common.safe_files import private_folder, write_text
-from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report
 from openimp.training.trainer import train
 
@@ -62,7 +62,7 @@ def test_a_link_under_the_name_of_a_draft_or_a_result_is_not_followed(victim, tm
 def test_files_have_the_mode_that_the_umask_gives(tmp_path, little_data):
     before = os.umask(0o027)
     try:
-        train(Recipe.load(little_data / "recipe.yaml", ["train.steps=2", "evaluation={}"]), tmp_path / "run")
+        train(recipe_of(little_data, "train.steps=2", "evaluation={}"), tmp_path / "run")
         write_report(tmp_path / "run")
     finally:
         os.umask(before)
@@ -90,7 +90,7 @@ def test_a_link_that_leads_out_of_a_run_is_refused(victim, tmp_path, little_data
         "report": lambda: write_report(run),
         "eval": lambda: run_eval(run, None, None, None),
         "load": lambda: openimp.load(run),
-        "train": lambda: train(Recipe.load(little_data / "recipe.yaml"), run, resume=True),
+        "train": lambda: train(recipe_of(little_data), run, resume=True),
     }
     for command in commands.values():
         with refuses():
@@ -105,7 +105,7 @@ def test_a_pipe_in_a_run_is_refused_and_not_waited_for(tmp_path, little_data, li
     for command in (
         lambda: write_report(run),
         lambda: openimp.load(run),
-        lambda: train(Recipe.load(little_data / "recipe.yaml"), run, resume=True),
+        lambda: train(recipe_of(little_data), run, resume=True),
     ):
         with refuses():
             command()

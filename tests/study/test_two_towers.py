@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from messages import refuses
 
 import openimp
@@ -13,6 +14,7 @@ from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
 from openimp.data.task_data import TaskData
 from openimp.modalities.media import patchify
+from openimp.recipe.file import RecipeLoader, override
 from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report
 from openimp.study.budget import flops_per_step
@@ -20,51 +22,55 @@ from openimp.study.two_towers import TWO_TOWERS, TwoTowers
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
 
-SEEN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
-    "image": (
-        "stills",
-        {"split": "test", "vendor": "twemoji"},
-        {"size": 32, "drop_tokens": 0.5},
-        "{name}, {keywords*}",
-    ),
-    "video": ("clips", {"split": "test"}, {"size": 32, "frames": 2, "stride": 4, "clips": 2}, "{name}, {keywords*}"),
-    "audio": ("notes", {"split": "test"}, {"seconds": 2.048, "drop_tokens": 0.5}, "captions"),
+RECIPE = """
+name: towers
+model: {width: 32, layers: 2, heads: 2, mlp_dim: 64, embed_dim: 48, qk_norm: true}
+optimizer: {lr: 3e-3, muon_lr: 1e-2, warmup_steps: 4}
+train: {steps: 24, num_workers: 0, log_every: 6, save_every: 1000}
+"""
+SEEN = {
+    "image": """
+modalities: {vision: {patch: [2, 8, 8], conv_channels: 8}}
+sources: {data: {path: "openimp:stills.parquet", where: {split: test, vendor: twemoji}, cache: memory}}
+tasks: {pairs: {source: data, inputs: {image: image, text: "{name}, {keywords*}"}, batch_size: 32,
+                objectives: [{type: contrastive}], views: [{image: {size: 32, drop_tokens: 0.5}, text: {length: 8}}]}}
+evaluation:
+  sets: {both_ways: {type: retrieval, source: data, inputs: {image: image, text: "{name}, {keywords*}"},
+                     view: {image: {size: 32}, text: {length: 12}}}}
+""",
+    "video": """
+modalities: {vision: {patch: [2, 8, 8], conv_channels: 8}}
+sources: {data: {path: "openimp:clips.parquet", where: {split: test}, cache: memory}}
+tasks: {pairs: {source: data, inputs: {video: video, text: "{name}, {keywords*}"}, batch_size: 32,
+                objectives: [{type: contrastive}],
+                views: [{video: {size: 32, frames: 2, stride: 4, clips: 2}, text: {length: 8}}]}}
+evaluation:
+  sets: {both_ways: {type: retrieval, source: data, inputs: {video: video, text: "{name}, {keywords*}"},
+                     view: {video: {size: 32, frames: 2, stride: 4, clips: 2}, text: {length: 12}}}}
+""",
+    "audio": """
+modalities: {audio: {window: 1024, hop: 256, bins: 64}}
+sources: {data: {path: "openimp:notes.parquet", where: {split: test}, cache: memory}}
+tasks: {pairs: {source: data, inputs: {audio: audio, text: captions}, batch_size: 32,
+                objectives: [{type: contrastive}],
+                views: [{audio: {seconds: 2.048, drop_tokens: 0.5}, text: {length: 8}}]}}
+evaluation:
+  sets:
+    both_ways: {type: retrieval, source: data, inputs: {audio: audio, text: captions},
+                view: {audio: {seconds: 2.048}, text: {length: 12}}}
+    named: {type: zero_shot, source: data, inputs: {audio: audio}, label: instrument, prompts: ["{}", "{} sound"],
+            view: {audio: {seconds: 2.048}}}
+""",
 }
 STEPS = 24
 
 
-def recipe_of(seen: str, **changes: Any) -> Recipe:
-    """A recipe of small towers that overfit to the test part of the bundled data."""
-    source, where, view, text = SEEN[seen]
-    inputs = {seen: seen, "text": text}
-    exact = {name: options for name, options in view.items() if name != "drop_tokens"}
-    sets: dict[str, Any] = {
-        "both_ways": {
-            "type": "retrieval", "source": "data", "inputs": inputs, "view": {seen: exact, "text": {"length": 12}},
-        }
-    }  # fmt: skip
-    if seen == "audio":
-        sets["named"] = {
-            "type": "zero_shot", "source": "data", "inputs": {seen: seen}, "label": "instrument",
-            "prompts": ["{}", "{} sound"], "view": {seen: exact},
-        }  # fmt: skip
-    stems = {"vision": {"patch": [2, 8, 8], "conv_channels": 8}, "audio": {"window": 1024, "hop": 256, "bins": 64}}
-    data = {
-        "name": "towers",
-        "model": {"width": 32, "layers": 2, "heads": 2, "mlp_dim": 64, "embed_dim": 48, "qk_norm": True},
-        "modalities": {"audio" if seen == "audio" else "vision": stems["audio" if seen == "audio" else "vision"]},
-        "sources": {"data": {"path": f"openimp:{source}.parquet", "where": where, "cache": "memory"}},
-        "tasks": {
-            "pairs": {
-                "source": "data", "inputs": inputs, "batch_size": 32, "objectives": [{"type": "contrastive"}],
-                "views": [{seen: view, "text": {"length": 8}}],
-            }
-        },
-        "optimizer": {"lr": 3e-3, "muon_lr": 1e-2, "warmup_steps": 4},
-        "train": {"steps": STEPS, "num_workers": 0, "log_every": 6, "save_every": 1000},
-        "evaluation": {"sets": sets},
-    }  # fmt: skip
-    return Recipe.build(data | changes)
+def recipe_of(seen: str, *overrides: str) -> Recipe:
+    """Small towers that overfit to the test part of the bundled data."""
+    data = yaml.load(RECIPE + SEEN[seen], RecipeLoader)
+    for change in overrides:
+        override(data, change)
+    return Recipe.build(data)
 
 
 def trainer(recipe: Recipe, folder: Path, **options: Any) -> Trainer:
@@ -110,10 +116,8 @@ def test_the_towers_have_the_recipes_sizes(tmp_path):
 
 @pytest.mark.parametrize("seen", SEEN)
 def test_the_towers_get_the_examples_of_imp_unpatched(seen, tmp_path):
-    data = recipe_of(seen).to_dict()
     # The towers drop patches in the model, not in the loader.
-    data["tasks"]["pairs"]["views"][0][seen]["drop_tokens"] = 0.0
-    recipe = Recipe.build(data)
+    recipe = recipe_of(seen, f"tasks.pairs.views.0.{seen}.drop_tokens=0")
     training = trainer(recipe, tmp_path)
     modality = recipe.make_modalities()[seen]
     loaded = training.batches[3]
@@ -159,16 +163,14 @@ def test_only_a_study_loads_the_towers(trained):
 
 
 def test_unsupported_recipes_are_refused_before_anything_is_written(tmp_path):
-    recipe = recipe_of("image", evaluation={}, modalities={}).to_dict()
-    task, model = recipe["tasks"]["pairs"], recipe["model"]
     for change in (
-        {"model": model | {"moe": {"layers": 1}}},
-        {"tasks": {"pairs": task | {"objectives": [{"type": "contrastive", "positives_by": "name"}]}}},
-        {"tasks": {"pairs": task | {"inputs": {"image": "image", "text": {"column": "keywords", "draw": 2}}}}},
-        {"tasks": {"pairs": task | {"views": [{"image": {"size": 32}}, {"image": {"size": 64}}]}}},
-        {"tasks": {"pairs": task | {"views": [{"image": {"size": 32, "drop_tokens": share}} for share in (0, 0.5)]}}},
-        {"tasks": {"pairs": task, "more": task}},
+        "model.moe={layers: 1}",
+        "tasks.pairs.objectives=[{type: contrastive, positives_by: name}]",
+        "tasks.pairs.inputs.text={column: keywords, draw: 2}",
+        "tasks.pairs.views=[{image: {size: 32}}, {image: {size: 64}}]",
+        "tasks.pairs.views=[{image: {size: 32}}, {image: {size: 32, drop_tokens: 0.5}}]",
+        "tasks.more={source: data, inputs: {image: image, text: name}, objectives: [{type: contrastive}]}",
     ):
         with refuses():
-            train(Recipe.build(recipe | change), tmp_path / "run", variant=TWO_TOWERS)
+            train(recipe_of("image", "evaluation={}", change), tmp_path / "run", variant=TWO_TOWERS)
     assert not (tmp_path / "run").exists()

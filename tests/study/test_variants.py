@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from messages import refuses
+from trained import recipe_of, trainer_of
 
 from openimp.common.json_lines import read_lines
-from openimp.recipe.schema import Recipe
 from openimp.study.variants import CONFLICT, SUMMED
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
@@ -17,13 +17,9 @@ from openimp.training.trainer import Trainer, train
 ROUNDS = ["alternation.kind=intervals", "optimizer.max_grad_norm=null", "optimizer.ema_decay=null"]
 
 
-def recipe_of(folder, *changes: str) -> Recipe:
-    return Recipe.load(folder / "recipe.yaml", list(changes))
-
-
 def test_a_summed_round_applies_the_gradient_of_the_summed_losses(little_data, tmp_path):
-    summed = Trainer(set_up(recipe_of(little_data, *ROUNDS), tmp_path / "a", variant=SUMMED))
-    alone = Trainer(set_up(recipe_of(little_data, *ROUNDS), tmp_path / "b"))
+    summed = trainer_of(little_data, tmp_path / "a", *ROUNDS, variant=SUMMED)
+    alone = trainer_of(little_data, tmp_path / "b", *ROUNDS)
     batches = [alone.batches[step] for step in (0, 1)]
     assert {loaded.visit.task for loaded in batches} == {"named", "heard"}
     sum(alone.forward(loaded).total for loaded in batches).backward()
@@ -49,7 +45,7 @@ def test_a_summed_round_applies_the_gradient_of_the_summed_losses(little_data, t
 
 def test_a_round_of_which_one_loss_is_not_finite_is_neither_applied_nor_saved(little_data, tmp_path):
     """The first task's loss is infinite, and its gradients are not."""
-    training = Trainer(set_up(recipe_of(little_data, *ROUNDS), tmp_path / "a", variant=SUMMED))
+    training = trainer_of(little_data, tmp_path / "a", *ROUNDS, variant=SUMMED)
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
     batches = [training.batches[step] for step in (0, 1)]
     really_forward = training.forward

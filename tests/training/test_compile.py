@@ -7,10 +7,10 @@ import pytest
 import torch
 from messages import refuses
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from trained import recipe_of
 
 from openimp.common.modality import Tokens
 from openimp.data.loader import load_batches
-from openimp.recipe.schema import Recipe
 from openimp.training.compilation import compile_blocks
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
@@ -47,7 +47,7 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, c
     for compiled, memory in (("false", "{}"), ("true", "{chunk_size: 4, activation_checkpointing: true}")):
         changes = [*QUICK, f"train.compile={compiled}", f"memory={memory}", f"optimizer.lr_scale={frozen}"]
         changes.append(f"model.moe={moe}")
-        recipe = Recipe.load(little_data / "recipe.yaml", changes)
+        recipe = recipe_of(little_data, *changes)
         training = Trainer(set_up(recipe, tmp_path / compiled))
         losses[compiled] = [
             float(training.make_step(loaded).total.detach()) for loaded in load_batches(training.batches, 0)

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from messages import refuses
+from trained import recipe_of
 
 import openimp
 from openimp.common.json_lines import read_lines
@@ -19,7 +20,6 @@ from openimp.encoding.tower import make_teachers
 from openimp.inference.join import embed_rows
 from openimp.model.imp import IMP
 from openimp.objectives.distill import unit_vector
-from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
 
 COLOURS = ["blue", "green", "red", "white"]
@@ -75,7 +75,7 @@ def data(little_data: Path, tmp_path_factory: pytest.TempPathFactory, teacher: n
 def student(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the recipe."""
     run = tmp_path_factory.mktemp("runs") / "student"
-    train(Recipe.load(data / "recipe.yaml"), run)
+    train(recipe_of(data), run)
     return run
 
 
@@ -111,7 +111,7 @@ def test_a_row_without_a_vector_is_a_bad_example(data, tmp_path):
             "tasks.seen.weight=0",
             "tasks.read.batch_size=24",
         ]
-        recipe = Recipe.load(data / "recipe.yaml", changes)
+        recipe = recipe_of(data, *changes)
         batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
         batches.data.fit()
         loaded = batches[0]
@@ -134,7 +134,7 @@ def test_a_row_without_a_vector_is_a_bad_example(data, tmp_path):
 
 def test_a_column_of_vectors_of_another_size_is_refused_before_the_training(data, tmp_path):
     with refuses():
-        train(Recipe.load(data / "recipe.yaml", ["model.embed_dim=16"]), tmp_path / "run")
+        train(recipe_of(data, "model.embed_dim=16"), tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -143,25 +143,25 @@ def test_a_set_that_cannot_be_measured_is_refused_before_a_teacher_embeds(studen
     only_texts = f"""tasks={{both: {{source: pictures, inputs: {{image: file, text: label}}, batch_size: 8,
         objectives: [{{type: distill, of: text, teacher: {student}}}]}}}}"""
     with refuses():
-        train(Recipe.load(data / "recipe.yaml", [only_texts]), tmp_path / "run")
+        train(recipe_of(data, only_texts), tmp_path / "run")
     assert not (tmp_path / "cache" / "embedded").exists()
 
 
 def test_in_a_disjoint_space_the_recipe_names_what_to_compare_with(data):
     disjoint = "model.space=disjoint"
     with refuses():
-        Recipe.load(data / "recipe.yaml", [disjoint])
+        recipe_of(data, disjoint)
     one_task = """tasks={both: {source: pictures, inputs: {image: file, text: label}, objectives: [
         {type: distill, of: image, to: teacher}, {type: distill, of: text, to: teacher, towards: TOWARDS}]}}"""
-    recipe = Recipe.load(data / "recipe.yaml", [disjoint, "evaluation={}", one_task.replace("TOWARDS", "image")])
+    recipe = recipe_of(data, disjoint, "evaluation={}", one_task.replace("TOWARDS", "image"))
     model = IMP.from_config(recipe.to_config({}), recipe.make_modalities())
     assert [*model.projections] == ["text-to-vision", "vision-to-text"]
     assert model.share_a_space("image", "text")
     with refuses():
-        Recipe.load(data / "recipe.yaml", [disjoint, one_task.replace("TOWARDS", "imag")])
+        recipe_of(data, disjoint, one_task.replace("TOWARDS", "imag"))
     twice = "tasks.seen.objectives=[{type: distill, of: image, to: teacher}, {type: distill, of: image, to: teacher}]"
     with refuses():
-        Recipe.load(data / "recipe.yaml", [twice])
+        recipe_of(data, twice)
 
 
 def test_a_teacher_gives_the_vectors_that_embed_join_would_write(student, data, tmp_path):
@@ -170,7 +170,7 @@ def test_a_teacher_gives_the_vectors_that_embed_join_would_write(student, data, 
     changes = {"inputs": inputs, "objectives": objectives, "views": [{"image": {"size": 16}, "text": {"length": 12}}]}
     taught = ["tasks.read.weight=0", "evaluation={}", "seed=1"]
     taught += [f"tasks.seen.{key}={json.dumps(value)}" for key, value in changes.items()]
-    recipe = Recipe.load(data / "recipe.yaml", taught)
+    recipe = recipe_of(data, *taught)
     batches = StepBatches(TaskData(recipe, recipe.make_modalities()))
     batches.data.fit()
     batches.data.prepare(None, make_teachers(recipe))
@@ -188,7 +188,7 @@ def test_a_teacher_gives_the_vectors_that_embed_join_would_write(student, data, 
         assert last[name] < 0.35 * first[name]
     for wrong in ("model.embed_dim=16", "sources.pictures.stream=true"):
         with refuses():
-            train(Recipe.load(data / "recipe.yaml", [*taught, wrong]), tmp_path / "wrong")
+            train(recipe_of(data, *taught, wrong), tmp_path / "wrong")
     for wrong in ("", "to: teacher, teacher: runs/a"):
         with refuses():
-            Recipe.load(data / "recipe.yaml", [f"tasks.seen.objectives=[{{type: distill, of: image, {wrong}}}]"])
+            recipe_of(data, f"tasks.seen.objectives=[{{type: distill, of: image, {wrong}}}]")

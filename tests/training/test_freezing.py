@@ -1,19 +1,18 @@
 """Fine-tuning controls: frozen parts, and the learning rate by part and by depth."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from messages import refuses
 from saved import copies
 from torch.utils.flop_counter import FlopCounterMode
+from trained import recipe_of, trainer_of
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints
 from openimp.data.loader import load_batches
 from openimp.planning.memory import step_memory
-from openimp.recipe.schema import Recipe
 from openimp.study.variants import peak_memory
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
@@ -22,19 +21,11 @@ CLASSES = {"pictures:label": ["blue", "green", "red", "white"]}
 ONE_TASK = ["tasks.heard.weight=0", "tasks.named.views=[{image: {size: 16}, text: {length: 8}}]"]
 
 
-def recipe_of(folder: Path, *changes: str) -> Recipe:
-    return Recipe.load(folder / "recipe.yaml", ["evaluation={}", *changes])
-
-
-def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
-    return Trainer(set_up(recipe_of(folder, *changes), run))
-
-
 @pytest.mark.parametrize("options", ["muon_lr: 0.01, ema_decay: 0.9", "zero_missing_grads: true"])
 def test_a_frozen_part_keeps_its_weights_and_has_no_optimizer_state(little_data, tmp_path, capsys, options):
     scale = "{stems: 0, stems.text.after: 1, encoder.blocks.0: 0, projections.text-to-vision: 0}"
-    changes = [f"optimizer={{{options}, warmup_steps: 1, lr_scale: {scale}}}", "train.steps=6"]
-    training = training_of(little_data, tmp_path / "run", *changes)
+    changes = [f"optimizer={{{options}, warmup_steps: 1, lr_scale: {scale}}}", "train.steps=6", "evaluation={}"]
+    training = trainer_of(little_data, tmp_path / "run", *changes)
     size = sum(weight.numel() for weight in training.model.parameters() if not weight.requires_grad)
     assert f"{size / 1e6:.2f}M of them frozen" in capsys.readouterr().out
     frozen = ("stems.", "encoder.blocks.0.", "projections.text-to-vision.")
@@ -57,7 +48,7 @@ def test_one_of_two_optimizers_may_have_nothing_to_update(little_data, tmp_path,
     parts = ("stems", "encoder", "projections", "temperatures", "classifiers")
     scale = {part: 0 for part in parts} | {trained: 1}
     options = f"optimizer={{muon_lr: 0.01, warmup_steps: 0, lr_scale: {json.dumps(scale)}}}"
-    training = training_of(little_data, tmp_path / "run", options, "train.steps=6")
+    training = trainer_of(little_data, tmp_path / "run", options, "train.steps=6", "evaluation={}")
     before = copies(training.model.state_dict())
     assert kind in [type(optimizer).__name__ for optimizer in training.updater.optimizers]
     assert training.train()
@@ -70,12 +61,12 @@ def test_one_of_two_optimizers_may_have_nothing_to_update(little_data, tmp_path,
 @pytest.mark.parametrize("memory", ["{}", "{chunk_size: 4, activation_checkpointing: true}"])
 def test_counted_flops_are_those_of_a_step(little_data, tmp_path, scale, memory):
     changes = [*ONE_TASK, f"optimizer.lr_scale={scale}", f"memory={memory}"]
-    training = training_of(little_data, tmp_path / "run", *changes)
+    training = trainer_of(little_data, tmp_path / "run", *changes)
     with FlopCounterMode(display=False) as counter:
         training.make_step(next(iter(load_batches(training.batches, 0))))
     cost = training.log.costs["named", 0]
     assert cost.flops == counter.get_total_flops()
-    full = training_of(little_data, tmp_path / "full", *ONE_TASK, f"memory={memory}").log.costs["named", 0]
+    full = trainer_of(little_data, tmp_path / "full", *ONE_TASK, f"memory={memory}").log.costs["named", 0]
     assert cost.flops < full.flops
     assert cost.forward_flops == full.forward_flops
 
@@ -85,7 +76,7 @@ def test_frozen_parts_need_less_memory_and_the_plan_says_how_much(little_data, t
             "train.steps=6", "train.precision=fp32", "train.log_every=6"]  # fmt: skip
     measured = []
     for scale in ("{}", "{stems: 0, encoder: 0, encoder.blocks.5: 1}"):
-        recipe = recipe_of(little_data, *wide, f"optimizer.lr_scale={scale}")
+        recipe = recipe_of(little_data, "evaluation={}", *wide, f"optimizer.lr_scale={scale}")
         measured.append(peak_memory(Trainer(set_up(recipe, tmp_path / scale))))
         planned = step_memory(
             recipe, recipe.make_modalities(), CLASSES, "named", 0, precision="fp32", on_gpu=False
@@ -96,9 +87,7 @@ def test_frozen_parts_need_less_memory_and_the_plan_says_how_much(little_data, t
 
 def test_each_layer_has_its_learning_rate(little_data, tmp_path):
     changes = ["optimizer={muon_lr: 0.01, lr: 0.001, layer_decay: 0.5, lr_scale: {projections: 3, stems.audio: 0}}"]
-    training = training_of(
-        little_data, tmp_path / "run", *changes, "model.modality_specific_layers=1", "model.layers=4"
-    )
+    training = trainer_of(little_data, tmp_path / "run", *changes, "model.modality_specific_layers=1", "model.layers=4")
     adamw, muon = training.updater.optimizers
     names = {parameter: name for name, parameter in training.model.named_parameters()}
     rates = {names[p]: group["peak"] / 0.001 for group in adamw.param_groups for p in group["params"]}
@@ -118,7 +107,7 @@ def test_a_step_of_a_slower_part_is_smaller(little_data, tmp_path):
     moved = {}
     for scale in (1, 0.25):
         changes = [f"optimizer={{muon_lr: 0.01, warmup_steps: 0, weight_decay: 0, lr_scale: {{encoder: {scale}}}}}"]
-        training = training_of(little_data, tmp_path / str(scale), *changes)
+        training = trainer_of(little_data, tmp_path / str(scale), *changes)
         before = copies(training.model.state_dict())
         training.make_step(next(iter(load_batches(training.batches, 0))))
         moved[scale] = {name: x - before[name] for name, x in training.model.state_dict().items()}
@@ -138,4 +127,4 @@ def test_what_cannot_be_frozen_is_refused(little_data, tmp_path):
         "{encoder.blocks.12: 0}",
     ):
         with refuses():
-            training_of(little_data, tmp_path / "run", "model.layers=12", f"optimizer.lr_scale={scale}")
+            trainer_of(little_data, tmp_path / "run", "model.layers=12", f"optimizer.lr_scale={scale}")

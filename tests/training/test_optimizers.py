@@ -3,26 +3,19 @@
 import itertools
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from trained import recipe_of, trainer_of
 
 from openimp.common.json_lines import read_lines
 from openimp.parallel.muon import Muon
-from openimp.recipe.schema import Recipe
 from openimp.training.optimizers import lr_schedule
-from openimp.training.setup import set_up
-from openimp.training.trainer import Trainer
-
-
-def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
-    return Trainer(set_up(Recipe.load(folder / "recipe.yaml", changes), run))
 
 
 def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_path):
     changes = ["optimizer.muon_lr=1e-2", "model.bias=true", "modalities.vision.conv_channels=8"]
-    training = training_of(little_data, tmp_path / "run", *changes)
+    training = trainer_of(little_data, tmp_path / "run", *changes)
     adamw, muon = training.updater.optimizers
     assert isinstance(adamw, torch.optim.AdamW)
     assert isinstance(muon, Muon)
@@ -45,7 +38,7 @@ def test_the_learning_rate_follows_the_flops_of_views_that_follow_one_after_the_
     views = "tasks.named.views=[{image: {size: 16}, text: {length: 8}}, {image: {size: 64}, text: {length: 8}}]"
     changes = [views, "tasks.heard.weight=0", "train.steps=10", "optimizer={lr: 0.1, warmup_steps: 2}"]
     changes += ["train.log_every=1", "evaluation={}", "alternation.views=sequence"]
-    training = training_of(little_data, tmp_path / "run", *changes)
+    training = trainer_of(little_data, tmp_path / "run", *changes)
     small, large = (training.log.costs["named", view].flops for view in (0, 1))
     assert large > 5 * small
     done = [0.0]  # FLOPs since the warm-up
@@ -60,11 +53,11 @@ def test_the_learning_rate_follows_the_flops_of_views_that_follow_one_after_the_
 
 def test_the_learning_rate_rises_and_falls(little_data, tmp_path):
     """One step in twenty warms up unless told otherwise."""
-    recipe = Recipe.load(little_data / "recipe.yaml", ["optimizer.warmup_steps=null", "train.steps=80"])
+    recipe = recipe_of(little_data, "optimizer.warmup_steps=null", "train.steps=80")
     assert [lr_schedule(recipe, step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert lr_schedule(recipe, 5) < 1
     changes = ["optimizer={lr: 0.1, muon_lr: 0.3, warmup_steps: 4, min_lr_ratio: 0.2}", "train.steps=12"]
-    training = training_of(little_data, tmp_path / "run", *changes)
+    training = trainer_of(little_data, tmp_path / "run", *changes)
     rates = [lr_schedule(training.recipe, step) for step in range(12)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert rates[8] == pytest.approx(0.2 + 0.8 * 0.5)

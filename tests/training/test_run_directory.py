@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from messages import refuses
+from trained import recipe_of
 
 import openimp
 from openimp.checkpoint.folder import checkpoints, verify
@@ -18,7 +19,7 @@ from openimp.training.trainer import train
 
 def test_a_second_training_in_the_same_directory_is_refused(little_data, tmp_path):
     run = tmp_path / "run"
-    recipe = Recipe.load(little_data / "recipe.yaml")
+    recipe = recipe_of(little_data)
     with locked(run):
         for resume in (False, True, "auto"):
             with refuses():
@@ -33,7 +34,7 @@ def test_a_finished_run_is_resumed_without_its_data(little_data, little_run, tmp
     run = tmp_path / "run"
     shutil.copytree(little_run, run, symlinks=True)
     data = tmp_path / "data"
-    recipe = Recipe.load(little_data / "recipe.yaml", [f"sources.pictures.path={data}", f"sources.sounds.path={data}"])
+    recipe = recipe_of(little_data, f"sources.pictures.path={data}", f"sources.sounds.path={data}")
     assert train(recipe, run, resume=True)
     assert f"{run}: all 12 steps are done and evaluated already" in capsys.readouterr().out
     changed = Recipe.build(recipe.to_dict() | {"evaluation": {"sets": {}, "every": 3}})
@@ -48,39 +49,39 @@ def test_what_may_change_when_a_run_is_resumed(little_data, little_run, tmp_path
     """The list of loggers, which may be empty, and the paths of files that only the start of a run reads."""
     run = Path(shutil.copytree(little_run, tmp_path / "run", symlinks=True))
     for changes in (["train.loggers=[]"], ["train.loggers=[tensorboard]", "train.log_every=7"]):
-        assert train(Recipe.load(little_data / "recipe.yaml", changes), run, resume=True)
+        assert train(recipe_of(little_data, *changes), run, resume=True)
     first = Path(shutil.copytree(little_run, tmp_path / "first", symlinks=True))
     started = [f"train.init={first}", "train.steps=1", "evaluation={}", "train.loggers=[]"]
-    assert train(Recipe.load(little_data / "recipe.yaml", started), tmp_path / "tuned")
+    assert train(recipe_of(little_data, *started), tmp_path / "tuned")
     assert not (tmp_path / "tuned" / "tensorboard").exists()
     started[0] = f"train.init={tmp_path / 'elsewhere' / 'first'}"
     with refuses():  # Another model, because the first one is still there.
-        train(Recipe.load(little_data / "recipe.yaml", started), tmp_path / "tuned", resume=True)
+        train(recipe_of(little_data, *started), tmp_path / "tuned", resume=True)
     shutil.rmtree(first)
-    assert train(Recipe.load(little_data / "recipe.yaml", started), tmp_path / "tuned", resume=True)
+    assert train(recipe_of(little_data, *started), tmp_path / "tuned", resume=True)
     with refuses():
         started[0] = "train.init=another"
-        train(Recipe.load(little_data / "recipe.yaml", started), tmp_path / "tuned", resume=True)
+        train(recipe_of(little_data, *started), tmp_path / "tuned", resume=True)
 
 
 def test_a_set_that_is_added_to_a_finished_run_can_be_measured_again(little_data, tmp_path):
     run = tmp_path / "run"
-    sets = Recipe.load(little_data / "recipe.yaml").to_dict()["evaluation"]["sets"]
+    sets = recipe_of(little_data).to_dict()["evaluation"]["sets"]
     short = ["train.steps=2", "evaluation={}"]
-    assert train(Recipe.load(little_data / "recipe.yaml", short), run)
+    assert train(recipe_of(little_data, *short), run)
     with refuses():
         openimp.evaluate(run)
     added = [*short, f"evaluation.sets={json.dumps({'colours': sets['colours']})}"]
-    assert train(Recipe.load(little_data / "recipe.yaml", added), run, resume=True)
+    assert train(recipe_of(little_data, *added), run, resume=True)
     assert openimp.evaluate(run) == read_lines(run / "results.jsonl")
     verify(checkpoints(run)[-1])
 
 
 def test_a_resumed_run_may_be_evaluated_on_another_source(little_data, little_run, tmp_path):
     run = Path(shutil.copytree(little_run, tmp_path / "run", symlinks=True))
-    colours = Recipe.load(little_data / "recipe.yaml").to_dict()["evaluation"]["sets"]["colours"]
+    colours = recipe_of(little_data).to_dict()["evaluation"]["sets"]["colours"]
     sets = json.dumps({"some": {**colours, "source": "some"}})
     for limit in (8, 4):
         some = f"sources.some={{path: pictures, limit: {limit}}}"
-        assert train(Recipe.load(little_data / "recipe.yaml", [some, f"evaluation.sets={sets}"]), run, resume=True)
+        assert train(recipe_of(little_data, some, f"evaluation.sets={sets}"), run, resume=True)
         assert [result["n"] for result in read_lines(run / "results.jsonl")] == [limit]

@@ -1,19 +1,16 @@
 """The host does not wait for the device, except on the steps that are logged."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from trained import trainer_of
 
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
-from openimp.recipe.schema import Recipe
-from openimp.training.setup import set_up
-from openimp.training.trainer import Trainer
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount"}
 """Operators that give a number to the host, as `item` and `float` do, or whose result has a size that they compute."""
@@ -41,13 +38,9 @@ class Waits(TorchDispatchMode):
         return out
 
 
-def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
-    return Trainer(set_up(Recipe.load(folder / "recipe.yaml", [*CHANGES, *changes]), run))
-
-
 def test_numbers_are_read_on_logged_steps_only(little_data, tmp_path):
     """Every fourth and every fifth step (with a checkpoint), and the last."""
-    training = training_of(little_data, tmp_path / "run", "train.steps=11", "train.log_every=4")
+    training = trainer_of(little_data, tmp_path / "run", *CHANGES, "train.steps=11", "train.log_every=4")
     waits = Waits()
     make_step = training.make_step
 
@@ -73,7 +66,7 @@ def test_numbers_are_read_on_logged_steps_only(little_data, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("more", [[], ["model.moe.experts={vision: 2, text: 2, audio: 2}"], ["model.moe=null"]])
 def test_the_host_never_waits_for_a_gpu_between_two_logged_steps(little_data, tmp_path, more):
-    training = training_of(little_data, tmp_path / "run", "train.log_every=100", "train.save_every=100", *more)
+    training = trainer_of(little_data, tmp_path / "run", *CHANGES, "train.log_every=100", "train.save_every=100", *more)
     batches = [*load_batches(training.batches, 0, 8)]
     for loaded in batches[:4]:  # Libraries and optimizer state are initialized in the first steps.
         training.make_step(loaded)

@@ -11,15 +11,15 @@ import torch
 from messages import refuses
 from processes import Process
 from saved import assert_equal, copies, hashes
+from trained import recipe_of, trainer_of
 
 from openimp.checkpoint.folder import checkpoints, optimizer_state
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
-from openimp.recipe.schema import Recipe
 from openimp.study.variants import SUMMED
 from openimp.training.callbacks import Callback
-from openimp.training.setup import Variant, set_up
+from openimp.training.setup import Variant
 from openimp.training.stopping import stop_signals
 from openimp.training.trainer import Trainer, train
 
@@ -28,10 +28,6 @@ LONG = [f"train.steps={STEPS}", "train.save_every=10", "train.keep_last=3", "eva
         "optimizer.muon_lr=4e-3"]  # fmt: skip
 CLOCK = ("examples_per_s", "tokens_per_s", "mfu", "data_wait", "waits", "step_p50", "step_p95", "seconds")
 """Figures of a metrics line that no two runs share."""
-
-
-def recipe_of(folder: Path, *changes: str) -> Recipe:
-    return Recipe.load(folder / "recipe.yaml", changes)
 
 
 def last_step(run: Path) -> int:
@@ -70,7 +66,7 @@ def test_the_run_tells_what_it_did(whole_run, little_data):
     assert all(result.get("top1", result.get("r1")) > 1.5 * result["chance"] for result in results[-3:]), (
         "it has learned"
     )
-    assert Recipe.load(whole_run / "recipe.yaml") == recipe_of(little_data, *LONG)
+    assert recipe_of(whole_run) == recipe_of(little_data, *LONG)
     assert list((whole_run / "tensorboard").iterdir())
     assert [folder.name[-3:] for folder in checkpoints(whole_run)] == ["100", "110", "120"]
 
@@ -133,9 +129,7 @@ def test_equal_texts_of_different_items_are_told(little_data, tmp_path, capsys):
     changes = ["train.steps=3", "tasks.heard.weight=0", "evaluation.sets={}", "tasks.named.views.1.weight=0.001"]
     train(recipe_of(little_data, *changes), tmp_path / "one item")
     assert "belong to other examples too" not in capsys.readouterr().out
-    training = Trainer(
-        set_up(recipe_of(little_data, *changes, "tasks.named.objectives.0.positives_by=null"), tmp_path / "run")
-    )
+    training = trainer_of(little_data, tmp_path / "run", *changes, "tasks.named.objectives.0.positives_by=null")
     names = [Path(name).parent.name for name in training.batches[0].names]
     alike = sum(names.count(name) > 1 for name in names) / len(names)
     training.train()
@@ -144,7 +138,7 @@ def test_equal_texts_of_different_items_are_told(little_data, tmp_path, capsys):
 
 
 def test_the_temperatures_are_kept_in_bounds(little_data, tmp_path):
-    training = Trainer(set_up(recipe_of(little_data, "tasks.heard.weight=0"), tmp_path / "run"))
+    training = trainer_of(little_data, tmp_path / "run", "tasks.heard.weight=0")
     (temperature,) = (t for pair, t in training.model.temperatures.items() if pair == "text-vision")
     with torch.no_grad():
         temperature.temperature.fill_(0.001)
@@ -280,7 +274,7 @@ def break_a_loss(training, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(little_data, tmp_path, monkeypatch, breaks, changes):
     """Weights, their average and the optimizers' state stay as they are. The step after it is not applied either."""
     changes = ["optimizer={lr: 3e-3, muon_lr: 0.01, weight_decay: 0.1, warmup_steps: 0, ema_decay: 0.9}", *changes]
-    training = Trainer(set_up(recipe_of(little_data, *changes, "tasks.heard.weight=0"), tmp_path / "run"))
+    training = trainer_of(little_data, tmp_path / "run", *changes, "tasks.heard.weight=0")
     if breaks:
         breaks(training, monkeypatch)
     batches = [*load_batches(training.batches, 0, 4)]
@@ -314,7 +308,7 @@ def moments_of(training: Trainer) -> dict[str, torch.Tensor]:
 def test_unused_parameters_keep_their_value_and_optimizer_state(little_data, tmp_path):
     """No weight decay, no decay of moments, no count: the gradient is None, not zero."""
     changes = ["alternation.kind=intervals", "optimizer.weight_decay=0.5"]
-    training = Trainer(set_up(recipe_of(little_data, *changes), tmp_path / "run"))
+    training = trainer_of(little_data, tmp_path / "run", *changes)
     own = {
         "named": ("stems.vision", "projections.vision", "projections.text-to-vision", "classifiers",
                   "temperatures.text-vision"),
@@ -339,7 +333,7 @@ def test_unused_parameters_keep_their_value_and_optimizer_state(little_data, tmp
 def test_zero_gradients_let_the_state_of_untouched_parameters_decay(little_data, tmp_path):
     """As in the authors' release: AdamW's momentum moves them on, its means decay, and it counts the step."""
     changes = ["alternation.kind=intervals", "optimizer.zero_missing_grads=true"]
-    training = Trainer(set_up(recipe_of(little_data, *changes), tmp_path / "run"))
+    training = trainer_of(little_data, tmp_path / "run", *changes)
     first, second = load_batches(training.batches, 0, 2)
     assert (first.visit.task, second.visit.task) == ("named", "heard")
     training.make_step(first)
@@ -354,7 +348,7 @@ def test_zero_gradients_let_the_state_of_untouched_parameters_decay(little_data,
 
 def test_the_gradient_is_clipped_and_the_weights_are_averaged_as_the_recipe_says(little_data, tmp_path):
     changes = ["optimizer.max_grad_norm=0.01", "optimizer.ema_decay=0.5"]
-    training = Trainer(set_up(recipe_of(little_data, *changes), tmp_path / "run"))
+    training = trainer_of(little_data, tmp_path / "run", *changes)
     seen: list[float] = []
 
     def note(optimizer, *_):
@@ -378,7 +372,7 @@ def test_the_gradient_is_clipped_and_the_weights_are_averaged_as_the_recipe_says
 def test_the_evaluated_weights_are_the_averaged_ones(whole_run, little_data, tmp_path):
     """And training goes on with its own."""
     run = Path(shutil.copytree(whole_run, tmp_path / "run"))
-    training = Trainer(set_up(recipe_of(little_data, *LONG), run, resume=True))
+    training = trainer_of(little_data, run, *LONG, resume=True)
     trained = copies(training.model.state_dict())
     training.evaluate()
     assert read_lines(run / "results.jsonl") == read_lines(whole_run / "results.jsonl")
