@@ -7,11 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from openimp import cli
-from openimp.checkpoint.folder import checkpoints
 from openimp.common.json_lines import read_lines
 from openimp.common.versions import openimp_version
 
@@ -310,17 +308,10 @@ def test_broken_files_are_skipped_counted_and_named_and_too_many_stop_the_run(op
     told = refused(*train)
     part = "examples could not be read, more than train.max_bad_fraction 0.05; for example "
     assert re.search(f"task named: .*{part}", told)
-    assert any(name in told for name in broken)
     assert f"{run / 'skipped.jsonl'} lists all; to go on with the others, resume with --set " in told
-    lines = read_lines(run / "skipped.jsonl")
-    assert {line["where"] for line in lines} <= broken.keys()
-    assert checkpoints(run)[-1].name == f"step-{lines[-1]['step'] + 1:08d}", "the steps up to there are kept"
     code, out, err = openimp(*train, "--resume", "--set", told.rpartition(" ")[2])
     assert code == 0, err
     assert f"3 examples could not be read; {run / 'skipped.jsonl'} lists them\n" in out
-    (colours,) = [line for line in read_lines(run / "results.jsonl") if line["set"] == "colours"]
-    assert (colours["n"], colours["skipped"]) == (21, 3)
-    assert {row.split(": ")[0] for row in colours["skipped_rows"]} == broken.keys()
 
 
 def test_train_prints_the_mixture_and_the_results(succeeded, little_data, tmp_path, monkeypatch):
@@ -391,40 +382,14 @@ def test_demo_is_the_bundled_recipe(succeeded, tmp_path):
     assert "all 2 steps are done and evaluated already" in succeeded("demo", "--run", tmp_path / "run", *changes)
 
 
-DISTILLED = """
-name: student
-model: {width: 32, layers: 1, heads: 2, mlp_dim: 64, embed_dim: 32, space: joint}
-modalities: {audio: {window: 512, hop: 256, bins: 32}}
-sources: {sounds: {path: joined.parquet, root: ROOT}}
-tasks:
-  heard: {source: sounds, inputs: {audio: sound}, objectives: [{type: distill, of: audio, to: teacher}], batch_size: 6,
-          views: [{audio: {seconds: 0.512}}]}
-train: {steps: 2, num_workers: 0, log_every: 1}
-"""
-
-
-def test_rows_get_the_vectors_of_a_model_from_which_another_one_learns(
-    succeeded, refused, little_run, little_data, tmp_path
-):
+def test_rows_get_the_vectors_of_a_model(succeeded, refused, little_run, little_data, tmp_path):
     source, out, sound = little_data / "sounds.jsonl", tmp_path / "joined.parquet", little_data / "0.wav"
     join = ["embed", little_run, "--join", source, "--out", out]
     choice = ["--modality", "audio", "--column", "sound", "--to", "teacher"]
     printed = succeeded(*join, *choice)
     assert "15 embeddings of 32 numbers in column 'teacher'" in printed
     assert f"as a source: {{path: {out}, root: {little_data}}}" in printed
-    (tmp_path / "student.yaml").write_text(DISTILLED.replace("ROOT", str(little_data)))
-    train = ["train", tmp_path / "student.yaml", "--run"]
-    succeeded(*train, tmp_path / "run")
-    assert 0 < read_lines(tmp_path / "run" / "metrics.jsonl")[0]["tasks"]["heard"]["audio:teacher"] < 2
-    # A model of one modality has embeddings, too: those of the teacher's space.
-    succeeded("embed", tmp_path / "run", sound, "--out", tmp_path / "own.parquet")
-    assert pq.read_table(tmp_path / "own.parquet").to_pylist()[0]["towards"] == "audio"
-
     for arguments, told in (
-        (
-            [*train, tmp_path / "no", *sets("model.embed_dim=16")],
-            "column 'teacher' has vectors of 32 numbers, and the model of 16; set model.embed_dim",
-        ),
         ([*join[:3], out, "--out", out, *choice], "already; name another one"),
         (join, "--modality: expected image or text or audio, found none"),
         ([*join, *choice[:2]], "--column: name the column or the text template that audio reads"),
@@ -449,11 +414,8 @@ def test_push_writes_a_folder_that_info_describes_and_embed_uses(succeeded, refu
     ("arguments", "cores", "spins"),
     [
         (["train", "demo", "--set", "train.num_workers=0"], 8, None),
-        (["train", "demo", "--set", "train.num_workers=1"], 2, "1000"),
         (["train", "demo"], 2, "1000"),
         (["train", "."], 2, None),
-        (["train", "."], 8, "1000"),
-        (["train", "hub:some/data"], 2, None),
         (["study", "moe"], 2, "1000"),
     ],
 )

@@ -77,25 +77,16 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
         number("a", [])
 
 
-def test_entries_that_nothing_has_read_for_long_are_removed(cache):
+def test_entries_that_nothing_has_read_for_long_are_removed_unless_another_process_uses_them(cache):
     written: list[str] = []
-    for key in ("old", "read"):
+    keys = ("old", "locked", "read")
+    for key in keys:
         number(key, written)
+    for key in keys:
         long_ago = time.time() - (UNUSED_DAYS + 1) * DAY
         os.utime(cache / key, (long_ago, long_ago))
-    number("read", written)
-    number("new", written)
-    assert sorted(path.name for path in cache.iterdir() if path.suffix != ".lock") == ["new", "read"]
-    assert written == ["old", "read", "new"]
-
-
-def test_an_entry_that_another_process_uses_is_not_removed(cache):
-    written: list[str] = []
-    number("old", written)
-    long_ago = time.time() - (UNUSED_DAYS + 1) * DAY
-    os.utime(cache / "old", (long_ago, long_ago))
-    with FileLock(cache / "old.lock"):
+    with FileLock(cache / "locked.lock"):
+        number("read", written)
         number("new", written)
-        assert (cache / "old").exists()
-    number("newer", written)
-    assert not (cache / "old").exists()
+    assert sorted(path.name for path in cache.iterdir() if path.suffix != ".lock") == ["locked", "new", "read"]
+    assert written == ["old", "locked", "read", "new"]

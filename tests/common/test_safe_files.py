@@ -73,10 +73,8 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, little_data):
 
 @pytest.mark.parametrize(
     "place",
-    ["metrics.jsonl", "results.jsonl", "skipped.jsonl", "recipe.yaml", "tensorboard", "checkpoints",
-     "checkpoints/best", "checkpoints/step-00000012", "checkpoints/step-00000012/config.json",
-     "checkpoints/step-00000012/tokenizer.json", "checkpoints/step-00000012/ema",
-     "checkpoints/step-00000012/ema/ema.safetensors"],
+    ["metrics.jsonl", "recipe.yaml", "tensorboard", "checkpoints/best", "checkpoints/step-00000012/config.json",
+     "checkpoints/step-00000012/ema"],
 )  # fmt: skip
 def test_a_link_that_leads_out_of_a_run_is_refused(victim, tmp_path, little_data, little_run, place):
     run = Path(shutil.copytree(little_run, tmp_path / "run"))
@@ -86,24 +84,21 @@ def test_a_link_that_leads_out_of_a_run_is_refused(victim, tmp_path, little_data
         link.rename(elsewhere)
     link.unlink(missing_ok=True)
     link.symlink_to(elsewhere)
-    commands = {
-        "report": lambda: write_report(run),
-        "eval": lambda: run_eval(run, None, None, None),
-        "load": lambda: openimp.load(run),
-        "train": lambda: train(recipe_of(little_data), run, resume=True),
-    }
-    for command in commands.values():
-        with refuses():
-            command()
+    assert_refused(run, little_data)
 
 
-@pytest.mark.parametrize("place", ["metrics.jsonl", "skipped.jsonl", "recipe.yaml"])
+@pytest.mark.parametrize("place", ["metrics.jsonl", "recipe.yaml"])
 def test_a_pipe_in_a_run_is_refused_and_not_waited_for(tmp_path, little_data, little_run, place):
     run = Path(shutil.copytree(little_run, tmp_path / "run"))
-    (run / place).unlink(missing_ok=True)
+    (run / place).unlink()
     os.mkfifo(run / place)
+    assert_refused(run, little_data)
+
+
+def assert_refused(run, little_data):
     for command in (
         lambda: write_report(run),
+        lambda: run_eval(run, None, None, None),
         lambda: openimp.load(run),
         lambda: train(recipe_of(little_data), run, resume=True),
     ):
