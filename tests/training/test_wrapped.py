@@ -3,11 +3,9 @@
 torchrun runs this file on two ranks.
 """
 
-import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import public
 import pytest
@@ -25,7 +23,6 @@ from openimp.checkpoint import dcp
 from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import checkpoints, load_model
 from openimp.common.json_lines import read_lines
-from openimp.common.safe_files import write_text
 from openimp.data.loader import load_batches
 from openimp.inference.join import embed_rows
 from openimp.inference.publish import push
@@ -35,7 +32,6 @@ from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
 
-STEPS = 20
 CASES = {
     "fp32": ["optimizer={muon_lr: 0.02, warmup_steps: 1}"],
     "frozen": ["optimizer={muon_lr: 0.02, warmup_steps: 1, layer_decay: 0.5, lr_scale: {encoder.visual: 0}}"],
@@ -43,33 +39,33 @@ CASES = {
 }
 
 
-def recipe_of(data: Path, name: str, *overrides: str, **train_options: Any) -> Recipe:
-    """A recipe of two tasks on the pictures of `little.py`, one with a classification, one with clips of one frame."""
-    files = {"source": "pictures", "objectives": [{"type": "contrastive", "positives_by": "label"}], "batch_size": 8}
-    named = {**files, "inputs": {"image": "file", "text": "a {label} square"}, "views": [{"image": {"crop": 0.5}}]}
-    named["objectives"] = [*files["objectives"], {"type": "classification", "label": "label"}]
-    paired = {**files, "inputs": {"video": "file", "text": "{label}"}, "views": [{"video": {"frames": 2}}]}
-    options = {"steps": STEPS, "num_workers": 0, "log_every": 1, "save_every": 5, "precision": "fp32"}
-    colours = {"type": "zero_shot", "source": "pictures", "inputs": {"image": "file"}, "label": "label"}
-    data_of = {
-        "name": "wrapped",
-        "model": {"wrap": name},
-        "sources": {"pictures": {"path": str(data / "pictures"), "cache": "memory"}},
-        "tasks": {"named": named, "paired": paired},
-        "alternation": {"kind": "intervals"},
-        "optimizer": {"lr": 1e-3, "ema_decay": 0.9},
-        "train": options | train_options,
-        "evaluation": {"sets": {"colours": colours}},
-    }
-    file = data / "wrapped.json"
-    write_text(file, json.dumps(data_of))  # In one go, because several ranks write the same file.
-    return Recipe.load(file, overrides)
+RECIPE = """
+name: wrapped
+sources: {pictures: {path: pictures, cache: memory}}
+tasks:
+  named: {source: pictures, inputs: {image: file, text: "a {label} square"}, batch_size: 8,
+          views: [{image: {crop: 0.5}}],
+          objectives: [{type: contrastive, positives_by: label}, {type: classification, label: label}]}
+  paired: {source: pictures, inputs: {video: file, text: "{label}"}, batch_size: 8, views: [{video: {frames: 2}}],
+           objectives: [{type: contrastive, positives_by: label}]}
+alternation: {kind: intervals}
+optimizer: {lr: 1e-3, ema_decay: 0.9}
+train: {steps: 20, num_workers: 0, log_every: 1, save_every: 5, precision: fp32}
+evaluation: {sets: {colours: {type: zero_shot, source: pictures, inputs: {image: file}, label: label}}}
+"""
+"""One task has a classification, one clips of one frame."""
+
+
+def recipe_of(data: Path, name: str, *overrides: str) -> Recipe:
+    return Recipe.load(data / "wrapped.yaml", [f"model.wrap={name}", *overrides])
 
 
 @pytest.fixture(scope="module")
 def data(little_data, tmp_path_factory) -> Path:
-    """The pictures, and clips of them."""
-    return Path(shutil.copytree(little_data, tmp_path_factory.mktemp("data") / "little"))
+    """The pictures, clips of them, and a recipe."""
+    data = Path(shutil.copytree(little_data, tmp_path_factory.mktemp("data") / "little"))
+    (data / "wrapped.yaml").write_text(RECIPE)
+    return data
 
 
 @pytest.fixture(scope="module")
@@ -129,18 +125,18 @@ def test_a_run_that_was_killed_resumes_exactly_without_the_public_model(whole, d
 
 
 def test_further_training_starts_from_a_run(whole, data, name, tmp_path):
-    trainer = Trainer(set_up(recipe_of(data, name, init=str(whole)), tmp_path / "run"))
+    trainer = Trainer(set_up(recipe_of(data, name, f"train.init={whole}"), tmp_path / "run"))
     assert_contains(weights(whole, "ema"), trainer.model.state_dict())
-    plain = recipe_of(data, name, "model.wrap=null", "tasks.paired.views=[{}]", init=str(whole))
+    plain = recipe_of(data, name, "model.wrap=null", "tasks.paired.views=[{}]", f"train.init={whole}")
     with refuses():
         set_up(plain, tmp_path / "other")
 
 
 def test_a_run_of_pictures_alone_can_be_continued_with_texts(data, name, tmp_path):
     task = "source: pictures, inputs: {image: file}, batch_size: 8, objectives: [{type: classification, label: label}]"
-    alone = recipe_of(data, name, f"tasks={{only: {{{task}}}}}", "evaluation={}", steps=1)
+    alone = recipe_of(data, name, f"tasks={{only: {{{task}}}}}", "evaluation={}", "train.steps=1")
     assert train(alone, tmp_path / "alone")
-    trainer = Trainer(set_up(recipe_of(data, name, init=str(tmp_path / "alone")), tmp_path / "run"))
+    trainer = Trainer(set_up(recipe_of(data, name, f"train.init={tmp_path / 'alone'}"), tmp_path / "run"))
     assert trainer.batches[0].batch.tokens["text"].values.shape == (8, 16)
 
 
@@ -150,7 +146,7 @@ def test_a_model_of_another_name_cannot_be_the_initial_one(data, name, tmp_path)
     Trainer(set_up(recipe_of(data, f"open_clip:local-dir:{tmp_path / 'link'}"), tmp_path / "linked"))
     other = public.write("oblong", tmp_path / "oblong")
     with refuses():
-        Trainer(set_up(recipe_of(data, name, init=other), tmp_path / "run"))
+        Trainer(set_up(recipe_of(data, name, f"train.init={other}"), tmp_path / "run"))
 
 
 def test_one_tower_learns_the_vectors_of_the_other_that_is_frozen(data, name, tmp_path):
@@ -236,7 +232,7 @@ def test_the_card_says_whose_model_it_is_and_whether_openimp_trained_it(whole, n
 def test_other_architectures_train(kind, data, tmp_path):
     own = public.write(kind, tmp_path / kind)
     objectives = "tasks.named.objectives=[{type: contrastive, loss: sigmoid, positives_by: label}]"
-    recipe = recipe_of(data, own, objectives, "evaluation={}", steps=4, save_every=2)
+    recipe = recipe_of(data, own, objectives, "evaluation={}", "train.steps=4", "train.save_every=2")
     assert train(recipe, tmp_path / "run")
     before, after = openimp.load(own).imp.state_dict(), weights(tmp_path / "run")
     assert before.keys() == after.keys()
