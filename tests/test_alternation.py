@@ -4,46 +4,40 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openimp.alternation import Alternation, _draw, expected_shares
 from openimp.recipe.schema import Recipe
 
-
-def mixture(kind: str, steps: int, tasks: dict, seed: int = 0) -> Recipe:
-    one = {
-        "source": "all",
-        "inputs": {"image": "i", "text": "t"},
-        "objectives": [{"type": "contrastive"}],
-        "batch_size": 4,
-    }
-    return Recipe.build(
-        {
-            "name": "x",
-            "seed": seed,
-            "sources": {"all": {"path": "x.parquet"}},
-            "tasks": {name: {**one, **options} for name, options in tasks.items()},
-            "alternation": {"kind": kind},
-            "train": {"steps": steps},
-        }
-    )
+THREE = """
+name: x
+sources: {all: {path: x.parquet}}
+tasks:
+  a: {source: all, inputs: {image: i, text: t}, objectives: [{type: contrastive}], batch_size: 4, weight: 5,
+      views: [{weight: 2, batch_size: 6}, {weight: 1, image: {size: 128}}]}
+  b: {source: all, inputs: {image: i, text: t}, objectives: [{type: contrastive}], batch_size: 4, weight: 3,
+      interval: 2}
+  c: {source: all, inputs: {image: i, text: t}, objectives: [{type: contrastive}], batch_size: 10, weight: 2,
+      interval: 5}
+"""
 
 
-THREE = {
-    "a": {"weight": 5.0, "views": [{"weight": 2.0, "batch_size": 6}, {"weight": 1.0, "image": {"size": 128}}]},
-    "b": {"weight": 3.0, "interval": 2},
-    "c": {"weight": 2.0, "interval": 5, "batch_size": 10},
-}
+def mixture(kind: str, steps: int, seed: int = 0, **weights: float) -> Recipe:
+    data = yaml.safe_load(THREE)
+    for task, weight in weights.items():
+        data["tasks"][task]["weight"] = weight
+    return Recipe.build({**data, "seed": seed, "alternation": {"kind": kind}, "train": {"steps": steps}})
 
 
 @pytest.mark.parametrize("kind", ["random", "intervals", "cycle"])
 def test_the_order_of_tasks_is_a_pure_function_of_recipe_seed_and_step(kind):
     """Two processes that never speak agree; a longer run begins like a shorter one; the seed makes the difference."""
-    long, again, short = (Alternation(mixture(kind, steps, THREE, seed=3)) for steps in (500, 500, 123))
+    long, again, short = (Alternation(mixture(kind, steps, seed=3)) for steps in (500, 500, 123))
     assert list(long) == list(again)
     assert list(long)[:123] == list(short)
-    other = Alternation(mixture(kind, 500, THREE, seed=4))
+    other = Alternation(mixture(kind, 500, seed=4))
     # Of fixed intervals, only the views are left to the seed.
     assert list(other) != list(long)
 
@@ -52,7 +46,7 @@ def test_the_order_of_tasks_is_a_pure_function_of_recipe_seed_and_step(kind):
 def test_each_task_takes_its_examples_one_after_the_other(kind):
     """Batches of a task lie end to end in its order, whatever comes between them and however large its views' are."""
     following = {"a": 0, "b": 0, "c": 0}
-    for step, visit in enumerate(Alternation(mixture(kind, 300, THREE))):
+    for step, visit in enumerate(Alternation(mixture(kind, 300))):
         assert visit.step == step
         assert visit.start == following[visit.task]
         assert visit.batch_size == {"a": [6, 4][visit.view], "b": 4, "c": 10}[visit.task]
@@ -61,10 +55,10 @@ def test_each_task_takes_its_examples_one_after_the_other(kind):
 
 
 def test_random_draws_tasks_and_views_by_weight():
-    visits = list(Alternation(mixture("random", 20_000, THREE)))
+    visits = list(Alternation(mixture("random", 20_000)))
     tasks = [visit.task for visit in visits]
     # Four standard deviations of a share of 20 000 draws.
-    for name, share in expected_shares(mixture("random", 1, THREE)).items():
+    for name, share in expected_shares(mixture("random", 1)).items():
         assert share == {"a": 0.5, "b": 0.3, "c": 0.2}[name]
         assert tasks.count(name) / 20_000 == pytest.approx(share, abs=4 * (share * (1 - share) / 20_000) ** 0.5)
     views = [visit.view for visit in visits if visit.task == "a"]
@@ -84,13 +78,13 @@ def test_a_cycle_is_never_far_from_its_shares(weights, seed):
 
 
 def test_in_a_sequence_each_task_has_its_share_of_the_steps_at_one_time():
-    tasks = [visit.task for visit in Alternation(mixture("sequence", 100, THREE))]
+    tasks = [visit.task for visit in Alternation(mixture("sequence", 100))]
     assert tasks == ["a"] * 50 + ["b"] * 30 + ["c"] * 20
 
 
 @pytest.mark.parametrize("kind", ["random", "intervals", "cycle", "sequence"])
 def test_views_in_a_sequence_have_their_shares_of_a_task_one_after_the_other(kind):
-    recipe = mixture(kind, 300, THREE)
+    recipe = mixture(kind, 300)
     recipe.alternation.views = "sequence"
     visits = [visit for visit in Alternation(recipe) if visit.task == "a"]
     assert len(visits) > 100
@@ -119,6 +113,6 @@ def test_fixed_intervals_give_the_mixture_of_the_release():
 
 def test_tasks_of_weight_0_are_never_visited():
     for kind in ("random", "intervals", "cycle", "sequence"):
-        recipe = mixture(kind, 100, {**THREE, "b": {"weight": 0.0}})
+        recipe = mixture(kind, 100, b=0)
         assert {visit.task for visit in Alternation(recipe)} == {"a", "c"}
         assert "b" not in expected_shares(recipe)

@@ -293,26 +293,28 @@ def test_a_stopped_study_resumes(done, tmp_path):
 
 
 def test_a_mistake_in_a_study_is_reported_before_training(own_data, tmp_path):
-    arms = {"a": {}}
     for change in (
-        {"arms": arms},
-        {"arms": arms | {"b": {"set": ["model.widht=3"]}}},
-        {"arms": arms | {"b": {"tasks": ["herd"]}}},
-        {"arms": arms | {"b": {"summed": True}}, "conflict": True},
-        {"recipe": "none.yaml"},
-        {"arms": arms | {"../b": {}}},
-        {"arms": arms | {"b": {"tasks": ["named", "named"]}}},
-        {"seeds": [0, 1, 0]},
-        {"flops": 2e7},
-        {"arms": arms | {"b": [{"tasks": ["named"]}] * 2}},
-        {"set": [HEARD_TOO], "arms": arms | {"b": [{"tasks": ["heard"]}, {"tasks": ["heard_too"]}]}},
-        {"arms": arms | {"b": {"set": ["optimizer={lr: 1e-3, warmup_steps: 7}"]}}},
-        {"set": ["tasks.named.weight=0"], "arms": arms | {"b": {"tasks": ["named"]}}},
-        {"set": ["evaluation.sets={}"]},
-        {"arms": {"a": {"tasks": ["named"]}, "b": {"tasks": ["heard"], "set": ["evaluation.sets={}"]}}},
+        "arms: {a: {}}",
+        "arms: {a: {}, b: {set: [model.widht=3]}}",
+        "arms: {a: {}, b: {tasks: [herd]}}",
+        "{arms: {a: {}, b: {summed: true}}, conflict: true}",
+        "recipe: none.yaml",
+        "arms: {a: {}, ../b: {}}",
+        "arms: {a: {}, b: {tasks: [named, named]}}",
+        "seeds: [0, 1, 0]",
+        "flops: 2.0e+7",
+        "arms: {a: {}, b: [{tasks: [named]}, {tasks: [named]}]}",
+        "arms: {a: {}, b: [{tasks: [heard]}, {tasks: [heard_too]}]}",
+        "arms: {a: {}, b: {set: ['optimizer={lr: 1e-3, warmup_steps: 7}']}}",
+        "{set: [tasks.named.weight=0], arms: {a: {}, b: {tasks: [named]}}}",
+        "set: ['evaluation.sets={}']",
+        "arms: {a: {tasks: [named]}, b: {tasks: [heard], set: ['evaluation.sets={}']}}",
     ):
+        options = yaml.safe_load(change)
+        if "heard_too" in change:
+            options["set"] = [HEARD_TOO]
         with refuses():
-            run_study(str(write_study(own_data, **change)), tmp_path / "runs", tmp_path / "out")
+            run_study(str(write_study(own_data, **options)), tmp_path / "runs", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
