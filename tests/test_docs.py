@@ -217,6 +217,18 @@ def test_an_error_of_an_objective_from_another_package_names_the_objective(outsi
         Recipe.build(framed("objectives: [{type: contrastive}, {type: similarity, between: [image], score: score}]"))
 
 
+SCORED = """
+name: scored
+model: {width: 32, layers: 1, heads: 2, mlp_dim: 64, embed_dim: 16}
+modalities: {vision: {patch: [2, 8, 8]}, text: {vocab_size: 300, positions: 8}}
+sources: {scored: {path: scored.jsonl}}
+tasks: {pairs: {source: scored, inputs: {image: image, text: text}, batch_size: 24,
+                views: [{image: {size: 16, crop: 1, jitter: 0}, text: {length: 4}}]}}
+optimizer: {lr: 3e-3, warmup_steps: 5}
+train: {steps: 40, num_workers: 0, log_every: 5, save_every: 20, max_bad_fraction: 0.05}
+"""
+
+
 def test_an_objective_from_another_package_is_trained_saved_and_loaded(outside, little_data, tmp_path):
     """Pictures with the right and with a wrong text, and in the column the cosine that they should have."""
     ((_, objectives),) = blocks(ROOT / "docs" / "objectives.md", "yaml")
@@ -227,25 +239,10 @@ def test_an_objective_from_another_package_is_trained_saved_and_loaded(outside, 
     rows[0]["score"] = 5.0
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "scored.jsonl").write_text(lines, encoding="utf-8")
-    task = {
-        "source": "scored",
-        "inputs": {"image": "image", "text": "text"},
-        "views": [{"image": {"size": 16, "crop": 1, "jitter": 0}, "text": {"length": 4}}],
-        "batch_size": 24,
-        **yaml.load(objectives, RecipeLoader),
-    }
-    recipe = Recipe.build(
-        {
-            "name": "scored",
-            "model": {"width": 32, "layers": 1, "heads": 2, "mlp_dim": 64, "embed_dim": 16},
-            "modalities": {"vision": {"patch": [2, 8, 8]}, "text": {"vocab_size": 300, "positions": 8}},
-            "sources": {"scored": {"path": "scored.jsonl", "root": str(little_data / "pictures")}},
-            "tasks": {"pairs": task},
-            "optimizer": {"lr": 3e-3, "warmup_steps": 5},
-            "train": {"steps": 40, "num_workers": 0, "log_every": 5, "save_every": 20, "max_bad_fraction": 0.05},
-        },
-        tmp_path,
-    )
+    data = yaml.load(SCORED, RecipeLoader)
+    data["sources"]["scored"]["root"] = str(little_data / "pictures")
+    data["tasks"]["pairs"] |= yaml.load(objectives, RecipeLoader)
+    recipe = Recipe.build(data, tmp_path)
     assert train(recipe, tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     first, *_, last = (line["tasks"]["pairs"]["image~text"] for line in lines)
