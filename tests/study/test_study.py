@@ -16,7 +16,6 @@ from processes import Process
 
 from openimp.alternation import Alternation
 from openimp.checkpoint.folder import save_model
-from openimp.common.errors import UserError
 from openimp.common.json_lines import append, read_lines
 from openimp.data.files import locate
 from openimp.inference.join import embed_rows
@@ -189,50 +188,35 @@ def test_a_model_for_some_tasks_has_no_heads_and_learning_rates_of_others(little
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        (
-            {"arms": LITTLE["arms"] | {"half": {"flops_factor": 0.5, "set": ["optimizer.lr=0.5"]}}},
-            r"half-0-seed0: trained with optimizer.lr .*, now 0.5; "
-            r"to train again, remove \S*half-0-seed0 \S*half-0-seed1$",
-        ),
+        {"arms": LITTLE["arms"] | {"half": {"flops_factor": 0.5, "set": ["optimizer.lr=0.5"]}}},
         # `train` alone would take them for the results of the changed evaluation set.
-        (
-            {"set": ["evaluation.sets.tones.view.text.length=7"]},
-            r"trained with evaluation\.sets\.tones\.view\.text\.length .*, now 7; to train again, remove",
-        ),
-        (
-            {"conflict": True, "arms": {"together": {}, "half": {"flops_factor": 0.5}}},
-            "saved by Trainer, but ConflictTrainer is to resume it",
-        ),
+        {"set": ["evaluation.sets.tones.view.text.length=7"]},
+        {"conflict": True, "arms": {"together": {}, "half": {"flops_factor": 0.5}}},
     ],
     ids=["recipe", "evaluation", "trainer"],
 )
-def test_results_of_another_study_are_refused(done, little_data, tmp_path, change, message):
-    _, runs, _ = done
+def test_results_of_another_study_are_refused(done, little_data, tmp_path, change):
+    runs = shutil.copytree(done[1], tmp_path / "runs")
     changed = write_study(little_data, **change)
     try:
-        with pytest.raises(UserError, match=message):
+        with refuses():
             run_study(str(changed), runs, tmp_path)
     finally:
         write_study(little_data)
 
 
 @pytest.mark.parametrize(
-    ("name", "lines", "message"),
-    [
-        ("metrics.jsonl", "", "steps are missing; remove .*together-0-seed0 to train it again"),
-        ("metrics.jsonl", '{"step": 1, "totals": {}}\n', "line 1 is not a line of training metrics: lr"),
-        ("results.jsonl", "3\n", "line 1 is not an object with a step"),
-    ],
+    ("name", "lines"),
+    [("metrics.jsonl", ""), ("metrics.jsonl", '{"step": 1, "totals": {}}\n'), ("results.jsonl", "3\n")],
+    ids=["no steps", "no metrics", "no result"],
 )
-def test_damaged_results_are_refused(done, tmp_path, name, lines, message):
-    file, runs, _ = done
-    shutil.copytree(runs, tmp_path / "runs")
-    run = tmp_path / "runs/little/together-0-seed0"
-    (run / name).write_text(lines)
-    with pytest.raises(UserError, match=message):
-        run_study(str(file), tmp_path / "runs", tmp_path / "out")
+def test_damaged_results_are_refused(done, tmp_path, name, lines):
+    runs = shutil.copytree(done[1], tmp_path / "runs")
+    (runs / "little/together-0-seed0" / name).write_text(lines)
+    with refuses():
+        run_study(str(done[0]), runs, tmp_path / "out")
 
 
 def test_results_of_published_benchmarks_are_no_scores_of_a_study(little_run, tmp_path):
