@@ -355,7 +355,6 @@ def test_where(shards):
         ([0.5, None, 1.0], "0.5", [0]),
         ([datetime.date(2020, 1, day) for day in (1, 2)], "2020-01-02", [1]),
         ([["tag 1"], None, [], [None, "tag 3"], ["x", "tag 3"]], "tag 3", [3, 4]),
-        ([[1, 2], [3]], 2, [0]),
         ([{"split": 1}, {"split": 3}], "{'split': 3}", [1]),
         ([True, None, False], False, [2]),
         ([1.0, None, 2.0, 1.5], 1, [0]),  # Integers with a gap, as pandas writes them.
@@ -363,15 +362,14 @@ def test_where(shards):
         (["a", None, "b", "c"], {"not": ["a", "c"]}, [1, 2]),
         ([1, None, 2, 3], {"not": [None, 2]}, [0, 3]),
         ([1.0, float("nan"), None], {"not": None}, [0]),
+        ([None, None], {"not": "a"}, [0, 1]),
         ([["a"], None, [], ["b", None], ["a", "b"]], {"not": None}, [0, 4]),
-        ([["a"], ["b"], None, ["a", "b"]], {"not": "a"}, [1, 2]),
         ([b"1", None, b"", b"2"], {"not": None}, [0, 3]),
         ([{"bytes": b"1", "path": None}, {"bytes": None, "path": None}, None], {"not": None}, [0]),
-        ([[[1.0]], None, []], {"not": None}, [0]),
     ],
 )
 def test_where_compares_values_of_any_type_as_text(tmp_path, cells, wanted, expected):
-    """Most types are compared by Arrow, as `matches` compares one cell."""
+    """Numbers and texts by their different values, other types cell by cell."""
     pq.write_table(pa.table({"x": cells}), tmp_path / "x.parquet", row_group_size=2)
     table = opened(tmp_path / "x.parquet", where={"x": wanted})
     assert table.column("x") == [cells[i] for i in expected]

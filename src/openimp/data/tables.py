@@ -215,11 +215,14 @@ class Table(Rows):
 
     def _matching(self, column: str, wanted: Any) -> np.ndarray:
         """Which of the selected rows match in a column, see `matches`."""
-        mask = _arrow_mask(self._data.column(column), wanted, self._text_functions.get(column))
-        if mask is not None:
+        cells = self._data.column(column)
+        if pa.types.is_primitive(cells.type) or _is_text(cells.type):
+            text_of = self._text_functions.get(column, lambda value: value)
+            values = [value for value in cells.unique().to_pylist() if matches(text_of(value), wanted)]
+            mask = np.asarray(pc.is_in(cells, value_set=pa.array(values, cells.type)).to_numpy())
             return mask if self._kept is None else mask[self._kept]
         rows = chain.from_iterable(self.chunks(range(len(self)), [column]))
-        return np.array([matches(row[column], wanted) for row in rows])
+        return np.array([matches(row[column], wanted) for row in rows], bool)
 
     def keep_part(self, part: Part | None) -> "Table":
         """Drops the rows that are not in the parts of a source's `part`. Returns this table."""
@@ -283,62 +286,6 @@ class Table(Rows):
 
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _arrow_mask(column: Any, wanted: Any, text_of: Callable[[Any], Any] | None = None) -> np.ndarray | None:
-    """Which cells of a pyarrow.ChunkedArray match, see `matches`. None: Arrow cannot tell for this type.
-
-    With `text_of`, numbers are compared by the text that it makes of them.
-    """
-    kind = column.type
-    if isinstance(wanted, dict):
-        mask = _arrow_mask(column, wanted["not"], text_of)
-        return None if mask is None else ~mask
-    if pa.types.is_primitive(kind):
-        values = column.unique().to_pylist()
-        return _is_in(column, [value for value in values if matches(text_of(value) if text_of else value, wanted)])
-    if text_of:
-        return None
-    texts = _as_texts(wanted)
-    if texts == [None]:
-        return _is_missing(column)
-    if _is_text(kind):
-        return _is_in(column, [*texts, ""] if None in texts else texts)
-    if None in texts or not pa.types.is_list(kind):
-        return None
-    if pa.types.is_string(kind.value_type) or pa.types.is_primitive(kind.value_type):
-        return np.concatenate([np.zeros(0, bool), *(_arrow_list_mask(chunk, wanted) for chunk in column.chunks)])
-    return None
-
-
-def _is_in(column: Any, values: list[Any]) -> np.ndarray:
-    """Which cells of a pyarrow.ChunkedArray are one of these values."""
-    return np.asarray(pc.is_in(column, value_set=pa.array(values, column.type)).to_numpy())
-
-
-def _is_missing(column: Any) -> np.ndarray | None:
-    """Which cells of a pyarrow.ChunkedArray have no value, without reading media. None: Arrow cannot tell."""
-    kind = column.type
-    if pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
-        no_bytes, no_path = (_is_missing(pc.struct_field(column, name)) for name in ("bytes", "path"))
-        return None if no_bytes is None or no_path is None else no_bytes & no_path
-    if pa.types.is_null(kind):
-        return np.ones(len(column), bool)
-    if _is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        length = pc.binary_length(column)
-    elif pa.types.is_list(kind) and pa.types.is_nested(kind.value_type):
-        length = pc.list_value_length(column)
-    else:
-        return None
-    return np.asarray(pc.fill_null(pc.equal(length, 0), True).to_numpy())
-
-
-def _arrow_list_mask(lists: Any, wanted: Any) -> np.ndarray:
-    """Which lists of a pyarrow.ListArray hold an item that matches."""
-    items = _arrow_mask(pa.chunked_array([lists.flatten()]), wanted)
-    mask = np.zeros(len(lists), dtype=bool)
-    mask[pc.list_parent_indices(lists).to_numpy()[items]] = True
-    return mask
 
 
 def number_array(value: list[Any] | np.ndarray) -> np.ndarray:
