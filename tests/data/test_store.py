@@ -203,61 +203,6 @@ def test_of_several_that_need_the_same_store_one_decodes(folder):
     assert sorted(modality.decoded for modality in modalities) == [0, 0, len(ARRAYS) + 1]
 
 
-def forge(file: Path, table: pa.Table) -> None:
-    """Replaces a store, as whoever can write to the cache would."""
-    with pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-
-
-def set_first(table: pa.Table, column: str, value) -> pa.Table:
-    kind = table.schema.field(column)
-    values = pa.array([value, *table[column].to_pylist()[1:]], kind.type)
-    return table.set_column(table.column_names.index(column), kind, values)
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (lambda table: set_first(table, "dtype", "|O8"), "type object, which is not a number"),
-        (lambda table: set_first(table, "dtype", "|V4"), "not a number"),
-        (lambda table: set_first(table, "dtype", "<M8[s]"), "not a number"),
-        (lambda table: set_first(table, "dtype", "nonsense"), "not understood"),
-        (lambda table: table.drop_columns("shape"), "columns are not those of a store"),
-    ],
-)
-def test_a_forged_store_is_refused_and_written_again(folder, stored, change, told, caplog):
-    store, file = stored
-    forge(file, change(pa.ipc.open_file(file.read_bytes()).read_all()))
-    with pytest.raises((ValueError, TypeError), match=told):  # as a worker opens it
-        pickle.loads(pickle.dumps(store))
-    with caplog.at_level(logging.INFO):
-        check(build(opened(folder / "m.csv")))
-    assert "is made again" in caplog.text
-
-
-def test_offsets_that_leave_the_file_are_refused(stored):
-    store, file = stored
-    offsets = np.frombuffer(store._rows["data"].chunk(0).buffers()[1], np.int64)[: len(ARRAYS) + 3].tobytes()
-    data = file.read_bytes()
-    assert data.count(offsets) == 1
-    for forged in (2**40, -64):
-        file.write_bytes(data.replace(offsets, offsets[:-8] + np.int64(forged).tobytes()))
-        with pytest.raises(ValueError, match="offset"):
-            pickle.loads(pickle.dumps(store))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "shape"), [("|u1", [1, 3, 10**6]), ("|u1", [2**32, 2**32, 5]), ("|u1", [-2]), ("<f8", [1, 3, 100])]
-)
-def test_a_shape_that_asks_for_more_bytes_than_there_are_is_refused(folder, stored, dtype, shape):
-    _, file = stored
-    table = pa.ipc.open_file(file.read_bytes()).read_all()
-    forge(file, set_first(set_first(table, "dtype", dtype), "shape", shape))
-    store = build(opened(folder / "m.csv"))
-    with pytest.raises((ValueError, TypeError), match=r"too small|too big|maximum|negative"):
-        store[0]
-
-
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_nothing_can_be_decoded(tmp_path, cache):
     (tmp_path / "m.csv").write_text("file\nnone.npy\n")
