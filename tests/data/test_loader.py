@@ -137,14 +137,6 @@ def test_what_cannot_be_read_at_all_is_told_before_the_first_step(own_data):
         opened(own_data, NO_EVALUATION)
 
 
-def test_too_many_bad_rows_of_a_cached_column_are_told_before_the_first_step(own_data):
-    (own_data / "pictures/red/1.png").write_bytes(b"")
-    cached = ["sources.pictures.cache=memory", NO_EVALUATION]
-    with refuses():
-        opened(own_data, *cached)
-    assert opened(own_data, *cached, "train.max_bad_fraction=0.08")
-
-
 @either
 def test_a_bad_file_is_skipped_counted_named_and_replaced(own_data, workers):
     """By the next one in the task's order. A caption that is missing is as bad."""

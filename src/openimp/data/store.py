@@ -57,10 +57,6 @@ class DecodedStore:
         array.flags.writeable = False
         return array
 
-    def errors(self) -> dict[int, str]:
-        """Why rows could not be decoded, by row."""
-        return {row: reason for row, reason in enumerate(self._rows["error"].to_pylist()) if reason is not None}
-
     def __reduce__(self) -> tuple[Any, ...]:
         return (read_store, tuple(self._files)) if self._files else (DecodedStore, (self._rows,))
 

@@ -28,7 +28,6 @@ from openimp.data.templates import all_texts, columns_of
 from openimp.parallel.distributed import rank, ranks_on_node, run_on_rank_zero
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
-from openimp.recipe.training import tolerant_fraction
 
 VOCABULARY_CHECK_ROWS = 10_000
 """Most rows whose texts are compared with the vocabulary of the model in `train.init`."""
@@ -36,8 +35,6 @@ UNKNOWN_SHARE = 0.1
 """Share of texts without a known word above which they are reported."""
 CORPUS_ROWS = 100_000
 """Maximum number of rows per task to train a tokenizer: the first rows of a stream, or a random sample of a table."""
-SHOWN_BAD_ROWS = 3
-"""Bad rows that an error names."""
 
 
 class TaskData:
@@ -146,25 +143,10 @@ class TaskData:
             for (name, column), views in self._media_views(table.name).items():
                 modality = self.modalities[name]
                 if isinstance(modality, Towered):
-                    store = embed_column(table, modality, column, views, progress)
+                    self.stores[table.name, name, column] = embed_column(table, modality, column, views, progress)
                 elif cache != "none":
                     store = DecodedStore.build(table, modality, column, views, cache, progress)
-                else:
-                    continue
-                self._check_bad_rows(table, column, store)
-                self.stores[table.name, name, column] = store
-
-    def _check_bad_rows(self, table: Table, column: str, store: DecodedStore) -> None:
-        """Raises UserError if more rows of a cached or embedded column are bad than `train.max_bad_fraction` allows."""
-        errors = store.errors()
-        limit = self.recipe.train.max_bad_fraction
-        if len(errors) > limit * len(table):
-            examples = [f"{table.row_name(row)}: {reason}" for row, reason in islice(errors.items(), SHOWN_BAD_ROWS)]
-            raise UserError(
-                f"source {table.name}: {len(errors):,} of {len(table):,} rows cannot be read, more than "
-                f"train.max_bad_fraction {limit:g}; for example {'; '.join(examples)}; remove these rows, or set "
-                f"train.max_bad_fraction={tolerant_fraction(len(errors) / len(table)):g} to train on the others"
-            )
+                    self.stores[table.name, name, column] = store
 
     def _media_views(self, source: str) -> dict[tuple[str, str], list[Any]]:
         """The views that read each media column of a source, by (modality, column)."""
@@ -262,9 +244,7 @@ class TaskData:
                     vectors[teacher] = EmbeddedRows(source, tower, columns, progress)
                 else:
                     # Without views of the task, a teacher reads as its own model does.
-                    store = embed_column(source, tower, columns[0], views=[], progress=progress)
-                    self._check_bad_rows(source, columns[0], store)
-                    vectors[teacher] = store
+                    vectors[teacher] = embed_column(source, tower, columns[0], views=[], progress=progress)
             self.teacher_vectors[task_name] = vectors
 
     def _check_rows(self) -> None:
