@@ -126,12 +126,6 @@ def test_a_row_without_a_vector_is_a_bad_example(data, tmp_path):
             unit_vector(value, SIZE, "vector")
 
 
-def test_a_column_of_vectors_of_another_size_is_refused_before_the_training(data, tmp_path):
-    with refuses():
-        train(recipe_of(data, "model.embed_dim=16"), tmp_path / "run")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
 def test_a_set_that_cannot_be_measured_is_refused_before_a_teacher_embeds(student, data, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
     only_texts = f"""tasks={{both: {{source: pictures, inputs: {{image: file, text: label}}, batch_size: 8,

@@ -80,9 +80,6 @@ class Objective(Strict, ABC):
         Before, openimp checks that all `modalities` are inputs of the task.
         """
 
-    def check_row(self, location: str, row: Row, sizes: TargetSizes) -> None:
-        """Raises a UserError, as `check` does, if the first row of the task's table does not fit the model."""
-
     def work(self, task: Task) -> list[str]:
         """The work that only one objective of a task may do, such as "compares image and text", for error messages.
 

@@ -74,14 +74,6 @@ class Distill(Objective):
                 "with; or set model.space: joint"
             )
 
-    def check_row(self, location: str, row: Row, sizes: TargetSizes) -> None:
-        vector = row[self.to] if self.to else None
-        if isinstance(vector, list | np.ndarray) and len(vector) != sizes.embed_dim:
-            raise UserError(
-                f"{location}.to: column {self.to!r} has vectors of {len(vector)} numbers, and the model of "
-                f"{sizes.embed_dim}; set model.embed_dim (of a model that is wrapped, it cannot be changed)"
-            )
-
     def work(self, task: Task) -> list[str]:
         return [f"trains {self.of} on {self.to or 'the vectors of a teacher'}"]
 
