@@ -5,7 +5,7 @@ They are stored in openimp's cache, in files of `ITEMS_PER_FILE` items. If embed
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +109,11 @@ def _embed(
     `code` determines how an item is embedded. `name` is shown with the progress. `states` has a value for each item
     that changes with it. For a range of item numbers, `readers_of` returns the functions that read these items.
     """
-    numbers = range(len(states))
-    bar = iter(progress(numbers, f"embedding {name}") if progress else numbers)
 
-    def write(folder: Path, part: range, part_bar: Iterator[int]) -> None:
-        # The bar comes second, so that it does not advance past the last vector.
-        write_store(folder, (vectors for vectors, _ in zip(modality.embed_all(readers_of(part)), part_bar)))
+    def write(folder: Path, part: range) -> None:
+        description = f"embedding {name}, up to item {part.stop:,} of {len(states):,}"
+        bar = progress(part, description) if progress else part
+        write_store(folder, (vectors for _, vectors in zip(bar, modality.embed_all(readers_of(part)))))
 
     def checked_file(folder: Path) -> Path:
         read_part(folder / ROWS_FILE)
@@ -122,10 +121,7 @@ def _embed(
 
     files = []
     for start in range(0, len(states), ITEMS_PER_FILE):
-        part = numbers[start : start + ITEMS_PER_FILE]
+        part = range(start, min(start + ITEMS_PER_FILE, len(states)))
         key = stable_hash([*code, *states[start : part.stop]])
-        part_bar = islice(bar, len(part))
-        files.append(cached("embedded", key, checked_file, partial(write, part=part, part_bar=part_bar)))
-        list(part_bar)  # If an earlier run has embedded the part, the bar advances here.
-    next(bar, None)  # Ends the bar.
+        files.append(cached("embedded", key, checked_file, partial(write, part=part)))
     return read_store(*files)

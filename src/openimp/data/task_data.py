@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property, partial
 from itertools import chain, islice
-from math import lcm
 from typing import Any
 
 import numpy as np
@@ -109,19 +108,13 @@ class TaskData:
 
     def _check_stream(self, name: str, task: Task, stream: Stream) -> None:
         """Raises UserError if a frozen encoder reads a stream, or its lanes do not divide one of the task's batches."""
-        if task.teachers:
-            raise UserError(f"tasks.{name}: has a teacher, and source {stream.name} is a stream")
-        for modality in task.inputs:
-            if isinstance(self.modalities[modality], Towered):
-                raise UserError(f"tasks.{name}: a tower reads {modality}, and source {stream.name} is a stream")
-        unit = lcm(stream.lanes, self.world_size)
+        if task.teachers or any(isinstance(self.modalities[modality], Towered) for modality in task.inputs):
+            raise UserError(f"tasks.{name}: has a tower or a teacher, and source {stream.name} is a stream")
         for batch_size in task.batch_sizes:
             if batch_size % stream.lanes:
-                below = batch_size // unit * unit
-                valid_sizes = [str(size) for size in (below, below + unit) if size]
                 raise UserError(
                     f"tasks.{name}: batch_size {batch_size} is not a multiple of the {stream.lanes} lanes of stream "
-                    f"{stream.name}; use {' or '.join(valid_sizes)}, or set sources.{stream.name}.lanes"
+                    f"{stream.name}; change it, or set sources.{stream.name}.lanes"
                 )
 
     def columns(self, task: Task) -> set[str]:
@@ -296,5 +289,5 @@ class TaskData:
 def _sample(table: Table, key: int, columns: list[str]) -> Iterator[dict[str, Any]]:
     """All rows of a table, or a random sample of `CORPUS_ROWS` rows in the table's order."""
     positions = np.arange(min(len(table), CORPUS_ROWS))
-    rows = positions if len(table) <= CORPUS_ROWS else np.sort(permute(positions, len(table), key))
+    rows = np.sort(permute(positions, len(table), key))
     return chain.from_iterable(table.chunks(rows.tolist(), columns))
