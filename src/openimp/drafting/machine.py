@@ -16,6 +16,8 @@ MFU = 0.2
 """The assumed model FLOPs utilization, which is what small models reach: on two cores, `mixture` reaches 0.23."""
 HOST_SHARE = 0.5
 """Share of a computer's memory that training on its CPU may take."""
+MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Files with the bytes that a container may use, of Linux' control groups in versions 2 and 1."""
 
 
 @dataclass(frozen=True)
@@ -53,27 +55,11 @@ def this_machine() -> Machine:
 
 
 def _host_memory() -> float:
-    """Bytes of the computer's memory, or of the part that its container or cluster job may use."""
+    """Bytes of the computer's memory, or of the part that its container may use."""
     if not hasattr(os, "sysconf"):
         return 8 * 2.0**30  # Windows: a small computer is assumed.
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for file in _limit_files():
+    for file in MEMORY_LIMITS:
         with suppress(OSError, ValueError):  # "max" means no limit.
-            limits.append(int(file.read_text(encoding="utf-8")))
+            limits.append(int(Path(file).read_text(encoding="utf-8")))
     return float(min(limits))
-
-
-def _limit_files() -> list[Path]:
-    """The files that may limit the memory of this process, of Linux' control groups in versions 1 and 2."""
-    files = []
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, group = line.split(":", 2)  # Version 2 names no controllers.
-            if controllers and "memory" not in controllers.split(","):
-                continue
-            root = Path("/sys/fs/cgroup") / controllers
-            folder = root / group.lstrip("/")
-            name = "memory.limit_in_bytes" if controllers else "memory.max"
-            # A group may use at most what each group around it may use.
-            files += [around / name for around in (folder, *folder.parents) if around.is_relative_to(root)]
-    return files
