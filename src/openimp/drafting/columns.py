@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openimp.common.errors import UserError, counted
+from openimp.common.errors import UserError
 from openimp.common.folders import subfolders
 from openimp.common.modality import BadMedia
 from openimp.common.schema import as_text, checked
@@ -129,10 +129,6 @@ def inspect(
     if chosen_label and label is None:
         raise UserError(f"--label: {'; '.join(notes)}")
     text = next((text for text in texts if text.name not in min_rows_per_class), None)
-    if text is None and label is None:
-        # It repeats like the names of classes, but not every row has one.
-        text = next((text for text in texts if text.items > 1), None)
-        notes = [note for note in notes if text is None or not note.startswith(f"{shown(text.name)}: ")]
     if text and text.bad > MAX_WITHOUT_TEXT and not chosen_text and label and not label.are_numbers:
         notes.append(
             f"{shown(text.name)}: {text.bad:.0%} of the rows have none, so the classes are the texts; "
@@ -314,14 +310,9 @@ def _class_column(
             are_numbers = not are_names and all(_is_number(as_text(value)) for value in classes)
             columns.append(ClassColumn(name, classes, are_numbers))
         else:
-            missing = sum(value in (None, "") for value in values)
-            others = [value for value in values if value is not None and type(value) not in (str, int)]
-            summary = f"{counted(missing, 'row')} without one" if missing else counted(len(classes), "different value")
-            if others:
-                summary = f"values such as {shown(repr(others[0]), limit=40)}"
             notes.append(
                 f"{shown(name)}: expected a class (a text or a whole number) in every row, at least two classes, and "
-                f"{rows_per_class} rows per class; found {summary} in {counted(len(values), 'row')}"
+                f"{rows_per_class} rows per class"
             )
     return min(columns, key=lambda column: column.are_numbers, default=None)
 
