@@ -1,12 +1,6 @@
 """The loader: the same batches whoever makes them, from wherever they go on, and whatever is broken on the disk."""
 
 import json
-import multiprocessing
-import os
-import socket
-import sys
-from multiprocessing.connection import Connection
-from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +13,12 @@ from recordings import animation, counting, sound_file
 
 from openimp.common.errors import UserError
 from openimp.data.loaded_batch import LoadedBatch
-from openimp.data.loader import _init_worker, load_batches
-from openimp.data.order import example_rng, rows_at, seed_key
+from openimp.data.loader import load_batches
+from openimp.data.order import rows_at
 from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
 from openimp.data.tables import item_id
 from openimp.data.task_data import CORPUS_ROWS, TaskData, _sample
-from openimp.data.templates import fill
 from openimp.planning.costs import costs
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
@@ -69,6 +62,7 @@ def test_a_row_of_a_stream_without_a_listed_class_is_a_bad_example(own_data):
 def test_batches_are_bitwise_equal_with_any_number_of_workers(little_data):
     """Also where the training process, which has more threads than a worker, makes them itself."""
     longer = ["modalities.audio={}", "tasks.heard.views.0.audio.seconds=1.024", NO_EVALUATION]
+    longer.append("tasks.named.inputs.text={column: [label, 'a {label}'], draw: 3}")
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -300,54 +294,3 @@ def test_a_large_table_gives_the_tokenizer_some_rows_of_all_its_parts(tmp_path):
     assert samples[0] == samples[1] == sorted(set(samples[0])) != samples[2]
     assert len(samples[0]) == CORPUS_ROWS
     assert np.histogram(samples[0], 10)[0].min() > CORPUS_ROWS / 11
-
-
-def hand_over_a_file(to: Connection) -> None:
-    """A worker that hands over a file as it does a batch."""
-    _init_worker(0)
-    read, write = os.pipe()
-    os.write(write, b"batch")
-    to.send(DupFd(read))
-    to.recv()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only there workers are forked")
-def test_a_worker_prints_no_traceback_if_a_handover_is_cut_off(capfd):
-    ours, theirs = multiprocessing.Pipe()
-    worker = multiprocessing.get_context("fork").Process(target=hand_over_a_file, args=(theirs,))
-    worker.start()
-    shared = ours.recv()
-    address, _ = shared._id
-    with socket.socket(socket.AF_UNIX) as cut_off:
-        cut_off.connect(address)
-    # Handovers are served one after the other, so the first one has failed when this one succeeds.
-    file = shared.detach()
-    assert os.read(file, 5) == b"batch"
-    os.close(file)
-    ours.send(None)
-    worker.join()
-    assert worker.exitcode == 0
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_an_example_is_what_it_would_be_alone(little_data):
-    """Read by itself, one modality after the other with one generator, though a batch goes through them in turn."""
-    batches = opened(little_data, "tasks.named.inputs.text={column: [label, 'a {label}'], draw: 3}", NO_EVALUATION)
-    for step in range(4):
-        visit, batch = (item := batches[step]).visit, item.batch
-        task = batches.data.recipe.tasks[visit.task]
-        view, source = task.views[visit.view], batches.data.source_of_task[visit.task]
-        key = seed_key(batches.data.recipe.seed, visit.task, "augment")
-        for i, example in enumerate(source.rows(item.rows)):
-            rng, arrays = example_rng(key, visit.start + i), {}
-            for name, spec in task.inputs.items():
-                modality, arrays[name] = batches.data.modalities[name], []
-                for _ in range(spec.draw):
-                    raw = fill(spec.columns, example, rng) if name == "text" else source.media(example[spec.column])
-                    arrays[name].append(modality.transform(modality.decode(raw, [view[name]], rng), view[name], rng))
-            for name, spec in task.inputs.items():
-                alone = batches.data.modalities[name].tokens(np.stack(arrays[name]), view[name], [rng] * spec.draw)
-                mine = batch.tokens[name].values[i * spec.draw : (i + 1) * spec.draw]
-                torch.testing.assert_close(mine, alone.values, rtol=1e-5, atol=1e-5)
-                assert torch.equal(batch.tokens[name].coords[i * spec.draw : (i + 1) * spec.draw], alone.coords)

@@ -13,7 +13,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -130,15 +129,3 @@ def _init_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setsid"):
         os.setsid()
-    sys.excepthook = _report_unless_cut_off
-
-
-def _report_unless_cut_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A worker's `sys.excepthook`, which multiprocessing calls in the thread that sends file descriptors
-    (`resource_sharer`). It hides errors of the connection to the training process.
-
-    If another worker dies, the training process reports that and stops, perhaps while it receives a batch of this
-    worker. A traceback of this worker would only distract.
-    """
-    if not issubclass(kind, ConnectionError | EOFError):
-        sys.__excepthook__(kind, error, trace)
