@@ -5,7 +5,6 @@ import functools
 import http.server
 import io
 import json
-import logging
 import os
 import pickle
 import shutil
@@ -610,17 +609,6 @@ def test_paths_of_a_hub_data_set_stay_in_its_own_folder(tmp_path, monkeypatch):
     for path in (secret, "../datasets--us--secret/b.png", tmp_path / "token", "../../token"):
         with refuses(BadMedia):
             rows.media({"bytes": None, "path": str(path)})
-
-
-def test_datasets_is_left_as_it_was(shards):
-    logger = logging.getLogger("datasets")
-    logger.setLevel(logging.INFO)
-    try:
-        datasets.enable_progress_bars()
-        opened(shards / "*.parquet", stream=True)
-        assert (logger.level, datasets.are_progress_bars_disabled()) == (logging.INFO, False)
-    finally:
-        logger.setLevel(logging.NOTSET)
 
 
 # What is hostile

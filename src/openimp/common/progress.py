@@ -128,10 +128,10 @@ def clock(seconds: float) -> str:
 
 
 @contextmanager
-def no_log_output() -> Iterator[None]:
-    """Hides warnings that other libraries log, for example of weights that are not loaded on purpose."""
+def no_log_output(level: int = logging.WARNING) -> Iterator[None]:
+    """Hides what libraries log up to a level, for example of weights that are not loaded on purpose."""
     disabled_level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(level)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from typing import Any
 
 from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError, one_line
+from openimp.common.progress import no_log_output
 from openimp.data.files import fingerprint
 from openimp.data.streams import NamedRow
 from openimp.data.tables import Table
@@ -39,22 +40,17 @@ def quiet(name: str, path: str, bars: bool = False) -> Iterator[None]:
     """
     import datasets
 
-    loggers = [logging.getLogger(library) for library in ("datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
     hide_bars = not bars and not datasets.are_progress_bars_disabled()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
     if hide_bars:
         datasets.disable_progress_bars()
     try:
-        yield
+        with no_log_output(logging.ERROR):
+            yield
     except UserError:  # of openimp's cache
         raise
     except Exception as error:  # datasets and its hub client raise about twenty unrelated types.
         raise _unreadable(name, path, error) from None
     finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
         if hide_bars:
             datasets.enable_progress_bars()
 
