@@ -204,11 +204,6 @@ def test_overrides_reach_everything(file, tmp_path):
     assert Recipe.load(tmp_path / "saved.yaml", ["model.moe.experts=4", "model.moe.layers=1"]).model.moe.experts == 4
 
 
-def test_a_modality_that_no_task_reads_is_to_be_removed(file):
-    with refuses():
-        Recipe.load(file, ["tasks.named.inputs={image: file}", "tasks.heard.inputs={image: sound}"])
-
-
 def test_an_override_of_a_part_with_an_alias_leaves_the_other_parts(tmp_path):
     file = tmp_path / "aliases.yaml"
     file.write_text(

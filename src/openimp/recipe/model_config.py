@@ -11,7 +11,7 @@ from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Modality
 from openimp.common.schema import FolderName, Strict, base_folder, checked, unknown_key
 from openimp.recipe.model import Model
-from openimp.recipe.registry import known_stems, modality_class, tower_class
+from openimp.recipe.registry import modality_class, tower_class
 
 TwoNames = Annotated[tuple[str, str], Field(strict=False)]
 
@@ -95,11 +95,8 @@ def fill_stems(stems: dict[str, Any], names: Iterable[str], model: Model, locati
     experts = model.moe.experts_by_stem if model.moe else {}
     for key, named_stems in (("modalities", stems), ("model.moe.experts", experts)):
         for stem in named_stems:
-            if stem in configs:
-                continue
-            if stem in known_stems():
-                raise UserError(f"{key}.{stem}: no input reads this modality; remove the key")
-            raise UserError(f"{key}: {unknown_key(stem, configs)}")
+            if stem not in configs:
+                raise UserError(f"{key}: {unknown_key(stem, configs)}")
     for stem in configs if experts else ():
         if stem not in experts:
             raise UserError(f"model.moe.experts: no number of experts for the stem {stem}")

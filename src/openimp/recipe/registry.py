@@ -22,11 +22,6 @@ def modality_class(name: str) -> type[Modality]:
     return _registered(MODALITIES, "modality", name)
 
 
-def known_stems() -> set[str]:
-    """The stems of the modalities of all installed packages."""
-    return {modality_class(point.name).stem for point in entry_points(group=MODALITIES)}
-
-
 def tower_class(name: str) -> type[Modality]:
     """The class that reads the modality `name` with a frozen encoder. It is in a folder above this one."""
     make: Callable[[str], type[Modality]] = _registered(TOWERS, "kind of tower", "frozen")
