@@ -25,7 +25,6 @@ from openimp.data.files import BLOCK
 from openimp.data.loaded_batch import LoadedBatch
 from openimp.data.loader import load_batches
 from openimp.data.step_batches import StepBatches
-from openimp.data.streams import lane_count
 from openimp.data.task_data import TaskData
 from openimp.recipe.schema import Recipe
 
@@ -170,19 +169,6 @@ def test_ranks_and_workers_read_a_stream_once(tmp_path, reads, kind):
                 assert reads.total() <= sum(sizes.values()) + 8 * 2**16
 
 
-@forked
-@pytest.mark.slow
-def test_each_of_64_ranks_reads_a_64th_of_the_bytes(tmp_path, reads):
-    recipe = recipe_of(f"counted://{write_shards(tmp_path / 'data', 'tar', 64)}", batch_size=128, steps=2)
-    size = sum(file.stat().st_size for file in (tmp_path / "data").iterdir())
-    parts = []
-    for data in opened(recipe, 64):
-        reads.forget()
-        parts.append([*load_batches(data, 0)])
-        assert reads.total() == size / 64
-    assert_same([LoadedBatch.merged(step) for step in zip(*parts)], read(opened(recipe, 1)))
-
-
 @pytest.mark.slow
 def test_a_stream_resumes_with_other_ranks_and_workers(eight):
     """In the middle of windows and in later epochs, from cursors that went through JSON."""
@@ -244,8 +230,3 @@ def test_a_bad_row_is_replaced_by_the_next_of_its_lane(tmp_path, ranks):
 def test_a_batch_size_that_the_lanes_do_not_divide_is_refused(eight):
     with refuses():
         opened(recipe_of(eight, 20), 1)
-
-
-@pytest.mark.parametrize(("limit", "shards", "lanes"), [(64, 1, 1), (64, 63, 32), (64, 1000, 64), (60, 11, 10)])
-def test_fewer_shards_than_lanes(limit, shards, lanes):
-    assert lane_count(limit, shards) == lanes

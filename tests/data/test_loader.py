@@ -11,7 +11,6 @@ from little import write_tar
 from messages import refuses
 from recordings import animation, counting, sound_file
 
-from openimp.common.errors import UserError
 from openimp.data.loaded_batch import LoadedBatch
 from openimp.data.loader import load_batches
 from openimp.data.order import rows_at
@@ -19,7 +18,6 @@ from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
 from openimp.data.tables import item_id
 from openimp.data.task_data import CORPUS_ROWS, TaskData, _sample
-from openimp.planning.costs import costs
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
 
@@ -104,26 +102,6 @@ def test_in_a_view_with_sync_clip_and_sound_start_at_the_same_moment(tmp_path, s
     assert (together > 0.95) == sync
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_from_any_step(little_data):
-    whole = loaded(little_data)
-    for first, workers in ((1, 0), (5, 2), (11, 0)):
-        assert_same(loaded(little_data, f"train.num_workers={workers}", first=first), whole[first:])
-
-
-@pytest.mark.slow
-def test_batches_have_the_shapes_that_the_costs_count(little_data):
-    batches = opened(little_data, "tasks.named.inputs.text={column: label, draw: 3}", "train.steps=30")
-    counted = costs(batches.data.recipe, batches.data.modalities, batches.data.classes)
-    seen = set()
-    for item in load_batches(batches, 0):
-        cost = counted[item.visit.task, item.visit.view]
-        assert cost.examples == len(item.rows) == item.visit.batch_size
-        assert cost.tokens == sum(batch.coords.shape[0] * batch.coords.shape[1] for batch in item.batch.tokens.values())
-        seen.add((item.visit.task, item.visit.view))
-    assert seen == set(counted)
-
-
 def test_what_cannot_be_read_at_all_is_told_before_the_first_step(own_data):
     for file in own_data.rglob("*.png"):
         file.write_bytes(b"")
@@ -158,18 +136,6 @@ def test_a_bad_file_is_skipped_counted_named_and_replaced(own_data, workers):
     assert reasons.keys() == {*bad, "sounds.jsonl[3]"}
     assert reasons["sounds.jsonl[3]"] == "no text in column caption"
     assert all(reasons.values())
-
-
-@either
-def test_what_the_user_can_mend_comes_out_of_a_worker_in_one_line(own_data, workers):
-    """The DataLoader would put the worker's traceback into the message."""
-    batches = opened(own_data, f"train.num_workers={workers}", "tasks.named.weight=0", NO_EVALUATION)
-    for file in own_data.glob("*.wav"):
-        file.write_bytes(b"no sound")
-    message = r"tasks\.heard: 6 examples in a row could not be read in step \d+; first"
-    with pytest.raises(UserError, match=message) as error:
-        list(load_batches(batches, 0))
-    assert "\n" not in str(error.value)
 
 
 class Failing(StepBatches):

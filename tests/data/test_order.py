@@ -1,11 +1,10 @@
 """The order of examples: permutations that nobody stores."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openimp.data.order import example_rng, permute, rows_at, seed_key
+from openimp.data.order import permute, rows_at, seed_key
 
 
 @settings(max_examples=150, deadline=None)
@@ -13,16 +12,6 @@ from openimp.data.order import example_rng, permute, rows_at, seed_key
 def test_each_epoch_has_every_row_once(n, seed, task, epoch):
     rows = rows_at(seed, task, n, np.arange(epoch * n, (epoch + 1) * n))
     assert np.array_equal(np.sort(rows), np.arange(n))
-
-
-@pytest.mark.slow
-@settings(max_examples=100, deadline=None)
-@given(n=st.integers(1, 500), seed=st.integers(0, 99), start=st.integers(0, 2000), count=st.integers(0, 300))
-def test_any_part_can_be_asked_for_alone(n, seed, start, count):
-    """In any pieces, across epochs too: what a resumed run or another worker asks for is what the first one saw."""
-    whole = rows_at(seed, "t", n, np.arange(start + count))
-    assert np.array_equal(rows_at(seed, "t", n, np.arange(start, start + count)), whole[start:])
-    assert np.array_equal(rows_at(seed, "t", n, np.arange(start + count)[::-1]), whole[::-1])
 
 
 def test_epochs_tasks_and_seeds_have_orders_of_their_own():
@@ -59,15 +48,6 @@ def test_a_billion_rows_cost_nothing():
     assert len(set(rows.tolist())) > 14
     assert rows.min() >= 0
     assert rows.max() < 10**9
-
-
-def test_randomness_is_that_of_the_place_in_the_order():
-    key = seed_key(0, "t", "augment")
-    assert example_rng(key, 5).random() == example_rng(key, 5).random()
-    draws = {
-        example_rng(seed_key(seed, task), place).random() for seed in (0, 1) for task in "tu" for place in range(50)
-    }
-    assert len(draws) == 200
 
 
 def test_every_process_has_the_same_keys():

@@ -1,7 +1,6 @@
 """The store of decoded arrays: the same in memory and on disk, and never stale."""
 
 import io
-import logging
 import pickle
 import shutil
 import threading
@@ -18,7 +17,7 @@ from openimp.common.modality import BadMedia
 from openimp.common.schema import Strict
 from openimp.data import store as store_module
 from openimp.data.sources import open_source
-from openimp.data.store import BATCH_BYTES, DecodedStore
+from openimp.data.store import DecodedStore
 from openimp.data.tables import Table
 from openimp.recipe.tasks import Source
 
@@ -96,14 +95,6 @@ def build(table: Table, modality: Numbers | None = None, cache: str = "disk", si
     return DecodedStore.build(table, modality or Numbers(), "file", views, cache)
 
 
-@pytest.fixture
-def stored(folder, cache) -> tuple[DecodedStore, Path]:
-    """A store on disk, and its file."""
-    store = build(opened(folder / "m.csv"))
-    (file,) = cache.glob("decoded/*/rows.arrow")
-    return store, file
-
-
 def check(store: DecodedStore) -> None:
     assert store._rows.num_rows == len(ARRAYS) + 2
     for i, expected in enumerate(ARRAYS):
@@ -145,15 +136,6 @@ def test_disk_is_read_again_although_the_data_has_moved_or_other_columns_have_ch
     assert len(pickle.dumps(store)) < 500
 
 
-def test_large_arrays_are_written_a_few_at_a_time(tmp_path):
-    """Otherwise, a file of 256 clips would be in memory several times."""
-    large = [npy(np.full((BATCH_BYTES // 16, 8), i, np.uint8)) for i in range(3)]
-    pq.write_table(pa.table({"file": large}), tmp_path / "x.parquet")
-    store = build(opened(tmp_path / "x.parquet"), cache="memory")
-    assert [len(batch) for batch in store._rows.to_batches()] == [2, 1]
-    assert [store[i][0, 0] for i in range(3)] == [0, 1, 2]
-
-
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
@@ -163,11 +145,18 @@ def test_large_arrays_are_written_a_few_at_a_time(tmp_path):
         ({}, {"sizes": (2,)}),
         ({}, {"scale": 2}),
         ({}, {"where": {"file": ["0.npy", "1.npy"]}}),
+        ({}, {"version": "99.0"}),
+        ({}, {"damage": True}),
     ],
 )
-def test_a_change_makes_it_anew(tmp_path, changes, options):
+def test_a_change_makes_it_anew(tmp_path, cache, changes, options, monkeypatch):
     write_manifest(tmp_path)
     build(opened(tmp_path / "m.csv"))
+    if "version" in options:
+        monkeypatch.setattr(store_module, "version", lambda name: options["version"])
+    if "damage" in options:
+        (file,) = cache.glob("decoded/*/rows.arrow")
+        file.write_bytes(file.read_bytes()[:-10])
     for name, content in changes.items():
         (tmp_path / name).write_bytes(content)
     table = opened(tmp_path / "m.csv", where=options.get("where", {}))
@@ -188,13 +177,6 @@ def test_a_changed_file_that_a_struct_names_makes_it_anew(tmp_path):
     np.testing.assert_array_equal(build(opened(tmp_path / "x.parquet"))[0], ARRAYS[0] + 1)
 
 
-def test_another_version_makes_it_anew(folder, stored, monkeypatch):
-    monkeypatch.setattr(store_module, "version", lambda name: "99.0")
-    modality = Numbers()
-    check(build(opened(folder / "m.csv"), modality))
-    assert modality.decoded > 0
-
-
 def test_of_several_that_need_the_same_store_one_decodes(folder):
     modalities = [Numbers() for _ in range(3)]
     with ThreadPoolExecutor() as pool:
@@ -209,13 +191,3 @@ def test_nothing_can_be_decoded(tmp_path, cache):
     store = build(opened(tmp_path / "m.csv"), cache=cache)
     with refuses(BadMedia):
         store[0]
-
-
-def test_damage_is_mended(folder, stored, caplog):
-    _, file = stored
-    file.write_bytes(file.read_bytes()[:-10])
-    modality = Numbers()
-    with caplog.at_level(logging.INFO):
-        check(build(opened(folder / "m.csv"), modality))
-    assert modality.decoded > 0
-    assert "is made again" in caplog.text

@@ -17,10 +17,8 @@ from openimp.common.json_lines import read_lines
 from openimp.data.sources import open_source
 from openimp.data.trust import KNOWN, check_sources, trained_here
 from openimp.inference.model import load
-from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
 from openimp.report.write import write_report
-from openimp.training.trainer import train
 
 SECRET = "a low tone, for my eyes only"
 
@@ -90,16 +88,7 @@ def test_the_users_own_run_may_move_and_be_measured_with_no_flag(little_run, tmp
     run_eval(tmp_path / "saved", None, None, None)
 
 
-def test_a_foreign_run_in_the_place_of_an_own_one_is_foreign(little_data, private, tmp_path):
-    recipe = Recipe.load(little_data / "recipe.yaml", ["train.steps=2", "evaluation.sets.colours.prompts=['{}']"])
-    train(recipe, tmp_path / "run")
-    run_eval(tmp_path / "run", None, None, None)
-    altered(checkpoints(tmp_path / "run")[-1], sounds={"path": str(private)})
-    with refuses():
-        run_eval(tmp_path / "run", None, None, None)
-
-
-def test_without_a_cache_of_ones_own_no_model_is_known(little_run, tmp_path, monkeypatch):
+def test_without_a_cache_of_ones_own_no_model_is_known(little_run, little_data, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     shutil.copytree(os.environ["OPENIMP_CACHE"], cache)
     assert trained_here(checkpoints(little_run)[-1])
@@ -112,14 +101,6 @@ def test_without_a_cache_of_ones_own_no_model_is_known(little_run, tmp_path, mon
             run_eval(little_run, ["tones"], None, None)
         shutil.rmtree(cache, ignore_errors=True)
         cache.touch()  # No folder can be made there.
-
-
-def test_a_run_of_another_user_or_machine_is_measured_with_the_flag_or_ones_own_recipe(
-    little_run, little_data, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
-    with refuses():
-        run_eval(little_run, None, None, None)
     run_eval(little_run, None, None, None, allow_sources=True)
     run_eval(little_run, None, str(little_data / "recipe.yaml"), None)
 
@@ -194,10 +175,13 @@ def test_data_in_the_folder_and_bundled_data_are_read(foreign, little_data, tmp_
 
 @pytest.mark.parametrize("name", ["config.json", "recipe.yaml"])
 def test_a_change_of_either_file_makes_a_model_foreign(little_run, tmp_path, name):
-    folder = Path(shutil.copytree(checkpoints(little_run)[-1], tmp_path / "model"))
+    run = Path(shutil.copytree(little_run, tmp_path / "run"))
+    folder = checkpoints(run)[-1]
     assert trained_here(folder)
     with (folder / name).open("a") as file:
         file.write("\n")
     assert not trained_here(folder)
+    with refuses():
+        run_eval(run, None, None, None)
     (folder / name).unlink()
     assert not trained_here(folder)

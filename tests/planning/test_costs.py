@@ -24,7 +24,7 @@ from openimp.training.trainer import Trainer
 def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path, moe, memory):
     """Counted on the real steps in fp32, where nothing chooses another attention. Repeated passes count in HFU only."""
     changes = ["train={steps: 6, log_every: 6, num_workers: 0, precision: fp32}", "optimizer.muon_lr=1e-2"]
-    changes.append(f"memory={memory}")
+    changes += [f"memory={memory}", "tasks.named.inputs.text={column: label, draw: 3}"]
     recipe = Recipe.load(little_data / "recipe.yaml", [*changes, "model.bias=true", f"model.moe={moe}"])
     training = Trainer(set_up(recipe, tmp_path / "run"))
     computed, tokens = dict.fromkeys(recipe.tasks, 0), dict.fromkeys(recipe.tasks, 0)

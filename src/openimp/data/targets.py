@@ -35,12 +35,6 @@ def classes_of(source: Table | Stream, column: ClassColumn, error_prefix: str) -
         return list(column.classes)
     row_by_class = find_classes(source, column.name, source.column(column.name), column.has_lists, error_prefix)
     column_prefix = _column_prefix(source, column.name, error_prefix)
-    for label in row_by_class:
-        if not isinstance(label, str | int | float):  # A checkpoint stores classes as JSON, and compares them later.
-            raise UserError(
-                f"{column_prefix} has values such as {label!r:.60}, which a checkpoint cannot store; convert them to "
-                "texts"
-            )
     if column.classes is None:
         return sort_classes(row_by_class)
     index = {label: i for i, label in enumerate(column.classes)}
@@ -92,7 +86,9 @@ def row_classes(value: Any, has_lists: bool) -> list[Any]:
     if has_lists and value is None:
         return []
     labels = value if isinstance(value, list) else [value]
-    if isinstance(value, list) != has_lists or any(isinstance(label, list | dict) for label in labels):
+    # A checkpoint stores classes as JSON, and compares them later.
+    are_classes = all(label is None or isinstance(label, str | int | float) for label in labels)
+    if isinstance(value, list) != has_lists or not are_classes:
         raise ValueError(f"expected {'a list of classes' if has_lists else 'one class'}, found {value!r:.60}")
     return labels
 
