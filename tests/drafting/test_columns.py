@@ -54,40 +54,47 @@ def copies(count, kind="png"):
     return names
 
 
-def test_classes_are_the_texts_if_many_rows_have_no_caption():
-    rows = numbered(30, caption=["a caption", *[None] * 4], label=["cat", "dog"])
-    (task,) = tasks(rows)
-    assert (task.text.name, task.label.name) == ("label", "label")
-    (task,) = tasks(rows, text="caption")
-    assert task.text.name == "caption"
-    (task,) = tasks(numbered(30, caption=["a caption", *[None] * 4], label=[0, 1]))
-    assert task.text.name == "caption", "numbers are no texts"
-    (task,) = tasks(numbered(30, caption=[None, *(f"text {i}" for i in range(29))], label=["cat", "dog"]))
-    assert task.text.name == "caption", "one is missing"
+SPARSE = ["a caption", *[None] * 4]
+WORDS = {name: name + " {}" for name in ("name", "title", "caption")} | {"label": [0, 1]}
+THREE = ["owl", "hen", "jay"]
 
 
 @pytest.mark.parametrize(
-    ("column", "values"),
+    ("columns", "chosen", "expected"),
     [
-        ("image_caption", ["a cat", "a dog"]),
-        ("json.text", ["1", "one"]),
-        ("captions", [["a cat", "it sits"], ["a dog"]]),
-        ("species", ["cat", "dog"]),
-        ("name", ["cat", "dog"] * 10),
-        ("class_name", ["cat", "dog"]),
+        ({"image_caption": "a cat {}"}, {}, ("image_caption", None)),
+        ({"json.text": [*map(str, range(29)), "one"]}, {}, ("json.text", None)),
+        ({"captions": [["a cat", "a pet"], ["a dog"]]}, {}, ("captions", None)),
+        ({"species": ["cat", "dog"]}, {}, ("species", "species")),
+        ({"name": ["cat", "dog"]}, {}, ("name", "name")),
+        ({"caption": SPARSE, "label": ["cat", "dog"]}, {}, ("label", "label")),
+        ({"caption": SPARSE, "label": ["cat", "dog"]}, {"text": "caption"}, ("caption", "label")),
+        ({"caption": SPARSE, "label": [0, 1]}, {}, ("caption", "label")),  # numbers are no texts
+        ({"caption": [None, *(f"text {i}" for i in range(29))], "label": ["cat", "dog"]}, {}, ("caption", "label")),
+        (WORDS | {"category": ["a", "b"]}, {}, ("caption", "category")),
+        (WORDS, {"text": "title", "label": "label"}, ("title", "label")),
+        (
+            {"species": "a species {}", "label": ["wild", "tame"], "caption": "{}"},
+            {"text": "species"},
+            ("species", "label"),
+        ),
+        ({"species": THREE, "label": ["wild", "tame"]}, {"text": "species"}, ("species", "label")),
+        ({"species": THREE}, {"text": "species"}, ("species", "species")),
+        (
+            {"it shows": "{} dogs", "colour": ["a", "b"]},
+            {"text": "it shows", "label": "colour"},
+            ("it shows", "colour"),
+        ),
     ],
 )
-def test_names_of_columns_tell_texts_and_classes(column, values):
-    (task,) = tasks(numbered(2 * len(values), **{column: values}))
-    assert task.text.name == column
+def test_names_and_values_tell_which_columns_are_the_text_and_the_class(columns, chosen, expected):
+    (task,) = tasks(numbered(30, **columns), **chosen)
+    assert (task.text.name, task.label and task.label.name) == expected
 
 
-def test_the_best_text_is_read_and_classes_with_names_are_preferred():
-    columns = {name: name + " {}" for name in ("name", "title", "caption")} | {"label": [0, 1]}
-    (task,) = tasks(numbered(20, **columns, category=["a", "b"]))
-    assert (task.text.name, task.label.name) == ("caption", "category")
-    (task,) = tasks(numbered(20, **columns), text="title", label="label")
-    assert (task.text.name, task.label.are_numbers) == ("title", True)
+def test_a_label_that_is_chosen_but_missing_is_told():
+    with refuses():
+        tasks(numbered(6, label=["a", "b"]), label="color")
 
 
 def test_lists_of_captions_may_be_padded():
@@ -95,23 +102,6 @@ def test_lists_of_captions_may_be_padded():
     assert task.text.name == "captions"
     assert {*task.text.sample} == {"a cat", "a dog", "it sits"}
     assert task.text.bad == pytest.approx(1 / 3)
-
-
-@pytest.mark.parametrize("species", ["a species {}", ["owl", "hen", "jay"]])
-def test_a_chosen_text_is_read_although_it_could_be_the_class(species):
-    rows = numbered(30, species=species, label=["wild", "tame"], caption="a caption {}")
-    (task,) = tasks(rows, text="species")
-    assert (task.text.name, task.label.name) == ("species", "label")
-    (task,) = tasks(numbered(30, species=["owl", "hen", "jay"]), text="species")
-    assert (task.text.name, task.label.name) == ("species", "species")
-
-
-def test_a_chosen_column_may_have_any_name():
-    rows = numbered(6, **{"what it shows": "text {}", "colour": ["a", "b"]})
-    (task,) = tasks(rows, "what it shows", "colour")
-    assert (task.text.name, task.label.name) == ("what it shows", "colour")
-    with refuses():
-        tasks(rows, label="color")
 
 
 @pytest.mark.parametrize(
@@ -153,11 +143,6 @@ def test_what_is_wrong_with_files_is_told():
     write([{"id": "0", "caption": "a cat"}, {"id": "1", "caption": "a dog"}])
     with refuses():
         find_tasks(["data.jsonl"])
-
-
-def test_captions_in_lists_are_no_classes_although_they_repeat():
-    (task,) = tasks(numbered(80, captions=[["a cat", "a pet"], ["a dog"]]))
-    assert (task.text.name, task.label) == ("captions", None)
 
 
 def test_rows_without_a_file_or_a_text_are_counted():
