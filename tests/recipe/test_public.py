@@ -4,47 +4,34 @@ import json
 from pathlib import Path
 
 import datasets
-import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import timm
-from little import write_tar
-from recordings import picture_file, sound_file
+from little import png, write_tar
+from local_copies import sound
 from timm.models import save_for_hf
 
 from openimp.common.json_lines import read_lines
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
 
-SECONDS, RATE = 1.5, 16_000
-
 
 def write_pictures(folder: Path) -> None:
     """pixparse/cc12m-wds: tars of jpg, json and txt."""
-    rng = np.random.default_rng(0)
     for shard in range(2):
         members = {}
         for i in range(8):
             key = f"{shard:04}{i:05}"
-            picture = PIL.Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8))
             about = json.dumps({"key": key, "url": "", "status": "success", "width": 60})
-            members[f"{key}.jpg"] = picture_file(picture, "JPEG")
-            members |= {f"{key}.json": about.encode(), f"{key}.txt": f"noise {i}".encode()}
+            members |= {f"{key}.jpg": png(i), f"{key}.json": about.encode(), f"{key}.txt": f"noise {i}".encode()}
         write_tar(folder / f"cc12m-train-{shard:04}.tar", members)
-
-
-def flac(pitch: float) -> bytes:
-    times = np.arange(int(SECONDS * RATE)) / RATE
-    return sound_file(0.3 * np.sin(2 * np.pi * pitch * times), RATE, "FLAC")
 
 
 def write_rows(file: Path, **columns: list) -> None:
     """A Parquet file with eight rows, whose column `audio` `datasets` takes for sounds."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    sounds = [{"bytes": flac(200 + 150 * i), "path": f"{i}.flac"} for i in range(8)]
-    table = pa.table({**columns, "audio": sounds})
+    table = pa.table({**columns, "audio": [sound(i) for i in range(8)]})
     features = datasets.Features.from_arrow_schema(table.schema).to_dict() | {"audio": {"_type": "Audio"}}
     about = json.dumps({"info": {"features": features}})
     pq.write_table(table.replace_schema_metadata({"huggingface": about}), file)
