@@ -209,8 +209,8 @@ class TaskData:
             teachers: the opened teachers of the tasks. Their vectors are stored in openimp's cache.
 
         Raises:
-            UserError: no row of a source can be read; or the vectors of a teacher, or of a column with targets, have
-                another size than the model's embeddings.
+            UserError: no row of a source can be read; or the vectors of a teacher have another size than the model's
+                embeddings.
         """
         teachers = teachers or {}
         self._check_rows()
