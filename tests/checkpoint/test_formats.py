@@ -43,7 +43,7 @@ def require_equal_vectors(model: Model) -> None:
 def with_keys_that_went(folder: Path) -> Path:
     """Gives a model in format 6 keys of its recipe that this version no longer has."""
     config = json.loads((folder / "config.json").read_text())
-    config["recipe"]["model"]["moe"] |= {"gates": "softmax", "slots": 1, "routing": "expert_choice", "top_k": 2}
+    config["recipe"]["model"]["moe"] |= {"gates": "softmax", "slots": 1, "routing": "expert_choice", "top_k": 1}
     config["recipe"]["train"]["upcycle"] = True
     config["recipe"]["evaluation"]["sets"]["stills"]["type"] = "telepathy"
     (folder / "config.json").write_text(json.dumps(config))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.lift import lift_6, lift_7, lift_recipe
+from openimp.checkpoint.lift import lift_6
 from openimp.common.errors import UserError, counted, one_line
 from openimp.common.modality import Modalities, Modality
 from openimp.common.protocols import learned_files, load_learned
@@ -62,13 +62,13 @@ class SavedRecipe(NamedTuple):
         if self.text is None:
             raise UserError(f"{self.file}: missing; only embedding and search of files work without it")
         data = parse_mapping(self.text, self.file, "recipe")
-        return Recipe.build(lift_recipe(data), self.file.parent, str(self.file))
+        return Recipe.build(data, self.file.parent, str(self.file))
 
 
 def load_run_recipe(run: Path, overrides: Iterable[str] = (), folder: Path | None = None) -> Recipe:
     """The recipe.yaml of a run, also of an older version; see `Recipe.load` for the other arguments."""
     file = run / RECIPE
-    data = lift_recipe(parse_mapping(_read_text(file), file, "recipe"))
+    data = parse_mapping(_read_text(file), file, "recipe")
     for text in overrides:
         override(data, text, folder)
     return Recipe.build(data, run.resolve(), str(file))
@@ -154,18 +154,14 @@ def read_config(
     data = _read_object(file)
     recipe_file = folder / RECIPE
     recipe = SavedRecipe(_read_text(recipe_file) if recipe_file.exists() else None, recipe_file)
-    try:
-        if data.get("format") == 6:
-            recipe_data = lift_recipe(data["recipe"])
-            data = lift_6(data, recipe_data)
-            recipe = SavedRecipe(to_yaml(recipe_data), file)
-        elif data.get("format") == 7:
-            data = lift_7(data)
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: damaged: it cannot be read: {error!r}") from None
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-    if (version := data.pop("format", None)) != FORMAT:
+    if data.get("format") == 6:
+        try:
+            recipe = SavedRecipe(to_yaml(data["recipe"]), file)
+            data = lift_6(data)
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{file}: damaged: it cannot be read: {error!r}") from None
+    # Format 7 had more keys, which the schemas list as `removed`.
+    if (version := data.pop("format", None)) not in (7, FORMAT):
         raise UserError(
             f"{file}: the model is in format {version}, and this version of openimp reads formats 6, 7 and 8 "
             "only; use the version that saved it, or train the model again"

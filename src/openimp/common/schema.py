@@ -27,17 +27,23 @@ class Strict(BaseModel):
         strict=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
-    renamed: ClassVar[Mapping[str, str]] = {}
-    """Keys of earlier versions, with the names that replaced them, or if none did, what to do instead."""
+    removed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Keys that saved models may have, with the values for which a model is the same without the key."""
 
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and cls.model_config.get("extra") == "forbid":
-            for key in data:
-                if key not in cls.model_fields:
-                    raise ValueError(unknown_key(str(key), cls.model_fields, cls.renamed))
-        return data
+        if not isinstance(data, Mapping) or cls.model_config.get("extra") != "forbid":
+            return data
+        known = {}
+        for key, value in data.items():
+            if key in cls.model_fields:
+                known[key] = value
+            elif key not in cls.removed:
+                raise ValueError(unknown_key(str(key), cls.model_fields))
+            elif value not in cls.removed[key]:
+                raise ValueError(f"{key} is {value!r}, which this version of openimp no longer has")
+        return known
 
     def refuse(self, keys: Iterable[str], reason: str) -> None:
         """Raises ValueError if one of the keys has another value than its default.
@@ -49,12 +55,11 @@ class Strict(BaseModel):
                 raise ValueError(f"{key} {reason}")
 
 
-def unknown_key(key: str, known: Iterable[str], renamed: Mapping[str, str] = {}) -> str:
+def unknown_key(key: str, known: Iterable[str]) -> str:
     """The error message for a key that a mapping does not have."""
     known = list(known)
-    if key in renamed:
-        new = renamed[key]
-        return f"key {key!r} is now called {new!r}" if new in known else f"there is no key {key!r} here: {new}"
+    if not known:
+        return f"unknown key {key!r}; expected {{}}"
     name, colon, value = key.partition(":")
     if colon and name in known:
         return f"unknown key {key!r}: YAML needs a space after the colon, as in {name}: {value or 'VALUE'}"

@@ -61,11 +61,6 @@ class Tower(Modality):
     class View(Strict):
         """A tower reads items in its own view."""
 
-        renamed: ClassVar[Mapping[str, str]] = dict.fromkeys(
-            ("size", "crop_pct", "crop", "flip", "jitter", "frames", "seconds", "length", "drop_tokens"),
-            "a tower reads items in its own view; write {} here",
-        )
-
     role: ClassVar[Role] = "tower"
     """The vectors of a tower are features before the model's heads. Those of a teacher are the model's embeddings."""
 

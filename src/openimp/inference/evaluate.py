@@ -14,6 +14,7 @@ from openimp.evaluation.evaluate import check_names
 from openimp.evaluation.evaluate import evaluate as evaluate_sets
 from openimp.recipe.file import override, read_recipe
 from openimp.recipe.model_config import class_for
+from openimp.recipe.registry import modality_class
 from openimp.recipe.schema import Recipe
 
 
@@ -125,7 +126,6 @@ def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
             continue
         for name in recipe.modality_names:
             if isinstance(view.get(name), dict):
-                schema = class_for(name, recipe.model, recipe.modalities).View
-                decided = {key for key, new in schema.renamed.items() if new not in schema.model_fields}
-                kept = {key: value for key, value in view[name].items() if key not in decided}
-                view[name] = kept if schema.model_fields else {}
+                fields = class_for(name, recipe.model, recipe.modalities).View.model_fields
+                decided = modality_class(name).View.model_fields.keys() - fields
+                view[name] = {key: value for key, value in view[name].items() if key not in decided}

@@ -97,8 +97,6 @@ class Audio(Modality):
     class View(Strict):
         """Length, tokens and augmentation of a sound."""
 
-        renamed = {"drop": "drop_tokens"}
-
         seconds: Positive = 8.192
         """Length in seconds. Rounded to frames, it must be a multiple of the patch's frames. Longer sounds are cut, at
         random in training, and silence is appended to shorter ones. The paper: 8.192."""

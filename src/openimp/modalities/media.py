@@ -284,8 +284,6 @@ class PatchGrid(Strict):
     is the span of an axis with absolute positions. The convolution is along the last two axes.
     """
 
-    renamed = {"extent": "positions are relative; for other positions see 'absolute'"}
-
     axes: ClassVar[tuple[str, ...]]
     patch: tuple[int, ...]
     tables: tuple[int, ...]

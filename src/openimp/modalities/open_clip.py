@@ -303,10 +303,6 @@ class OpenClipImage(Pictures, Image):
     class View(Strict):
         """Augmentation of a picture. Its size is the model's."""
 
-        renamed: ClassVar[Mapping[str, str]] = dict.fromkeys(
-            ("size", "crop_pct", "drop_tokens"), "a wrapped model prepares pictures as its library does"
-        )
-
         crop: PositiveShare = 0.9
         """Smallest share of the picture's area that a training crop shows (as in open_clip). 1: the largest center
         crop."""
@@ -369,8 +365,6 @@ class OpenClipText(OpenClip, Text):
 
     class View(Strict):
         """A text is read up to the model's context length."""
-
-        renamed: ClassVar[Mapping[str, str]] = {"length": "a wrapped model reads its own context length"}
 
         @property
         def length(self) -> None:

@@ -52,8 +52,6 @@ class Text(Modality):
     class Config(Strict):
         """The tokenizer and the position table."""
 
-        renamed = {"vocab": "vocab_size"}
-
         tokenizer: RecipePath | None = None
         """Path of a tokenizer file of the `tokenizers` library. By default a tokenizer is trained on the recipe's
         captions."""

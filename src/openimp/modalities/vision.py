@@ -61,8 +61,6 @@ class Vision(Modality):
     class View(Strict):
         """Size, tokens and augmentation of a picture."""
 
-        renamed = {"drop": "drop_tokens"}
-
         size: Count | Pair = 256
         """Pixels per side, or [height, width]; multiples of the patch. The paper: 256, and 128 for low resolution."""
         drop_tokens: PartialShare = 0.0

@@ -27,8 +27,6 @@ from openimp.recipe.tasks import Task
 class Classification(Objective):
     """A linear classification head on the pooled features, one per source and label column."""
 
-    renamed = {"smoothing": "label_smoothing"}
-
     type: Literal["classification"]
     """The kind of objective."""
     label: str

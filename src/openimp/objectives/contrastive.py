@@ -44,7 +44,7 @@ class Contrastive(Objective):
     A pair has the same heads and the same temperature in all tasks. Within a task, only one objective may compare it.
     """
 
-    renamed = {"same": "positives_by"}
+    removed = {"same": (None,)}
 
     type: Literal["contrastive"]
     """The kind of objective."""

@@ -14,6 +14,14 @@ Gelu = Literal["tanh", "erf"]
 class MoE(Strict):
     """Sparse mixture of experts, which replaces the MLP of the last blocks (arXiv 2305.06324)."""
 
+    removed = {
+        "gates": ("softmax",),
+        "slots": (1,),
+        "routing": ("expert_choice", "expert_choice_batch"),
+        "top_k": (1,),
+        "balance_loss": (0.01,),
+    }
+
     experts: Count | Annotated[dict[str, Count], Field(min_length=1)] = 16
     """Experts per block, which all modalities share. The paper: 16 in B and L, 4 in S. Or the experts per block that
     each stem has to itself, with a router of its own, such as {vision: 4, text: 4}."""

@@ -92,6 +92,8 @@ class Parallel(Strict):
 class Train(Strict):
     """The training loop."""
 
+    removed = {"upcycle": (False, True)}
+
     steps: Count = 200_000
     """Optimizer steps, over all tasks. The paper: S 200k, B and L 500k."""
     init: RecipePath | None = None
