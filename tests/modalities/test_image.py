@@ -1,4 +1,3 @@
-import io
 import struct
 import subprocess
 import sys
@@ -284,12 +283,3 @@ def test_sizes_that_make_no_whole_patch_are_refused(size):
 def test_a_convolution_needs_patches_with_even_sides():
     with pytest.raises(ValueError, match=r"conv_channels needs patches with even sides, found \[4, 7\]"):
         Image.Config(patch=(1, 4, 7), conv_channels=8)
-
-
-def test_a_person_sees_what_evaluation_sees():
-    picture = PIL.Image.fromarray(smooth(300, 400))
-    with PIL.Image.open(io.BytesIO(IMAGE.show(picture, Image.View(size=(128, 256))))) as small:
-        assert (small.format, small.size) == ("WEBP", (128, 64))
-        red, green, _ = np.asarray(small.convert("RGB")).astype(float).transpose(2, 0, 1)
-    assert red[:, 0].mean() + 90 < red[:, -1].mean()
-    assert green[0].mean() + 90 < green[-1].mean()

@@ -1,4 +1,3 @@
-import io
 
 import av
 import numpy as np
@@ -239,16 +238,6 @@ def test_evaluation_takes_crops_along_the_longer_side_of_each_clip(turned):
     assert (single == out[[1, 4]]).all(), "the middle one of three is the only one of one"
     square = frames[:, :32, :32]
     assert len(VIDEO.transform(square, VIDEO.View(**view, crops=3), None)) == 2, "a square film has one crop"
-
-
-@pytest.mark.parametrize(("count", "shown"), [(30, [0, 10, 19, 29]), (3, [0, 1, 2]), (1, [0])])
-def test_a_person_sees_a_strip_of_frames_in_order(count, shown):
-    """Though the two clips of evaluation overlap."""
-    view = Video.View(size=64, frames=16, stride=1, clips=2)
-    with PIL.Image.open(io.BytesIO(VIDEO.show(counting(count), view))) as strip:
-        assert (strip.format, strip.size) == ("WEBP", (64 * len(shown), 64))
-        frames = np.split(np.asarray(strip.convert("RGB")), len(shown), axis=1)
-    assert [greys(frame[None, :, 8:-8])[0] for frame in frames] == shown
 
 
 def test_frames_of_different_sizes_are_bad_media():

@@ -71,9 +71,6 @@ class Tensors(Protocol):
 class Pictured(Protocol):
     """A modality whose values can be drawn, for `openimp report` and the search page."""
 
-    def show(self, value: Any, view: Any) -> bytes:
-        """What evaluation sees, as a small WebP picture. BadMedia if the value cannot be read."""
-
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
         """A WebP picture of a value, or of one of its `Segmented.segments`, for lists of results.
 

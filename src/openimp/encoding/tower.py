@@ -189,9 +189,6 @@ class Tower(Modality):
 class MediaTower(Tower):
     """A tower for media. It shows and cuts them with the encoder's `reader`."""
 
-    def show(self, value: Any, view: Any) -> bytes:
-        return self._reader(Pictured).show(value, self.encoder.view)
-
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
         return self._reader(Pictured).thumbnail(value, self.encoder.view, side, segment)
 

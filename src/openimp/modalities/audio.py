@@ -234,9 +234,6 @@ class Audio(Modality):
                 _hide(spectrum.T, view.mask_bins, rng, self.config.mean)
         return self._normalized_patches(spectra, view.drop_tokens, rngs)
 
-    def show(self, value: Any, view: Any) -> bytes:
-        return self.thumbnail(value, view, 2 * media.PREVIEW_SIDE)
-
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
         """The spectrogram of the first clip. It shows the loudest 70 dB.
 

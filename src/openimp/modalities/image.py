@@ -16,7 +16,6 @@ from openimp.common.modality import BadMedia, Rng
 from openimp.common.protocols import Recorded
 from openimp.modalities.media import (
     MAX_PIXELS,
-    PREVIEW_SIDE,
     MediaFile,
     decoder_errors,
     encode_webp,
@@ -87,10 +86,6 @@ class Image(Vision):
         """Crops and augments pixels (H, W, C) to (h, w, 3), or (1, h, w, 3) in evaluation; uint8."""
         frames = self._render(item[None], view, rng)
         return frames if rng is None else frames[0]
-
-    def show(self, value: Any, view: Any) -> bytes:
-        """The pixels that evaluation uses."""
-        return encode_webp(self.encode_input(value, view)[0], PREVIEW_SIDE)
 
     @decoder_errors()
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:

@@ -60,8 +60,6 @@ SEGMENT_BYTES = 1024
 """Least bytes of a file per segment. The most frugal codecs need more for `SEGMENT_SECONDS`."""
 MAX_SEGMENTS = 10_000
 """Most segments of a recording; with more than 14 hours, they are longer."""
-PREVIEW_SIDE = 128
-"""Most pixels of the longer side of a previewed frame."""
 
 
 class MediaFile(io.BufferedReader):

@@ -24,8 +24,6 @@ ROUNDING = 1e-6
 """Tolerance in seconds when times of frames are compared."""
 ANIMATION = re.compile(rb"GIF8|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP", re.DOTALL)
 """First bytes of WebP, GIF and PNG, which Pillow reads instead of FFmpeg."""
-STRIP = 4
-"""Frames in the preview of a clip."""
 MAX_SHRUNK_PIXELS = 2 * 2**20
 """Most pixels of a frame after it is shrunk; only absurdly long or wide frames have more."""
 MAX_CLIP_BYTES = 2**29
@@ -134,13 +132,6 @@ class Video(Vision):
         regions = crop_regions(item.shape[1:3], view.hw, view.crops)
         clips = [item[start + offsets] for start in media.clip_starts(total, view.span, view.clips)]
         return np.stack([self._render(clip[region], view, None) for clip in clips for region in regions])
-
-    def show(self, value: Any, view: Any) -> bytes:
-        """Up to 4 frames, evenly spaced over the frames that are read, side by side."""
-        item = self.decode(value, [view])
-        chosen = np.linspace(0, len(item) - 1, min(STRIP, len(item))).round().astype(int)
-        strip = np.concatenate(list(self._render(item[chosen], view, None)), axis=1)
-        return media.encode_webp(strip, STRIP * media.PREVIEW_SIDE)
 
     @media.decoder_errors()
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:

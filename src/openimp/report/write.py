@@ -32,6 +32,9 @@ from openimp.report import results, training
 from openimp.report.page import TEMPLATES
 from openimp.training.metrics_file import read_metrics
 
+PICTURE_SIDE = 128
+"""Most pixels of the sides of a picture on the page."""
+
 
 def write_report(
     run: Path, out: Path | None = None, progress: Progress | None = None, allow_sources: bool = False
@@ -125,7 +128,7 @@ def _show(modalities: Modalities, options: EvaluationSet, source: Table, name: s
     try:
         raw = raw_value(source, modality, options.inputs[name], row)
         if isinstance(modality, Pictured):
-            return modality.show(raw, options.view[name])
+            return modality.thumbnail(raw, options.view[name], PICTURE_SIDE)
         return str(raw) if modality.reads_text else modality.encode_input(raw, options.view[name])[0]
     except BadMedia as error:
         return f"cannot be shown: {error}"
