@@ -1,15 +1,13 @@
 """The learning rate of each parameter relative to the recipe's, by part of the model and by depth; frozen parts."""
 
 from collections.abc import Collection
+from itertools import accumulate
 
 from torch import Tensor
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, nearest
 from openimp.model.embedder import Embedder
 from openimp.recipe.training import Optimizer
-
-MAX_NAMED = 10
-"""Maximum number of parts that an error message names."""
 
 
 def freeze(model: Embedder, options: Optimizer) -> None:
@@ -46,18 +44,8 @@ def _belongs_to(name: str, part: str) -> bool:
 
 
 def _require_parts(parts: Collection[str], names: Collection[str]) -> None:
-    """Checks that each part is a parameter or a module of a model, given the names of its parameters.
-
-    The error names the parts that could have been meant: those directly inside the longest beginning that is a module.
-    """
+    """Checks that each part is a parameter or a module of a model, given the names of its parameters."""
+    known = {prefix for name in names for prefix in accumulate(name.split("."), "{}.{}".format)}
     for part in parts:
-        if any(_belongs_to(name, part) for name in names):
-            continue
-        prefix = f"{part}."
-        while prefix and not any(name.startswith(prefix) for name in names):
-            parent = prefix[:-1].rpartition(".")[0]
-            prefix = f"{parent}." if parent else ""
-        inside = [name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)]
-        known = [f"{prefix}{child}" for child in dict.fromkeys(inside)]
-        listed = ", ".join(known[:MAX_NAMED]) + (", ..." if len(known) > MAX_NAMED else "")
-        raise UserError(f"optimizer.lr_scale: the model has no part {part!r}; known: {listed}")
+        if part not in known:
+            raise UserError(f"optimizer.lr_scale: the model has no part {part!r}{nearest(part, known)}")
