@@ -85,6 +85,10 @@ def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
         ("tasks.heard.inputs.audio=sond", "tasks.heard: source sounds (*no column 'sond'*'sound'?"),
         ("tasks.named.objectives.1.label=lable", "tasks.named: source pictures (*'lable'; did you mean 'label'?"),
         ("tasks.named.objectives.0.positives_by=nam", "tasks.named: source pictures (*'nam'; did you mean 'name'?"),
+        (
+            "tasks.named.objectives=[{type: contrastive}, {type: contrastive, loss: sigmoid}]",
+            "two objectives of a task have the loss 'image-text'; drop one of the two",
+        ),
         ("sources.sounds.path=missing.jsonl", "source sounds: *missing.jsonl: no such file or folder"),
     ],
 )

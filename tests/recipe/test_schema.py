@@ -100,10 +100,7 @@ REFUSED = [
     "tasks.named.inputs={imag: file, text: label}",
     "tasks.named.objectives.0.pairs=[[image, txt]]",
     "tasks.named.objectives.0.pairs=[[image, image]]",
-    # Two objectives would share a temperature or a head, and one of the two metrics would be lost.
     "tasks.named.objectives.0.pairs=[[image, text], [text, image]]",
-    "tasks.named.objectives=[{type: contrastive}, {type: contrastive, loss: sigmoid}]",
-    "tasks.named.objectives=[{type: classification, label: label, of: image}, {type: classification, label: label}]",
     (
         "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label, "
         "classes: [red]}]}"

@@ -147,9 +147,6 @@ def test_in_a_disjoint_space_the_recipe_names_what_to_compare_with(data):
     assert model.share_a_space("image", "text")
     with refuses():
         recipe_of(data, disjoint, one_task.replace("TOWARDS", "imag"))
-    twice = "tasks.seen.objectives=[{type: distill, of: image, to: teacher}, {type: distill, of: image, to: teacher}]"
-    with refuses():
-        recipe_of(data, twice)
 
 
 def test_a_teacher_gives_the_vectors_that_embed_join_would_write(student, data, tmp_path):

@@ -80,13 +80,6 @@ class Objective(Strict, ABC):
         Before, openimp checks that all `modalities` are inputs of the task.
         """
 
-    def work(self, task: Task) -> list[str]:
-        """The work that only one objective of a task may do, such as "compares image and text", for error messages.
-
-        Two objectives with the same work would share the names of their losses, and perhaps a temperature or a head.
-        """
-        return [f"has the type {self.type}"]
-
     def compared_pairs(self, task: Task) -> list[tuple[str, str]]:
         """The pairs of modalities that are trained to agree. The model has heads and a temperature for each."""
         return []
@@ -141,6 +134,8 @@ class Objective(Strict, ABC):
     @abstractmethod
     def losses(self, model: Embedder, task: Task, encoded: EncodedAll, targets: Tensors) -> Tensors:
         """The loss of each pair or modality, by a name for the metrics. Their mean is weighted with `weight`.
+
+        No two objectives of a task may have losses with the same name.
 
         A modality with `draw: k` has k consecutive rows of features per example.
         """

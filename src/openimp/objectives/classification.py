@@ -52,9 +52,6 @@ class Classification(Objective):
         if not self.modalities(task):
             raise UserError(f"{location}: no input is without a mask, so name the modality to classify in `of`")
 
-    def work(self, task: Task) -> list[str]:
-        return [f"classifies {name} by {self.label}, with the same head" for name in self.modalities(task)]
-
     def modalities(self, task: Task) -> list[str]:
         return [self.of] if self.of else [name for name in task.inputs if not modality_class(name).masked]
 

@@ -68,12 +68,10 @@ class Contrastive(Objective):
             raise UserError(f"{location}: a contrastive objective needs two inputs")
         if any(a == b for a, b in pairs):
             raise UserError(f"{location}.pairs: a pair needs two different modalities")
+        if len({frozenset(pair) for pair in pairs}) < len(pairs):
+            raise UserError(f"{location}.pairs: a pair is listed twice")
         if self.positives_in and not any(_is_text(a) != _is_text(b) for a, b in pairs):
             raise UserError(f"{location}.positives_in: no pair compares texts with something else")
-
-    def work(self, task: Task) -> list[str]:
-        pairs = [" and ".join(sorted(pair)) for pair in self.compared_pairs(task)]
-        return [f"compares {pair}, with the same temperature" for pair in pairs]
 
     def compared_pairs(self, task: Task) -> list[tuple[str, str]]:
         return [*combinations(task.inputs, 2)] if self.pairs is None else [(a, b) for a, b in self.pairs]

@@ -74,9 +74,6 @@ class Distill(Objective):
                 "with; or set model.space: joint"
             )
 
-    def work(self, task: Task) -> list[str]:
-        return [f"trains {self.of} on {self.to or 'the vectors of a teacher'}"]
-
     def projected(self, task: Task) -> list[tuple[str, str]]:
         return [(self.of, self._target(task))]
 

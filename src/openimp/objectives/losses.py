@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from openimp.common.errors import UserError
 from openimp.data.batch import Batch
 from openimp.model.embedder import Embedder, EncodeAll
 from openimp.model.moe import RouterStats
@@ -33,7 +34,10 @@ def task_losses(model: Embedder, task: Task, batch: Batch, encode_all: EncodeAll
     total = torch.zeros((), device=next(iter(encoded.values())).features.device)
     for objective, targets in zip(task.objectives, batch.targets, strict=True):
         terms = objective.losses(model, task, encoded, targets)
-        parts |= {name: loss.detach() for name, loss in terms.items()}
+        for name, loss in terms.items():
+            if name in parts:
+                raise UserError(f"two objectives of a task have the loss {name!r}; drop one of the two")
+            parts[name] = loss.detach()
         total = total + objective.weight * torch.stack([*terms.values()]).mean()
     z_losses = [
         torch.stack([stats.z_loss for stats in item.routing]).sum() for item in encoded.values() if item.routing

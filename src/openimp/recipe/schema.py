@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from openimp.common.errors import UserError, nearest, one_line
 from openimp.common.modality import Classes, Modality
-from openimp.common.objective import ClassColumn, Objective
+from openimp.common.objective import ClassColumn
 from openimp.common.schema import FolderName, Strict, Whole, checked
 from openimp.recipe.evaluation import ClassHead, Evaluation, EvaluationSet, Probe, Retrieval, ZeroShot
 from openimp.recipe.file import read_recipe, to_yaml
@@ -128,32 +128,22 @@ class Recipe(Strict):
                     )
 
     def _check_objectives(self, key: str, task: Task) -> None:
-        """Checks that the objectives of a task fit it, and that no two of them do the same work."""
-        objective_by_work: dict[str, int] = {}
+        """Checks that the objectives of a task fit it.
+
+        An objective may come from another package, so any of its errors is a UserError that begins with its location.
+        """
         for i, objective in enumerate(task.objectives):
             location = f"{key}.objectives.{i}"
-            for work in self._checked_work(location, task, objective):
-                if work in objective_by_work:
-                    other = objective_by_work[work]
-                    raise UserError(f"{location}: objectives.{other} already {work}; drop one of the two")
-                objective_by_work[work] = i
-
-    def _checked_work(self, location: str, task: Task, objective: Objective) -> list[str]:
-        """Checks that an objective fits its task, and returns its `work`.
-
-        The objective may come from another package, so any of its errors is a UserError that begins with `location`.
-        """
-        try:
-            for name in objective.modalities(task):
-                if name not in task.inputs:
-                    raise UserError(f"{location}: {name!r} is not an input of the task{nearest(name, task.inputs)}")
-            objective.check(location, task, self)
-            return objective.work(task)
-        except UserError:
-            raise
-        except Exception as error:
-            kind = type(error).__name__
-            raise UserError(f"{location}: {objective.type} failed with {kind}: {one_line(error)}") from error
+            try:
+                for name in objective.modalities(task):
+                    if name not in task.inputs:
+                        raise UserError(f"{location}: {name!r} is not an input of the task{nearest(name, task.inputs)}")
+                objective.check(location, task, self)
+            except UserError:
+                raise
+            except Exception as error:
+                kind = type(error).__name__
+                raise UserError(f"{location}: {objective.type} failed with {kind}: {one_line(error)}") from error
 
     def _check_evaluation(self) -> None:
         sets = self.evaluation.sets
