@@ -27,11 +27,11 @@ def counting(count: int, height: int = 32, width: int = 48, step: int = 5) -> np
     return np.broadcast_to(grey, (count, height, width, 3)).astype(np.uint8)
 
 
-def animation(frames: np.ndarray, form: str, duration: int | list[int] = 40) -> bytes:
+def animation(frames: np.ndarray, form: str) -> bytes:
     """An animated picture of pixels (T, H, W, 3 or 4), without loss."""
     first, *rest = map(PIL.Image.fromarray, frames)
     options = {"lossless": True} if form == "WEBP" else {"disposal": 2} if form == "GIF" else {}
-    return picture_file(first, form, save_all=True, append_images=rest, duration=duration, **options)
+    return picture_file(first, form, save_all=True, append_images=rest, duration=40, **options)
 
 
 def film(

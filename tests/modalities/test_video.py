@@ -176,21 +176,6 @@ def test_tokens_are_blocks_of_frames_in_order_with_their_coordinates():
     assert tokens.coords[0, [0, 1, 3, 6]].tolist() == [[0, 0, 0], [0, 0, 10], [0, 16, 0], [8, 0, 0]]
 
 
-def test_at_a_frame_rate_a_clip_shows_what_is_shown_at_each_time():
-    """Frame i of 25 a second has value 5 i; at 10 a second it is what a viewer sees at 0, 0.1, 0.2 ... s."""
-    slow, fast = (Video(Video.Config(fps=fps)) for fps in (10.0, 50.0))
-    view = Video.View(size=32, frames=4, stride=1)
-    assert greys(slow.decode(film(counting(50)), [view])) == [int(25 * i / 10 + 1e-9) for i in range(20)]
-    assert greys(fast.decode(film(counting(6)), [view])) == [i // 2 for i in range(12)]
-    part = greys(slow.decode(film(counting(50)), [view], rng(3)))
-    assert len(part) == 4
-    assert {*np.diff(part)} <= {2, 3}
-    gif = animation(counting(4), "GIF", [100, 300, 100, 100])
-    assert greys(slow.decode(gif, [view])) == [0, 1, 1, 1, 2, 3]
-    still = picture_file(PIL.Image.new("RGB", (32, 32)), "PNG")
-    assert len(slow.decode(still, [view])) == 1
-
-
 def test_views_that_make_no_whole_patch_are_refused():
     with refuses(ValueError):
         VIDEO.check(Video.View(frames=15))
@@ -252,9 +237,6 @@ def test_a_long_clip_is_cut_into_segments_that_cover_it():
     for clips, start in ((first, 0), (second, 125)):
         frames = [start, start + 60, start + 121]
         assert [clip[0].mean() for clip in clips] == pytest.approx(frames, abs=3)
-    at_rate = Video(Video.Config(fps=5.0))
-    later = at_rate.encode_segment(raw, view, 5.0, 10.0)
-    assert [clip[0].mean() for clip in later] == pytest.approx([125, 175, 230], abs=8)
 
 
 def test_a_short_clip_an_animation_and_an_array_are_not_cut():

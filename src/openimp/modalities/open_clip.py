@@ -27,7 +27,7 @@ from torch import Tensor
 from openimp.common.errors import UserError, one_line
 from openimp.common.modality import Modalities, Modality, Rng, StemSpec, Tokens
 from openimp.common.protocols import TensorInput
-from openimp.common.schema import Count, Positive, PositiveShare, Share, Strict, checked
+from openimp.common.schema import Count, PositiveShare, Share, Strict, checked
 from openimp.common.texts import valid_text
 from openimp.modalities.image import Image, upright
 from openimp.modalities.media import decoder_errors
@@ -213,10 +213,9 @@ class Pictures(OpenClip, Vision):
     plain: ClassVar[type[Vision]]  # openimp's modality of these pictures or clips
 
     class Config(Strict):
-        """Options of clips."""
+        """A wrapped model prepares pictures as its library does."""
 
-        fps: Positive | None = None
-        """Frames per second to which clips are resampled when they are read. null: the frames of the file."""
+        removed = {"fps": (None,)}
 
     @property
     def size(self) -> tuple[int, int]:

@@ -1,8 +1,7 @@
 """Clips: containers through PyAV; animated WebP, GIF and PNG through Pillow, which keeps transparency."""
 
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from itertools import repeat
 from typing import Any, ClassVar
@@ -18,10 +17,6 @@ from openimp.modalities.vision import CHANNELS, Vision, check_pixels, decoded_si
 
 MAX_FRAMES = 256
 """Most frames of a clip that is read as a whole."""
-DURATION = 100
-"""Milliseconds for which a frame of an animation without a duration is shown, as in browsers."""
-ROUNDING = 1e-6
-"""Tolerance in seconds when times of frames are compared."""
 ANIMATION = re.compile(rb"GIF8|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP", re.DOTALL)
 """First bytes of WebP, GIF and PNG, which Pillow reads instead of FFmpeg."""
 MAX_SHRUNK_PIXELS = 2 * 2**20
@@ -68,10 +63,9 @@ class Video(Vision):
 
     def tensor_input(self, view: Any) -> TensorInput:
         pixels = super().tensor_input(view)
-        rate = f", after resampling the clip to {self.config.fps:g} frames per second" if self.config.fps else ""
         return pixels._replace(
             shape=(view.frames, *pixels.shape),
-            preparation=f"{view.frames} frames at a distance of {view.stride}{rate}; if the clip is shorter, spread "
+            preparation=f"{view.frames} frames at a distance of {view.stride}; if the clip is shorter, spread "
             f"them over all of it. Of a longer clip, take {view.clips} such parts, evenly spaced, and average their "
             f"unit vectors. Each frame: {pixels.preparation}",
         )
@@ -85,13 +79,13 @@ class Video(Vision):
         """Decodes a clip to (T, H, W, 3) uint8, or to (T, H, W, 4) if any of it is transparent.
 
         `raw` is bytes, a path, or a uint8 array (T, H, W) or (T, H, W, 1 to 4). If a clip has more than 256 frames,
-        only those that evaluation uses are read. Without `fps`, and in arrays, the times of frames do not matter.
+        only those that evaluation uses are read. The times of frames do not matter.
         """
         if isinstance(raw, np.ndarray):
             return np.stack([shrink(PIL.Image.fromarray(frame), views) for frame in check_pixels(raw, 3)])
         with media.open_media(raw) as media_file:
             read = _read_animation if _is_animation(media_file) else _read_container
-            return _stack(read(media_file, views, rng, self.config.fps))
+            return _stack(read(media_file, views, rng))
 
     @media.decoder_errors()
     def recorded(self, value: Any) -> Recorded:
@@ -111,13 +105,13 @@ class Video(Vision):
             if _is_animation(media_file):
                 return []
             with media.open_container(media_file, "video") as (_, stream, seconds):
-                rate = self.config.fps or stream.average_rate
+                rate = stream.average_rate
             return media.equal_segments(media_file, float(seconds), float(view.span / rate)) if rate else []
 
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
         """The view's clips (clips * crops, t, h, w, 3), spaced over the segment."""
         with media.decoder_errors(), media.open_media(value) as media_file:
-            frames = _stack(_read_container(media_file, [view], None, self.config.fps, (start, end)))
+            frames = _stack(_read_container(media_file, [view], None, (start, end)))
         return self.transform(frames, view, None)
 
     def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
@@ -144,7 +138,7 @@ class Video(Vision):
         else:
             time = sum(segment) / 2
             with media.open_media(value) as media_file:
-                frames = _stack(_read_container(media_file, [still], None, self.config.fps, (time, time)))
+                frames = _stack(_read_container(media_file, [still], None, (time, time)))
         return media.encode_webp(frames[len(frames) // 2], side)
 
 
@@ -233,71 +227,32 @@ def _is_animation(media_file: media.MediaFile) -> bool:
     return ANIMATION.match(media_file.peek(12)) is not None
 
 
-def at_rate(timed: Iterable[tuple[float, Any]], start: float, fps: float, count: int) -> Iterator[Any]:
-    """The frames that are shown at up to `count` times, from `start` on at intervals of 1 / fps seconds.
-
-    `timed` has (seconds, frame) in order. Each is shown until the next, and the last as long as the one before it.
-    """
-    yielded = 0
-    shown = None
-    shown_since = 0.0
-    duration = 0.0
-    for time, frame in timed:
-        while shown is not None and yielded < count and start + yielded / fps < time - ROUNDING:
-            yield shown
-            yielded += 1
-        if yielded == count:
-            return
-        if shown is not None:
-            duration = time - shown_since
-        shown = frame
-        shown_since = time
-    end = shown_since + duration - ROUNDING
-    while shown is not None and yielded < count and (not yielded or start + yielded / fps < end):
-        yield shown
-        yielded += 1
-
-
-def _read_animation(
-    media_file: media.MediaFile, views: list[Any], rng: Rng | None, fps: float | None
-) -> Iterator[np.ndarray]:
+def _read_animation(media_file: media.MediaFile, views: list[Any], rng: Rng | None) -> Iterator[np.ndarray]:
     with PIL.Image.open(media_file, formats=("WEBP", "GIF", "PNG")) as picture:
         size = _shrunk_size(picture.height, picture.width, views)
         total = getattr(picture, "n_frames", 1)
-        # With `fps` it is read from its start, because its length is known only when all frames are decoded.
-        parts = _parts_to_read(0 if fps else total, size, views, rng)
+        parts = _parts_to_read(total, size, views, rng)
         wanted = {i for start, count in parts for i in range(start, total)[:count]}
-
-        def timed() -> Iterator[tuple[float, np.ndarray]]:
-            seconds = 0.0
-            for i in range(total if fps else max(wanted) + 1):
-                picture.seek(i)  # All frames are decoded, because each is drawn over the one before.
-                _shrunk_size(picture.height, picture.width, views)  # A frame may enlarge a GIF.
-                media_file.spend(picture.height * picture.width)
-                picture.load()
-                if fps or i in wanted:
-                    pixels = picture.convert("RGBA").resize(size[::-1], PIL.Image.Resampling.BILINEAR)
-                    yield seconds, np.asarray(pixels)
-                seconds += (picture.info.get("duration") or DURATION) / 1000
-
-        if fps:
-            yield from at_rate(timed(), 0.0, fps, count=parts[0][1])
-        else:
-            yield from (frame for _, frame in timed())
+        for i in range(max(wanted) + 1):
+            picture.seek(i)  # All frames are decoded, because each is drawn over the one before.
+            _shrunk_size(picture.height, picture.width, views)  # A frame may enlarge a GIF.
+            media_file.spend(picture.height * picture.width)
+            picture.load()
+            if i in wanted:
+                yield np.asarray(picture.convert("RGBA").resize(size[::-1], PIL.Image.Resampling.BILINEAR))
 
 
 def _read_container(
     media_file: media.MediaFile,
     views: list[Any],
     rng: Rng | None,
-    fps: float | None,
     segment: tuple[float, float] | None = None,  # start and end in seconds; None: the whole clip
 ) -> Iterator[np.ndarray]:
     with media.open_container(media_file, "video") as (container, stream, seconds):
-        rate = fps or stream.average_rate or 0
+        rate = stream.average_rate or 0
         total = 0  # unknown
         if rate:
-            total = (0 if fps else stream.frames) or int(seconds * rate)
+            total = stream.frames or int(seconds * rate)
         size = _shrunk_size(stream.height or 1, stream.width or 1, views)  # 0 if the header does not contain the size.
         if segment:
             total = max(1, round((segment[1] - segment[0]) * float(rate)))
@@ -307,19 +262,9 @@ def _read_container(
             if segment:
                 begin = segment[0] + float(begin)
                 count = min(count, total)
-            if fps:
-                # From one frame earlier, because that frame may still be shown at `begin`.
-                one_frame = 1 / (stream.average_rate or fps)
-                frames = _frames_from(media_file, container, stream, max(0, begin - one_frame), sys.maxsize)
-                start_time = stream.start_time or 0
-                dated = (frame for frame in frames if frame.pts is not None)
-                timed = ((float((frame.pts - start_time) * stream.time_base), frame) for frame in dated)
-                frames = at_rate(timed, float(begin), fps, count)
-            else:
-                frames = _frames_from(media_file, container, stream, begin, count)
             missing = count
             pixels = None
-            for frame in frames:
+            for frame in _frames_from(media_file, container, stream, begin, count):
                 pixels = _pixels(frame, views)
                 missing -= 1
                 yield pixels

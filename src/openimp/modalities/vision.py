@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
 from openimp.common.protocols import TensorInput
-from openimp.common.schema import Count, Pair, PartialShare, Positive, PositiveShare, Share, Strict, Triple
+from openimp.common.schema import Count, Pair, PartialShare, PositiveShare, Share, Strict, Triple
 from openimp.modalities.media import PatchGrid, narrowed, patch_count, tokens_kept
 
 Size = tuple[int, int]
@@ -39,6 +39,8 @@ class Vision(Modality):
     class Config(PatchGrid):
         """The patch embedding and the position tables, which image and video share."""
 
+        removed = {"fps": (None,)}
+
         axes = ("frames", "height", "width")
         patch: Triple = (4, 16, 16)
         """Frames, height and width (pixels) of a patch."""
@@ -53,10 +55,6 @@ class Vision(Modality):
         """Axes with absolute positions, and the number of frames or pixels that each table spans. With `{frames: 64}`
         the eighth frame has the same position in a clip of 8 frames as in a clip of 16. The positions along other axes
         are relative, as in the paper."""
-
-        fps: Positive | None = None
-        """Frames per second to which clips are resampled when they are read. A view's `stride` then counts resampled
-        frames. null: it counts the frames of the file, as in the release."""
 
     class View(Strict):
         """Size, tokens and augmentation of a picture."""
