@@ -22,7 +22,7 @@ ANIMATION = re.compile(rb"GIF8|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP", re.DOTALL)
 MAX_SHRUNK_PIXELS = 2 * 2**20
 """Most pixels of a frame after it is shrunk; only absurdly long or wide frames have more."""
 MAX_CLIP_BYTES = 2**29
-"""Most bytes of all frames of a clip after they are shrunk."""
+"""Most bytes of all frames of a clip after they are shrunk. While they are stacked, they take twice the memory."""
 
 
 class Video(Vision):
@@ -181,26 +181,19 @@ def crop_regions(size: tuple[int, int], target: tuple[int, int], crops: int) -> 
 
 
 def _stack(frames: Iterator[np.ndarray]) -> np.ndarray:
-    """Stacks frames (H, W, C), without an alpha channel that is opaque everywhere. Limits their memory.
-
-    Unlike `np.stack`, it frees each frame after it is copied, so that memory does not hold all frames twice.
-    """
-    kept = []
+    """Stacks frames (H, W, C), without an alpha channel that is opaque everywhere. Limits their memory."""
+    kept: list[np.ndarray] = []
     clip_bytes = 0
     for frame in frames:
+        if kept and frame.shape != kept[0].shape:
+            raise BadMedia("frames of different sizes")
         kept.append(frame)
         clip_bytes += frame.nbytes
         if clip_bytes > MAX_CLIP_BYTES:
             raise BadMedia(f"the frames that are read take more than {MAX_CLIP_BYTES} bytes")
     if not kept:
         raise BadMedia("no frames")
-    out = np.empty((len(kept), *kept[0].shape), np.uint8)
-    for i, frame in enumerate(kept):
-        if frame.shape != out.shape[1:]:
-            raise BadMedia("frames of different sizes")
-        out[i] = frame
-        kept[i] = out[i]  # A view of `out`, which takes no memory.
-    return drop_opaque_alpha(out)
+    return drop_opaque_alpha(np.stack(kept))
 
 
 def _parts_to_read(total: int, size: tuple[int, int], views: list[Any], rng: Rng | None) -> list[tuple[int, int]]:
