@@ -126,7 +126,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[], list[bytes]]]] = {
         lambda: [
             picture("TIFF", exif=exif()),
             *(picture("TIFF", "RGB", compression=f"tiff_{name}") for name in ("lzw", "adobe_deflate", "jpeg")),
-            *(picture("TIFF", mode, compression="packbits") for mode in ("I", "F", "CMYK", "1")),
+            *(picture("TIFF", mode, compression="packbits") for mode in ("I", "CMYK", "1")),
         ],
     ),
     "MP4": (

@@ -229,12 +229,7 @@ def jitter_matrix(brightness: float, contrast: float, saturation: float) -> tupl
 def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     """Converts a picture of any mode to RGB, or to RGBA if any of it is transparent."""
     if picture.mode == "F":  # Pillow would cut it to 0..255, but most such files have 0..1 or 0..65535.
-        values = np.asarray(picture)
-        if not np.isfinite(values).all():
-            raise BadMedia("pixels that are not finite")
-        largest = values.max(initial=0)
-        scale = 255 if largest <= 1 else 1 if largest <= 255 else 1 / 257
-        picture = PIL.Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
+        raise BadMedia("a picture of floating-point numbers")
     if picture.mode.startswith("I"):
         values = np.asarray(picture).clip(0, 65535)
         wide = picture.mode.startswith("I;16") or values.max(initial=0) > 255
