@@ -142,12 +142,12 @@ def test_a_stem_with_one_channel_starts_from_the_same_patch_embedding(tmp_path):
 
 
 REFUSED = {
-    "it has a class token": ("vit_base_patch16_224", {}),
-    "it has register tokens": (GAP, {"reg_tokens": 2}),
-    "it has a norm between patch embedding and blocks": (GAP, {"pre_norm": True}),
-    "its attention has norms of queries and keys": (GAP, {"qk_norm": True}),
-    "its final norm follows the pooling, instead of normalizing every token": (GAP, {"fc_norm": True}),
-    "it has no learned positions": (GAP, {"pos_embed": "none"}),
+    "it has cls_token": ("vit_base_patch16_224", {}),
+    "it has reg_token": (GAP, {"reg_tokens": 2}),
+    "it has norm_pre": (GAP, {"pre_norm": True}),
+    "it has blocks.*.attn.q_norm": (GAP, {"qk_norm": True}),
+    "it lacks norm.weight": (GAP, {"fc_norm": True}),
+    "it lacks pos_embed": (GAP, {"pos_embed": "none"}),
     "epsilon of its norms is 1e-05, not 1e-06": (GAP, {"norm_layer": torch.nn.LayerNorm}),
     "it has RmsNorm": (GAP, {"norm_layer": "rmsnorm"}),
     "it has QuickGELU": (GAP, {"act_layer": "quick_gelu"}),

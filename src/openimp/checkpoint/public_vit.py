@@ -43,22 +43,6 @@ FOLDED = {
 """Parameters that a ViT may lack, and that become part of the others."""
 POOLING = ("attn_pool.", "fc_norm.", "head.")
 """Beginnings of the names of parameters behind the encoder."""
-NORMED_EMBEDDING = "it has a norm between patch embedding and blocks"
-NORMED_ATTENTION = "its attention has norms of queries and keys"
-PRESENT = {
-    "cls_token": "it has a class token",
-    "reg_token": "it has register tokens",
-    "norm_pre": NORMED_EMBEDDING,
-    "patch_embed.norm": NORMED_EMBEDDING,
-    "blocks.*.attn.q_norm": NORMED_ATTENTION,
-    "blocks.*.attn.k_norm": NORMED_ATTENTION,
-}
-"""What it means if a ViT has a part that IMP's encoder lacks. Other such parts are called by their names."""
-ABSENT = {
-    "norm.weight": "its final norm follows the pooling, instead of normalizing every token",
-    "pos_embed": "it has no learned positions",
-}
-"""What it means if a ViT lacks a parameter that IMP's encoder needs."""
 
 
 class ViTWeights:
@@ -189,8 +173,8 @@ def obstacles(vit: Any) -> list[str]:
     names = {re.sub(r"\d+", "*", name, count=1) for name in encoder_names}
     other_parts = {type(module).__name__ for module in modules if type(module) not in known}
     other_parts |= {re.sub(r"\.(weight|bias)$", "", name) for name in names - CONVERTED - FOLDED}
-    reasons = sorted({PRESENT.get(part, f"it has {part}") for part in other_parts})
-    reasons += [ABSENT.get(name, f"it lacks {name}") for name in sorted(CONVERTED - names)]
+    reasons = [f"it has {part}" for part in sorted(other_parts)]
+    reasons += [f"it lacks {name}" for name in sorted(CONVERTED - names)]
     other_epsilons = {module.eps for module in modules if isinstance(module, nn.LayerNorm)} - {EPS}
     if other_epsilons:
         reasons.append(f"the epsilon of its norms is {min(other_epsilons):g}, not {EPS:g}")
