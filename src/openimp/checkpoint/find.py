@@ -7,7 +7,7 @@ from pathlib import Path
 
 from openimp.checkpoint.folder import CONFIG, RECIPE, checkpoints
 from openimp.checkpoint.wrapped import public_names, wrapped_folder
-from openimp.common.errors import UserError, nearest, one_line
+from openimp.common.errors import UserError, library_errors, nearest
 from openimp.common.names import BUNDLED, HUB, OPEN_CLIP, HubName, Name
 from openimp.common.safe_files import refuse_links
 
@@ -74,14 +74,11 @@ def download(name: str, patterns: Collection[str]) -> Path:
         raise UserError(f"{name}: expected {scheme}:OWNER/NAME or {scheme}:OWNER/NAME@REVISION")
     from huggingface_hub import snapshot_download
 
-    try:
+    with library_errors(f"{name}: the Hugging Face Hub did not provide the model"):
         folder = snapshot_download(
             hub_name.repository,
             revision=hub_name.revision,
             allow_patterns=list(patterns),
             ignore_patterns=["optimizer*"],
         )
-    except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
-        reason = one_line(error).removeprefix("Got: ")
-        raise UserError(f"{name}: the Hugging Face Hub did not provide the model: {reason}") from None
     return Path(folder)

@@ -6,6 +6,7 @@ Only a ViT that IMP's encoder computes exactly is accepted. Otherwise the error 
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from openimp.checkpoint.fold import RGB, encoder_weights, stem_weights
-from openimp.common.errors import UserError, one_line
+from openimp.common.errors import UserError, library_errors
 from openimp.common.modality import Modalities
 from openimp.common.names import Name
 from openimp.common.progress import no_log_output
-from openimp.common.safe_files import refuse_links
+from openimp.common.safe_files import local_folder
 from openimp.parallel.distributed import run_first_on_node
 
 PREFERRED = "model.safetensors"
@@ -132,23 +133,16 @@ def timm_opens(name: str) -> Iterator[None]:
 
     The random numbers of the training stay as they are: timm initializes all weights at random.
     """
-    folder = Name.parse(name).folder
-    if folder is not None:
-        _check_folder(Path(folder))
-    try:
-        with torch.random.fork_rng(devices=[]), no_log_output():
-            yield
-    except ImportError:
-        raise UserError(f"{name}: timm is missing: pip install 'openimp[peers]'") from None
-    except Exception as error:  # It raises many kinds.
-        raise UserError(f"{name}: timm cannot open it: {one_line(error)}") from None
+    if (folder := local_folder(name)) is not None:
+        _check_folder(folder)
+    if find_spec("timm") is None:
+        raise UserError(f"{name}: timm is missing: pip install 'openimp[peers]'")
+    with torch.random.fork_rng(devices=[]), no_log_output(), library_errors(f"{name}: timm cannot open it"):
+        yield
 
 
 def _check_folder(folder: Path) -> None:
     """Refuses a folder from which timm might read weights of another format than safetensors."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    refuse_links(folder)
     safe_files = sorted(file.name for file in folder.glob("*.safetensors"))
     if not safe_files:
         raise UserError(f"{folder}: has no weights in a .safetensors file, the only kind that is read of a folder")

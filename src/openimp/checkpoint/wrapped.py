@@ -21,10 +21,10 @@ from safetensors import safe_open
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import FORMAT, load_model, text_files
 from openimp.common.cache import cached, stable_hash
-from openimp.common.errors import UserError, nearest
+from openimp.common.errors import UserError, library_errors, nearest
 from openimp.common.names import LOCAL, OPEN_CLIP, Name
 from openimp.common.protocols import load_learned
-from openimp.common.safe_files import file_state, read_text, refuse_links
+from openimp.common.safe_files import file_state, local_folder, read_text
 from openimp.common.versions import library_version
 from openimp.modalities.open_clip import (
     CONFIG,
@@ -33,7 +33,6 @@ from openimp.modalities.open_clip import (
     checked_files,
     import_open_clip,
     layers_in,
-    library_errors,
     without_entries,
 )
 from openimp.model.open_clip import OpenCLIP, build
@@ -72,28 +71,17 @@ def wrapped_folder(name: str) -> Path:
 def _key(name: str) -> str:
     """A hash of the name and, of a local model, of the names, sizes and times of its files."""
     source: list[Any] = [name]
-    if Name.parse(name).folder is not None:
-        folder = _local(name)
+    if (folder := local_folder(name)) is not None:
         files = sorted(file for file in folder.iterdir() if file.is_file())
         source = [str(folder.resolve()), *((file.name, file_state(file)) for file in files)]
     return stable_hash([LAYOUT, FORMAT, library_version("open_clip_torch"), *source])
-
-
-def _local(name: str) -> Path:
-    folder = Path(str(Name.parse(name).folder))
-    if not (folder / CONFIG).is_file():
-        reason = f"the folder has no {CONFIG}, which open_clip writes" if folder.is_dir() else "no such folder"
-        raise UserError(f"{name}: {reason}")
-    refuse_links(folder, ("*",))
-    return folder
 
 
 def _find(name: str) -> Public:
     """Finds a model, and downloads it if the library has not yet."""
     library = import_open_clip()
     identifier = Name.parse(name).rest
-    if Name.parse(name).folder is not None:
-        folder = _local(name)
+    if (folder := local_folder(name)) is not None:
         return Public(_read_config(folder / CONFIG), _local_weights(name, folder), identifier)
     with library_errors(f"{name}: open_clip did not provide the model"):
         if identifier.startswith(HUB):
@@ -143,7 +131,7 @@ def _preprocessing(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    with library_errors(f"{file}: damaged"):
+    with library_errors(f"{file}: cannot be read"):
         config = json.loads(read_text(file))
         options = _preprocessing(config.get("preprocess_cfg") or {})
         return {"model_cfg": config.get("model_cfg"), "preprocess_cfg": options}

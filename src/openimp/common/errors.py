@@ -1,7 +1,8 @@
 """Errors that the user can fix, which the command line prints with exit code 2, and the wording of messages."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 FEW = 50
 """Maximum number of known words that an error message lists."""
@@ -33,6 +34,17 @@ def escaped(name: object) -> str:
 def one_line(error: BaseException) -> str:
     """The message of a library's error in one line of at most 300 characters, or its type if it has no message."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def library_errors(message: str) -> Iterator[None]:
+    """Turns an error of a library, or of those that it uses, into a UserError that begins with `message`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # Libraries raise many kinds.
+        raise UserError(f"{message}: {one_line(error)}") from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from secrets import token_hex
 from typing import BinaryIO
 
 from openimp.common.errors import UserError
+from openimp.common.names import Name
 
 
 @contextmanager
@@ -145,6 +146,21 @@ def refuse_links(folder: Path, patterns: Iterable[str] = RUN_FILES) -> None:
                 raise UserError(f"{path}: is a link out of {folder}, which openimp does not follow; remove the link")
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise UserError(f"{path}: is not a regular file")
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of a model that is named SCHEME:local-dir:FOLDER, and None for any other name.
+
+    UserError if there is no such folder, or if `refuse_links` refuses it.
+    """
+    path = Name.parse(name).folder
+    if path is None:
+        return None
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{name}: no such folder")
+    refuse_links(folder, ("**/*",))
+    return folder
 
 
 LARGEST_TEXT = 2**26

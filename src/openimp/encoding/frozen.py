@@ -21,11 +21,11 @@ from openimp.checkpoint.folder import SavedModel, load_model
 from openimp.checkpoint.public_vit import timm_opens
 from openimp.common.cache import stable_hash
 from openimp.common.device import pick_device
-from openimp.common.errors import UserError, one_line
+from openimp.common.errors import UserError, library_errors
 from openimp.common.modality import Rng
 from openimp.common.names import LOCAL, SENTENCE_TRANSFORMERS, TIMM, Name
 from openimp.common.protocols import learned_files
-from openimp.common.safe_files import read_text, refuse_links, sha256
+from openimp.common.safe_files import local_folder, read_text, sha256
 from openimp.common.texts import valid_text
 from openimp.encoding.engine import ItemEncoder
 from openimp.modalities.image import upright
@@ -247,15 +247,13 @@ def _open_library(name: str) -> tuple[Any, str]:
     for file in files:
         if file.name.endswith("config.json"):
             _refuse_kernels(name, file)
-    try:
+    with library_errors(f"{name}: sentence-transformers cannot open it"):
         library = SentenceTransformer(
             str(folder),
             device=str(pick_device()),
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True},
         )
-    except Exception as error:  # The libraries raise many kinds.
-        raise UserError(f"{name}: sentence-transformers cannot open it: {one_line(error)}") from None
     options = [(file.relative_to(folder).as_posix(), sha256(file)) for file in files]
     return library, stable_hash([weights_hash(library).hexdigest(), *options])[:16]
 
@@ -273,17 +271,12 @@ def _refuse_kernels(name: str, file: Path) -> None:
 
 def _library_folder(name: str) -> Path:
     """The folder of a model of sentence-transformers, which is downloaded if it is on the Hub."""
-    parsed = Name.parse(name)
-    path = parsed.folder
-    if path is None:
-        if Path(parsed.rest).is_dir():  # The Hub would be asked several times before an error that blames the network.
-            raise UserError(f"{name}: a model in a folder is named {SENTENCE_TRANSFORMERS}:{LOCAL}{parsed.rest}")
-        return download(name, ("*.json", "*.txt", "*.model", "*.safetensors"))
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{name}: no such folder")
-    refuse_links(folder, ("**/*",))
-    return folder
+    if (folder := local_folder(name)) is not None:
+        return folder
+    identifier = Name.parse(name).rest
+    if Path(identifier).is_dir():  # The Hub would be asked several times before an error that blames the network.
+        raise UserError(f"{name}: a model in a folder is named {SENTENCE_TRANSFORMERS}:{LOCAL}{identifier}")
+    return download(name, ("*.json", "*.txt", "*.model", "*.safetensors"))
 
 
 def _objects(value: Any) -> np.ndarray:

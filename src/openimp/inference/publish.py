@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import HfApi
 
 from openimp.checkpoint.folder import CONFIG, RECIPE
-from openimp.common.errors import UserError, nearest, one_line
+from openimp.common.errors import UserError, library_errors, nearest
 from openimp.common.names import Name, is_bundled
 from openimp.common.progress import console
 from openimp.common.versions import openimp_version
@@ -57,7 +57,7 @@ def upload(
     message = f"{model.config.name}, written by openimp {openimp_version()}"
     with TemporaryDirectory() as folder:
         write(model, name, license, Path(folder))
-        try:
+        with library_errors(f"{name}: the upload to the Hugging Face Hub failed"):
             url = hub.create_repo(name, private=private or None, exist_ok=True)
             # `create_repo` leaves a repository that exists as it is.
             if private and not hub.model_info(name).private:
@@ -65,10 +65,6 @@ def upload(
             if revision is not None:
                 hub.create_branch(name, branch=revision, exist_ok=True)
             hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message, revision=revision)
-        except UserError:
-            raise
-        except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
-            raise UserError(f"{name}: the upload to the Hugging Face Hub failed: {one_line(error)}") from None
     return str(url)
 
 

@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from openimp.common.errors import UserError, one_line
+from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Modality, Rng, StemSpec, Tokens
 from openimp.common.protocols import TensorInput
 from openimp.common.schema import Count, PositiveShare, Share, Strict, checked
@@ -60,17 +60,6 @@ def import_open_clip() -> Any:
     except ImportError:
         raise UserError("open_clip is not installed: pip install 'openimp[peers]'") from None
     return open_clip
-
-
-@contextmanager
-def library_errors(message: str) -> Iterator[None]:
-    """Turns an error of the library, or of those that it uses, into a UserError that begins with `message`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # The libraries raise many kinds.
-        raise UserError(f"{message}: {one_line(error)}") from None
 
 
 def checked_files(json_files: Mapping[str, str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from openimp.common.errors import UserError
+from openimp.common.errors import library_errors
 
 ONCE = {
     *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Nmt", "Strip", "StripAccents", "BertNormalizer"),
@@ -56,10 +56,8 @@ def open_tokenizer(name: str, read: Callable[[], str]) -> Tokenizer:
         UserError: the file is damaged, or a part of it could take too much time or memory. The message begins with
             `name`.
     """
-    try:
+    with library_errors(f"{name}: not a tokenizer that openimp opens"):
         return _open(json.loads(read()))
-    except Exception as error:  # tokenizers raises plain Exception.
-        raise UserError(f"{name}: not a tokenizer that openimp opens: {error}") from None
 
 
 def _open(data: Any) -> Tokenizer:

@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, library_errors
 from openimp.common.modality import Modalities, Tokens
 from openimp.common.progress import no_log_output
 from openimp.modalities.open_clip import (
     Pictures,
     import_open_clip,
-    library_errors,
     normalized,
     reader_of,
     unpacked,
