@@ -20,8 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import openimp
 from openimp.checkpoint import dcp
-from openimp.checkpoint.find import find_model
-from openimp.checkpoint.folder import checkpoints, load_model
+from openimp.checkpoint.folder import checkpoints
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
 from openimp.inference.join import embed_rows
@@ -34,7 +33,7 @@ from openimp.training.trainer import Trainer, train
 
 CASES = {
     "fp32": ["optimizer={muon_lr: 0.02, warmup_steps: 1}"],
-    "frozen": ["optimizer={muon_lr: 0.02, warmup_steps: 1, layer_decay: 0.5, lr_scale: {encoder.visual: 0}}"],
+    "frozen": ["optimizer={muon_lr: 0.02, warmup_steps: 1, lr_scale: {encoder.visual: 0}}"],
     "bf16": ["train.precision=bf16"],
 }
 
@@ -160,7 +159,7 @@ def test_one_tower_learns_the_vectors_of_the_other_that_is_frozen(data, name, tm
         objectives,
         "tasks.named.views=[{image: {crop: 1}}]",
         "tasks.paired.weight=0",
-        "optimizer={lr: 0.01, lr_scale: {encoder.visual: 0}, layer_decay: 0.5, ema_decay: 0.9, warmup_steps: 1}",
+        "optimizer={lr: 0.01, lr_scale: {encoder.visual: 0}, ema_decay: 0.9, warmup_steps: 1}",
     ]
     recipe = recipe_of(data, name, *changes)
     assert train(recipe, tmp_path / "run")
@@ -174,34 +173,9 @@ def test_one_tower_learns_the_vectors_of_the_other_that_is_frozen(data, name, tm
         assert learned or not any(part.startswith(f"{key}|") for part in weights(tmp_path / "run", "optimizer")), key
 
 
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        ("clip", {"visual.conv1.weight": 3, "visual.ln_pre.weight": 3, "visual.transformer.resblocks.0.": 2,
-                  "visual.transformer.resblocks.1.": 1, "token_embedding.weight": 3, "positional_embedding": 3,
-                  "transformer.resblocks.1.": 1, "ln_final.weight": 0, "text_projection": 0, "visual.proj": 0}),
-        ("siglip", {"visual.trunk.pos_embed": 7, "visual.trunk.patch_embed.": 7, "visual.trunk.blocks.5.": 1,
-                    "visual.trunk.norm.": 0, "visual.head.": 0, "text.transformer.resblocks.0.": 2,
-                    "text.text_projection.": 0}),
-        ("convnext", {"visual.trunk.stem.": 10, "visual.trunk.stages.0.blocks.0.": 9,
-                      "visual.trunk.stages.3.blocks.1.": 1, "visual.trunk.head.": 0}),
-        ("bert", {"text.transformer.embeddings.": 3, "text.transformer.encoder.layer.0.": 2, "text.proj.": 0}),
-        ("coca", {"text.cls_emb": 3, "text.transformer.resblocks.1.": 1, "visual.attn_pool.": 0, "text_decoder.": 0}),
-    ],
-)  # fmt: skip
-def test_each_tower_has_the_depths_of_its_own_blocks(kind, expected, tmp_path):
-    model = load_model(find_model(public.write(kind, tmp_path / kind)))[0]
-    depths = model.depths()
-    named = dict(model.encoder.named_parameters())
-    for part, depth in expected.items():
-        found = {depths.get(weight, 0) for key, weight in named.items() if key.startswith(part)}
-        assert found == {depth}, part
-
-
-def test_a_tower_without_a_list_of_blocks_has_no_depths(tmp_path):
-    model = load_model(find_model(public.write("resnet", tmp_path / "resnet")))[0]
+def test_layer_decay_is_refused(data, name, tmp_path):
     with refuses():
-        model.depths()
+        Trainer(set_up(recipe_of(data, name, "optimizer.layer_decay=0.5"), tmp_path / "run"))
 
 
 def test_the_counted_flops_and_parameters_are_those_of_the_model(data, name, tmp_path):

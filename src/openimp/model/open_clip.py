@@ -30,6 +30,8 @@ from openimp.recipe.model_config import ModelConfig
 
 BLOCKS = ("resblocks", "blocks", "layer", "layers", "block")
 """Names of the lists of blocks in the towers of open_clip, timm and transformers."""
+PROJECTIONS = ("text_projection", "visual.proj", "text.proj", "text.text_projection")
+"""Names of the projections of both towers that are no linear layers."""
 STACKED = {"qkv": 3, "kv": 2}
 """The number of matrices that linear layers with these names stack."""
 
@@ -149,59 +151,37 @@ class OpenCLIP(Embedder):
                 stacks[weight] = 3
             if isinstance(module, nn.Linear):
                 stacks[module.weight] = STACKED.get(name.rpartition(".")[2], 1)
-        stacks.update((weight, 1) for weight in self._projections() if weight.ndim == 2)
+        parameters = dict(self.encoder.named_parameters())
+        projections = [parameters[name] for name in PROJECTIONS if name in parameters]
+        stacks.update((weight, 1) for weight in projections if weight.ndim == 2)
         return stacks
 
     def depths(self) -> dict[Tensor, int]:
-        """1 in the last block of each tower, and 0 after it. Weights before the first block are one deeper than that
-        block, and weights between two blocks belong to the second one."""
-        depths: dict[Tensor, int] = {}
-        projections = {*self._projections()}
-        tables = {module.weight for module in self.encoder.modules() if isinstance(module, nn.Embedding)}
-        for reads_text in sorted({*self.readers.values()}):
-            parameters, blocks = self._tower(reads_text)
-            if not blocks:
-                raise UserError("optimizer.layer_decay: a tower of the model has no list of blocks; set it to 1")
-            block_of = {weight: i for i, block in enumerate(blocks) for weight in block.parameters()}
-            depth = len(blocks) + 1
-            for weight in parameters:  # In the library's order, in which only tables and projections are out of place.
-                if weight in block_of:
-                    depths[weight] = len(blocks) - block_of[weight]
-                    depth = depths[weight] - 1
-                elif weight in tables:
-                    depths[weight] = len(blocks) + 1
-                elif weight not in projections:
-                    depths[weight] = depth
-        return depths
+        raise UserError(
+            "optimizer.layer_decay: is for openimp's own encoder; use lr_scale for parts of a wrapped model"
+        )
 
-    def _projections(self) -> list[nn.Parameter]:
-        """The projections of both towers that are not the weights of linear layers."""
-        towers = (self.encoder, self.encoder.visual, getattr(self.encoder, "text", None))
-        named = (getattr(tower, name, None) for tower in towers for name in ("proj", "text_projection"))
-        return [weight for weight in named if isinstance(weight, nn.Parameter)]
-
-    def _tower(self, reads_text: bool) -> tuple[list[nn.Parameter], list[nn.Module]]:
-        """The parameters and the blocks of the tower of texts or of pictures, in order. CoCa's decoder, which writes
-        captions, is in neither."""
-        parameters = [
-            weight
-            for name, weight in self.encoder.named_parameters()
-            if name.startswith("visual.") != reads_text and not name.startswith("text_decoder.")
-        ]
-        in_tower = {*parameters}
-        return parameters, [block for block in self.blocks() if not in_tower.isdisjoint(block.parameters())]
-
-    def blocks(self) -> list[nn.Module]:
-        """The outermost blocks, in order."""
+    def _named_blocks(self) -> list[tuple[str, nn.Module]]:
+        """The outermost blocks, in order, each with the name of its list."""
         blocks = []
         for name, module in self.encoder.named_modules():
             if name.rpartition(".")[2] in BLOCKS and isinstance(module, nn.ModuleList | nn.Sequential):
-                blocks += [*module]
-        inner = {id(module) for block in blocks for module in block.modules() if module is not block}
-        return [block for block in blocks if id(block) not in inner]
+                blocks += [(name, block) for block in module]
+        inner = {id(module) for _, block in blocks for module in block.modules() if module is not block}
+        return [(name, block) for name, block in blocks if id(block) not in inner]
+
+    def blocks(self) -> list[nn.Module]:
+        return [block for _, block in self._named_blocks()]
 
     def blocks_of(self, modalities: Iterable[str]) -> list[nn.Module]:
-        return [block for name in modalities for block in self._tower(self.readers[name])[1]]
+        """The blocks of the towers. CoCa's decoder, which writes captions, is in neither."""
+        named = [(name, block) for name, block in self._named_blocks() if not name.startswith("text_decoder.")]
+        return [
+            block
+            for modality in modalities
+            for name, block in named
+            if name.startswith("visual.") != self.readers[modality]
+        ]
 
     def fp32_modules(self) -> list[Temperature | LogitScale]:
         return [self.scale]
