@@ -12,7 +12,7 @@ def lift_6(old: dict[str, Any]) -> dict[str, Any]:
     """
     recipe = old["recipe"]
     views: dict[str, Any] = {}
-    losses: dict[tuple[str, str], set[str]] = {}
+    pairs = set()
     distilled = []
     for task in recipe["tasks"].values():
         names = [*task["inputs"]]
@@ -20,8 +20,7 @@ def lift_6(old: dict[str, Any]) -> dict[str, Any]:
             views.setdefault(name, task["views"][0][name])
         for objective in task["objectives"]:
             if objective["type"] == "contrastive":
-                for pair in objective.get("pairs") or combinations(names, 2):
-                    losses.setdefault((min(pair), max(pair)), set()).add(objective["loss"])
+                pairs |= {(min(pair), max(pair)) for pair in objective.get("pairs") or combinations(names, 2)}
             elif objective["type"] == "distill":
                 student = objective["of"]
                 others = [name for name in names if name != student]
@@ -34,7 +33,7 @@ def lift_6(old: dict[str, Any]) -> dict[str, Any]:
         "model": recipe["model"],
         "modalities": recipe["modalities"],
         "views": views,
-        "pairs": [{"modalities": pair, "sigmoid": losses[pair] == {"sigmoid"}} for pair in sorted(losses)],
+        "pairs": [{"modalities": pair} for pair in sorted(pairs)],
         "distilled": distilled,
         "classes": old["classes"],
         "precision": recipe["train"]["precision"],

@@ -93,11 +93,6 @@ class Objective(Strict, ABC):
         paired = [modality for pair in self.compared_pairs(task) for modality in pair]
         return paired + [modality for modality, _ in self.projected(task)]
 
-    @property
-    def limits_scale(self) -> bool:
-        """Whether the logit scale of the compared pairs is at most 100 in a model of open_clip, as CLIP's is."""
-        return True
-
     def class_column(self) -> ClassColumn | None:
         """The column with classes for which the objective needs a classification head."""
         return None

@@ -74,8 +74,8 @@ class OpenCLIP(Embedder):
                 for name, values in zip(("mean", "std"), modality.statistics):
                     self.register_buffer(name, values, persistent=False)
         library = cast(Any, encoder)
-        only_sigmoid = {pair.sigmoid for pair in config.pairs} == {True}
-        limit = math.inf if only_sigmoid else MAX_LOG_LOGIT_SCALE  # SigLIP's scales are larger than CLIP's limit.
+        is_siglip = library.logit_bias is not None
+        limit = math.inf if is_siglip else MAX_LOG_LOGIT_SCALE  # SigLIP's scales are larger than CLIP's limit.
         self.scale = LogitScale(library.logit_scale, library.logit_bias, limit)
         library.logit_scale = library.logit_bias = None
         for module in encoder.modules():

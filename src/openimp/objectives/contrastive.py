@@ -76,11 +76,6 @@ class Contrastive(Objective):
     def compared_pairs(self, task: Task) -> list[tuple[str, str]]:
         return [*combinations(task.inputs, 2)] if self.pairs is None else [(a, b) for a, b in self.pairs]
 
-    @property
-    def limits_scale(self) -> bool:
-        """Only for softmax: SigLIP's scales exceed CLIP's limit."""
-        return self.loss == "softmax"
-
     def columns(self) -> set[str]:
         return {column for column in (self.positives_by, self.positives_in) if column}
 

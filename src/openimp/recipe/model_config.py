@@ -19,10 +19,10 @@ TwoNames = Annotated[tuple[str, str], Field(strict=False)]
 class ComparedPair(Strict):
     """Two modalities whose embeddings contrastive objectives compare."""
 
+    removed = {"sigmoid": (False, True)}
+
     modalities: TwoNames
     """Their names, sorted."""
-    sigmoid: bool = False
-    """Whether all these objectives have the sigmoid loss. It has a bias, and its scale has no limit in open_clip."""
 
 
 class ModelConfig(Strict):

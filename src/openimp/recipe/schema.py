@@ -208,21 +208,18 @@ class Recipe(Strict):
 
     def to_config(self, classes: Classes) -> ModelConfig:
         """The configuration of the recipe's model. `classes` has the classes of each classification head."""
-        limited_by_pair: dict[tuple[str, str], list[bool]] = {}
+        pairs = set()
         distilled = []
         for task in self.tasks.values():
             for objective in task.objectives:
-                for a, b in objective.compared_pairs(task):
-                    limited_by_pair.setdefault((min(a, b), max(a, b)), []).append(objective.limits_scale)
+                pairs |= {(min(pair), max(pair)) for pair in objective.compared_pairs(task)}
                 distilled += objective.projected(task)
-        # A pair is sigmoid if no objective limits its scale.
-        pairs = [ComparedPair(modalities=pair, sigmoid=not any(limits)) for pair, limits in limited_by_pair.items()]
         return ModelConfig(
             name=self.name,
             model=self.model,
             modalities=self.modalities,
             views={name: self.inference_view(name) for name in self.modality_names},
-            pairs=sorted(pairs, key=lambda pair: pair.modalities),
+            pairs=[ComparedPair(modalities=pair) for pair in sorted(pairs)],
             distilled=distilled,
             classes=dict(classes),
             precision=self.train.precision,
