@@ -60,7 +60,7 @@ def prepare(folder: Path) -> Path:
     (folder / "model").mkdir()
     save_model(
         folder / "model",
-        IMP.from_config(recipe.to_config({}), modalities),
+        IMP(recipe.to_config({}), modalities),
         recipe.to_config({}),
         modalities,
         recipe.to_yaml(),

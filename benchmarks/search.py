@@ -57,7 +57,7 @@ def write_model(folder: Path) -> Path:
     folder.mkdir()
     save_model(
         folder,
-        IMP.from_config(recipe.to_config({}), modalities).eval(),
+        IMP(recipe.to_config({}), modalities).eval(),
         recipe.to_config({}),
         modalities,
         recipe.to_yaml(),

@@ -209,7 +209,7 @@ def openimp_step(batch: int, name: str, drop: float = 0.0, **changes: Any) -> St
     recipe = Recipe.build({"name": name, "model": model, "sources": sources, "tasks": {"all": task}})
     modalities = recipe.make_modalities()
     torch.manual_seed(0)
-    imp = IMP.from_config(recipe.to_config({head_key("pictures", "label"): [*range(CLASSES)]}), modalities).train()
+    imp = IMP(recipe.to_config({head_key("pictures", "label"): [*range(CLASSES)]}), modalities).train()
     pixels, label = images(batch)
     rngs = [np.random.default_rng(i) for i in range(batch)]
     tokens = modalities["image"].tokens(pixels, recipe.tasks["all"].views[0]["image"], rngs)

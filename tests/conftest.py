@@ -122,7 +122,7 @@ def tiny_model() -> Callable[[Recipe], tuple[IMP, dict[str, Modality]]]:
             if isinstance(modality, Learned):
                 modality.fit([TEXTS])
         torch.manual_seed(0)
-        return IMP.from_config(recipe.to_config({}), modalities).eval(), modalities
+        return IMP(recipe.to_config({}), modalities).eval(), modalities
 
     return make
 

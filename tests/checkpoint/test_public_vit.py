@@ -89,7 +89,7 @@ def load(recipe: Recipe) -> tuple[IMP, dict, str]:
     modalities = recipe.make_modalities()
     start = open_warm_start(recipe, modalities)
     modalities["text"].fit([["a red square"]])
-    model = IMP.from_config(recipe.to_config({}), modalities).eval()
+    model = IMP(recipe.to_config({}), modalities).eval()
     assert start is not None
     return model, modalities, start.load(model, {})
 

@@ -119,7 +119,7 @@ def headed(setup):
         options = {"type": "classification", "task": "named", "label": "colour"} | options
         made = setup({"rows": columns}, keys={"tasks": tasks}, **options)
         torch.manual_seed(0)
-        model = IMP.from_config(made.recipe.to_config({"all:colour": classes}), made.modalities).eval()
+        model = IMP(made.recipe.to_config({"all:colour": classes}), made.modalities).eval()
         torch.nn.init.normal_(model.classifiers["all:colour"].weight, std=3)
         torch.nn.init.normal_(model.classifiers["all:colour"].bias)
         return made._replace(model=model), {"all:colour": [*classes]}

@@ -53,7 +53,7 @@ def test_training_starts_from_it(base):
     recipe.train.init = "openimp:base"
     modalities = recipe.make_modalities()
     start = open_warm_start(recipe, modalities)
-    model = IMP.from_config(recipe.to_config({}), modalities)
+    model = IMP(recipe.to_config({}), modalities)
     assert "; new: nothing; " in start.load(model, {})
     theirs = base.imp.state_dict()
     assert all(torch.equal(weight, theirs[name]) for name, weight in model.state_dict().items())

@@ -186,7 +186,7 @@ def test_a_model_with_classes_only_is_not_said_to_have_embeddings(tmp_path, tiny
     (source,) = {task.source for task in recipe.tasks.values()}
     classes = {f"{source}:label": ["a", "b"]}
     modalities = recipe.make_modalities()
-    network = IMP.from_config(recipe.to_config(classes), modalities)
+    network = IMP(recipe.to_config(classes), modalities)
     saved = SavedRecipe(recipe.to_yaml(), tmp_path / "recipe.yaml")
     model = Model(network, recipe.to_config(classes), modalities, saved_recipe=saved)
     card = model_card(model, tmp_path, "me/classes", None)

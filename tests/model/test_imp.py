@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from made_models import FixedStem, model_config
 from torch import Tensor
 
 from openimp.common.modality import StemSpec, Tokens
@@ -19,10 +20,10 @@ from openimp.recipe.model import Model, MoE
 
 def small(space: str = "disjoint", pairs=(("image", "text"), ("video", "text")), **options) -> IMP:
     torch.manual_seed(0)
-    config = Model(width=32, layers=2, heads=2, mlp_dim=64, embed_dim=16, space=space, **options)
-    stems = {"vision": StemSpec(24, (4, 4)), "text": StemSpec(50, (16,), table=True)}
-    by_modality = {"image": "vision", "video": "vision", "text": "text"}
-    return IMP(config, stems, by_modality, pairs, {"pictures-label": 7}).eval()
+    model = Model(width=32, layers=2, heads=2, mlp_dim=64, embed_dim=16, space=space, **options)
+    vision = FixedStem("vision", StemSpec(24, (4, 4)))
+    modalities = {"image": vision, "video": vision, "text": FixedStem("text", StemSpec(50, (16,), table=True))}
+    return IMP(model_config(model, pairs, {"pictures-label": range(7)}), modalities).eval()
 
 
 def texts(lengths: list[int], total: int) -> Tokens:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_models import FixedStem, model_config
 from messages import refuses
 
 from openimp.common.modality import StemSpec, Tokens
@@ -26,11 +27,10 @@ from openimp.recipe.tasks import Task
 
 def small(moe: dict | None = None) -> IMP:
     torch.manual_seed(0)
-    config = Model(width=16, layers=2, heads=2, mlp_dim=32, embed_dim=8, moe=moe)
-    names = ("image", "audio", "text")
-    stems = {name: StemSpec(6, (4,)) for name in names}
+    model = Model(width=16, layers=2, heads=2, mlp_dim=32, embed_dim=8, moe=moe)
     pairs = [("image", "text"), ("audio", "text"), ("audio", "image")]
-    return IMP(config, stems, {name: name for name in names}, pairs, {"all:label": 5, "all:tags": 5})
+    config = model_config(model, pairs, {"all:label": range(5), "all:tags": range(5)})
+    return IMP(config, {name: FixedStem(name, StemSpec(6, (4,))) for name in ("image", "audio", "text")})
 
 
 def task_of(*objectives: Objective, inputs: tuple[str, ...] = ("image", "text")) -> Task:

@@ -142,7 +142,7 @@ def test_in_a_disjoint_space_the_recipe_names_what_to_compare_with(data):
     one_task = """tasks={both: {source: pictures, inputs: {image: file, text: label}, objectives: [
         {type: distill, of: image, to: teacher}, {type: distill, of: text, to: teacher, towards: TOWARDS}]}}"""
     recipe = recipe_of(data, disjoint, "evaluation={}", one_task.replace("TOWARDS", "image"))
-    model = IMP.from_config(recipe.to_config({}), recipe.make_modalities())
+    model = IMP(recipe.to_config({}), recipe.make_modalities())
     assert [*model.projections] == ["text-to-vision", "vision-to-text"]
     assert model.share_a_space("image", "text")
     with refuses():

@@ -16,8 +16,7 @@ def build_model(config: ModelConfig, modalities: Modalities) -> Embedder:
     A wrapped model has no values for its weights, which are always loaded. Its buffers have values only if it is not
     built on the meta device.
     """
-    kind = OpenCLIP if config.model.wrap else IMP
-    return kind.from_config(config, modalities)
+    return OpenCLIP.from_config(config, modalities) if config.model.wrap else IMP(config, modalities)
 
 
 def build_for_training(recipe: Recipe, modalities: Modalities, classes: Classes) -> Embedder:

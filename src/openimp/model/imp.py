@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openimp.common.modality import Modalities, StemSpec, Tokens
+from openimp.common.modality import Modalities, Tokens
 from openimp.model.embedder import Embedder, Encoded, EncodedAll
 from openimp.model.embedding import Stem, VectorStem
 from openimp.model.encoder import Attention, Encoder
 from openimp.model.heads import Adapter, LogitScale, Projection, Temperature
 from openimp.model.init import linear
 from openimp.model.moe import Experts
-from openimp.recipe.model import Model
 from openimp.recipe.model_config import ModelConfig
 
 
@@ -30,45 +29,32 @@ class IMP(Embedder):
     heads and temperatures unless `config.share_heads` is false.
     """
 
-    def __init__(
-        self,
-        config: Model,
-        stems: Mapping[str, StemSpec],  # by the name of the stem
-        stem_of: Mapping[str, str],  # the name of the stem of each modality
-        pairs: Iterable[tuple[str, str]],  # of modalities that are trained to agree
-        classes: Mapping[str, int] | None = None,  # number of classes of each classification head, by its name
-        distilled: Iterable[tuple[str, str]] = (),  # a modality that learns from vectors, and one to compare it with
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.stem_of = dict(stem_of)
-        self.head_of = self.stem_of if config.share_heads else {name: name for name in stem_of}
-        self.pairs = [(min(pair), max(pair)) for pair in pairs]
-        self.stems = nn.ModuleDict()
-        for name, spec in stems.items():
-            kind = VectorStem if spec.vector and not config.layers else Stem
-            self.stems[name] = kind(spec, config.width)
-        self.encoder = Encoder(config, self.stems)
-        directions = chain(*map(permutations, self.pairs), distilled)
-        heads = sorted({self.head_name(modality, other) for modality, other in directions})
-        self.projections = nn.ModuleDict()
-        for name in heads:
-            head = Projection(config.width, config.embed_dim) if config.layers else Adapter(config.width)
-            self.projections[name] = head
-        temperatures = dict.fromkeys(self.temperature_name(*pair) for pair in self.pairs)
-        self.temperatures = nn.ModuleDict({name: Temperature(config.init_temperature) for name in temperatures})
-        self.classifiers = nn.ModuleDict({name: linear(config.width, n) for name, n in (classes or {}).items()})
-
-    @classmethod
-    def from_config(cls, config: ModelConfig, modalities: Modalities) -> "IMP":
+    def __init__(self, config: ModelConfig, modalities: Modalities) -> None:
         """Builds the model with random weights. `modalities` must be fitted."""
-        return cls(
-            config.model,
-            stems={modality.stem: modality.stem_spec() for modality in modalities.values()},
-            stem_of={name: modality.stem for name, modality in modalities.items()},
-            pairs=[pair.modalities for pair in config.pairs],
-            classes={head: len(classes) for head, classes in config.classes.items()},
-            distilled=config.distilled,
+        super().__init__()
+        self.config = config.model
+        self.stem_of = {name: modality.stem for name, modality in modalities.items()}
+        self.head_of = self.stem_of if self.config.share_heads else {name: name for name in modalities}
+        self.pairs = [(min(pair.modalities), max(pair.modalities)) for pair in config.pairs]
+        self.stems = nn.ModuleDict()
+        for modality in modalities.values():
+            if modality.stem not in self.stems:
+                spec = modality.stem_spec()
+                kind = VectorStem if spec.vector and not self.config.layers else Stem
+                self.stems[modality.stem] = kind(spec, self.config.width)
+        self.encoder = Encoder(self.config, self.stems)
+        directions = chain(*map(permutations, self.pairs), config.distilled)
+        self.projections = nn.ModuleDict()
+        for name in sorted({self.head_name(modality, other) for modality, other in directions}):
+            self.projections[name] = (
+                Projection(self.config.width, self.config.embed_dim)
+                if self.config.layers
+                else Adapter(self.config.width)
+            )
+        temperatures = dict.fromkeys(self.temperature_name(*pair) for pair in self.pairs)
+        self.temperatures = nn.ModuleDict({name: Temperature(self.config.init_temperature) for name in temperatures})
+        self.classifiers = nn.ModuleDict(
+            {head: linear(self.config.width, len(classes)) for head, classes in config.classes.items()}
         )
 
     def checkpoint_activations(self) -> None:
