@@ -9,9 +9,6 @@ from messages import refuses
 from safetensors.torch import load_file, save_file
 from saved import assert_equal
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint import load as dcp_load
-from torch.distributed.checkpoint import save as dcp_save
 
 from openimp.checkpoint.dcp import load, read, save, stage
 
@@ -63,25 +60,6 @@ def test_shards_make_up_tensors(tmp_path):
     filled = {name: torch.zeros_like(tensor) for name, tensor in WHOLE.items()}
     load(tmp_path, filled)
     assert_equal(filled, WHOLE)
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_dcp_does_not_notice_a_lost_shard(tmp_path):
-    """Once this fails, `dcp.metadata` need not check what the shards cover."""
-    write_shards(tmp_path, {"rows": (WHOLE["rows"][2:], "[2, 0]")})
-    rows = torch.full((4, 3), 7.0)
-    dcp_load({"rows": rows}, storage_reader=HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
-    assert rows[:2].eq(7).all()
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_dcp_loses_scalars_when_it_consolidates_shards(tmp_path):
-    """Once this fails, several ranks can leave plain files as well."""
-    writer = HuggingFaceStorageWriter(str(tmp_path), save_distributed=True, enable_consolidation=True)
-    dcp_save(dict(WHOLE), storage_writer=writer, no_dist=True)
-    found = load_file(tmp_path / "model-00001-of-00001.safetensors")
-    assert torch.equal(found["rows"], WHOLE["rows"])
-    assert found["scalar"] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """IMP's encoder from vision Transformers that timm builds, saves and computes. Their weights are random."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +8,12 @@ import timm
 import torch
 import yaml
 from messages import refuses
-from processes import run, torchrun
 from timm.models import VisionTransformer, save_for_hf
-from torch import Tensor
 
 from openimp.checkpoint.public_vit import ViTWeights, obstacles, open_vit
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.model.imp import IMP
-from openimp.parallel import distributed
-from openimp.parallel.layout import full_tensor
 from openimp.recipe.schema import Recipe
-from openimp.training.setup import set_up
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 SIGLIP, GAP = "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224"
@@ -206,49 +200,3 @@ def test_a_local_folder_is_relative_to_the_recipe_and_experts_cannot_start_from_
 def test_published_names_are_accepted_before_anything_is_downloaded():
     for name, width in (("vit_base_patch16_siglip_224.v2_webli", 768), ("vit_so400m_patch14_siglip_384.webli", 1152)):
         assert open_vit(f"timm:{name}", weights=False).embed_dim == width
-
-
-TASK = """{source: pictures, inputs: {image: file, text: "a {label} square"}, batch_size: 8,
-    objectives: [{type: contrastive, positives_by: label}], views: [{image: {size: 16}, text: {length: 8}}]}"""
-CHANGES = [
-    f"tasks={{named: {TASK}}}",
-    "evaluation={}",
-    "model.moe=null",
-    "model.bias=true",
-    "model.gelu=erf",
-    "modalities={vision: {patch: [2, 8, 8], tables: [4, 2, 2], positions: grid}, text: {vocab_size: 300}}",
-]
-
-
-def initial_weights(folder: Path, out: Path, *layout: str) -> dict[str, Tensor]:
-    recipe = Recipe.load(folder / "recipe.yaml", [*CHANGES, f"train.init=timm:local-dir:{out / 'vit'}", *layout])
-    run = out / f"{distributed.world_size()} ranks {layout}"
-    model = set_up(recipe, run).model
-    return {name: full_tensor(tensor).detach().clone() for name, tensor in model.state_dict().items()}
-
-
-@pytest.mark.slow
-def test_two_ranks_start_from_the_weights_of_one(little_data, tmp_path):
-    """As shards, and as replicas."""
-    save_timm(tmp_path / "vit", SIGLIP, mlp_ratio=2, img_size=16, patch_size=8)
-    expected = initial_weights(little_data, tmp_path)
-    run(*torchrun(2, __file__, little_data, tmp_path), check=True)
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
-    assert len(found) == 2
-    for tensors in found:
-        assert tensors.keys() == expected.keys()
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, expected[name]), name
-
-
-def main(folder: Path, out: Path) -> None:
-    distributed.start()
-    found = [initial_weights(folder, out), initial_weights(folder, out, "parallel.shard_degree=1")]
-    if distributed.rank() == 0:
-        torch.save(found, out / "found.pt")
-    distributed.shut_down()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(*map(Path, sys.argv[1:]))

@@ -138,19 +138,12 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     file.write_text(json.dumps(content))
 
 
-SPOILED: dict[str, Callable[[Path], Any]] = {
-    "other format": lambda folder: edit(folder / "config.json", lambda config: config.update(format=0)),
-    "cut weights": lambda folder: os.truncate(folder / "model" / "model.safetensors", 10_000),
-}
-
-
-@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
-def test_a_cached_model_that_does_not_fit_is_converted_again(spoil, clip, monkeypatch):
+def test_a_cached_model_that_does_not_fit_is_converted_again(clip, monkeypatch):
     conversions, convert = [], open_clip.load_checkpoint
     monkeypatch.setattr(open_clip, "load_checkpoint", lambda *a, **b: conversions.append(1) or convert(*a, **b))
     expected = openimp.load(clip).encode_text(TEXTS)
     conversions.clear()
-    spoil(find_model(clip))
+    os.truncate(find_model(clip) / "model" / "model.safetensors", 10_000)
     assert not conversions
     for _ in range(2):
         assert torch.equal(openimp.load(clip).encode_text(TEXTS), expected)

@@ -197,28 +197,6 @@ def test_the_gates_of_a_group_are_about_one_at_first():
         assert filled.mean().item() == pytest.approx(1, rel=0.2), stem
 
 
-def test_the_inputs_of_a_stem_go_to_its_experts_in_one_product():
-    """So rounding, and with it each loss of a training, is that of experts that the stem's modalities share."""
-    torch.manual_seed(0)
-    groups = ExpertGroups(Model(width=32, mlp_dim=64, heads=1), MoE(experts={"a": 4, "b": 2}))
-    x_TD = torch.randn(24 + 10 + 9, 32)
-    valid = [torch.ones(2, 12, dtype=torch.bool), torch.ones(1, 10, dtype=torch.bool), torch.ones(3, 3).bool()]
-    counts = [mask.sum().float() for mask in valid]
-    out_TD, all_stats = groups(x_TD, valid, counts, ["a", "b", "a"])
-    image_TD, text_TD, video_TD = out_TD.split([24, 10, 9])
-    own_input = torch.cat([x_TD[:24], x_TD[34:]])
-    expected_TD, expected_stats = groups.groups["a"](own_input, [valid[0], valid[2]], [counts[0], counts[2]])
-    found_TD = torch.cat([image_TD, video_TD])
-    assert torch.equal(found_TD, expected_TD)
-    assert [all_stats[0].z_loss, all_stats[2].z_loss] == [stats.z_loss for stats in expected_stats]
-    expected_text_TD, _ = groups.groups["b"](x_TD[24:34], [valid[1]], [counts[1]])
-    assert torch.equal(text_TD, expected_text_TD)
-    weights = list(groups.groups["a"].parameters())
-    found = torch.autograd.grad(found_TD.square().sum(), weights)
-    for gradient, expected in zip(found, torch.autograd.grad(expected_TD.square().sum(), weights), strict=True):
-        assert torch.equal(gradient, expected)
-
-
 @pytest.mark.parametrize("own", [1, 2])
 def test_stems_may_have_first_blocks_of_their_own(own):
     """What one stem's blocks do is nothing to another's pass."""
