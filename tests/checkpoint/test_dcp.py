@@ -47,11 +47,6 @@ def test_a_file_that_cannot_be_written_has_the_number_of_the_systems_error(tmp_p
     assert error.value.errno == errno.EFBIG
 
 
-def test_equal_tensors_are_saved_as_equal_files(tmp_path):
-    files = [save(tmp_path / f"{i}", stage(WHOLE, {}))[0] for i in range(8)]
-    assert len({file.read_bytes() for file in files}) == 1
-
-
 def test_shards_make_up_tensors(tmp_path):
     rows, one, scalar = WHOLE.values()
     first = {"rows": (rows[:2], "[0, 0]"), "one": (one, "[0]"), "scalar": (scalar, "[]")}
@@ -65,17 +60,17 @@ def test_shards_make_up_tensors(tmp_path):
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ((torch.zeros(2), "[0]"), (torch.zeros(4), "[1]")),
-        ((torch.zeros(3), "[0]"), (torch.zeros(2), "[4]")),
-        ((torch.zeros(2), "[0]"), (torch.zeros(2, 1), "[2, 0]")),
-        ((torch.zeros(2), "[0]"), (torch.zeros(0), "[1000000000000000]")),
-        ((torch.zeros(0), "[0]"), (torch.zeros(0), "[1000000000000000]")),
-        ((torch.zeros(2), "[0]"), (torch.zeros(2), "[0]")),
+        ((2, "[0]"), (4, "[1]")),
+        ((3, "[0]"), (2, "[4]")),
+        ((2, "[0]"), ((2, 1), "[2, 0]")),
+        ((2, "[0]"), (0, "[1000000000000000]")),
+        ((0, "[0]"), (0, "[1000000000000000]")),
+        ((2, "[0]"), (2, "[0]")),
     ],
     ids=["overlap", "hole", "one more dimension", "empty and far away", "nothing but size", "twice"],
 )
 def test_shards_that_do_not_exactly_cover_a_tensor_are_damage(tmp_path, first, second):
-    write_shards(tmp_path, {"x": first}, {"x": second})
+    write_shards(tmp_path, *({"x": (torch.zeros(shape), offset)} for shape, offset in (first, second)))
     with refuses():
         read(tmp_path)
 

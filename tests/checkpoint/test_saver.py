@@ -224,11 +224,10 @@ def test_a_file_that_the_manifest_does_not_list_is_damage(little_data, tmp_path)
     with refuses():
         verify(folder)
     listed.write_text(manifest)
-    for outside in ("/etc/passwd", "../../../outside.json"):  # A stranger's manifest opens no other file.
-        named = {**json.loads(manifest), outside: {"size": 0, "sha256": ""}}
-        listed.write_text(json.dumps(named))
-        with refuses():
-            verify(folder)
+    # A stranger's manifest opens no other file.
+    listed.write_text(json.dumps({**json.loads(manifest), "/etc/passwd": {"size": 0, "sha256": ""}}))
+    with refuses():
+        verify(folder)
     listed.write_text(manifest)
     (folder / "model" / "more.safetensors").write_bytes(b"")
     with refuses():

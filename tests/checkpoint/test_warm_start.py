@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from messages import refuses
-from saved import assert_equal, hashes
+from saved import assert_equal
 from tokenizers import Tokenizer, models
 
 import openimp
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints
-from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
 from openimp.data.task_data import TaskData
 from openimp.recipe.schema import Recipe
@@ -127,24 +126,6 @@ def test_a_modality_that_is_new_starts_anew(own_data, tmp_path, capsys, by_stem)
     assert torch.equal(training.model.state_dict()["stems.vision.embed.weight"], before["stems.vision.embed.weight"])
     for loaded in load_batches(training.batches, 0, 6):
         assert training.make_step(loaded).total.isfinite()
-
-
-def test_resuming_does_not_start_again(little_run, pictures_only, tmp_path):
-    """The model that it started from may be gone by then."""
-    init = Path(shutil.copytree(checkpoints(little_run)[-1], tmp_path / "init"))
-    recipe = recipe_of(pictures_only, init, "train.steps=9", "train.save_every=3", "train.keep_last=5")
-    train(recipe, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    for folder in checkpoints(tmp_path / "cut")[1:]:
-        shutil.rmtree(folder)
-    shutil.rmtree(init)
-    train(recipe, tmp_path / "cut", resume=True)
-    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
-    tasks = [[line["tasks"] for line in read_lines(tmp_path / name / "metrics.jsonl")] for name in ("cut", "whole")]
-    assert tasks[0] == tasks[1]
-    recipe.train.init = None
-    with refuses():
-        train(recipe, tmp_path / "cut", resume=True)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_in_a_view_with_sync_clip_and_sound_start_at_the_same_moment(tmp_path, s
     (tmp_path / "a.wav").write_bytes(sound_file(noise * np.linspace(0, 1, 32_000)))
     (tmp_path / "rows.jsonl").write_text('{"video": "v.webp", "audio": "a.wav"}\n' * 16)
     (tmp_path / "recipe.yaml").write_text(SYNC)
-    batches = opened(tmp_path, f"tasks.one.views.0.sync={sync}")
+    batches = opened(tmp_path, f"tasks.one.views.0.sync={sync}", "tasks.one.views.0.audio.speed=0.2")
     tokens = batches[0].batch.tokens
     loudness = (batches.data.modalities["audio"].config.std * tokens["audio"].values.mean((1, 2))).exp()
     together = torch.corrcoef(torch.stack([tokens["video"].values[:, 0, 0], loudness]))[0, 1]

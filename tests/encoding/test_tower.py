@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 from messages import refuses
-from processes import run, torchrun
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
@@ -28,7 +27,6 @@ from typer.testing import CliRunner
 import openimp
 from openimp.checkpoint.folder import checkpoints, read_weights
 from openimp.cli import app
-from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
 from openimp.data.task_data import TaskData
 from openimp.drafting.draft import draft_recipe
@@ -225,20 +223,6 @@ def test_an_encoder_above_a_tower_trains_and_resumes(data, clip, tmp_path):
     assert "reads text with" not in card
 
 
-@pytest.mark.slow
-def test_two_ranks_train_with_a_tower_as_one_does(data, clip, tmp_path):
-    name, _ = clip
-    recipe = recipe_of(data, name, parallel={"shard_degree": 1})
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    run(*torchrun(2, "train", tmp_path / "recipe.yaml"), folder=tmp_path, check=True)
-    train(recipe, tmp_path / "one")
-    one, two = (
-        [line["tasks"]["pictures"] for line in read_lines(folder / "metrics.jsonl")][-1]
-        for folder in (tmp_path / "one", tmp_path / "runs" / "bound")
-    )
-    assert two == pytest.approx(one, rel=1e-2)
-
-
 def test_a_model_of_openimp_is_a_tower_for_sounds(data, tmp_path):
     train(Recipe.load(str(data / "recipe.yaml"), ["train.steps=2"]), tmp_path / "tower")
     recipe = hears(data, str(tmp_path / "tower"), model=yaml.safe_load(BOUND)["model"] | {"width": 32, "embed_dim": 32})
@@ -317,7 +301,6 @@ def test_what_a_run_costs_is_known_before_it_is_trained(data, clip, tmp_path):
 
 
 def test_a_model_of_timm_reads_pictures(data, tmp_path):
-    """Below an encoder, whose texts are trained as usual; and on its own, next to a tower of texts."""
     torch.manual_seed(0)
     library = timm.create_model("test_convnext", num_classes=0).eval()
     timm.models.save_for_hf(library, tmp_path / "timm", safe_serialization=True)
@@ -335,19 +318,8 @@ def test_a_model_of_timm_reads_pictures(data, tmp_path):
     tower.read(large)
     assert large.size == (3000, 40)
 
-    recipe = recipe_of(
-        data,
-        name,
-        model={"width": 32, "layers": 1, "heads": 2, "mlp_dim": 64, "embed_dim": 32},
-        modalities={"vision": {"tower": name, "crops": 2}, "text": {"vocab_size": 300, "positions": 16}},
-    )
-    train(recipe, tmp_path / "run")
-    assert openimp.load(tmp_path / "run", "cpu", "fp32").encode_image(files).shape == (3, 32)
     with refuses():
         recipe_of(data, name).make_modalities()["text"].stem_spec()
-    draft = yaml.safe_load(draft_recipe([str(data / "pictures")], towers=[name]).text)
-    assert draft["modalities"]["vision"]["tower"] == name
-    assert draft["model"]["layers"] > 0, "texts have no tower"
 
 
 def test_a_model_of_transformers_reads_texts(data, clip, tmp_path):

@@ -94,13 +94,6 @@ def test_16_bits_are_three_equal_channels():
     np.testing.assert_array_equal(wide, np.repeat((ramp >> 8)[..., None], 3, axis=2))
 
 
-@pytest.mark.parametrize(("mode", "form"), [("CMYK", "JPEG"), ("P", "PNG"), ("1", "PNG"), ("LA", "PNG")])
-def test_other_modes_are_colours(mode, form):
-    out = IMAGE.decode(file(PIL.Image.fromarray(smooth(20, 30)).convert(mode), form), [Image.View()])
-    assert out.shape == (20, 30, 3)
-    assert out[-1, -1].astype(int).sum() > out[0, 0].astype(int).sum()
-
-
 def test_alpha_is_kept_only_where_something_is_transparent():
     rgba = pixels(channels=4)
     rgba[..., 3] = 255

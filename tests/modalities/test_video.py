@@ -23,19 +23,8 @@ def greys(clip, step=5):
     return np.round(clip.reshape(len(clip), -1).mean(1) / step).astype(int).tolist()
 
 
-CONTAINERS = [
-    ("mp4", "mpeg4", "yuv420p"),
-    ("mp4", "libx264", "yuv420p"),
-    ("webm", "libvpx", "yuv420p"),
-    ("avi", "mjpeg", "yuvj420p"),
-    ("matroska", "ffv1", "gray"),
-    ("mpegts", "mpeg2video", "yuv420p"),
-]
-
-
-@pytest.mark.parametrize(("form", "codec", "pix_fmt"), CONTAINERS)
-def test_containers_give_their_frames_in_order(form, codec, pix_fmt):
-    out = VIDEO.decode(film(counting(40), form, codec, pix_fmt), [Video.View(size=32)])
+def test_a_transport_stream_gives_its_frames_in_order():
+    out = VIDEO.decode(film(counting(40), "mpegts", "mpeg2video"), [Video.View(size=32)])
     assert out.shape == (40, 32, 48, 3)
     assert greys(out) == list(range(40))
 
@@ -98,13 +87,6 @@ def test_a_variable_frame_rate_is_no_trouble():
         view = Video.View(size=32, frames=4, stride=1)
         shown = greys(VIDEO.decode(raw, [view], None if seed is None else rng(seed)), 30)
         assert shown == list(range(shown[0], shown[0] + len(shown)))
-
-
-def test_a_sound_longer_than_the_film_holds_its_last_frame():
-    raw = film(counting(8), "matroska", "ffv1", "gray", sound=np.zeros(16_000), audio="pcm_s16le", rate=8000)
-    view = Video.View(size=32, frames=4)
-    ends = {greys(VIDEO.decode(raw, [view], rng(seed)))[-1] for seed in range(12)}
-    assert ends == {7}
 
 
 MP4, AVI, WEBP = film(counting(12)), film(counting(12), "avi"), animation(counting(5), "WEBP")

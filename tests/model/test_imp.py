@@ -8,11 +8,9 @@ from made_models import FixedStem, model_config
 from torch import Tensor
 
 from openimp.common.modality import StemSpec, Tokens
-from openimp.modalities.audio import Audio, log_mel
 from openimp.modalities.image import Image
 from openimp.modalities.video import Video
 from openimp.model.embedding import Stem
-from openimp.model.heads import Temperature
 from openimp.model.imp import IMP
 from openimp.model.moe import ExpertGroups, Router
 from openimp.recipe.model import Model, MoE
@@ -94,15 +92,6 @@ def test_dropped_tokens_and_bytes_are_embedded_as_all_tokens_and_numbers_are(con
     expected = stem(every).gather(1, (4 * height + width)[..., None].expand(-1, -1, 32))
     assert some.values.dtype == torch.uint8
     torch.testing.assert_close(stem(some), expected, rtol=0, atol=1e-5)
-
-
-def test_a_spectrogram_is_convolved_along_frames_and_bins():
-    audio = Audio(Audio.Config(patch=(4, 16), bins=32, conv_channels=8))
-    stem = Stem(audio.stem_spec(), 32)
-    sounds = torch.randn(2, 8 * audio.config.hop) / 10
-    spectra = (log_mel(sounds, audio.config) - audio.config.mean) / audio.config.std
-    expected = convolved(stem, audio.stem_spec(), spectra[:, None, None])
-    torch.testing.assert_close(stem.embed(audio.from_tensor(sounds).values), expected, rtol=0, atol=1e-4)
 
 
 GROUPS = {"vision": 4, "text": 2}
@@ -242,24 +231,6 @@ def test_each_pair_has_a_temperature_in_either_order_or_shares_it_with_those_of_
     assert model.temperature("video", "text").scale.item() == pytest.approx(5)
     shared = small("disjoint")
     assert shared.temperature("video", "text") is shared.temperature("text", "image")
-
-
-def test_the_scale_is_kept_below_100_and_can_come_back():
-    temperature = Temperature(0.07)
-    temperature.scale.backward()
-    temperature.clamp()
-    assert temperature.scale.item() == pytest.approx(1 / 0.07)
-    with torch.no_grad():
-        temperature.temperature.fill_(0.001)
-    temperature.clamp()
-    assert temperature.scale.item() == pytest.approx(100)
-    temperature.temperature.grad = None
-    temperature.scale.backward()
-    assert temperature.temperature.grad.item() == pytest.approx(-(100**2))
-
-    updated = Temperature(0.001)  # As another process updates it.
-    updated.clamp()
-    assert updated.scale.item() == pytest.approx(1000)
 
 
 def test_the_pairs_of_a_recipe_are_those_of_its_objectives(tiny_recipe):

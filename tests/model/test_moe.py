@@ -12,7 +12,6 @@ from openimp.model.moe import (
     RouterStats,
     Routing,
     SparseMLP,
-    expert_choice,
     valid_tokens_per_rank,
 )
 from openimp.recipe.model import Model, MoE
@@ -95,7 +94,7 @@ def mlp(layer: SparseMLP, expert: int, x_D: Tensor) -> Tensor:
 @given(
     training=st.booleans(),
     seed=st.integers(0, 1000),
-    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
     pads=st.integers(0, 4),
     experts=st.integers(2, 5),
     capacity=st.sampled_from([0.3, 1.0, 1.25, 2.0, 9.0]),
@@ -138,25 +137,6 @@ def test_each_expert_processes_its_most_probable_tokens(training, seed, lengths,
     torch.testing.assert_close(stats.gate_E, gate / max(1e-9, gate.sum().item()))
     count = int(valid.sum())
     assert stats.dropped.item() == pytest.approx((count - len({token for token, _ in pairs})) / max(1, count))
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    valid=st.integers(1, 300),
-    pads=st.integers(0, 300),
-    experts=st.integers(1, 16),
-    capacity=st.sampled_from([0.25, 0.5, 1.0, 1.1, 1.25, 1.3, 2.0]),
-)
-def test_capacity_depends_on_valid_tokens_and_is_at_least_one(valid, pads, experts, capacity):
-    """Padding takes no slot, and its amount changes nothing: each expert takes C = tokens x capacity / experts."""
-    probs = torch.rand(1, valid + pads, experts, generator=torch.Generator().manual_seed(valid)) + 0.01
-    is_valid = (torch.arange(valid + pads) < valid)[None]
-    padded = expert_choice(probs, is_valid, capacity)
-    filled = padded.gate_BEC > 0
-    assert padded.token_BEC[filled].max() < valid
-    alone = expert_choice(probs[:, :valid], is_valid[:, :valid], capacity)
-    assert filled.sum(-1).unique().tolist() == [(alone.gate_BEC > 0).sum(-1).max().item()]
-    assert filled.sum(-1).min() == max(1, min(valid, int(valid * (capacity / experts) + 0.5)))
 
 
 def test_the_router_computes_in_fp32_under_autocast():

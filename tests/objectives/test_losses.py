@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_models import FixedStem, model_config
-from messages import refuses
 
 from openimp.common.modality import StemSpec, Tokens
 from openimp.common.objective import Objective, TargetSizes
@@ -183,11 +182,6 @@ def test_a_text_without_a_known_word_says_nothing_about_its_picture(kind):
     torch.testing.assert_close(found, loss_by_marks(model, logits, positive, kind))
 
 
-def test_values_of_a_column_need_texts_to_compare_with():
-    with refuses():
-        task_in_recipe(("image", "audio"), {"type": "contrastive", "positives_in": "keywords"})
-
-
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("items", [None, "name"])
 def test_a_text_is_a_positive_of_each_example_that_has_it_as_a_value(items, kind):
@@ -244,12 +238,6 @@ def test_classification_is_of_the_modalities_without_a_mask_unless_one_is_named(
     assert list(losses(of="text")) == ["text:label"]
     logits = model.classifiers["all:label"](encoded["audio"].features)
     torch.testing.assert_close(losses(of="audio")["audio:label"], F.cross_entropy(logits, label, label_smoothing=0.1))
-
-
-def test_a_class_that_is_listed_twice_is_named():
-    for classes, name in ((["red", "blue", "red"], "red"), ([1, 2, 2], "2")):
-        with pytest.raises(ValueError, match=f"classes: '{name}' is listed twice"):
-            Classification(type="classification", label="label", classes=classes)
 
 
 @pytest.mark.parametrize(("label", "loss"), [("label", "softmax"), ("tags", "sigmoid")])

@@ -110,6 +110,11 @@ REFUSED = [
         "loss: sigmoid}]}"
     ),
     "tasks.named.objectives.1.of=audio",
+    "tasks.named.objectives.1.classes=[red, red]",
+    (
+        "tasks.other={source: pictures, inputs: {image: file, video: file}, "
+        "objectives: [{type: contrastive, positives_in: x}]}"
+    ),
     "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: contrastive}]}",
     "tasks.other={source: sounds, inputs: {text: x}, objectives: [{type: classification, label: x}]}",
     "evaluation.sets.tones.inputs={audio: sound}",
