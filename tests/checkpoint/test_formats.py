@@ -102,24 +102,6 @@ def test_a_model_is_used_although_its_recipe_has_keys_that_went(fixtures, capsys
     assert "what a step costs is not known: " in printed.err
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"moe": {"experts": 2, "layers": 1, "gates": "scaled"}},
-        {"moe": {"experts": 2, "layers": 1, "routing": "token_choice"}},
-        {"heads": 3},
-    ],
-    ids=str,
-)
-def test_a_model_that_this_version_cannot_compute_is_refused(fixtures, change):
-    file = fixtures / "format-6" / "config.json"
-    config = json.loads(file.read_text())
-    config["recipe"]["model"] |= change
-    file.write_text(json.dumps(config))
-    with refuses():
-        openimp.load("format-6")
-
-
 def test_a_run_in_format_6_resumes_and_goes_on_in_format_8(fixtures):
     folder = Path(shutil.copytree("checkpoint", "run/checkpoints/step-00000003"))
     (folder / "recipe.yaml").unlink()
@@ -155,11 +137,16 @@ def test_a_model_without_a_recipe_is_used_and_says_what_is_missing(fixtures):
         {"classes": {"stills:vendor": 4}},
         {"modalities": {"vision": {"patch": 4}}},
         {"optimizer": {}},
+        {"model": {"heads": 3}},
+        {"model": {"moe": {"experts": 2, "layers": 1, "gates": "scaled"}}},
+        {"model": {"moe": {"experts": 2, "layers": 1, "routing": "token_choice"}}},
     ],
     ids=str,
 )
 def test_a_configuration_that_describes_no_model_is_refused_in_one_sentence(fixtures, change):
     file = fixtures / "format-7" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    config = json.loads(file.read_text())
+    model = config["model"] | change.get("model", {})
+    file.write_text(json.dumps(config | change | {"model": model}))
     with refuses():
         openimp.load("format-7")

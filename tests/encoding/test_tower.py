@@ -387,17 +387,17 @@ def test_a_local_tower_cannot_be_pushed_and_a_changed_one_is_noticed(data, tmp_p
 def test_what_a_tower_cannot_do_is_said_in_a_sentence(data, clip, tmp_path):
     name, _ = clip
     stems = {"vision": {"tower": name}, "text": {"tower": name}}
-    with refuses():
-        recipe_of(data, name, model={"wrap": name})
-    with refuses():
-        recipe_of(data, name, model={"width": 24, "layers": 0, "heads": 1, "embed_dim": 32})
-    with refuses():
-        recipe_of(data, name, modalities={**stems, "vision": {"tower": name, "patch": [1, 8, 8]}})
-    with refuses():
-        recipe_of(data, str(tmp_path / "nothing")).make_modalities()["image"].stem_spec()
-    for library in ("sentence_transformers", "open_clip"):  # without local-dir:
+    for changes in (
+        {"model": {"wrap": name}},
+        {"model": {"width": 24, "layers": 0, "heads": 1, "embed_dim": 32}},
+        {"modalities": {**stems, "vision": {"tower": name, "patch": [1, 8, 8]}}},
+    ):
         with refuses():
-            recipe_of(data, f"{library}:{tmp_path}").make_modalities()["image"].stem_spec()
+            recipe_of(data, name, **changes)
+    # The last two lack local-dir:.
+    for tower in (f"{tmp_path}/nothing", f"sentence_transformers:{tmp_path}", f"open_clip:{tmp_path}"):
+        with refuses():
+            recipe_of(data, tower).make_modalities()["image"].stem_spec()
     of_pixels = recipe_of(data, name).to_dict()
     of_pixels["tasks"]["pictures"]["views"] = [{"image": {"size": 64}}]
     with refuses():
