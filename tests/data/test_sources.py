@@ -340,6 +340,7 @@ def test_where(shards):
         ([["a"], None, [], ["b", None], ["a", "b"]], {"not": None}, [0, 4]),
         ([b"1", None, b"", b"2"], {"not": None}, [0, 3]),
         ([{"bytes": b"1", "path": None}, {"bytes": None, "path": None}, None], {"not": None}, [0]),
+        ([{"bytes": None, "path": "a"}, {"bytes": b"", "path": ""}], {"not": None}, [0]),
     ],
 )
 def test_where_compares_values_of_any_type_as_text(tmp_path, cells, wanted, expected):

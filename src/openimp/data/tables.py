@@ -221,6 +221,9 @@ class Table(Rows):
             values = [value for value in cells.unique().to_pylist() if matches(text_of(value), wanted)]
             mask = np.asarray(pc.is_in(cells, value_set=pa.array(values, cells.type)).to_numpy())
             return mask if self._kept is None else mask[self._kept]
+        if wanted == {"not": None} and _is_media(cells.type):  # Reading all media would take hours.
+            mask = _has_media(cells)
+            return mask if self._kept is None else mask[self._kept]
         rows = chain.from_iterable(self.chunks(range(len(self)), [column]))
         return np.array([matches(row[column], wanted) for row in rows], bool)
 
@@ -326,6 +329,21 @@ def part_of(value: Any, row: int, of: int) -> int:
 
 def _hash(content: bytes, signed: bool) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=signed)
+
+
+def _is_media(kind: pa.DataType) -> bool:
+    """Whether cells of a type are bytes, or the `{"bytes": ..., "path": ...}` of Hugging Face data sets."""
+    is_pair = pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
+    return is_pair or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _has_media(cells: pa.ChunkedArray) -> np.ndarray:
+    """(N,) bool, which cells of such a column are not empty. Only lengths are read."""
+    is_struct = pa.types.is_struct(cells.type)
+    fields = [pc.struct_field(cells, name) for name in ("bytes", "path")] if is_struct else [cells]
+    # A field without any value may have the type null, which has no length.
+    lengths = [pc.binary_length(field.cast(pa.large_binary())) for field in fields]
+    return np.logical_or.reduce([pc.fill_null(length, 0).to_numpy() > 0 for length in lengths])
 
 
 def matches(cell: Any, wanted: Any) -> bool:
