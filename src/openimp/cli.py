@@ -174,8 +174,10 @@ def embed(
     from openimp.inference.embed import embed as embed_files
     from openimp.inference.join import embed_rows
 
-    if (join is None) != bool(files) or (files and (column or to)):
-        raise UserError("name files or folders to embed, or a source with --join, and then --column and --to")
+    if bool(files) == bool(join):
+        raise UserError("name either files or folders to embed, or a source with --join")
+    if files and (column or to):
+        raise UserError("--column and --to are for --join")
     if join is not None:
         embed_rows(run, join, out, modality, column, to=to or "embedding", towards=towards, batch_size=batch_size)
     elif files:

@@ -218,11 +218,15 @@ class Table(Rows):
         cells = self._data.column(column)
         if pa.types.is_primitive(cells.type) or _is_text(cells.type):
             text_of = self._text_functions.get(column, lambda value: value)
-            values = [value for value in cells.unique().to_pylist() if matches(text_of(value), wanted)]
-            mask = np.asarray(pc.is_in(cells, value_set=pa.array(values, cells.type)).to_numpy())
+            masks = []
+            for chunk in cells.chunks:  # All texts of a column may be more than Arrow puts into one array.
+                values = [value for value in chunk.unique().to_pylist() if matches(text_of(value), wanted)]
+                masks.append(pc.is_in(chunk, value_set=pa.array(values, chunk.type)).to_numpy(zero_copy_only=False))
+            mask = np.concatenate(masks)
             return mask if self._kept is None else mask[self._kept]
-        if wanted == {"not": None} and _is_media(cells.type):  # Reading all media would take hours.
+        if _is_media(cells.type) and wanted in (None, {"not": None}):  # Reading all media would take hours.
             mask = _has_media(cells)
+            mask = ~mask if wanted is None else mask
             return mask if self._kept is None else mask[self._kept]
         rows = chain.from_iterable(self.chunks(range(len(self)), [column]))
         return np.array([matches(row[column], wanted) for row in rows], bool)

@@ -127,10 +127,10 @@ def shown_name(path: File) -> str:
 
 
 def left_out(skipped: list[str], unknown: Mapping[str, int]) -> list[str]:
-    """Lines about files without a result: "path: reason" of unreadable ones, and files of no modality by extension."""
+    """Lines about files that were not read, or not completely: "path: reason", and files of no modality by extension."""
     lines = []
     if skipped:
-        lines.append(f"{counted(len(skipped), 'file')} could not be read completely:")
+        lines.append(f"{counted(len(skipped), 'file')} could not be read, or not completely:")
         lines += [f"  {file}" for file in skipped]
     if unknown:
         lines.append(f"skipped files in folders that no modality of the model reads: {by_extension(unknown)}")

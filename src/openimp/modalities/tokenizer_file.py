@@ -54,7 +54,7 @@ def open_tokenizer(name: str, read: Callable[[], str]) -> Tokenizer:
 
     Raises:
         UserError: the file is damaged, or a part of it could take too much time or memory. The message begins with
-            `name`.
+            `name`, unless `read` raises it.
     """
     with library_errors(f"{name}: not a tokenizer that openimp opens"):
         return _open(json.loads(read()))

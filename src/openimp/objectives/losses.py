@@ -36,7 +36,7 @@ def task_losses(model: Embedder, task: Task, batch: Batch, encode_all: EncodeAll
         terms = objective.losses(model, task, encoded, targets)
         for name, loss in terms.items():
             if name in parts:
-                raise UserError(f"two objectives of a task have the loss {name!r}; drop one of the two")
+                raise UserError(f"two objectives have the loss {name!r}; drop one of the two")
             parts[name] = loss.detach()
         total = total + objective.weight * torch.stack([*terms.values()]).mean()
     z_losses = [

@@ -105,7 +105,10 @@ def _count_passes(recipe: Recipe, modalities: Modalities, classes: Classes, mode
             with FakeTensorMode(allow_non_fake_inputs=True) if model.reads_values else nullcontext():
                 batch = zero_batch(recipe, task_name, i, modalities, classes, device=META)
                 with FlopCounterMode(display=False) as counter:
-                    total = task_losses(model, task, batch, encode_all).total
+                    try:
+                        total = task_losses(model, task, batch, encode_all).total
+                    except UserError as error:
+                        raise UserError(f"tasks.{task_name}: {error}") from None
                     forward_flops = counter.get_total_flops()
                     if not total.requires_grad:
                         raise UserError(f"tasks.{task_name}: optimizer.lr_scale freezes all that the task trains")

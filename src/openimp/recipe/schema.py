@@ -132,6 +132,7 @@ class Recipe(Strict):
 
         An objective may come from another package, so any of its errors is a UserError that begins with its location.
         """
+        compared: dict[frozenset[str], int] = {}  # by pair of modalities, the first objective that compares them
         for i, objective in enumerate(task.objectives):
             location = f"{key}.objectives.{i}"
             try:
@@ -139,6 +140,11 @@ class Recipe(Strict):
                     if name not in task.inputs:
                         raise UserError(f"{location}: {name!r} is not an input of the task{nearest(name, task.inputs)}")
                 objective.check(location, task, self)
+                for pair in objective.compared_pairs(task):
+                    first = compared.setdefault(frozenset(pair), i)
+                    if first != i:
+                        both = " and ".join(pair)
+                        raise UserError(f"{location}: objectives.{first} already compares {both}; drop one of the two")
             except UserError:
                 raise
             except Exception as error:

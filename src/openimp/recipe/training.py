@@ -91,7 +91,7 @@ class Parallel(Strict):
 class Train(Strict):
     """The training loop."""
 
-    removed = {"upcycle": (False, True)}
+    removed = {"upcycle": (False,)}
 
     steps: Count = 200_000
     """Optimizer steps, over all tasks. The paper: S 200k, B and L 500k."""

@@ -237,7 +237,7 @@ class Items:
         from lancedb.index import FTS, BTree, IvfSq
 
         indexed = self.indexed()
-        for column in ("id", "path"):  # Without an index, each look-up of items or files scans the table.
+        for column in ("id", "path", "sha256"):  # Without an index, each look-up of items or files scans the table.
             if column not in indexed:
                 self.table.create_index(column, config=BTree())
         if "folded" not in indexed and "folded" in self.table.schema.names:  # Older versions have no such column.

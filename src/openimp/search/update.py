@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -163,11 +163,10 @@ class Update:
         hashes = self.stored_hashes & {file.sha256 for file in files}
         for row in self.items.rows("sha256", hashes, ["sha256", "modality", "part", "start", "vector"]):
             if row["modality"] == encoder.modality.name:
-                # Unreadable segments have no rows, so the numbers of the others differ.
-                stored_vectors[row["sha256"], row["start"] or row["part"]] = row["vector"]
+                stored_vectors[row["sha256"], _place(row)] = row["vector"]
         for file in files:
             for part in file.parts:
-                if vector := stored_vectors.get((file.sha256, part.get("start") or part["part"])):
+                if vector := stored_vectors.get((file.sha256, _place(part))):
                     part["vector"] = vector
 
     def _record(self, file: IndexedFile) -> None:
@@ -186,6 +185,15 @@ class Update:
             self.counts["moved"] += 1
         else:
             self.counts["new"] += 1
+
+
+def _place(part: Mapping[str, Any]) -> float:
+    """Where a part is in its file: its line or, of a recording, its start in seconds.
+
+    Unreadable segments have no rows, so the stored numbers of the others differ.
+    """
+    start = part.get("start")
+    return float(part["part"] if start is None else start)
 
 
 def _below(path: Path) -> str:

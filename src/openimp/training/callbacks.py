@@ -1,6 +1,6 @@
 """Callbacks: what a program does during a training run, without a trainer of its own."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -78,12 +78,12 @@ class Callbacks:
             if not isinstance(callback, Callback):
                 raise UserError(f"callbacks: expected instances of openimp.Callback, found {callback!r:.100}")
 
-    def call(self, method: str, *args: Any) -> None:
-        """Calls a method of each callback, such as `on_step`. Raises StopTraining if one of them did."""
+    def call(self, method: Callable[[Callback], None]) -> None:
+        """Calls a method of each callback. Raises StopTraining if one of them did."""
         stops = False
         for callback in self.callbacks:
             try:
-                getattr(callback, method)(*args)
+                method(callback)
             except StopTraining:
                 stops = True
             except UserError:

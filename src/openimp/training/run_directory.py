@@ -73,6 +73,10 @@ class RunDirectory:
         # left this very recipe; any other file was written by the user.
         is_run = has_recipe and (begun or self.recipe_file.read_bytes() == self.recipe.to_yaml().encode())
         if (saved or begun or has_recipe) and not (resume and is_run):
+            if resume:
+                raise UserError(
+                    f"{self.path}: holds files that are not of this run; name another directory with --run-dir"
+                )
             raise UserError(
                 f"{self.path}: holds a run, or files that a run would overwrite; resume the run with --resume auto, or "
                 "name another directory with --run-dir"

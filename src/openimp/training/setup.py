@@ -137,13 +137,13 @@ def set_up(
     freeze(model, recipe.optimizer)
     # Before the model is sharded, and before media are decoded and embedded, which may take hours.
     evaluated_tables = distributed.run_first_on_node(lambda: check_sets(model, recipe, modalities, data.classes))
+    step_costs = variant.costs(recipe, modalities, data.classes)
     constant_state: dict[str, Any] = {"trainer": variant.name, "sources": fingerprints}
     if teacher_states := _prepare(recipe, data, checkpoint):
         constant_state["teachers"] = teacher_states
 
     # Before FSDP2 replaces the model's class, whose name is in config.json.
     model_files = text_files(model, recipe.to_config(data.classes), modalities, recipe.to_yaml())
-    step_costs = variant.costs(recipe, modalities, data.classes)
     if warm_start is not None:
         report = warm_start.load(model, data.classes)
         console.print(report, soft_wrap=True)

@@ -75,7 +75,7 @@ def train(
         else:
             all_callbacks = Callbacks(callbacks)
             try:
-                all_callbacks.call("on_start", recipe)  # Before `set_up` writes anything.
+                all_callbacks.call(lambda callback: callback.on_start(recipe))  # Before `set_up` writes anything.
             except StopTraining:
                 raise UserError("a callback ended the training before its first step") from None
             complete = Trainer(set_up(recipe, run, resume, variant, allow_changed_data), all_callbacks).train()
@@ -282,7 +282,7 @@ class Trainer(Parts):
         metrics = None
         if any(self.log.is_due(step.batch_info.visit.step + 1) for step in steps):
             metrics = self._log()
-        self.callbacks.call("on_step", self.step, metrics)
+        self.callbacks.call(lambda callback: callback.on_step(self.step, metrics))
 
     def _log(self) -> dict[str, Any]:
         """Writes and returns a line of metrics, up to the last confirmed step."""
@@ -317,7 +317,8 @@ class Trainer(Parts):
             self.checkpointing.wait()
             self._announced_step = step
             try:
-                self.callbacks.call("on_checkpoint", step, checkpoint_folder(self.run, step))
+                folder = checkpoint_folder(self.run, step)
+                self.callbacks.call(lambda callback: callback.on_checkpoint(step, folder))
             except StopTraining:
                 self._callback_stops = True  # `_train_steps` stops later: the caller has yet to save or to evaluate.
 
@@ -348,7 +349,7 @@ class Trainer(Parts):
         self._announce_checkpoint()  # Before `_keep_best` may save: only the newest checkpoint is announced.
         self._keep_best(results)
         self._announce_checkpoint()
-        self.callbacks.call("on_evaluation", self.step, results)
+        self.callbacks.call(lambda callback: callback.on_evaluation(self.step, results))
 
     def _keep_best(self, results: list[dict[str, Any]]) -> None:
         """Saves a checkpoint if these results are the best so far, and links to the best one."""
