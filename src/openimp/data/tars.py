@@ -21,9 +21,10 @@ INTEGERS = {"cls", "cls2", "id", "index", "inx"}
 """Extensions that hold one integer, by the convention of WebDataset."""
 MAX_BYTES = 2**31
 """Largest size of a member. The size that a header claims is allocated before the member is read."""
-DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError)
-"""What tarfile raises for a damaged tar: it does not check the numbers in headers, reads as many bytes of a long name
-as a header claims, and calls itself for each in a chain of headers."""
+GZIP = b"\x1f\x8b"
+DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
+"""What tarfile raises for a damaged tar: it does not check the numbers in headers, and calls itself for each in a chain
+of headers."""
 COLUMN_SAMPLES = 100
 """A stream has the columns of this many samples at its beginning, or of fewer if they exceed COLUMN_BYTES."""
 COLUMN_BYTES = 2**26
@@ -36,8 +37,16 @@ class TarShards:
         self._name = name
         self._files = files
         self.columns: list[str] = []
+        readable: set[str] = set()
         for row in islice(self._first_rows(), COLUMN_SAMPLES):
             self.columns += [column for column in row if column not in self.columns]
+            readable.update(column for column, value in row.items() if not isinstance(value, Unreadable))
+        # The JSON member of one sample is read as columns `json.KEY`, that of another cannot be read.
+        self.columns = [
+            column
+            for column in self.columns
+            if column in readable or not any(other.startswith(f"{column}.") for other in readable)
+        ]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -65,7 +74,7 @@ class TarShards:
                     for key, members, end in _samples(handle):
                         yield (f"{label}[{key}]", _row(key, members)), end
                 except DAMAGE as error:
-                    rest = UnreadableRest(f"not a readable tar from here on: {str(error) or 'out of memory'}")
+                    rest = UnreadableRest(f"not a readable tar from here on: {error}")
                     if not self.columns:
                         raise UserError(f"source {self._name}: {file}: {rest.reason}") from None
                     end = handle.seek(0, os.SEEK_END)
@@ -125,8 +134,13 @@ def _members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, Unreadable | No
     file.seek(start)
     if start == size > 0:
         return
+    if start == 0:
+        if file.read(2) == GZIP:
+            raise tarfile.ReadError("it is compressed; unpack it with gunzip")
+        file.seek(0)
+    bounded: Any = _Bounded(file, size)
     # A name that is not UTF-8 becomes text that can be stored and printed.
-    tar: Any = tarfile.open(fileobj=file, mode="r:", errors="backslashreplace")  # noqa: SIM115
+    tar: Any = tarfile.open(fileobj=bounded, mode="r:", errors="backslashreplace")  # noqa: SIM115
     empty = tar.firstmember is None  # Then `next` fails in Python 3.10.
     while not empty and (member := tar.next()) is not None:
         tar.members = []  # Otherwise tarfile would keep all headers in memory.
@@ -139,6 +153,19 @@ def _members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, Unreadable | No
     file.seek(tar.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("unexpected end of data")
+
+
+class _Bounded:
+    """Limits reads to the size of the file, because tarfile reads as many bytes of a long name as a header claims."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file = file
+        self._size = size
+        self.seek = file.seek
+        self.tell = file.tell
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(max(0, min(size, self._size - self.tell(), MAX_BYTES)))
 
 
 def _refusal(member: tarfile.TarInfo, left: int) -> Unreadable | None:
