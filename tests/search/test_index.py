@@ -149,7 +149,7 @@ def test_only_new_and_changed_files_are_embedded(build, folder, tmp_path, embedd
     assert str(folder / "2.mp4") not in paths(tmp_path / "x.index")
     build(folder, index="fresh.index")
     assert_equal(tmp_path / "x.index", tmp_path / "fresh.index")
-    assert Items(tmp_path / "x.index").indexed() == {"id", "path", "folded"}
+    assert Items(tmp_path / "x.index").indexed() == {"id", "path", "sha256", "folded"}
     opened = open_index(tmp_path / "x.index")
     assert all(opened.hit(id).id == id for id in rows(tmp_path / "x.index")), "old and new ids are found"
 

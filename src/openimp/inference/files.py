@@ -127,7 +127,7 @@ def shown_name(path: File) -> str:
 
 
 def left_out(skipped: list[str], unknown: Mapping[str, int]) -> list[str]:
-    """Lines about files that were not (completely) read: "path: reason", and about files of no modality, by extension."""
+    """Lines about files that were not fully read: "path: reason", and about files of no modality, by extension."""
     lines = []
     if skipped:
         lines.append(f"{counted(len(skipped), 'file')} could not be read, or not completely:")
