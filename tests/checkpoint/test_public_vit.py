@@ -1,5 +1,6 @@
 """IMP's encoder from vision Transformers that timm builds, saves and computes. Their weights are random."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,15 @@ import timm
 import torch
 import yaml
 from messages import refuses
+from ranks import on
 from timm.models import VisionTransformer, save_for_hf
+from trained import trainer_of
 
 from openimp.checkpoint.public_vit import ViTWeights, obstacles, open_vit
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.model.imp import IMP
+from openimp.parallel import distributed
+from openimp.parallel.layout import full_tensor
 from openimp.recipe.schema import Recipe
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -195,3 +200,34 @@ def test_a_local_folder_is_relative_to_the_recipe_and_experts_cannot_start_from_
 def test_published_names_are_accepted_before_anything_is_downloaded():
     for name, width in (("vit_base_patch16_siglip_224.v2_webli", 768), ("vit_so400m_patch14_siglip_384.webli", 1152)):
         assert open_vit(f"timm:{name}", weights=False).embed_dim == width
+
+
+TASK = """{source: pictures, inputs: {image: file, text: "a {label} square"}, batch_size: 8,
+    objectives: [{type: contrastive, positives_by: label}], views: [{image: {size: 16}, text: {length: 8}}]}"""
+CHANGES = [
+    f"tasks={{named: {TASK}}}",
+    "evaluation={}",
+    "model.moe=null",
+    "model.bias=true",
+    "model.gelu=erf",
+    "modalities={vision: {patch: [2, 8, 8], tables: [4, 2, 2], positions: grid}, text: {vocab_size: 300}}",
+]
+
+
+@pytest.mark.slow
+def test_two_ranks_start_from_the_weights_of_one(little_data, tmp_path):
+    """As shards, and as replicas."""
+    save_timm(tmp_path / "vit", SIGLIP, mlp_ratio=2, img_size=16, patch_size=8)
+    alone, _ = initial_weights(little_data, tmp_path)
+    assert on(2, initial_weights, little_data, tmp_path) == [alone, alone]
+
+
+def initial_weights(folder: Path, out: Path) -> list[dict[str, int]]:
+    """A checksum of each tensor of the model that starts from the ViT: as shards, and as replicas."""
+    found = []
+    for degree in ("null", "1"):
+        changes = [*CHANGES, f"train.init=timm:local-dir:{out / 'vit'}", f"parallel.shard_degree={degree}"]
+        run = out / f"{distributed.world_size()} ranks {degree}"
+        state = trainer_of(folder, run, *changes).model.state_dict()
+        found.append({name: zlib.crc32(full_tensor(tensor).numpy().tobytes()) for name, tensor in state.items()})
+    return found

@@ -167,6 +167,19 @@ def test_a_change_makes_it_anew(tmp_path, cache, changes, options, monkeypatch):
     np.testing.assert_array_equal(store[0], build(table, modality, "memory", sizes)[0])
 
 
+def test_damaged_offsets_make_it_anew(folder, cache):
+    """NumPy would read other memory."""
+    store = build(opened(folder / "m.csv"))
+    (file,) = cache.glob("decoded/*/rows.arrow")
+    offsets = np.frombuffer(store._rows["data"].chunk(0).buffers()[1], np.int64)[: len(ARRAYS) + 3].tobytes()
+    content = file.read_bytes()
+    assert content.count(offsets) == 1
+    file.write_bytes(content.replace(offsets, offsets[:-8] + np.int64(2**40).tobytes()))
+    modality = Numbers()
+    check(build(opened(folder / "m.csv"), modality))
+    assert modality.decoded > 0
+
+
 def test_a_changed_file_that_a_struct_names_makes_it_anew(tmp_path):
     """As `datasets` writes media that are not embedded."""
     (tmp_path / "0.npy").write_bytes(npy(ARRAYS[0]))

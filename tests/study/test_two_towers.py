@@ -7,6 +7,8 @@ import pytest
 import torch
 import yaml
 from messages import refuses
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import openimp
 from openimp.checkpoint.warm_start import open_warm_start
@@ -101,6 +103,15 @@ def test_the_towers_learn_and_are_evaluated_on_every_set(trained):
     assert all(result["step"] == STEPS for result in results)
     for result in results:
         assert result.get("r10", result.get("top5")) > 2 * result["chance"], result["task"]
+
+
+def test_the_counted_cost_equals_a_real_step(tmp_path):
+    training = trainer(recipe_of("image"), tmp_path)
+    loaded = training.batches[0]
+    # The counter does not count the CPU's fused attention, but the two matrix products of the math backend.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        training.make_step(loaded)
+    assert counter.get_total_flops() == training.log.costs["pairs", 0].flops
 
 
 def test_the_towers_have_the_recipes_sizes(tmp_path):

@@ -72,7 +72,8 @@ def test_the_run_tells_what_it_did(whole_run, little_data):
 
 
 def test_a_resumed_run_counts_steps_that_were_saved_before_they_were_logged(little_data, tmp_path):
-    """A crash between two lines of metrics, after a checkpoint between them; and it left half of what it wrote."""
+    """A crash between two lines of metrics, after a checkpoint and an evaluation of a later step; and it left half of
+    what it wrote. Parts of the model are frozen."""
     whole, run = tmp_path / "whole", tmp_path / "run"
 
     def crash(trainer, step):
@@ -80,17 +81,21 @@ def test_a_resumed_run_counts_steps_that_were_saved_before_they_were_logged(litt
             trainer.checkpointing.wait()
             raise RuntimeError
 
-    recipe = recipe_of(little_data, "train.log_every=8", "train.save_every=3", "evaluation={}")
+    changes = ["train.log_every=7", "train.save_every=3", "evaluation.every=4", "optimizer.muon_lr=0.01"]
+    recipe = recipe_of(little_data, *changes, "optimizer.lr_scale={stems: 0, stems.text.after: 1, encoder.blocks.0: 0}")
     assert train(recipe, whole)
     with pytest.raises(RuntimeError):
         train(recipe, run, variant=Variant(before_step=crash))
     shutil.copytree(checkpoints(run)[-1], run / "checkpoints" / ".step-00000999.tmp")
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"step": 999, "tasks": {}}\n{"st')
+    assert [line["step"] for line in read_lines(run / "results.jsonl")] == [4, 4, 4]
+    for name in ("metrics.jsonl", "results.jsonl"):
+        with (run / name).open("a", encoding="utf-8") as file:
+            file.write('{"step": 999, "tasks": {}}\n{"st')
     (run / "skipped.jsonl").write_text('{"step": 999, "task": "named", "where": "a", "why": "b"}\n')
     assert train(recipe, run, resume=True)
     assert figures(run) == figures(whole)
-    assert [line["step"] for line in figures(run)] == [3, 6, 8, 9, 12]
+    assert [line["step"] for line in figures(run)] == [3, 4, 6, 7, 8, 9, 12]
+    assert read_lines(run / "results.jsonl") == read_lines(whole / "results.jsonl")
     assert not read_lines(run / "skipped.jsonl")
     assert hashes(run) == hashes(whole)
 
