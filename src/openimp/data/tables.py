@@ -189,9 +189,9 @@ class Table(Rows):
         """Hash of `fingerprint` and of the media files in these columns: all or, of more than 10,000, every n-th."""
         paths = list(dict.fromkeys(path for column in columns for path in self.paths(column)))
         checked = paths[:: max(1, -(-len(paths) // MAX_CHECKED_FILES))]
-        return stable_hash([self.fingerprint, *((path, self.file_state(path)) for path in checked)])
+        return stable_hash([self.fingerprint, *((path, self.file_digest(path)) for path in checked)])
 
-    def file_state(self, path: str) -> str:
+    def file_digest(self, path: str) -> str:
         """Hash of a media file's size, first and last 4 KiB; "bad" if it cannot be read."""
         try:
             return digest(self.file(path), blocks=2, block=4096)

@@ -17,7 +17,7 @@ from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.registry import modality_class
 from openimp.recipe.training import tolerant_fraction
 
-MAX_BAD_FRACTION = 0.1
+LEAST_BAD_FRACTION = 0.1
 """The least `train.max_bad_fraction` of a draft. Ordinary folders hold some broken files."""
 AUGMENTATION = ("flip", "crop", "aspect", "jitter")
 """Options of a view that evaluation ignores."""
@@ -154,7 +154,7 @@ def assemble(
     if decoded_once and machine.workers == 1 and not machine.is_gpu:
         # Preparing decoded examples is little work, and a process for it would slow the threads of few cores down.
         recipe["train"]["num_workers"] = 0
-    recipe["train"]["max_bad_fraction"] = max(MAX_BAD_FRACTION, tolerant_fraction(bad_share))
+    recipe["train"]["max_bad_fraction"] = max(LEAST_BAD_FRACTION, tolerant_fraction(bad_share))
     return Draft(recipe, comments)
 
 
@@ -166,10 +166,11 @@ def _add(
     is_cached: bool,
     text_length: int,
 ) -> None:
-    """Adds a task, its sources, and its evaluation sets: zero-shot or else retrieval, and the trained classes.
+    """Adds a task, its sources, and its evaluation sets.
 
-    `text_length` is the length of texts in the first view. The last view, in which the model is used, reads whole
-    queries.
+    Texts that are items are evaluated by retrieval, names of classes by zero-shot classification, and the trained
+    classes by their head. `text_length` is the length of texts in the first view. The last view is used after training,
+    and has room for longer queries.
     """
     name, task, split = named
     kind = task.media.kind

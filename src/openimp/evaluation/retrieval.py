@@ -38,13 +38,13 @@ class RetrievalResult(Predicted):
     candidate_row: np.ndarray  # (M,) int64, for each candidate, the first row of the source that has it
     query_NZ: Tensor  # unit vectors
     candidate_MZ: Tensor
-    unknown: list[str]  # the rows of the texts of both modalities that have no word that the model knows
+    unknown: list[str]  # names of the rows with the texts, of either modality, that have no word that the model knows
 
     def answers(self, query_index: int, k: int) -> list[Answer]:
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.
 
-        In a tie, wrong candidates come first. NaN is the worst similarity of a correct candidate, and the best of a
-        wrong one. So the best correct one is at position `rank[query_index]` of all candidates, unless a correct one
+        In a tie, wrong candidates come first. NaN counts as the lowest similarity of a correct candidate, and the
+        highest of a wrong one. So the best correct one is at position `rank[query_index]` of all candidates, unless it
         has NaN: `rank` then counts all wrong candidates as better.
         """
         similarity_M = (self.candidate_MZ @ self.query_NZ[query_index]).cpu().numpy()
@@ -61,7 +61,7 @@ class RetrievalResult(Predicted):
         return [Answer(int(i), float(similarity_M[i]), bool(correct_M[i])) for i in chosen]
 
     def metrics(self) -> dict[str, Any]:
-        """R@1, R@5, R@10, median rank, mean reciprocal rank, chance, and the 95 % interval of R@1."""
+        """R@1, R@5, R@10, median rank, mean reciprocal rank, chance, the 95 % interval of R@1, and numbers of items."""
         candidates = len(self.candidate_row)
         return {
             "n": len(self.rank),

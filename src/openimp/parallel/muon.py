@@ -20,13 +20,13 @@ They are chosen for singular values from 0.01 to 1. Each iteration moves the val
 can (Polar Express, arXiv 2505.16932). After the third, all are between 0.73 and 1.27."""
 MARGIN = 1.01
 """bf16 rounds a norm and a quotient by up to 0.4 %. A singular value above 1, as a matrix of rank 1 could then have,
-would explode: 1.004 would become 50."""
-BATCH_NUMBERS = 2**24
-"""Most numbers in a batch of matrices, unless a single parameter has more."""
+would explode: 1.004 would become 56."""
+BATCH_ELEMENTS = 2**24
+"""Maximum number of elements in a batch of matrices, unless a single parameter has more."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum. An update has the same RMS as one of AdamW (section 2.2).
+    """Muon with Nesterov momentum. An update has the same RMS as one of AdamW (section 2.2 of the paper).
 
     `stacks` has the number of matrices that each parameter stacks in its first dimension: 1 for a linear layer, 3 for
     one that computes queries, keys and values, and the number of experts. Each matrix is orthogonalized separately.
@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         self.shapes = {weight: _stack_shape(weight, count) for weight, count in stacks.items()}
         self.lr_factors = lr_factors or dict.fromkeys(stacks, 1.0)
-        # A group may be empty, but a list of parameters may not: all matrices may be frozen.
+        # All matrices may be frozen. The optimizer accepts an empty group, but not an empty list.
         super().__init__([{"params": [*stacks]}], {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
         for weight in weights:
             batches = by_shape.setdefault(self.shapes[weight][1:], [[]])
             numbers = sum(prod(self.shapes[other]) for other in (*batches[-1], weight))
-            if batches[-1] and numbers > BATCH_NUMBERS:
+            if batches[-1] and numbers > BATCH_ELEMENTS:
                 batches.append([])
             batches[-1].append(weight)
         return [batch for batches in by_shape.values() for batch in batches]
@@ -123,7 +123,7 @@ def _stack_shape(weight: Tensor, count: int) -> tuple[int, int, int]:
 def orthogonalize(x_NRC: Tensor) -> Tensor:
     """Brings the singular values of bf16 matrices to between about 0.73 and 1.27.
 
-    Those below 0.01 of the Frobenius norm become 80 times as large.
+    One below 0.01 of the Frobenius norm becomes about 78 times its share of the norm.
     """
     x_NRC = x_NRC / (MARGIN * x_NRC.norm(dim=(1, 2), keepdim=True)).clamp(min=1e-7)
     is_wide = x_NRC.shape[1] <= x_NRC.shape[2]

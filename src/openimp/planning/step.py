@@ -10,7 +10,7 @@ from openimp.common.objective import LossSizes
 from openimp.model.embedder import pass_sizes
 from openimp.model.learning_rates import muon_stacks
 from openimp.objectives.nce import MAX_SIMILARITIES
-from openimp.parallel.muon import BATCH_NUMBERS
+from openimp.parallel.muon import BATCH_ELEMENTS
 from openimp.planning.costs import Cost
 from openimp.planning.gpus import GPU
 from openimp.planning.memory import StepMemory
@@ -160,7 +160,7 @@ class StepPlanner:
         weights = updated & self.muon_weights
         update_bytes = BF16_BYTES * self.sharding.held_bytes(weights) // FP32_BYTES
         # Of square matrices X: X, the product of X X', a polynomial of it, and the result.
-        iteration_bytes = 4 * BF16_BYTES * min(self._gathered_numbers(weights), BATCH_NUMBERS)
+        iteration_bytes = 4 * BF16_BYTES * min(self._gathered_numbers(weights), BATCH_ELEMENTS)
         return update_bytes + max(2 * update_bytes, iteration_bytes)
 
     def _memory(self, loss_sizes: LossSizes, step_memory: StepMemory, updated: Set[Tensor]) -> GPUMemory:

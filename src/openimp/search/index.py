@@ -43,7 +43,8 @@ RANK_CONSTANT = 60
 SAMPLE = 1000
 """Maximum number of items of a group whose cosines tell how unusual a cosine is."""
 PRIOR = 5
-"""Imaginary items of each group. With fewer, chance would decide whether the only three sounds stand out."""
+"""Items with the usual variance that are added to each group, so that the variance of three items is not left to
+chance."""
 
 
 class Wanted(NamedTuple):
@@ -57,10 +58,10 @@ class Wanted(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """The cosines of a query with the items of a group, or with a sample of them.
+    """Mean and variance of the cosines of a query with the items of a group, or with a sample of them.
 
-    In most models, all sounds may be closer to a text than any picture is, or all texts closer than both. So cosines of
-    different groups are compared by how far they are above the others of their group.
+    In many models, one modality is closer to every query than another: for example, each sound closer than any picture.
+    So cosines of different groups are compared by how far they are above the others of their group.
     """
 
     mean: float
@@ -84,8 +85,8 @@ class Spread(NamedTuple):
 class Index:
     """An open index. Its methods may be called from any thread; calls that encode a query take turns.
 
-    It shows the state of the index at the time when it was opened until an update removes that version, which must be
-    an hour old; then it shows the newest.
+    It shows the items as they were when it was opened. An update keeps older versions of the table for an hour; once
+    this version is removed, the newest is shown.
 
     Attributes:
         model: the model that embedded the items. It encodes queries.
@@ -112,7 +113,10 @@ class Index:
 
     @property
     def has_words(self) -> bool:
-        """Whether items are found by the words of their texts. Indexes of older versions must be made anew."""
+        """Whether items are found by the words of their texts.
+
+        If not, the first update was interrupted, or the index is of an older version and must be made anew.
+        """
         return self._items.has_words
 
     @property
@@ -461,13 +465,13 @@ class Index:
         return [Hit(found_by="words", **row) for row in self._read(read)]
 
     def _nearest(self, wanted: Wanted, vector: np.ndarray, filters: Sequence[str]) -> list[Hit]:
-        """At least `k` items that are closest to a vector (Z,) if there are as many, with only the best segment of each
-        file.
+        """The items that are closest to a vector (Z,), as many as a ranking has. Of each file, only the best segment.
 
-        Several of the best items may be segments of the same file, so more are read until there are `k`, each time
+        Several of the best items may be segments of the same file, so more are read until there are enough, each time
         without the files whose best segment is known.
         """
-        count = wanted.k if wanted.words is None else max(wanted.k, RANKED)
+        needed = wanted.k if wanted.words is None else max(wanted.k, RANKED)
+        count = needed
         best_hits: dict[str, Hit] = {}
         while True:
             known_files = [hit.path for hit in best_hits.values() if stands_for_file(hit, wanted.under)]
@@ -476,7 +480,7 @@ class Index:
             for row in rows:
                 hit = Hit(score=1 - row.pop("_distance"), found_by="meaning", **row)
                 best_hits.setdefault(result_key(hit, wanted.under), hit)
-            if len(best_hits) >= wanted.k or len(rows) < count:
+            if len(best_hits) >= needed or len(rows) < count:
                 return list(best_hits.values())
             count *= 4
 
@@ -532,7 +536,7 @@ def stands_for_file(hit: Hit, under: str | Path | None) -> bool:
 
 
 def _paths_of(under: str | Path) -> tuple[str, str]:
-    """The paths that an item may have if `under` names it: in a row of a source, or a file."""
+    """`under` as the path of a row (SOURCE/ROW/COLUMN), and as the path of a file."""
     return str(under), os.path.abspath(under)
 
 

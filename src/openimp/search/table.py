@@ -28,7 +28,7 @@ BATCH = 8192
 APPROXIMATE_ROWS = 50_000
 """Number of rows from which on the vectors have an index."""
 SEARCHED_PARTITIONS = 40
-"""A query is compared with the vectors of this many nearest partitions. LanceDB makes one per 4,096 rows."""
+"""A query is compared with the vectors of this many nearest partitions. LanceDB makes a partition per 4,096 rows."""
 REFINE_FACTOR = 2
 """After a search in quantized vectors, `REFINE_FACTOR` * k rows are compared by their exact vectors for k results."""
 KEEP_VERSIONS = timedelta(hours=1)
@@ -149,11 +149,11 @@ class Items:
     def _sample(self, count: int, where: str | None, columns: list[str]) -> pa.Table:
         with _read_errors():
             if where is None:  # Faster than reading all ids.
-                taken = self.table.take_offsets(_spread(count, self.table.count_rows()))
+                taken = self.table.take_offsets(_evenly_spaced(count, self.table.count_rows()))
             else:
                 query = self.table.search().where(where).select(["_rowid"]).with_row_id(True)
                 row_ids = query.to_arrow()["_rowid"].to_numpy()
-                taken = self.table.take_row_ids(row_ids[_spread(count, len(row_ids))].tolist())
+                taken = self.table.take_row_ids(row_ids[_evenly_spaced(count, len(row_ids))].tolist())
             return taken.select(columns).to_arrow()
 
     def nearest(self, vector: np.ndarray, k: int, where: str | None = None) -> list[dict[str, Any]]:
@@ -217,7 +217,7 @@ class Items:
 
     @_write_errors()
     def replace(self, paths: Iterable[str], rows: list[dict[str, Any]]) -> None:
-        """Replaces all rows of some paths. If it is interrupted, these paths have no rows."""
+        """Replaces all rows of some paths. If it is interrupted, they may have no rows."""
         self.remove(paths)
         if rows:
             rows = [row | {"vector": to_fp16(row["vector"]), "folded": folded(row.get("text") or "")} for row in rows]
@@ -320,6 +320,6 @@ def import_lancedb() -> Any:
     return lancedb
 
 
-def _spread(count: int, total: int) -> list[int]:
+def _evenly_spaced(count: int, total: int) -> list[int]:
     """At most `count` evenly spaced numbers below `total`."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()

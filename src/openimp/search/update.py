@@ -39,15 +39,15 @@ class Update:
         self.wanted = _by_path(media)
         self.stored = items.stored()
         # What was in a folder that has no files now is kept: its disk may not be mounted.
-        forgotten = {_below(path) for path in forget}
+        forgotten = {_prefix(path) for path in forget}
         self.absent = {
-            path: count for path in given or () if _below(path) not in forgotten and (count := self._lost_items(path))
+            path: count for path in given or () if _prefix(path) not in forgotten and (count := self._lost_files(path))
         }
         self.roots: tuple[str, ...] | None = None
         if given is not None:
-            self.roots = (*forgotten, *(_below(path) for path in given if path not in self.absent))
+            self.roots = (*forgotten, *(_prefix(path) for path in given if path not in self.absent))
             # A folder without files may be in another one that has some.
-            self.absent = {path: n for path, n in self.absent.items() if not _below(path).startswith(self.roots)}
+            self.absent = {path: n for path, n in self.absent.items() if not _prefix(path).startswith(self.roots)}
         # By hash and modality, the path of the first row of any source that has this content. Later rows with it are
         # duplicates, and left out.
         self.first_row: dict[tuple[str, str], str] = {}
@@ -77,14 +77,14 @@ class Update:
         self.counts["removed"] = len(self.gone) - self.counts["moved"]
 
     def has_items_in(self, path: Path) -> bool:
-        """Whether a file, or a file in a folder, was indexed before."""
-        return any(os.path.join(stored, "").startswith(_below(path)) for stored in self.stored)
+        """Whether the index has a file at this path or below it."""
+        return any(os.path.join(stored, "").startswith(_prefix(path)) for stored in self.stored)
 
-    def _lost_items(self, folder: Path) -> int:
+    def _lost_files(self, folder: Path) -> int:
         """The number of files in a folder that were indexed before, if it has none now; else 0."""
         if folder.is_file():  # Thousands of files may be named, and each scan of all paths takes time.
             return 0
-        root = _below(folder)
+        root = _prefix(folder)
         if any(path.startswith(root) for path in self.wanted):
             return 0
         return sum(path.startswith(root) for path in self.stored)
@@ -196,7 +196,7 @@ def _place(part: Mapping[str, Any]) -> float:
     return float(part["part"] if start is None else start)
 
 
-def _below(path: Path) -> str:
+def _prefix(path: Path) -> str:
     """What the paths of the files in a folder begin with."""
     return os.path.join(os.path.abspath(path), "")
 
@@ -223,7 +223,7 @@ def _rows(file: IndexedFile) -> list[dict[str, Any]]:
     media = file.media
     parts = [part for part in file.parts if "vector" in part]
     if any(part.get("start") is not None for part in parts):
-        # Readable segments are counted, because words are looked up in segment 0.
+        # Readable segments are numbered from 0, because words are looked up in segment 0.
         parts = [part | {"part": number} for number, part in enumerate(parts)]
     if len(file.parts) == 1:  # Its only segment is all of it.
         parts = [part | {"start": None, "end": None} for part in parts]
