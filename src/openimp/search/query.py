@@ -36,7 +36,7 @@ class EncodedQuery:
     modality: str
     vectors: dict[Space, np.ndarray]  # unit vectors (Z,); empty for a text without a word that the model knows
     weight: float = 1.0  # negative: subtracted
-    text: str | None = None  # None for media and items
+    text: str | None = None  # None for media, and for items with a vector
 
 
 class Words(NamedTuple):
