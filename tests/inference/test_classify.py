@@ -62,7 +62,7 @@ def test_the_command_prints_a_line_per_file_that_can_be_read(run, pictures, open
     bad.write_bytes(b"no picture")
     code, out, err = openimp("classify", run, pictures[0], bad, pictures[-1], "-k", "2")
     assert code == 0
-    assert err.startswith("1 file could not be read completely:\n")
+    assert err.startswith("1 file could not be read, or not completely:\n")
     assert str(bad) in err
     predictions = load(run).classify_image([pictures[0], pictures[-1]])
     lines = [line.split("\t") for line in out.splitlines()]

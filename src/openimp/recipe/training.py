@@ -91,7 +91,7 @@ class Parallel(Strict):
 class Train(Strict):
     """The training loop."""
 
-    removed = {"upcycle": (False,)}
+    removed = {"upcycle": (False, True)}
 
     steps: Count = 200_000
     """Optimizer steps, over all tasks. The paper: S 200k, B and L 500k."""
