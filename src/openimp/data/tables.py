@@ -216,17 +216,18 @@ class Table(Rows):
     def _matching(self, column: str, wanted: Any) -> np.ndarray:
         """Which of the selected rows match in a column, see `matches`."""
         cells = self._data.column(column)
-        if pa.types.is_primitive(cells.type) or _is_text(cells.type):
-            text_of = self._text_functions.get(column, lambda value: value)
-            masks = []
-            for chunk in cells.chunks:  # All texts of a column may be more than Arrow puts into one array.
-                values = [value for value in chunk.unique().to_pylist() if matches(text_of(value), wanted)]
-                masks.append(pc.is_in(chunk, value_set=pa.array(values, chunk.type)).to_numpy(zero_copy_only=False))
-            mask = np.concatenate(masks)
-            return mask if self._kept is None else mask[self._kept]
-        if _is_media(cells.type) and wanted in (None, {"not": None}):  # Reading all media would take hours.
+        text_of = self._text_functions.get(column)
+        mask = None
+        if _is_text(cells.type) and text_of is None:
+            mask = _text_mask(cells, wanted)
+        elif pa.types.is_primitive(cells.type) or _is_text(cells.type):
+            text_of = text_of or (lambda value: value)
+            values = [value for value in cells.unique().to_pylist() if matches(text_of(value), wanted)]
+            mask = pc.is_in(cells, value_set=pa.array(values, cells.type)).to_numpy()
+        elif _is_media(cells.type) and wanted in (None, {"not": None}):  # Reading all media would take hours.
             mask = _has_media(cells)
             mask = ~mask if wanted is None else mask
+        if mask is not None:
             return mask if self._kept is None else mask[self._kept]
         rows = chain.from_iterable(self.chunks(range(len(self)), [column]))
         return np.array([matches(row[column], wanted) for row in rows], bool)
@@ -333,6 +334,17 @@ def part_of(value: Any, row: int, of: int) -> int:
 
 def _hash(content: bytes, signed: bool) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=signed)
+
+
+def _text_mask(cells: pa.ChunkedArray, wanted: Any) -> np.ndarray:
+    """(N,) bool, which cells of a column of texts match, see `matches`."""
+    if isinstance(wanted, dict):
+        return ~_text_mask(cells, wanted["not"])
+    texts = _as_texts(wanted)
+    # An empty text is no value.
+    values = pa.array(["" if text is None else text for text in texts], cells.type)
+    mask = pc.is_in(cells, value_set=values).to_numpy()
+    return mask | cells.is_null().to_numpy() if None in texts else mask
 
 
 def _is_media(kind: pa.DataType) -> bool:
