@@ -75,7 +75,7 @@ def killed(bench: Bench) -> list[Outcome]:
     process = bench.start(run)
     watch(process, Process.kill, saved=run)
     noticed = f"exit code {process.returncode}" if process.returncode < 0 else ""
-    return [bench.gone_on("kill -9 in the middle of a step", run, noticed)]
+    return [bench.outcome_of_resuming("kill -9 in the middle of a step", run, noticed)]
 
 
 def killed_while_saving(bench: Bench) -> list[Outcome]:
@@ -93,7 +93,7 @@ def killed_while_saving(bench: Bench) -> list[Outcome]:
 
     watch(process, kill, saved=run)
     noticed = f"exit code {process.returncode}; {drafts(run)[0].name} is no checkpoint" if drafts(run) else ""
-    outcome = bench.gone_on("kill -9 in the middle of a save", run, noticed)
+    outcome = bench.outcome_of_resuming("kill -9 in the middle of a save", run, noticed)
     return [replace(outcome, noticed="" if drafts(run) else noticed, limit=WHILE_SAVING)]
 
 
@@ -104,7 +104,7 @@ def stopped(bench: Bench) -> list[Outcome]:
         run = bench.folder / f"stopped by {number.name}"
         process = bench.start(run, changes=["train.num_workers=2"])
         lines = watch(process, lambda process, number=number: os.killpg(process.pid, number))
-        outcomes.append(bench.gone_on(number.name, run, told(process, lines, "stopped at step", code=0)))
+        outcomes.append(bench.outcome_of_resuming(number.name, run, told(process, lines, "stopped at step", code=0)))
     return outcomes
 
 
@@ -115,7 +115,7 @@ def full_disk(bench: Bench) -> list[Outcome]:
     process = bench.start(run)
     lines = watch(process, lambda process: resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit)))
     noticed = "" if drafts(run) else told(process, lines, "could not be saved: ")
-    return [replace(bench.gone_on("a disk that is full while saving", run, noticed), limit=WHILE_SAVING)]
+    return [replace(bench.outcome_of_resuming("a disk that is full while saving", run, noticed), limit=WHILE_SAVING)]
 
 
 def flipped_bit(bench: Bench) -> list[Outcome]:
@@ -149,7 +149,7 @@ def rank_that_dies(bench: Bench) -> list[Outcome]:
     if not good:
         print(f"after {seconds:.1f} s, with {ends}:", *lines[-80:], sep="\n", file=sys.stderr)
     noticed = f"exit code 2: {noticed.removeprefix('openimp: ')} (after {seconds:.1f} s)" if good else ""
-    return [bench.gone_on("kill -9 of one of two ranks with a replica each", run, noticed, how="two")]
+    return [bench.outcome_of_resuming("kill -9 of one of two ranks with a replica each", run, noticed, how="two")]
 
 
 def rank_that_is_started_again(bench: Bench) -> list[Outcome]:
@@ -187,7 +187,7 @@ def worker_that_dies(bench: Bench) -> list[Outcome]:
     run = bench.folder / "worker"
     process = bench.start(run, changes=["train.num_workers=2"])
     lines = watch(process, lambda process: os.kill(children(process.pid)[-1], signal.SIGKILL))
-    return [bench.gone_on("kill -9 of a loader's worker", run, told(process, lines, "a data worker died"))]
+    return [bench.outcome_of_resuming("kill -9 of a loader's worker", run, told(process, lines, "a data worker died"))]
 
 
 def faults_while_streaming(bench: Bench) -> list[Outcome]:
@@ -225,7 +225,7 @@ def changed_source(bench: Bench) -> list[Outcome]:
     file.write_bytes(before)
     if not told(process, lines, "resuming with the data as it is now", code=0):
         noticed = ""
-    return [bench.gone_on("a source that has changed since the checkpoint", run, noticed, reached)]
+    return [bench.outcome_of_resuming("a source that has changed since the checkpoint", run, noticed, reached)]
 
 
 def hostile_media(bench: Bench) -> list[Outcome]:

@@ -128,7 +128,9 @@ class Bench:
         """A copy of the run in peace, to be spoilt."""
         return Path(shutil.copytree(self.whole(), self.folder / name))
 
-    def gone_on(self, fault: str, run: Path, noticed: str, reached: int | None = None, how: How = "one") -> Outcome:
+    def outcome_of_resuming(
+        self, fault: str, run: Path, noticed: str, reached: int | None = None, how: How = "one"
+    ) -> Outcome:
         """What became of a run that goes on with --resume.
 
         Args:

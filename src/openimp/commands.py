@@ -100,9 +100,13 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
                 f"run with {command}"
             )
         return saved_recipe
-    starts = [text.removeprefix("train.init=") for text in overrides if text.startswith("train.init=")]
-    # A public ViT has no recipe; what must be written to start from it is told later.
-    init = next((name for name in reversed(starts) if Name.parse(name).scheme != TIMM), None)
+    changes: dict[str, Any] = {"train": {}}
+    for text in overrides:
+        if text.startswith("train.init="):
+            override(changes, text)
+    init = changes["train"].get("init")
+    if init is not None and Name.parse(str(init)).scheme == TIMM:
+        init = None  # A public ViT has no recipe. `open_warm_start` tells what must be written to start from it.
     drafted = distributed.run_on_rank_zero(lambda: draft_recipe([data], init=init))
     if distributed.rank() == 0:
         for note in drafted.notes:

@@ -16,9 +16,10 @@ from messages import refuses
 from PIL import Image
 from recordings import picture_file
 
+from openimp.checkpoint.folder import read_config
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.json_lines import read_lines
-from openimp.drafting.assembling import ChosenTower, assemble
+from openimp.drafting.assembling import ChosenTower, Start, assemble
 from openimp.drafting.draft import draft_recipe, find_tasks, fit, recipe_name
 from openimp.drafting.machine import Machine
 from openimp.drafting.sizing import steps_between_evaluations, text
@@ -229,6 +230,11 @@ def test_a_draft_fits_the_model_to_start_from(media_folder, tiny_model_folder):
     start = open_warm_start(recipe, recipe.make_modalities())
     assert start.stems == {"vision", "audio", "text"}
     assert f"--init {tiny_model_folder}" in drafted.text
+    config, *_ = read_config(tiny_model_folder)
+    without_clips = config.model_copy(update={"views": {"text": config.views["text"], "image": config.views["image"]}})
+    draft = assemble("x", tasks_of_kinds(media_folder, "mp4"), CPU, {}, Start("x", without_clips))
+    vision = config.modalities["vision"].model_dump(mode="json", exclude_defaults=True)
+    assert draft.recipe["modalities"]["vision"] == vision, "which pictures and clips share"
     for changes in ({"init": "open_clip:ViT-B-32/openai"}, {"init": "openimp:base", "towers": ["openimp:base"]}):
         with refuses():
             draft_recipe([str(media_folder)], **changes)

@@ -36,6 +36,11 @@ class TextReader(Protocol):
         """False for a text without a word that the model knows: it is similar to nothing."""
 
 
+def is_known(reader: Any, value: Any, view: Any) -> bool:
+    """Whether a model knows a word of a text. True for items of modalities that read no text."""
+    return not isinstance(reader, TextReader) or reader.knows(value, view)
+
+
 @runtime_checkable
 class PictureReader(Protocol):
     """A modality of pictures, for `Model.preprocess`."""

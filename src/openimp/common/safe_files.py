@@ -151,7 +151,7 @@ def refuse_links(folder: Path, patterns: Iterable[str] = RUN_FILES) -> None:
 def local_folder(name: str) -> Path | None:
     """The folder of a model that is named SCHEME:local-dir:FOLDER, and None for any other name.
 
-    UserError if there is no such folder, or if `refuse_links` refuses it.
+    UserError if there is no such folder, or `refuse_links` refuses a link in it.
     """
     path = Name.parse(name).folder
     if path is None:

@@ -112,10 +112,12 @@ def assemble(
         model = start.config.model.model_dump(mode="json", exclude_defaults=True)
         optimizer |= {"lr": 3e-4, "muon_lr": 1.2e-3}
         text_length = 0
-        for kind in start.config.views.keys() & {*kinds}:
+        for kind in kinds:
             stem = modality_class(kind).stem
-            modalities[stem] = start.config.modalities[stem].model_dump(mode="json", exclude_defaults=True)
-            views[kind] = start.config.views[kind].model_dump(mode="json", exclude={"drop_tokens"})
+            if stem in start.config.modalities:
+                modalities[stem] = start.config.modalities[stem].model_dump(mode="json", exclude_defaults=True)
+            if kind in start.config.views:
+                views[kind] = start.config.views[kind].model_dump(mode="json", exclude={"drop_tokens"})
     if "size" in views.get("image", {}) and mentions_sides:
         views["image"]["flip"] = False  # A mirrored picture would contradict its text.
     recipe: dict[str, Any] = {

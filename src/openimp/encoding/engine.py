@@ -18,7 +18,7 @@ from torch import Tensor
 from openimp.common.device import Precision
 from openimp.common.modality import BadMedia, Modality, Tokens, UnknownText
 from openimp.common.progress import Progress
-from openimp.common.protocols import TextReader
+from openimp.common.protocols import is_known
 from openimp.common.threads import map_ahead
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import in_lockstep
@@ -66,7 +66,7 @@ class ItemEncoder:
 
     def read_known(self, value: Any) -> np.ndarray:
         """Like `read`, but raises UnknownText."""
-        if isinstance(self.modality, TextReader) and not self.modality.knows(value, self.view):
+        if not is_known(self.modality, value, self.view):
             raise UnknownText("has no word that the model knows")
         return self.read(value)
 

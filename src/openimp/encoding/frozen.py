@@ -44,7 +44,7 @@ ASPECT = 1.33
 CLIPS = 64
 """Clips in a forward pass of a tower."""
 LONGEST_TEXT = 10_000
-"""Most characters of a text that is given to a library, whose tokenizer cuts it further."""
+"""Maximum number of characters of a text for a library. The tokenizer of the library cuts the text further."""
 LONGEST_SIDE = 2048
 """Largest side, in pixels, of a picture that is given to a library, which shrinks it further."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import Modality
 from openimp.common.progress import notice
-from openimp.common.protocols import TextReader
+from openimp.common.protocols import TextReader, is_known
 from openimp.common.schema import as_text
 from openimp.common.texts import equal_pair, text_key
 from openimp.evaluation.evaluator import Evaluator
@@ -65,10 +65,6 @@ def names_with_equal_tokens(names: Iterable[str], reader: Modality, view: Any) -
     return equal_pair(names, lambda name: reader.encode_input(name, view).tobytes())
 
 
-def _unknown_names(names: Iterable[str], reader: Modality, view: Any) -> list[str]:
-    return [name for name in names if isinstance(reader, TextReader) and not reader.knows(name, view)]
-
-
 @cache
 def _notice_once(message: str) -> None:
     notice(message)
@@ -81,7 +77,7 @@ def class_embeddings(evaluator: Evaluator, options: ZeroShot, error_prefix: str,
     if rank() == 0 and (equal_names := names_with_equal_tokens(names, encoder.modality, encoder.view)):
         both = "{!r} and {!r}".format(*equal_names)
         _notice_once(f"{error_prefix}: the model reads the classes {both} as the same text, so it confuses them")
-    if rank() == 0 and (unknown := _unknown_names(names, encoder.modality, encoder.view)):
+    if rank() == 0 and (unknown := [name for name in names if not is_known(encoder.modality, name, encoder.view)]):
         listed = ", ".join(map(repr, unknown[:3]))
         _notice_once(f"{error_prefix}: the model knows no word of {counted(len(unknown), 'class')}: {listed}")
     rank_names = [names[i] for i in own_part(len(names))]

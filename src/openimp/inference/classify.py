@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openimp.common.errors import UserError, counted, escaped, nearest
 from openimp.common.progress import notice
-from openimp.common.protocols import TextReader
+from openimp.common.protocols import is_known
 from openimp.common.texts import text_key
 from openimp.data.batch import head_key
 from openimp.encoding.engine import ItemEncoder
@@ -112,8 +112,7 @@ def _by_names(model: Model, modality: str, names: Sequence[str], prompts: Sequen
     encoder = model.item_encoder(modality, reader.name, batch_size, "classify")
     scale = model.similarity_scale(modality, reader.name)
     for name in names:
-        is_known = not isinstance(reader, TextReader) or reader.knows(name, model.views[reader.name])
-        if not name.strip() or not is_known:
+        if not name.strip() or not is_known(reader, name, model.views[reader.name]):
             raise UserError(f"the class {name!r} has no word that the model knows")
     if equal_names := names_with_equal_tokens(names, reader, model.views[reader.name]):
         name, other = equal_names

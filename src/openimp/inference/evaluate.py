@@ -41,8 +41,8 @@ def evaluate(
         (docs/metrics.md).
 
     Raises:
-        UserError: there is no such model or evaluation set, the recipe has no evaluation sets, or one does not fit the
-            model.
+        UserError: there is no such model or evaluation set, the recipe has no evaluation sets, or a set does not
+            fit the model.
         NotMeasured: a set cannot be measured; its `results` are the results of the other sets.
     """
     name = Path(model).expanduser()

@@ -22,7 +22,7 @@ from openimp.common.folders import require_empty
 from openimp.common.modality import BadMedia, Modalities, Modality
 from openimp.common.names import HUB, HubName
 from openimp.common.progress import notice
-from openimp.common.protocols import PictureReader, Tensors, TextReader
+from openimp.common.protocols import PictureReader, Tensors, TextReader, is_known
 from openimp.common.schema import checked
 from openimp.data.trust import record_training, trained_here
 from openimp.encoding.engine import ItemEncoder
@@ -191,8 +191,7 @@ class Model(nn.Module):
                 name = str(value) if is_path else f"input {number}"
                 hint = "; make one tensor of them with torch.stack" if isinstance(value, Tensor) else ""
                 raise UserError(f"{name}: cannot be read as {modality}: {vector}{hint}")
-            is_unknown = isinstance(reader, TextReader) and not reader.knows(value, encoder.view)
-            if is_unknown and value not in self._reported_texts:
+            if not is_known(reader, value, encoder.view) and value not in self._reported_texts:
                 self._reported_texts.add(value)
                 notice(f"{value!r:.100} has no word that the model knows: its vector is 0")
             vectors[key] = vector

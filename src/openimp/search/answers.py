@@ -6,9 +6,10 @@ from pathlib import Path
 from starlette.datastructures import QueryParams
 
 from openimp.common.errors import UserError, counted
-from openimp.search.index import Index, stands_for_file
+from openimp.search.index import Index
 from openimp.search.media_types import UNKNOWN, kind_of
 from openimp.search.query import Hit, Like, QueryPart
+from openimp.search.ranking import stands_for_file
 from openimp.search.state import MAX_RESULTS, PAGE_RESULTS, State
 from openimp.search.uploads import Uploads
 

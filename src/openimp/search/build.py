@@ -80,8 +80,8 @@ def build_index(
 ) -> IndexResult:
     """Embeds media into an index, or updates an index, and prints a summary. Also named `openimp.index`.
 
-    Only new and changed files are embedded. Files that were moved are recognized by their hash. A file of which nothing
-    can be read is tried again by each call. Items are removed if their file is gone from `paths`; items of other
+    Only new and changed files are embedded. Files that were moved are recognized by their hash. Each call
+    tries again to read files without items. Items are removed if their file is gone from `paths`; items of other
     folders stay, and so do all items of a folder that has no files any more, because its disk may not be mounted. If a
     call is interrupted, the next call continues.
 

@@ -2,13 +2,10 @@
 
 import os
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from datetime import date, datetime
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple, TypeVar, get_args
 
 import numpy as np
@@ -19,7 +16,7 @@ from openimp.checkpoint.find import find_model
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
 from openimp.common.names import has_scheme
-from openimp.common.protocols import TextReader
+from openimp.common.protocols import is_known
 from openimp.common.safe_files import file_state, refuse_links
 from openimp.data.tables import Table
 from openimp.data.trust import check_uses
@@ -29,6 +26,7 @@ from openimp.search.folder import INDEX_FILES, Metadata, built_with, own_index, 
 from openimp.search.media import media_state, row_media, source_table
 from openimp.search.parts import nfc
 from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, Space, Words
+from openimp.search.ranking import Spread, by_excess, merged, paths_of, result_key, stands_for_file, unit_vector
 from openimp.search.table import IndexChanged, Items, any_of, below, between, chunks, quoted
 
 T = TypeVar("T")
@@ -36,15 +34,8 @@ T = TypeVar("T")
 RANKED = 500
 """Items in each ranking before rankings are merged, unless `k` is larger. So up to this `k`, the order of the results
 does not depend on `k`."""
-RANK_CONSTANT = 60
-"""Of reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): the larger, the less the first ranks count."""
-
-
 SAMPLE = 1000
 """Maximum number of items of a group whose cosines tell how unusual a cosine is."""
-PRIOR = 5
-"""Items with the usual variance that are added to each group, so that the variance of three items is not left to
-chance."""
 
 
 class Wanted(NamedTuple):
@@ -55,31 +46,6 @@ class Wanted(NamedTuple):
     filters: Sequence[str]  # in SQL, all of which an item must pass
     k: int  # maximum number of results
     under: str | Path | None  # see `Index.search`
-
-
-class Spread(NamedTuple):
-    """Mean and variance of the cosines of a query with the items of a group, or with a sample of them.
-
-    In many models, one modality is closer to every query than another: for example, each sound closer than any picture.
-    So cosines of different groups are compared by how far they are above the others of their group.
-    """
-
-    mean: float
-    variance: float
-    items: int  # of the group
-
-    def excess(self, cosine: float, usual_variance: float) -> float:
-        """How far a cosine is above the mean of the group's other items, in their standard deviations.
-
-        Their variance is estimated as if `PRIOR` more items had the variance that is usual in the groups.
-        """
-        others = self.items - 1
-        if others == 0:
-            return 0.0
-        above_others = (cosine - self.mean) * self.items / others
-        squares = self.items * self.variance - above_others * (cosine - self.mean)  # Of the other items.
-        variance = (max(squares, 0.0) + PRIOR * usual_variance) / (others + PRIOR)
-        return above_others / (variance + 1e-12) ** 0.5
 
 
 class Index:
@@ -115,7 +81,7 @@ class Index:
     def has_words(self) -> bool:
         """Whether items are found by the words of their texts.
 
-        If not, the first update was interrupted, or the index is of an older version and must be made anew.
+        False if the first update was interrupted, and for indexes of older versions, which must be made anew.
         """
         return self._items.has_words
 
@@ -307,7 +273,7 @@ class Index:
         comparable = [other for other in model.modalities if model.imp.share_a_space(name, other)]
         if text is None and not comparable:
             raise UserError(f"no task trains {name} together with another modality, so it cannot be searched with")
-        if isinstance(modality, TextReader) and not modality.knows(value, encoder.view):
+        if not is_known(modality, value, encoder.view):
             return EncodedQuery(name, {}, query.weight, text)
         try:
             clips = encoder.read(value)
@@ -432,13 +398,7 @@ class Index:
                 return hits
             if hits:
                 hits_and_spreads.append((hits, self._spread(names, vector)))
-        variances = [spread.variance for _, spread in hits_and_spreads]
-        excess_and_hits = [
-            (spread.excess(hit.score or 0.0, fmean(variances)), hit)
-            for hits, spread in hits_and_spreads
-            for hit in hits
-        ]
-        return [hit for _, hit in sorted(excess_and_hits, key=lambda pair: -pair[0])]
+        return by_excess(hits_and_spreads)
 
     def _spread(self, names: Sequence[str], vector: np.ndarray) -> Spread:
         """The cosines of a vector (Z,) with the items of some modalities."""
@@ -446,6 +406,8 @@ class Index:
         if key not in self._samples:
             self._samples[key] = self._read(lambda items: items.sample_vectors(SAMPLE, any_of("modality", names)))
         cosines = self._samples[key] @ vector
+        if not len(cosines):  # The model knows hardly any of these texts, and the sample has none of them.
+            return Spread(0.0, 0.0, 1)
         return Spread(float(cosines.mean()), float(cosines.var()), sum(self.counts[name] for name in names))
 
     def _by_words(self, wanted: Wanted, words: Words, all_words: bool) -> list[Hit]:
@@ -453,7 +415,7 @@ class Index:
         # All segments of a file have its caption, so words are looked up in the first one.
         first_segments = "(start IS NULL OR part = 0)"
         if wanted.under is not None:
-            first_segments = f"({first_segments} OR {any_of('path', _paths_of(wanted.under))})"
+            first_segments = f"({first_segments} OR {any_of('path', paths_of(wanted.under))})"
         read = partial(
             Items.with_words,
             words=words,
@@ -493,51 +455,6 @@ def _day(name: str, value: str | date | None) -> date | None:
         return date.fromisoformat(str(value)) if value else None
     except ValueError:
         raise UserError(f"{name} {value}: expected a day, such as 2026-05-31") from None
-
-
-def unit_vector(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray | None:
-    """The direction (Z,) of the weighted sum of the parts of a query in a space.
-
-    Texts of unknown words do not count. None: another part is not in this space, or no part is left.
-    """
-    known = [part for part in parts if part.vectors]
-    if not known or not all(space in part.vectors for part in known):
-        return None
-    total = sum(part.weight * part.vectors[space] for part in known)
-    assert isinstance(total, np.ndarray)
-    length = np.linalg.norm(total)
-    if length < 1e-3:
-        raise UserError("the queries cancel each other out")
-    return total / length
-
-
-def merged(rankings: Iterable[Sequence[Hit]], under: str | Path | None) -> list[Hit]:
-    """Merges rankings by the sum of reciprocal ranks, the largest first."""
-    sums: dict[str, float] = defaultdict(float)
-    hits: dict[str, Hit] = {}
-    for ranking in rankings:
-        for rank, hit in enumerate(ranking, start=1):
-            key = result_key(hit, under)
-            sums[key] += 1 / (RANK_CONSTANT + rank)
-            first_hit = hits.setdefault(key, hit)
-            if first_hit.found_by != hit.found_by:
-                hits[key] = replace(first_hit, found_by="both")
-    return [hits[key] for key in sorted(hits, key=lambda key: -sums[key])]
-
-
-def result_key(hit: Hit, under: str | Path | None) -> str:
-    """Hits with equal keys are one result: the segments of a file, or an item."""
-    return hit.path if stands_for_file(hit, under) else hit.id
-
-
-def stands_for_file(hit: Hit, under: str | Path | None) -> bool:
-    """Whether a hit is a segment that stands for its whole file. It does not if `under` is that file."""
-    return hit.start is not None and (under is None or hit.path not in _paths_of(under))
-
-
-def _paths_of(under: str | Path) -> tuple[str, str]:
-    """`under` as the path of a row (SOURCE/ROW/COLUMN), and as the path of a file."""
-    return str(under), os.path.abspath(under)
 
 
 def _sources_and_folders(items: Items) -> tuple[set[str], set[str]]:

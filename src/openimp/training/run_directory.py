@@ -67,12 +67,12 @@ class RunDirectory:
             newest = newest_intact(self.path)
             require_same_run(newest, self.recipe, trainer, allow_changed_data)
             return newest
-        begun = any((self.path / name).exists() for name in ("tensorboard", "logger.id", "metrics.jsonl"))
+        has_logged = any((self.path / name).exists() for name in ("tensorboard", "logger.id", "metrics.jsonl"))
         has_recipe = self.recipe_file.exists()
-        # A run that died before its first checkpoint starts again and loses nothing. If it died before it began, it has
-        # left this very recipe; any other file was written by the user.
-        is_run = has_recipe and (begun or self.recipe_file.read_bytes() == self.recipe.to_yaml().encode())
-        if (saved or begun or has_recipe) and not (resume and is_run):
+        # A run that died before its first checkpoint starts again and loses nothing. If it died before it logged
+        # anything, it has left only this very recipe; any other recipe.yaml was written by the user.
+        is_run = has_recipe and (has_logged or self.recipe_file.read_bytes() == self.recipe.to_yaml().encode())
+        if (saved or has_logged or has_recipe) and not (resume and is_run):
             if resume:
                 raise UserError(
                     f"{self.path}: holds files that are not of this run; name another directory with --run-dir"
