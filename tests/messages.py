@@ -48,15 +48,21 @@ def refuses(kind: type[Exception] = UserError) -> Iterator[pytest.ExceptionInfo[
 
 
 def update() -> None:
-    """Writes the messages of the tests that ran."""
+    """Writes the messages of the tests that ran, and removes those of tests that no longer exist."""
     for name, messages in _seen.items():
         before = MESSAGES.get(name, [])
         MESSAGES[name] = [
             before[i] if i < len(before) and _fits(before[i], message) else message
             for i, message in enumerate(messages)
         ]
-    text = json.dumps(dict(sorted(MESSAGES.items())), indent=1, ensure_ascii=False)
-    FILE.write_text(text + "\n", encoding="utf-8")
+    kept = {name: MESSAGES[name] for name in sorted(MESSAGES) if _exists(name)}
+    FILE.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _exists(name: str) -> bool:
+    file, _, function = name.partition("[")[0].partition("::")
+    path = TESTS / file
+    return path.exists() and f"def {function}(" in path.read_text(encoding="utf-8")
 
 
 def _fits(before: str, message: str) -> bool:

@@ -23,7 +23,6 @@ from pydantic.fields import FieldInfo
 from openimp.common.modality import Modality
 from openimp.common.objective import Objective
 from openimp.encoding.tower import Tower
-from openimp.modalities.open_clip import READERS
 from openimp.recipe.inputs import View
 from openimp.recipe.registry import MODALITIES, OBJECTIVES
 from openimp.recipe.schema import Recipe
@@ -74,8 +73,6 @@ def sections() -> dict[type[BaseModel], str]:
                 for modality in modalities.values():
                     titles[modality.Config] = f"`modalities.{modality.stem}`"
                 titles[Tower.Config] = "`modalities.STEM` with a tower"
-                for modality in READERS.values():
-                    titles[modality.Config] = f"`modalities.{modality.stem}` with `model.wrap`"
             for part, suffix in _schemas(field.annotation):
                 if part not in titles:
                     visit(part, f"{path}.{name}{suffix}".removeprefix("recipe."))
@@ -83,8 +80,6 @@ def sections() -> dict[type[BaseModel], str]:
             for name, modality in modalities.items():
                 titles[modality.View] = f"`{path}.{name}`"
             titles[Tower.View] = f"`{path}.MODALITY` with a tower"
-            for name, modality in READERS.items():
-                titles[modality.View] = f"`{path}.{name}` with `model.wrap`"
 
     visit(Recipe, "recipe")
     return titles | {Recipe: "Top level"}

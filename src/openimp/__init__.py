@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from openimp.checkpoint.find import list_models
+    from openimp.encoding.find import list_models
     from openimp.inference.embed import embed
     from openimp.inference.evaluate import evaluate
     from openimp.inference.model import Model, load
@@ -26,7 +26,7 @@ _HOME = {
     "embed": "openimp.inference.embed",
     "evaluate": "openimp.inference.evaluate",
     "index": "openimp.search.build:build_index",
-    "list_models": "openimp.checkpoint.find",
+    "list_models": "openimp.encoding.find",
     "load": "openimp.inference.model",
     "open_index": "openimp.search",
     "sentence_transformer": "openimp.inference.sentence_transformers",

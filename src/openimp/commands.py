@@ -11,13 +11,10 @@ from typing import Any, Literal
 
 import yaml
 
-from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import CONFIG, describe_model, load_run_recipe, saved_step
 from openimp.checkpoint.resume import common_checkpoints
-from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.errors import UserError, escaped
 from openimp.common.json_lines import append
-from openimp.common.modality import Modality
 from openimp.common.names import HUB, TIMM, Name, has_scheme, is_bundled, is_url
 from openimp.common.progress import clock, console, notice, number_table, track
 from openimp.common.safe_files import refuse_links
@@ -25,6 +22,7 @@ from openimp.data.batch import head_key
 from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
 from openimp.drafting.draft import draft_recipe, is_data, recipe_name
+from openimp.encoding.find import find_model
 from openimp.evaluation.baseline import comparison
 from openimp.evaluation.evaluate import NotMeasured
 from openimp.evaluation.results import latest, read_results, table
@@ -279,7 +277,7 @@ def run_info(what: str, overrides: list[str]) -> None:
             notice(f"what a step costs is not known: {error}")
     else:
         recipe = Recipe.load(what, overrides, Path.cwd())
-        modalities = _modalities(recipe)
+        modalities = recipe.make_modalities()
         classes = _classes(recipe)
         print_model(recipe.to_config(classes), modalities)
     if recipe is not None:
@@ -305,17 +303,9 @@ def run_plan(name: str, overrides: list[str], gpus: int | None, gpu: str, mfu: f
     recipe = Recipe.load(name, overrides, Path.cwd())
     if gpus is None:
         gpus = max(recipe.parallel.shard_degree or 1, recipe.parallel.expert_degree)
-    modalities = _modalities(recipe)
+    modalities = recipe.make_modalities()
     layout_plans = [*plans(recipe, modalities, _classes(recipe), gpus=gpus, gpu=gpu, utilization=mfu)]
     print_plan(recipe, layout_plans, gpu)
-
-
-def _modalities(recipe: Recipe) -> dict[str, Modality]:
-    """The recipe's modalities. If it wraps a model, they have the library's files."""
-    modalities = recipe.make_modalities()
-    if recipe.model.wrap:
-        open_warm_start(recipe, modalities)
-    return modalities
 
 
 def _classes(recipe: Recipe) -> dict[str, list[Any]]:

@@ -25,7 +25,7 @@ from openimp.drafting.machine import Machine
 from openimp.drafting.sizing import steps_between_evaluations, text
 from openimp.drafting.writing import write
 from openimp.evaluation.results import percent, read_results
-from openimp.model.build import build_model
+from openimp.model.imp import IMP
 from openimp.planning.memory import step_memory
 from openimp.recipe.file import RecipeLoader
 from openimp.recipe.schema import Recipe
@@ -257,7 +257,7 @@ def test_batches_are_halved_until_the_step_with_the_most_memory_fits(media_folde
     modalities = recipe.make_modalities()
     step = step_memory(recipe, modalities, {}, "all_video", 1, precision="bf16", on_gpu=False)
     needed = step.peak.total() + step.inputs
-    weights = sum(weight.numel() for weight in build_model(recipe.to_config({}), modalities).parameters())
+    weights = sum(weight.numel() for weight in IMP(recipe.to_config({}), modalities).parameters())
 
     def batch_sizes(memory: int) -> list[int]:
         fit(draft, {}, replace(CPU, memory=memory, speed=1e18))

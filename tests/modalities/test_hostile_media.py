@@ -93,7 +93,7 @@ def test_pictures_that_unpack_to_gigabytes_are_refused_before_they_do():
             modality.decode(picture, [view])
     with refuses(BadMedia):
         IMAGE.decode(encoded(flat.convert("L"), "JPEG", progressive=True), [PICTURE])
-    # `decode` reads a baseline JPEG at a fraction of its size, but open_clip's modality reads it whole.
+    # `decode` reads a baseline JPEG at a fraction of its size, but towers read it whole.
     baseline = encoded(flat.convert("L"), "JPEG")
     assert IMAGE.decode(baseline, [PICTURE]).shape == (74, 74, 3)
     with refuses(BadMedia), upright(baseline):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from openimp.data.step_batches import StepBatches
 from openimp.data.task_data import TaskData
-from openimp.model.build import build_for_training
 from openimp.model.embedder import in_chunks
+from openimp.model.imp import build_for_training
 from openimp.objectives.losses import task_losses
 from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from openimp.model.build import build_for_training
+from openimp.model.imp import build_for_training
 from openimp.parallel.layout import Layout
 from openimp.planning.gpus import GPUS, USABLE
 from openimp.planning.layouts import STATE_SHARE, alternatives, default_layout, state_bytes

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from openimp.commands import run_plan
 from openimp.common.json_lines import read_lines
 from openimp.data.task_data import TaskData
-from openimp.model.build import build_for_training
 from openimp.model.embedder import in_chunks
+from openimp.model.imp import build_for_training
 from openimp.objectives.losses import task_losses
 from openimp.parallel import distributed
 from openimp.parallel.layout import apply_parallelism

@@ -9,7 +9,6 @@ from pydantic import BaseModel
 from openimp.common.objective import Objective
 from openimp.common.schema import Strict
 from openimp.encoding.tower import Tower
-from openimp.modalities.open_clip import READERS
 from openimp.recipe import evaluation, inputs, model, schema, tasks, training
 from openimp.recipe.model_config import ComparedPair, ModelConfig
 
@@ -43,7 +42,7 @@ def test_every_part_of_the_schema_has_a_section(tool):
     modules = (schema, evaluation, inputs, model, tasks, training)
     values = [value for module in modules for value in vars(module).values()]
     parts = {value for value in values if isinstance(value, type) and issubclass(value, BaseModel)}
-    modalities = [*tool.builtin_modalities().values(), *READERS.values(), Tower]
+    modalities = [*tool.builtin_modalities().values(), Tower]
     parts |= {part for modality in modalities for part in (modality.Config, modality.View)}
     parts |= {*tool.builtin_objectives().values()}
     assert parts - {BaseModel, Objective, Strict, ModelConfig, ComparedPair} == set(tool.sections())

@@ -15,11 +15,11 @@ import PIL.Image
 import pytest
 from messages import refuses
 
-from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import checkpoints, load_model, verify
 from openimp.commands import run_info
 from openimp.common.json_lines import append, read_lines
 from openimp.data.sources import open_source
+from openimp.encoding.find import find_model
 from openimp.evaluation.classification import classify
 from openimp.evaluation.evaluator import Evaluator
 from openimp.evaluation.results import read_results

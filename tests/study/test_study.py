@@ -175,7 +175,7 @@ def test_a_model_for_some_tasks_has_no_heads_and_learning_rates_of_others(little
         f"""evaluation={{best: other_classes, sets: {{
           named_classes: {{type: classification, task: named, source: pictures, {reads}}},
           other_classes: {{type: classification, task: other, source: again, {reads}}}}}}}""",
-        "optimizer.lr_scale={stems.audio: 0.5, stems.vision: 0.1, encoder: 0.5}",
+        "optimizer.lr_scale={stems.audio: 0.5, projections.text-to-audio: 0.5, stems.vision: 0.1, encoder: 0.5}",
     ]
     arms = {"whole": {}, "each": [{"tasks": ["named"]}, {"tasks": ["other"]}]}
     study, _ = read_study(str(write_study(little_data, arms=arms, set=changes)), smoke=False)

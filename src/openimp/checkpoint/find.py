@@ -1,35 +1,29 @@
-"""Finds the folder of a model by its name."""
+"""Finds the folder of a model of openimp by its name."""
 
 from collections.abc import Collection
-from fnmatch import fnmatchcase
-from importlib.util import find_spec
 from pathlib import Path
 
 from openimp.checkpoint.folder import CONFIG, RECIPE, checkpoints
-from openimp.checkpoint.wrapped import public_names, wrapped_folder
 from openimp.common.errors import UserError, library_errors, nearest
-from openimp.common.names import BUNDLED, HUB, OPEN_CLIP, HubName, Name
+from openimp.common.names import BUNDLED, HUB, HubName, Name
 from openimp.common.safe_files import refuse_links
 
 BUNDLED_MODELS = Path(__file__).parent.parent / "models"
 
 
-def find_model(name: str | Path) -> Path:
+def find_own_model(name: str | Path) -> Path:
     """The folder of a model: a run's newest checkpoint, or the folder with config.json that the name means.
 
-    A model of the Hugging Face Hub is downloaded, and a model of open_clip is converted to a folder in the cache,
-    unless it has been already.
+    A model of the Hugging Face Hub is downloaded, unless it has been already.
     """
     if not isinstance(name, str | Path):
         raise UserError(f"expected the name or the folder of a model, found {type(name).__name__}")
     name = name.as_posix() if isinstance(name, Path) else name
     scheme, identifier = Name.parse(name)
     if scheme == BUNDLED:
-        if identifier not in _bundled_names():
-            raise UserError(f"{name}: openimp comes with no such model{nearest(identifier, _bundled_names())}")
+        if identifier not in bundled_names():
+            raise UserError(f"{name}: openimp comes with no such model{nearest(identifier, bundled_names())}")
         return BUNDLED_MODELS / identifier
-    if scheme == OPEN_CLIP:
-        return wrapped_folder(str(name))
     if scheme == HUB:
         return _find_local(download(str(name), ("*.json", "*.safetensors", RECIPE)))
     if scheme is not None:
@@ -40,18 +34,8 @@ def find_model(name: str | Path) -> Path:
     return _find_local(folder)
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """The names of the models that come with openimp, and with open_clip if it is installed, like `timm.list_models`.
-
-    `pattern` has the wildcards of the shell: `list_models("*SigLIP2*")`.
-    """
-    names = [f"{BUNDLED}:{name}" for name in _bundled_names()]
-    if find_spec("open_clip"):
-        names += public_names()
-    return [name for name in names if fnmatchcase(name, pattern)]
-
-
-def _bundled_names() -> list[str]:
+def bundled_names() -> list[str]:
+    """The names of the models that come with openimp, without their scheme."""
     return sorted(file.parent.name for file in BUNDLED_MODELS.glob(f"*/{CONFIG}"))
 
 

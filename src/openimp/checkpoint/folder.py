@@ -17,8 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +31,8 @@ from openimp.common.modality import Modalities, Modality
 from openimp.common.protocols import learned_files, load_learned
 from openimp.common.safe_files import read_text, sha256
 from openimp.common.schema import checked
-from openimp.model.build import build_model, count_layers
 from openimp.model.embedder import Embedder
+from openimp.model.imp import IMP
 from openimp.model.init import SkipInit
 from openimp.parallel.distributed import rank, run_on_all_ranks, world_size
 from openimp.recipe.file import override, parse_mapping, to_yaml
@@ -47,8 +46,6 @@ CONFIG = "config.json"
 RECIPE = "recipe.yaml"
 MANIFEST = "manifest.json"
 BEST = "best"
-MODELS = ("IMP", "OpenCLIP")
-"""The classes of models that `build_model` builds."""
 
 
 class SavedRecipe(NamedTuple):
@@ -111,11 +108,9 @@ def load_model(folder: Path) -> tuple[Embedder, SavedModel]:
     only by `verify`.
     """
     saved = describe_model(folder)
-    # A model of open_clip computes the values of buffers, which the meta device cannot.
-    on_meta_device = not saved.config.model.wrap
     # Without SkipInit, torch would import its compiler to initialize weights on the meta device, half a second of work.
-    with torch.device("meta") if on_meta_device else nullcontext(), SkipInit():
-        model = build_model(saved.config, saved.modalities)
+    with torch.device("meta"), SkipInit():
+        model = IMP(saved.config, saved.modalities)
     try:
         model.load_state_dict(read_weights(folder), assign=True)
     except RuntimeError as error:
@@ -132,7 +127,7 @@ def describe_model(folder: Path) -> SavedModel:
     config, learned, recipe = read_config(folder)
     modalities = config.make_modalities()
     load_learned(modalities.values(), learned)
-    layers = count_layers(config.model, modalities)
+    layers = config.model.layers
     tensor_count = len(dcp.shapes(weights_folder(folder)))
     if layers > tensor_count:
         raise UserError(
@@ -141,12 +136,10 @@ def describe_model(folder: Path) -> SavedModel:
     return SavedModel(config, modalities, recipe)
 
 
-def read_config(
-    folder: Path, models: Collection[str] | None = MODELS
-) -> tuple[ModelConfig, dict[str, str], SavedRecipe]:
+def read_config(folder: Path, any_class: bool = False) -> tuple[ModelConfig, dict[str, str], SavedRecipe]:
     """Reads the configuration of a model, what its modalities learned, by file name, and its recipe.
 
-    The class of the model must be one of `models`, by name (None: any).
+    With `any_class`, it may be a model of a study instead of `IMP`.
     """
     file = folder / CONFIG
     if not file.exists():
@@ -167,10 +160,9 @@ def read_config(
             "only; use the version that saved it, or train the model again"
         )
     model_class = data.pop("class", None)
-    if models is not None and model_class not in models:
-        expected = " or ".join(models)
+    if not any_class and model_class != IMP.__name__:
         raise UserError(
-            f"{folder}: holds {model_class}, expected {expected}; only the study that trained it can load it"
+            f"{folder}: holds {model_class}, expected {IMP.__name__}; only the study that trained it can load it"
         )
     not_learned = (CONFIG, "state.json", MANIFEST)
     # macOS adds files with names such as ._config.json to archives and to some disks.

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ from openimp.common.errors import UserError, library_errors
 from openimp.common.modality import Modalities
 from openimp.common.names import Name
 from openimp.common.progress import no_log_output
-from openimp.common.safe_files import local_folder
+from openimp.common.safe_files import local_folder, require_safetensors
 from openimp.parallel.distributed import run_first_on_node
 
-PREFERRED = "model.safetensors"
-"""The file that timm loads if a folder has several files of weights."""
+PREFERRED = ("model.safetensors",)
+"""The file that timm prefers if a folder has several files of weights."""
 EPS = 1e-6
 """Epsilon of the norms of IMP's encoder."""
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -134,22 +133,11 @@ def timm_opens(name: str) -> Iterator[None]:
     The random numbers of the training stay as they are: timm initializes all weights at random.
     """
     if (folder := local_folder(name)) is not None:
-        _check_folder(folder)
+        require_safetensors(folder, PREFERRED)
     if find_spec("timm") is None:
         raise UserError(f"{name}: timm is missing: pip install 'openimp[peers]'")
     with torch.random.fork_rng(devices=[]), no_log_output(), library_errors(f"{name}: timm cannot open it"):
         yield
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuses a folder from which timm might read weights of another format than safetensors."""
-    safe_files = sorted(file.name for file in folder.glob("*.safetensors"))
-    if not safe_files:
-        raise UserError(f"{folder}: has no weights in a .safetensors file, the only kind that is read of a folder")
-    other_files = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pth", ".tar"))
-    if other_files and PREFERRED not in safe_files:
-        safe_file = safe_files[0]
-        raise UserError(f"{folder}: timm may prefer {other_files[0]} to {safe_file}; rename {safe_file} to {PREFERRED}")
 
 
 def obstacles(vit: Any) -> list[str]:

@@ -40,7 +40,7 @@ def require_same_run(folder: Path, recipe: Recipe, trainer: str, allow_changed_d
 
     With `allow_changed_data`, the lanes of a stream may change, because new shards may ask for others.
     """
-    _, _, saved_recipe = read_config(folder, None)  # Before `read_state`, because it refuses other formats.
+    _, _, saved_recipe = read_config(folder, any_class=True)  # Before `read_state`, because it refuses other formats.
     saved_by = read_state(folder)["trainer"]
     if saved_by != trainer:
         raise UserError(

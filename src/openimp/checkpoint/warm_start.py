@@ -10,12 +10,12 @@ import yaml
 from torch import Tensor
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.find import find_model
+from openimp.checkpoint.find import find_own_model
 from openimp.checkpoint.folder import RECIPE, read_config, weights_folder
 from openimp.checkpoint.public_vit import RGB, ViTWeights
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
-from openimp.common.names import OPEN_CLIP, TIMM, Name, map_path
+from openimp.common.names import OPEN_CLIP, TIMM, Name
 from openimp.common.protocols import load_learned
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import run_on_rank_zero
@@ -60,13 +60,11 @@ class WarmStart:
     """Weights that fit a recipe.
 
     Attributes:
-        key: the key of the recipe that names the weights.
         saved_classes: the classes of each classification head of the saved model.
         stems: names of the stems for which the modalities have loaded the other model's state, such as its tokenizer.
     """
 
     weights: SavedWeights | ViTWeights
-    key: str
     saved_classes: dict[str, list[Any]]
     stems: frozenset[str]
 
@@ -96,7 +94,7 @@ class WarmStart:
             saved_shape = list(saved_shapes[name]) if name in saved_shapes else "missing"
             shape = list(tensor.shape)
             if saved_shape != shape:
-                raise UserError(f"{self.key}: {self.weights}: {name} is {saved_shape} there, {shape} here")
+                raise UserError(f"train.init: {self.weights}: {name} is {saved_shape} there, {shape} here")
             loaded_tensors[name] = tensor
         self.weights.fill(loaded_tensors)
         parts_by_title = {
@@ -109,57 +107,43 @@ class WarmStart:
 
 
 def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
-    """Opens the model that `train.init` or, without it, `model.wrap` names.
-
-    Loads what the model's modalities learned into those of the same stem.
+    """Opens the model that `train.init` names, and loads what its modalities learned into those of the same stem.
 
     An encoder or a shared stem with other options is a UserError.
     """
     init = recipe.train.init
-    wrap = recipe.model.wrap
-    if init is None and wrap is None:
+    if init is None:
         return None
-    key = "model.wrap" if init is None else "train.init"
     try:
-        scheme = Name.parse(str(init)).scheme
-        if wrap is None and scheme == TIMM:
-            return _open_vit(str(init), recipe, modalities)
-        if wrap is None and scheme == OPEN_CLIP:
+        scheme = Name.parse(init).scheme
+        if scheme == TIMM:
+            return _open_vit(init, recipe, modalities)
+        if scheme == OPEN_CLIP:
             raise UserError(
                 f"{init}: the encoder can start from a model of timm, not of open_clip; expected timm:NAME, such as "
-                "timm:vit_base_patch16_siglip_224.v2_webli, or set model.wrap, which trains a model of open_clip"
+                "timm:vit_base_patch16_siglip_224.v2_webli. A model of open_clip can be a tower of the recipe's "
+                "modalities"
             )
-        return _open_saved(str(init or wrap), key, recipe, modalities)
+        return _open_saved(init, recipe, modalities)
     except UserError as error:
-        raise UserError(f"{key}: {error}") from None
+        raise UserError(f"train.init: {error}") from None
 
 
-def _open_saved(init: str, key: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
+def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
     if Name.parse(init).scheme is None:  # Other ranks may not see the newest checkpoint of a run yet.
-        folder = Path(run_on_rank_zero(lambda: str(find_model(init))))
+        folder = Path(run_on_rank_zero(lambda: str(find_own_model(init))))
     else:
-        folder = find_model(init)
+        folder = find_own_model(init)
     saved_config, learned, _ = read_config(folder)
-    # Two names with the same last part mean the same public model, wherever its folder is.
-    if init != recipe.model.wrap and _wrapped_name(saved_config) != _wrapped_name(recipe):
-        saved_wrap = saved_config.model.wrap or "no other model"
-        wrap = recipe.model.wrap or "no other model"
-        raise UserError(f"{folder}: its recipe wraps {saved_wrap}, and this one wraps {wrap}")
-    if recipe.model.wrap:
-        # All modalities of a wrapped model have learned the same. With other options they only read media differently.
-        loaded_stems = frozenset(recipe.modalities)
-        equal_stems: frozenset[str] = frozenset()
-    else:
-        loaded_stems = frozenset(recipe.modalities) & frozenset(saved_config.modalities)
-        equal_stems = loaded_stems
-    differing = differences(_identity(saved_config, equal_stems), _identity(recipe, equal_stems))
+    stems = frozenset(recipe.modalities) & frozenset(saved_config.modalities)
+    differing = differences(_identity(saved_config, stems), _identity(recipe, stems))
     if differing:
         more = f", and {len(differing) - MAX_LISTED} more" if len(differing) > MAX_LISTED else ""
         advice = f"copy model and modalities from {folder / RECIPE}"
         raise UserError(f"{folder}: {_listed(differing[:MAX_LISTED])}{more}; {advice}")
-    load_learned((modality for modality in modalities.values() if modality.stem in loaded_stems), learned)
+    load_learned((modality for modality in modalities.values() if modality.stem in stems), learned)
     weights = SavedWeights(folder, str(folder) if Name.parse(init).scheme is None else init)
-    return WarmStart(weights, key, saved_config.classes, loaded_stems)
+    return WarmStart(weights, saved_config.classes, stems)
 
 
 def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
@@ -181,18 +165,12 @@ def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
             flow = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
             lines.append(f"{key}: {flow.strip()}")
         raise UserError("\n".join(lines))
-    return WarmStart(weights, "train.init", {}, frozenset())
+    return WarmStart(weights, {}, frozenset())
 
 
 def _listed(differing: Iterable[tuple[str, Any, Any]]) -> str:
     """Options that the weights and the recipe do not share, with both values."""
     return ", ".join(f"{key} is {theirs!r} there, {ours!r} here" for key, theirs, ours in differing)
-
-
-def _wrapped_name(config: Recipe | ModelConfig) -> str | None:
-    """The name of the wrapped model. Of a local model, only the last part of the folder counts."""
-    name = config.model.wrap
-    return name and map_path(name, lambda folder: Path(folder).name)
 
 
 def _identity(config: Recipe | ModelConfig, stems: Iterable[str]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Tensors(Protocol):
         """
 
     def tensor_input(self, view: Any) -> TensorInput:
-        """Describes what `from_tensor` takes in a view. UserError if the model cannot be exported."""
+        """Describes what `from_tensor` takes in a view."""
 
 
 @runtime_checkable

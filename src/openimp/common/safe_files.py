@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
@@ -161,6 +161,22 @@ def local_folder(name: str) -> Path | None:
         raise UserError(f"{name}: no such folder")
     refuse_links(folder, ("**/*",))
     return folder
+
+
+def require_safetensors(folder: Path, preferred: Sequence[str]) -> None:
+    """Refuses a folder from which a library might read weights of another format than safetensors.
+
+    `preferred` are the files that the library reads rather than any other.
+    """
+    safe_files = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not safe_files:
+        raise UserError(f"{folder}: has no weights in a .safetensors file, the only kind that is read of a folder")
+    other_files = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pth", ".tar"))
+    if other_files and not {*preferred} & {*safe_files}:
+        safe_file = safe_files[0]
+        raise UserError(
+            f"{folder}: {other_files[0]} may be preferred to {safe_file}; rename {safe_file} to {preferred[0]}"
+        )
 
 
 LARGEST_TEXT = 2**26

@@ -149,10 +149,7 @@ def decoding_key(modality: Modality, views: list[Any]) -> list[Any]:
 
 
 def decoding_of(modality: Any) -> list[Any]:
-    """What decides on how a modality decodes: its code, its options, and what it learned.
-
-    What it learned has the size of a wrapped model's pictures, which no view has.
-    """
+    """What decides on how a modality decodes: its code, its options, and what it learned."""
     modality_class = type(modality)
     code = [LAYOUT, version("openimp"), modality_class.__module__, modality_class.__qualname__]
     return [*code, modality.config.model_dump_json(), sorted(learned_files([modality]).items())]

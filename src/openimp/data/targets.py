@@ -4,20 +4,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from openimp.common.errors import UserError, counted, nearest
-from openimp.common.modality import Classes, Modalities
+from openimp.common.modality import Classes
 from openimp.common.objective import ClassColumn, TargetSizes
 from openimp.common.schema import as_text
 from openimp.data.streams import Stream
 from openimp.data.tables import Table, Unreadable
-from openimp.model.build import embedding_size
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
 
-def target_sizes(recipe: Recipe, modalities: Modalities, classes: Classes) -> TargetSizes:
+def target_sizes(recipe: Recipe, classes: Classes) -> TargetSizes:
     """The sizes on which the shapes of a recipe's targets depend. `classes` has the classes of each head."""
     class_indices = {head: {label: i for i, label in enumerate(labels)} for head, labels in classes.items()}
-    return TargetSizes(embedding_size(recipe.model, modalities), class_indices)
+    return TargetSizes(recipe.model.embed_dim, class_indices)
 
 
 def target_columns(task: Task) -> set[str]:

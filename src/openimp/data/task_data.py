@@ -220,7 +220,7 @@ class TaskData:
             if teacher_size != size:
                 raise UserError(
                     f"teacher {teacher.model}: has vectors of {teacher_size} numbers, and the model of {size}; set "
-                    "model.embed_dim (of a model that is wrapped, it cannot be changed)"
+                    "model.embed_dim"
                 )
         self._fill_stores(progress)
         for name, modality in self.modalities.items():
@@ -283,7 +283,7 @@ class TaskData:
     @cached_property
     def target_sizes(self) -> TargetSizes:
         """The sizes on which the shapes of the targets depend."""
-        return target_sizes(self.recipe, self.modalities, self.classes)
+        return target_sizes(self.recipe, self.classes)
 
 
 def _sample(table: Table, key: int, columns: list[str]) -> Iterator[dict[str, Any]]:

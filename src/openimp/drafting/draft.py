@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openimp.checkpoint.find import find_model
+from openimp.checkpoint.find import find_own_model
 from openimp.checkpoint.folder import read_config
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import Classes
@@ -117,10 +117,9 @@ def draft_recipe(
 def _start(name: str) -> Start:
     """The model that `train.init` names. UserError if there is none, or it is not openimp's own encoder."""
     if Name.parse(name).scheme in (None, BUNDLED, HUB):
-        config, _, _ = read_config(find_model(name))
-        if not config.model.wrap:
-            return Start(name, config)
-    raise UserError(f"--init {name}: is not openimp's own encoder; docs/fine-tuning.md tells how to fine-tune it")
+        config, _, _ = read_config(find_own_model(name))
+        return Start(name, config)
+    raise UserError(f"--init {name}: is not openimp's own encoder; docs/fine-tuning.md tells how to start from it")
 
 
 def is_data(what: str) -> bool:

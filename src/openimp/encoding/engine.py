@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openimp.common.device import Precision
+from openimp.common.device import Precision, autocast
 from openimp.common.modality import BadMedia, Modality, Tokens, UnknownText
 from openimp.common.progress import Progress
-from openimp.common.protocols import is_known
+from openimp.common.protocols import Towered, is_known
 from openimp.common.threads import map_ahead
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import in_lockstep
@@ -98,7 +98,7 @@ class ItemEncoder:
     def encode_item(self, clips: np.ndarray, towards: Iterable[str]) -> list[Tensor]:
         """The vectors (Z,) fp32 of one item in the spaces shared with several modalities, from one forward pass."""
         with torch.no_grad():
-            features_MD = self._features(self.modality.tokens(clips, self.view, None))
+            features_MD = self._features(self._tokens(clips))
             return [self._item_vectors(self._project(features_MD, other), [len(clips)])[0] for other in towards]
 
     def encode_tokens(self, tokens: Tokens) -> Tensor:
@@ -135,8 +135,14 @@ class ItemEncoder:
     def _make_batch(self, results: list[_KeyAndClips]) -> _Batch:
         items = [(key, result if isinstance(result, BadMedia) else len(result)) for key, result in results]
         clips = [result for _, result in results if not isinstance(result, BadMedia)]
-        tokens = self.modality.tokens(np.concatenate(clips), self.view, None) if clips else None
-        return _Batch(items, tokens)
+        return _Batch(items, self._tokens(np.concatenate(clips)) if clips else None)
+
+    def _tokens(self, clips: np.ndarray) -> Tokens:
+        """The tokens of clips (M, ...). Towers of other libraries compute them in this encoder's precision."""
+        if not isinstance(self.modality, Towered):
+            return self.modality.tokens(clips, self.view, None)
+        with autocast(self._device, self.precision):  # Also on several ranks: FSDP2 does not know the tower.
+            return self.modality.tokens(clips, self.view, None)
 
     # Not in inference mode: FSDP2 makes tensors here that later training steps use again.
     @torch.no_grad()

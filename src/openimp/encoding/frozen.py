@@ -3,7 +3,6 @@
 Shape suffixes: M clips (what is encoded at once: a picture, a text, or a piece of a recording), D features.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cache
@@ -16,21 +15,20 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from openimp.checkpoint.find import download, find_model
+from openimp.checkpoint.find import find_own_model
 from openimp.checkpoint.folder import SavedModel, load_model
-from openimp.checkpoint.public_vit import timm_opens
 from openimp.common.cache import stable_hash
 from openimp.common.device import pick_device
-from openimp.common.errors import UserError, library_errors
+from openimp.common.errors import UserError
 from openimp.common.modality import Rng
-from openimp.common.names import LOCAL, SENTENCE_TRANSFORMERS, TIMM, Name
+from openimp.common.names import OPEN_CLIP, SENTENCE_TRANSFORMERS, TIMM, Name
 from openimp.common.protocols import learned_files
-from openimp.common.safe_files import local_folder, read_text, sha256
 from openimp.common.texts import valid_text
 from openimp.encoding.engine import ItemEncoder
+from openimp.encoding.libraries import load_open_clip, open_open_clip, open_sentence_transformer, open_timm
 from openimp.modalities.image import upright
 from openimp.modalities.media import decoder_errors
-from openimp.modalities.open_clip import CODE
+from openimp.modalities.video import Video
 from openimp.modalities.vision import inception_box, to_rgb
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import alone
@@ -47,9 +45,12 @@ LONGEST_TEXT = 10_000
 """Maximum number of characters of a text for a library. The tokenizer of the library cuts the text further."""
 LONGEST_SIDE = 2048
 """Largest side, in pixels, of a picture that is given to a library, which shrinks it further."""
+OPEN_CLIP_MODALITIES = ("image", "video", "text")
 
 _OPENING = Lock()
 """Held while a model is opened, so that several threads do not load it at once."""
+_TOKENIZING = Lock()
+"""Held by open_clip's tokenizers. Those of transformers raise an error if two threads use one at once."""
 
 
 class FrozenEncoder(ABC):
@@ -73,16 +74,20 @@ class FrozenEncoder(ABC):
             return self.reader.encode_input(value, self.view)
         return self.reader.transform(self.reader.decode(value, [self.view], rng), self.view, rng)[None]
 
+    def read_segment(self, value: Any, start: float, end: float) -> np.ndarray:
+        """The clips (M, ...) of one of the reader's segments. BadMedia if it cannot be read."""
+        return self.reader.encode_segment(value, self.view, start, end)
+
     @abstractmethod
     def embed(self, clips: np.ndarray) -> Tensor:
         """The vectors (M, D) of clips of one or several items."""
 
 
 class OwnEncoder(FrozenEncoder):
-    """A model that openimp loads, also one of open_clip. Its vectors are features before the heads, or embeddings."""
+    """A model of openimp. Its vectors are features before the heads, or embeddings."""
 
     def __init__(self, name: str, modality: str, embeds: bool) -> None:
-        model, saved, weights = _open(find_model(name))
+        model, saved, weights = _open(find_own_model(name))
         config = saved.config
         _require_modality(modality, config.views, name)
         if any(hasattr(options, "tower") for options in config.modalities.values()):
@@ -110,11 +115,11 @@ class OwnEncoder(FrozenEncoder):
             return torch.cat([self._encoder.encode_tokens(part) for part in tokens])
 
 
-class LibraryEncoder(FrozenEncoder):
+class SentenceTransformerEncoder(FrozenEncoder):
     """A model that sentence-transformers opens, also one of transformers."""
 
     def __init__(self, name: str, modality: str) -> None:
-        self._library, self.fingerprint = _open_library(name)
+        self._library, self.fingerprint = open_sentence_transformer(name)
         _require_modality(modality, self._library.modalities, name)
         self._modality = modality
         self.features = self._library.get_embedding_dimension()
@@ -143,7 +148,7 @@ class TimmEncoder(FrozenEncoder):
 
     def __init__(self, name: str, modality: str) -> None:
         _require_modality(modality, ["image"], name)
-        self._trunk, self._transform, self.fingerprint = _open_timm(name)
+        self._trunk, self._transform, self.fingerprint = open_timm(name)
         self.features = self._trunk.head_hidden_size
         self.reader, self.view = _reader_and_view(modality, {})
 
@@ -154,6 +159,73 @@ class TimmEncoder(FrozenEncoder):
         device = next(self._trunk.parameters()).device
         with torch.no_grad():
             return torch.cat([self._trunk(part.to(device)) for part in torch.from_numpy(clips).split(CLIPS)])
+
+
+class OpenClipEncoder(FrozenEncoder):
+    """A model of open_clip. Its vectors are the library's, before they are normalized.
+
+    The library's transform of evaluation prepares pictures and the frames of clips. The vector of a clip is the mean of
+    its frames' unit vectors (CLIP4Clip's mean pooling, arXiv 2104.08860).
+    """
+
+    def __init__(self, name: str, modality: str) -> None:
+        _require_modality(modality, OPEN_CLIP_MODALITIES, name)
+        self._opened = open_open_clip(name)
+        self._modality = modality
+        self.features = self._opened.features
+        self.reader, self.view = _reader_and_view(modality, {})
+        if modality == "video":
+            self.reader = WholeFrames(self.reader.config)
+            self.view = Video.View(size=self._opened.size, frames=4, stride=8)
+        options = self.view.model_dump_json(exclude_defaults=True)
+        self.fingerprint = stable_hash([self._opened.fingerprint, options])[:16]
+
+    def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
+        if self._modality == "text":
+            with _TOKENIZING:
+                return self._opened.tokenizer([valid_text(value[:LONGEST_TEXT])]).numpy()
+        if self._modality == "video":
+            return self._prepare_clips(super().read(value, rng))
+        if rng is not None:
+            return self._prepare([_picture(value, rng)])
+        # In full size and in the file's own mode, because the library resizes before it converts to RGB.
+        with decoder_errors(), upright(value) as picture:
+            return self._prepare([picture])
+
+    def read_segment(self, value: Any, start: float, end: float) -> np.ndarray:
+        return self._prepare_clips(super().read_segment(value, start, end))
+
+    def _prepare_clips(self, clips: np.ndarray) -> np.ndarray:
+        """Clips (M, T, H, W, 3) as the network takes them: (M, T, 3, H, W) fp32."""
+        return np.stack([self._prepare(map(PIL.Image.fromarray, clip)) for clip in clips])
+
+    def _prepare(self, pictures: Iterable[PIL.Image.Image]) -> np.ndarray:
+        """Pictures as the network takes them: (N, 3, H, W) fp32."""
+        return torch.stack([self._opened.transform(picture) for picture in pictures]).numpy()
+
+    def embed(self, clips: np.ndarray) -> Tensor:
+        device = next(self._opened.network.parameters()).device
+        with torch.no_grad():
+            return torch.cat([self._vectors(part.to(device)) for part in torch.from_numpy(clips).split(CLIPS)])
+
+    def _vectors(self, clips: Tensor) -> Tensor:
+        """The vectors (M, D) of texts (M, L), pictures (M, 3, H, W), or films (M, T, 3, H, W)."""
+        network = self._opened.network
+        if self._modality == "text":
+            return network.encode_text(clips, normalize=False)
+        if self._modality == "image":
+            return network.encode_image(clips, normalize=False)
+        z_MTD = network.encode_image(clips.flatten(0, 1), normalize=True).unflatten(0, clips.shape[:2])
+        return z_MTD.mean(1)
+
+
+class WholeFrames(Video):
+    """Clips whose frames are not cropped in evaluation, because a library does that."""
+
+    def _render(self, frames: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
+        if rng is None:
+            view = view.model_copy(update={"size": frames.shape[1:3], "crop_pct": 1.0})
+        return super()._render(frames, view, rng)
 
 
 def _require_modality(modality: str, known: Iterable[Any], name: str) -> None:
@@ -191,15 +263,17 @@ def open_encoder(name: str, modality: str, embeds: bool = False) -> FrozenEncode
     # `openimp plan` makes models on the meta device, but a frozen encoder must compute.
     with _OPENING, torch.device("cpu"):
         if scheme == SENTENCE_TRANSFORMERS:
-            return LibraryEncoder(name, modality)
+            return SentenceTransformerEncoder(name, modality)
         if scheme == TIMM:
             return TimmEncoder(name, modality)
+        if scheme == OPEN_CLIP:
+            return OpenClipEncoder(name, modality)
         return OwnEncoder(name, modality, embeds)
 
 
 def release_encoders() -> None:
     """Frees the memory of encoders that no tower uses."""
-    for opened in (_open, _open_timm, _open_library):
+    for opened in (_open, load_open_clip, open_timm, open_sentence_transformer):
         opened.cache_clear()
 
 
@@ -208,11 +282,13 @@ def vector_sizes(name: str) -> dict[str, int]:
     scheme = Name.parse(name).scheme
     if scheme == TIMM:
         return {"image": TimmEncoder(name, "image").features}
+    if scheme == OPEN_CLIP:
+        return dict.fromkeys(OPEN_CLIP_MODALITIES, open_open_clip(name).features)
     if scheme == SENTENCE_TRANSFORMERS:
-        library, _ = _open_library(name)
+        library, _ = open_sentence_transformer(name)
         names = [modality for modality in library.modalities if isinstance(modality, str)]
         return dict.fromkeys(names, library.get_embedding_dimension())
-    model, saved, _ = _open(find_model(name))
+    model, saved, _ = _open(find_own_model(name))
     return dict.fromkeys(saved.modalities, model.config.width)
 
 
@@ -221,62 +297,6 @@ def _open(folder: Path) -> tuple[Embedder, SavedModel, str]:
     """A model, on the GPU if there is one, and a hash of its weights. Several modalities share it."""
     model, saved = load_model(folder)
     return model.to(pick_device()), saved, weights_hash(model).hexdigest()
-
-
-@cache
-def _open_timm(name: str) -> tuple[Any, Any, str]:
-    """A model of timm, on the GPU if there is one, its transform of pictures, and a hash of both."""
-    with timm_opens(name):
-        import timm
-
-        trunk = timm.create_model(Name.parse(name).rest, pretrained=True, num_classes=0).eval().requires_grad_(False)
-    config = timm.data.resolve_data_config(model=trunk)
-    fingerprint = stable_hash([weights_hash(trunk).hexdigest(), sorted(config.items())])[:16]
-    return trunk.to(pick_device()), timm.data.create_transform(**config), fingerprint
-
-
-@cache
-def _open_library(name: str) -> tuple[Any, str]:
-    """A model of sentence-transformers, on the GPU if there is one, and a hash of its weights and configuration."""
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise UserError(f"{name}: needs sentence-transformers: pip install 'openimp[sentence-transformers]'") from None
-    folder = _library_folder(name)
-    files = sorted(folder.rglob("*.json"))
-    for file in files:
-        if file.name.endswith("config.json"):
-            _refuse_kernels(name, file)
-    with library_errors(f"{name}: sentence-transformers cannot open it"):
-        library = SentenceTransformer(
-            str(folder),
-            device=str(pick_device()),
-            trust_remote_code=False,
-            model_kwargs={"use_safetensors": True},
-        )
-    options = [(file.relative_to(folder).as_posix(), sha256(file)) for file in files]
-    return library, stable_hash([weights_hash(library).hexdigest(), *options])[:16]
-
-
-def _refuse_kernels(name: str, file: Path) -> None:
-    """Refuses a configuration that names a kernel on the Hugging Face Hub, which transformers may download and run."""
-    try:
-        config = json.loads(read_text(file))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{name}: {file.name} is damaged: {error}") from None
-    for key in CODE & config.keys() if isinstance(config, dict) else ():
-        if isinstance(config[key], str) and "/" in config[key]:
-            raise UserError(f"{name}: {key} in {file.name} names code, {config[key]!r}, which openimp does not run")
-
-
-def _library_folder(name: str) -> Path:
-    """The folder of a model of sentence-transformers, which is downloaded if it is on the Hub."""
-    if (folder := local_folder(name)) is not None:
-        return folder
-    identifier = Name.parse(name).rest
-    if Path(identifier).is_dir():  # The Hub would be asked several times before an error that blames the network.
-        raise UserError(f"{name}: a model in a folder is named {SENTENCE_TRANSFORMERS}:{LOCAL}{identifier}")
-    return download(name, ("*.json", "*.txt", "*.model", "*.safetensors"))
 
 
 def _objects(value: Any) -> np.ndarray:

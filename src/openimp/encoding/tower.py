@@ -190,7 +190,10 @@ class MediaTower(Tower):
     """A tower for media. It shows and cuts them with the encoder's `reader`."""
 
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
-        return self._reader(Pictured).thumbnail(value, self.encoder.view, side, segment)
+        reader = self.encoder.reader
+        if not isinstance(reader, Pictured):
+            raise BadMedia(f"{self.name} of {self.role} {self.config.tower} cannot show its items")
+        return reader.thumbnail(value, self.encoder.view, side, segment)
 
     def recorded(self, value: Any) -> Recorded:
         reader = self.encoder.reader
@@ -201,13 +204,7 @@ class MediaTower(Tower):
         return reader.segments(value, self.encoder.view) if isinstance(reader, Segmented) else []
 
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
-        return self._reader(Segmented).encode_segment(value, self.encoder.view, start, end)
-
-    def _reader(self, protocol: Any) -> Any:
-        reader = self.encoder.reader
-        if not isinstance(reader, protocol):
-            raise BadMedia(f"{self.name} of {self.role} {self.config.tower} cannot show or cut its items")
-        return reader
+        return self.encoder.read_segment(value, start, end)
 
 
 @cache

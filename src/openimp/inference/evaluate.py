@@ -4,12 +4,12 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import load_model, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.progress import Progress
 from openimp.data.trust import check_sources
+from openimp.encoding.find import find_model
 from openimp.evaluation.evaluate import check_names
 from openimp.evaluation.evaluate import evaluate as evaluate_sets
 from openimp.recipe.file import override, read_recipe
@@ -116,7 +116,7 @@ def _build(
 
 
 def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
-    """Removes from views what a wrapped model or a tower decides itself, such as the size of pictures."""
+    """Removes from views what a tower decides itself, such as the size of pictures."""
     sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
     if not isinstance(sets, dict):
         return
@@ -126,6 +126,6 @@ def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
             continue
         for name in recipe.modality_names:
             if isinstance(view.get(name), dict):
-                fields = class_for(name, recipe.model, recipe.modalities).View.model_fields
+                fields = class_for(name, recipe.modalities).View.model_fields
                 decided = modality_class(name).View.model_fields.keys() - fields
                 view[name] = {key: value for key, value in view[name].items() if key not in decided}

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import CONFIG, NO_RECIPE, SavedRecipe, load_model, save_model
 from openimp.common.device import Precision, pick_device, precision_of
 from openimp.common.errors import UserError, nearest
@@ -26,6 +25,7 @@ from openimp.common.protocols import PictureReader, Tensors, TextReader, is_know
 from openimp.common.schema import checked
 from openimp.data.trust import record_training, trained_here
 from openimp.encoding.engine import ItemEncoder
+from openimp.encoding.find import find_model
 from openimp.encoding.items import require_pair
 from openimp.model.embedder import Embedder
 from openimp.recipe.model_config import ModelConfig
@@ -312,14 +312,15 @@ class Model(nn.Module):
     @property
     def preprocess(self) -> Callable[[Any], Tensor] | None:
         """Converts a Pillow picture to a tensor (3, H, W) for `encode`, as in open_clip. None if the model does not
-        read pictures."""
+        read pictures, or if a tower does."""
         if self._picture_modality is None:
             return None
         return partial(self._picture_modality.preprocess, view=self.checked_view(self._picture_modality.name))
 
     @property
     def tokenizer(self) -> Callable[[str | list[str]], Tensor] | None:
-        """Converts texts to ids (B, L) for `encode`, as in open_clip. None if the model does not read texts."""
+        """Converts texts to ids (B, L) for `encode`, as in open_clip. None if the model does not read texts, or if a
+        tower does."""
         if self._text_modality is None:
             return None
         return partial(self._text_modality.tokenize, length=self.checked_view(self._text_modality.name).length)
@@ -327,9 +328,9 @@ class Model(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """The logarithm of the learned scale of the similarities of pictures and texts, as in open_clip."""
-        if self._picture_modality is None:
+        name = self._picture_modality.name if self._picture_modality else "image"  # "image": of a tower.
+        if name not in self.modalities:
             raise UserError("the model does not read pictures; for another pair see imp.temperature")
-        name = self._picture_modality.name
         return self.similarity_scale(name, self.partner(name)).log()
 
     def similarity_scale(self, modality: str, other: str) -> Tensor:

@@ -10,7 +10,6 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from openimp.checkpoint.folder import CHECKPOINTS, read_state, saved_step
-from openimp.checkpoint.wrapped import TRAINING_DATA
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality
 from openimp.common.names import HUB, Name, is_bundled, is_url
@@ -55,11 +54,9 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
     names = list(model.modalities)
     pairs = [pair for pair in combinations(names, 2) if model.imp.share_a_space(*pair)]
     embedded = [name for name in names if any(model.imp.share_a_space(name, other) for other in names)]
-    tags = ["openimp", "multimodal", *names]
+    tags = ["openimp", "multimodal", *names, "arxiv:2305.06324"]
     if recipe.model.moe:
         tags.append("mixture-of-experts")
-    if not recipe.model.wrap:
-        tags.append("arxiv:2305.06324")
     hub_names = (source.hub for source in training_sources(recipe).values())  # `hub` may also name a local folder.
     metadata = ModelCardData(
         library_name="openimp",
@@ -76,7 +73,6 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
         parameters=parameter_count(model),
         config=model.imp.config,
         recipe=recipe,
-        as_published=any(source.path == TRAINING_DATA for source in recipe.sources.values()),
         pairs=pairs,
         embedded=embedded,
         examples={name: _example(model.modalities[name]) for name in embedded},

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from openimp.common.cache import stable_hash
+from openimp.evaluation.provenance import checkpoint_fields
 from openimp.inference.model import Model
-from openimp.parallel.layout import weights_hash
 from openimp.planning.plan import parameter_count
 
 
@@ -29,7 +29,9 @@ class MTEBEncoder(AbsEncoder):
             {
                 "name": f"openimp/{model.config.name}",
                 # mteb reuses cached results of the same name and revision.
-                "revision": stable_hash([weights_hash(model.imp).hexdigest(), model.views, model.precision])[:16],
+                "revision": stable_hash([checkpoint_fields(model.imp, model.modalities), model.views, model.precision])[
+                    :16
+                ],
                 "modalities": [name for name in model.modalities if name in get_args(Modalities)],
                 "n_parameters": parameter_count(model),
                 "embed_dim": model.imp.config.embed_dim,

@@ -16,6 +16,7 @@ from openimp.common.folders import require_empty
 from openimp.common.modality import Modality
 from openimp.common.progress import console, no_log_output
 from openimp.common.protocols import TensorInput, Tensors, learned_files
+from openimp.encoding.find import is_public
 from openimp.inference.model import Model, load
 from openimp.model.embedder import Embedder
 
@@ -35,6 +36,8 @@ def export(run: str | Path, folder: Path) -> None:
     _require_packages()
     require_empty(folder)
     model = load(run, "cpu", "fp32")
+    if model.saved_recipe.text and is_public(model.recipe):
+        raise UserError(f"{run}: a public model has no graphs here; export it with its own library")
     outputs_by_modality = {name: _outputs(model, name) for name in model.modalities}
     if not any(outputs_by_modality.values()):
         raise UserError(f"{run}: no task trains two modalities together, so there are no embeddings to export")

@@ -14,8 +14,8 @@ from openimp.common.names import is_url, map_path
 def shorten_paths(data: dict[str, Any]) -> dict[str, Any]:
     """A copy of a recipe or of a model's configuration as plain data, with the `public_path` of each path in it."""
     data = copy.deepcopy(data)
-    for part in (*data.get("sources", {}).values(), data.get("model", {}), data.get("train", {})):
-        _shorten(part, {"path", "hub", "root", "init", "wrap"})  # A data set of the hub may be a local folder.
+    for part in (*data.get("sources", {}).values(), data.get("train", {})):
+        _shorten(part, {"path", "hub", "root", "init"})  # A data set of the hub may be a local folder.
     objectives = [objective for task in data.get("tasks", {}).values() for objective in task["objectives"]]
     for options in (*data["modalities"].values(), *objectives):
         _shorten(options, options.keys())  # Modalities and objectives of other packages may have paths of any name.

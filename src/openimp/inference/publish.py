@@ -15,6 +15,7 @@ from openimp.common.names import Name, is_bundled
 from openimp.common.progress import console
 from openimp.common.versions import openimp_version
 from openimp.data.files import DEMO
+from openimp.encoding.find import is_public
 from openimp.inference.model import Model, load
 from openimp.inference.model_card import model_card, training_sources
 from openimp.inference.public_recipe import shorten_paths
@@ -77,6 +78,8 @@ def write(model: Model, name: str, license: str | None, folder: Path) -> None:
         raise UserError(f"{name}: expected OWNER/NAME")
     if model.folder is None:
         raise UserError("only a model that openimp.load opened can be published; save it and load it")
+    if is_public(model.recipe):
+        raise UserError("openimp did not train this public model, so there is nothing to publish; load it by its name")
     for stem, options in model.config.modalities.items():
         tower = getattr(options, "tower", None)
         if tower is not None and (Name.parse(tower).scheme is None or Name.parse(tower).folder):

@@ -1,4 +1,4 @@
-"""The interface that training and evaluation need from any model, including models of other libraries.
+"""The interface that training and evaluation need from a model: IMP, or one that a study compares with it.
 
 Shape suffixes: B examples, D features, Z dimensions of the shared embedding space.
 """
@@ -6,7 +6,7 @@ Shape suffixes: B examples, D features, Z dimensions of the shared embedding spa
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from itertools import zip_longest
-from typing import ClassVar, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openimp.common.modality import Tokens
-from openimp.model.heads import LogitScale, Temperature
+from openimp.model.heads import Temperature
 from openimp.model.moe import RouterStats
 from openimp.parallel.distributed import all_reduce_mean
 from openimp.recipe.model import Model
@@ -82,12 +82,6 @@ class Embedder(nn.Module, ABC):
     config: Model
     classifiers: nn.ModuleDict
     pairs: list[tuple[str, str]]  # the pairs of modalities that are trained to agree; each pair is sorted
-    cast_inputs: ClassVar[bool] = False  # whether FSDP2 casts the inputs of `blocks` to the type of the weights
-    reads_values: ClassVar[bool] = False  # whether the forward pass looks at values, which meta tensors do not have
-
-    @abstractmethod
-    def checkpoint_activations(self) -> None:
-        """Makes the backward pass compute the activations within each block again, so they need not be kept."""
 
     def encode(self, modality: str, tokens: Tokens) -> Encoded:
         """Encodes the tokens of a modality."""
@@ -114,7 +108,7 @@ class Embedder(nn.Module, ABC):
         return F.linear(features_BD.float(), layer.weight.float(), layer.bias.float())
 
     @abstractmethod
-    def temperature(self, a: str, b: str) -> Temperature | LogitScale:
+    def temperature(self, a: str, b: str) -> Temperature:
         """The learned temperature of a pair of modalities, in either order."""
 
     @abstractmethod
@@ -149,7 +143,7 @@ class Embedder(nn.Module, ABC):
         return []
 
     @abstractmethod
-    def fp32_modules(self) -> list[Temperature | LogitScale]:
+    def fp32_modules(self) -> list[Temperature]:
         """All learned temperatures. Their parameters stay fp32 where all others are gathered in bf16. Losses call their
         `forward`."""
 

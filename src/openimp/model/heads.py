@@ -1,7 +1,5 @@
 """Projection heads and learned temperatures."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -10,8 +8,6 @@ from openimp.model.kernels import gelu
 
 MIN_TEMPERATURE = 0.01
 """Lower bound of a learned temperature. The logit scale, 1 / temperature, is then at most 100, as in CLIP."""
-MAX_LOG_LOGIT_SCALE = math.log(100)
-"""Upper bound of the logarithm of open_clip's logit scale."""
 
 
 class Projection(nn.Module):
@@ -75,34 +71,3 @@ class Temperature(nn.Module):
         """
         if self.temperature.grad is not None:
             self.temperature.clamp_(min=MIN_TEMPERATURE)
-
-
-class LogitScale(nn.Module):
-    """The logarithm of the logit scale, as CLIP and SigLIP learn it, and the bias of the sigmoid loss.
-
-    As in `Temperature`, each has one element, and both stay fp32.
-    """
-
-    def __init__(self, logit_scale: Tensor, logit_bias: Tensor | None, limit: float) -> None:
-        """`limit` is the upper bound of the logarithm. If `logit_bias` is None, the bias starts with SigLIP's value."""
-        super().__init__()
-        if logit_bias is None:
-            logit_bias = torch.tensor(-10.0)
-        self.logit_scale = nn.Parameter(logit_scale.detach().reshape(1))
-        self.logit_bias = nn.Parameter(logit_bias.detach().reshape(1))
-        self.limit = limit
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """The temperature and the bias, as copies, because FSDP2 may free the parameters after this call."""
-        return (-self.logit_scale).exp(), self.logit_bias.clone()
-
-    @property
-    def scale(self) -> Tensor:
-        """The logit scale, 1 / temperature."""
-        return self.logit_scale.exp()
-
-    @torch.no_grad()
-    def clamp(self) -> None:
-        """Clamps the logarithm between 0 and `limit` after an update, as open_clip does."""
-        if self.logit_scale.grad is not None:
-            self.logit_scale.clamp_(0, self.limit)

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openimp.common.modality import Modalities, Tokens
+from openimp.common.modality import Classes, Modalities, Tokens
 from openimp.model.embedder import Embedder, Encoded, EncodedAll
 from openimp.model.embedding import Stem, VectorStem
 from openimp.model.encoder import Attention, Encoder
-from openimp.model.heads import Adapter, LogitScale, Projection, Temperature
+from openimp.model.heads import Adapter, Projection, Temperature
 from openimp.model.init import linear
 from openimp.model.moe import Experts
 from openimp.recipe.model_config import ModelConfig
+from openimp.recipe.schema import Recipe
 
 
 class IMP(Embedder):
@@ -56,9 +57,6 @@ class IMP(Embedder):
         self.classifiers = nn.ModuleDict(
             {head: linear(self.config.width, len(classes)) for head, classes in config.classes.items()}
         )
-
-    def checkpoint_activations(self) -> None:
-        self.encoder.activation_checkpointing = True
 
     def _encode(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
         """Encodes each modality by itself, but all in one pass through the shared blocks."""
@@ -138,7 +136,7 @@ class IMP(Embedder):
     def experts(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, Experts)]
 
-    def fp32_modules(self) -> list[Temperature | LogitScale]:
+    def fp32_modules(self) -> list[Temperature]:
         return [cast(Temperature, temperature) for temperature in self.temperatures.values()]
 
     def temperature(self, a: str, b: str) -> Temperature:
@@ -158,3 +156,10 @@ class IMP(Embedder):
 def _attended(mask_BL: Tensor | None) -> Tensor | None:
     """The mask for the blocks: all tokens of an example without a valid one, because attention to none may be NaN."""
     return None if mask_BL is None else mask_BL | ~mask_BL.any(1, keepdim=True)
+
+
+def build_for_training(recipe: Recipe, modalities: Modalities, classes: Classes) -> IMP:
+    """The model that a recipe trains, with random weights. `classes` are those of each classification head."""
+    model = IMP(recipe.to_config(classes), modalities)
+    model.encoder.activation_checkpointing = recipe.memory.activation_checkpointing
+    return model

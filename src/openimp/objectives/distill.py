@@ -43,8 +43,7 @@ class Distill(Objective):
     `model.embed_dim` numbers."""
     to: str | None = None
     """Instead of `teacher`: the column with a list of numbers per row, as `openimp embed --join` writes it:
-    `model.embed_dim` of them, or as many as the embeddings of a wrapped model have. They are scaled to length 1. A row
-    without such a list is a bad example."""
+    `model.embed_dim` of them, which are scaled to length 1. A row without such a list is a bad example."""
     towards: str | None = None
     """The modality with which the embeddings are to be compared, only for `model.space: disjoint`, which has a head for
     each. Default: the task's other input, if there is one."""
@@ -67,8 +66,7 @@ class Distill(Objective):
             raise UserError(f"{location}.towards: no modality {self.towards!r}{nearest(self.towards, known)}")
         if self.teacher and len(task.inputs[self.of].columns) > 1 and not modality_class(self.of).reads_text:
             raise UserError(f"{location}.teacher: {self.of} has several columns, of which each step draws one")
-        disjoint = recipe.model.space == "disjoint" and not recipe.model.wrap
-        if disjoint and self._target(task) == self.of:
+        if recipe.model.space == "disjoint" and self._target(task) == self.of:
             raise UserError(
                 f"{location}: in a disjoint space, distill needs `towards`, another modality to compare {self.of} "
                 "with; or set model.space: joint"

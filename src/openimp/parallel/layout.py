@@ -60,7 +60,6 @@ def apply_parallelism(
     methods: Iterable[str],
     param_dtype: torch.dtype = torch.float32,
     fp32_modules: Iterable[nn.Module] = (),
-    cast_inputs: bool = False,
 ) -> None:
     """Distributes a model over the ranks, with FSDP2 and expert parallelism.
 
@@ -77,7 +76,6 @@ def apply_parallelism(
         methods: names of the model's methods that compute with its other parameters.
         param_dtype: the type in which parameters are gathered. If it is bf16, the model must run without autocast.
         fp32_modules: modules whose parameters are gathered in fp32 all the same.
-        cast_inputs: whether the inputs of blocks are cast to `param_dtype`, for models that do not cast them.
     """
     if layout.ranks == 1:
         model.to(device)
@@ -120,8 +118,8 @@ def apply_parallelism(
         precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.float32 if module in fp32_modules else param_dtype,
             reduce_dtype=torch.float32,
-            # False by default, because a router's token counts must stay fp32.
-            cast_forward_inputs=cast_inputs and module in blocks,
+            # A router's token counts must stay fp32.
+            cast_forward_inputs=False,
         )
         wrapped = fully_shard(
             module,

@@ -6,14 +6,12 @@ counted by `torch.utils.flop_counter` on the meta device, where nothing is compu
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.alternation import expected_shares
@@ -22,8 +20,8 @@ from openimp.common.modality import Classes, Modalities
 from openimp.common.progress import number_table
 from openimp.data.batch import Batch
 from openimp.data.targets import target_sizes
-from openimp.model.build import build_for_training
 from openimp.model.embedder import Embedder, in_chunks
+from openimp.model.imp import build_for_training
 from openimp.model.learning_rates import freeze, muon_stacks
 from openimp.objectives.losses import task_losses
 from openimp.parallel.muon import muon_flops
@@ -101,18 +99,16 @@ def _count_passes(recipe: Recipe, modalities: Modalities, classes: Classes, mode
         if not task.weight:
             continue
         for i, batch_size in enumerate(task.batch_sizes):
-            # Tensors on the meta device have no values. Fake tensors may have them, but are slower.
-            with FakeTensorMode(allow_non_fake_inputs=True) if model.reads_values else nullcontext():
-                batch = zero_batch(recipe, task_name, i, modalities, classes, device=META)
-                with FlopCounterMode(display=False) as counter:
-                    try:
-                        total = task_losses(model, task, batch, encode_all).total
-                    except UserError as error:
-                        raise UserError(f"tasks.{task_name}: {error}") from None
-                    forward_flops = counter.get_total_flops()
-                    if not total.requires_grad:
-                        raise UserError(f"tasks.{task_name}: optimizer.lr_scale freezes all that the task trains")
-                    total.backward()
+            batch = zero_batch(recipe, task_name, i, modalities, classes, device=META)
+            with FlopCounterMode(display=False) as counter:
+                try:
+                    total = task_losses(model, task, batch, encode_all).total
+                except UserError as error:
+                    raise UserError(f"tasks.{task_name}: {error}") from None
+                forward_flops = counter.get_total_flops()
+                if not total.requires_grad:
+                    raise UserError(f"tasks.{task_name}: optimizer.lr_scale freezes all that the task trains")
+                total.backward()
             with_grad = [name for name, weight in model.named_parameters() if weight.grad is not None]
             cost_by_task_view[task_name, i] = Cost(
                 examples=batch_size,
@@ -207,6 +203,6 @@ def zero_batch(
         for modality, spec in task.inputs.items():
             length = modalities[modality].length(task.views[view][modality])
             tokens[modality] = modalities[modality].zeros(examples * spec.draw, length)
-        sizes = target_sizes(recipe, modalities, classes)
+        sizes = target_sizes(recipe, classes)
         targets = [objective.zeros(task, examples, sizes) for objective in task.objectives]
     return Batch(tokens, targets)

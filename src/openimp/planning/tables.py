@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from openimp.common.modality import Classes, Modalities
 from openimp.common.progress import clock, console, number_table
-from openimp.model.build import build_model
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
 from openimp.planning.costs import META, costs, mixture_table, short
@@ -80,7 +79,7 @@ def duration(seconds: float) -> str:
 def print_model(config: ModelConfig, modalities: Modalities) -> None:
     """Prints the parameters of a model."""
     with META:
-        model = build_model(config, modalities)
+        model = IMP(config, modalities)
     _print_parameters(model)
 
 

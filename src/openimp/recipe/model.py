@@ -1,11 +1,11 @@
 """The schema of `model` in the recipe."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from openimp.common.names import LOCAL, OPEN_CLIP, Name
-from openimp.common.schema import Count, NotNegative, Positive, RecipePath, Strict, Whole
+from openimp.common.schema import Count, NotNegative, Positive, Strict, Whole
 
 Gelu = Literal["tanh", "erf"]
 """tanh: the usual approximation of GELU. erf: GELU itself, by the error function."""
@@ -45,17 +45,10 @@ class MoE(Strict):
         return [*self.experts.values()] if isinstance(self.experts, dict) else [self.experts]
 
 
-def _of_open_clip(name: Any) -> Any:
-    if not isinstance(name, str):
-        return name
-    parsed = Name.parse(name)
-    if parsed.scheme != OPEN_CLIP or not parsed.rest:
-        raise ValueError(f"expected {OPEN_CLIP}:NAME/TAG or {OPEN_CLIP}:{LOCAL}FOLDER, found {name!r}")
-    return name
-
-
 class Model(Strict):
     """The shared encoder and its embedding space. The defaults are the dense IMP-S."""
+
+    removed = {"wrap": (None,)}
 
     width: Count = 384
     """Features per token."""
@@ -92,16 +85,19 @@ class Model(Strict):
     """Features of the embedding space, and of the hidden layer of its heads."""
     init_temperature: Positive = 0.2
     """Initial value of the learned temperature of each pair of modalities. The paper: 0.2 dense, 1.0 MoE."""
-    wrap: Annotated[RecipePath, BeforeValidator(_of_open_clip)] | None = None
-    """A model of open_clip that is trained instead of the encoder, from its public weights: open_clip:NAME/TAG,
-    open_clip:hf-hub:OWNER/NAME, or open_clip:local-dir:FOLDER, relative to the recipe. It has an architecture of its
-    own, so the other keys of `model` do not apply. It reads images, videos and texts. null: openimp's own encoder."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _explain_wrap(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("wrap"):
+            raise ValueError(
+                "wrap is no longer a key: name the public model as a tower in `modalities`; docs/fine-tuning.md has an "
+                "example"
+            )
+        return data
 
     @model_validator(mode="after")
     def _fits(self) -> "Model":
-        if self.wrap is not None:
-            other_options = [name for name in type(self).model_fields if name != "wrap"]
-            self.refuse(other_options, "is for openimp's own encoder; remove it, or remove wrap")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if not self.layers and self.width != self.embed_dim:

@@ -57,39 +57,27 @@ class ModelConfig(Strict):
 
     def make_modalities(self) -> dict[str, Modality]:
         """New instances of the modalities, by name."""
-        return make_modalities(self.views, self.modalities, self.model)
+        return make_modalities(self.views, self.modalities)
 
 
-def class_for(name: str, model: Model, stems: Mapping[str, Any]) -> type[Modality]:
-    """The class that reads a modality for a model. `stems` are the options of each stem, validated or not.
-
-    UserError if a wrapped model cannot read the modality.
-    """
+def class_for(name: str, stems: Mapping[str, Any]) -> type[Modality]:
+    """The class that reads a modality for a model. `stems` are the options of each stem, validated or not."""
     modality = modality_class(name)
     options = stems.get(modality.stem)
-    if hasattr(options, "tower") or (isinstance(options, Mapping) and "tower" in options):
-        if model.wrap:
-            raise UserError(f"modalities.{modality.stem}.tower: is for openimp's own encoder, not for a wrapped model")
-        return tower_class(name)
-    if not model.wrap:
-        return modality
-    from openimp.modalities.open_clip import READERS  # It imports the libraries of all media.
-
-    if name not in READERS:
-        raise UserError(f"a model of open_clip has no modality {name!r}")
-    return READERS[name]
+    has_tower = hasattr(options, "tower") or (isinstance(options, Mapping) and "tower" in options)
+    return tower_class(name) if has_tower else modality
 
 
-def make_modalities(names: Iterable[str], stems: dict[str, Any], model: Model) -> dict[str, Modality]:
+def make_modalities(names: Iterable[str], stems: dict[str, Any]) -> dict[str, Modality]:
     """New instances of modalities, by name. `stems` are the options of each stem."""
-    classes = {name: class_for(name, model, stems) for name in names}
+    classes = {name: class_for(name, stems) for name in names}
     return {name: modality(stems[modality.stem]) for name, modality in classes.items()}
 
 
 def fill_stems(stems: dict[str, Any], names: Iterable[str], model: Model, location: str, info: ValidationInfo) -> None:
     """Validates the options of the modalities' stems in place, and adds defaults. `location` is that of the names."""
     try:
-        configs = {modality_class(name).stem: class_for(name, model, stems).Config for name in names}
+        configs = {modality_class(name).stem: class_for(name, stems).Config for name in names}
     except UserError as error:
         raise UserError(f"{location}: {error}") from None
     experts = model.moe.experts_by_stem if model.moe else {}

@@ -59,9 +59,9 @@ class Recipe(Strict):
 
     @property
     def starts_from_weights(self) -> bool:
-        """Whether the model has trained weights before the first step: by `train.init`, `wrap`, or towers alone."""
+        """Whether the model has trained weights before the first step: by `train.init`, or by towers alone."""
         has_tower = any(hasattr(options, "tower") for options in self.modalities.values())
-        return bool(self.train.init or self.model.wrap or (has_tower and not self.model.layers))
+        return bool(self.train.init or (has_tower and not self.model.layers))
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = (), folder: Path | None = None) -> "Recipe":
@@ -90,10 +90,6 @@ class Recipe(Strict):
     def _check_training(self) -> None:
         if not any(task.weight for task in self.tasks.values()):
             raise UserError("every task has weight 0; nothing would be trained")
-        if self.model.wrap and self.train.compile:
-            raise UserError("train.compile: is for openimp's own encoder, not for a wrapped model")
-        if self.model.wrap and (self.train.init or "").startswith("timm:"):
-            raise UserError("train.init: a model of timm is for openimp's own encoder, not for a wrapped model")
         degree = self.parallel.expert_degree
         group_sizes = self.model.moe.group_sizes if self.model.moe else []
         if degree > 1 and not group_sizes:
@@ -185,7 +181,7 @@ class Recipe(Strict):
     ) -> None:
         """Checks that the source exists. Validates the views, by their keys in the recipe, and adds their defaults."""
         _require(f"{key}.source", "source", task_or_set.source, self.sources)
-        modalities = make_modalities(task_or_set.inputs, self.modalities, self.model)
+        modalities = make_modalities(task_or_set.inputs, self.modalities)
         for location, view in views.items():
             view.fill(modalities, location)
 
@@ -233,7 +229,7 @@ class Recipe(Strict):
 
     def make_modalities(self) -> dict[str, Modality]:
         """New instances of the modalities that tasks read, by name."""
-        return make_modalities(self.modality_names, self.modalities, self.model)
+        return make_modalities(self.modality_names, self.modalities)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, including all defaults."""

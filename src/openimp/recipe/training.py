@@ -40,7 +40,7 @@ class Optimizer(Strict):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor of the learning rates from each block to the one below it, for fine-tuning (as in BEiT, arXiv 2106.08254,
     and timm): heads and the stems' last layers have the full rate, the last block this factor, the block below it the
-    square of it, and the stems below the first block the smallest rate. A wrapped model takes only 1."""
+    square of it, and the stems below the first block the smallest rate."""
     min_lr_ratio: NotNegative = 0.0
     """Learning rate at the end of the cosine schedule, as a share of the peak."""
     weight_decay: NotNegative = 1e-4

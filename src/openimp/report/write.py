@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, load_run_recipe, read_config, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
@@ -20,6 +19,7 @@ from openimp.common.safe_files import refuse_links, write_text
 from openimp.common.versions import openimp_version
 from openimp.data.tables import Table
 from openimp.data.trust import check_sources
+from openimp.encoding.find import find_model
 from openimp.encoding.items import raw_value
 from openimp.evaluation.classification import Classified
 from openimp.evaluation.evaluate import measure

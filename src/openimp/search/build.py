@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from openimp.checkpoint.find import find_model
 from openimp.common.errors import UserError, counted, escaped
 from openimp.common.modality import Modalities
 from openimp.common.names import OPEN_CLIP, Name, absolute_name, is_bundled
 from openimp.common.progress import Progress, console, notice, track
 from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
+from openimp.encoding.find import find_model
 from openimp.inference.files import File, find_files, left_out
 from openimp.inference.model import Model, load
 from openimp.search.folder import (

@@ -13,13 +13,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import CHECKPOINTS
 from openimp.common.cache import cache_folder, stable_hash
 from openimp.common.errors import UserError
 from openimp.common.names import BUNDLED, Name
 from openimp.common.safe_files import read_text, refuse_links
 from openimp.common.schema import Count, Strict, checked
+from openimp.encoding.find import find_model
 from openimp.evaluation.provenance import checkpoint_fields
 from openimp.inference.model import Model
 

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from openimp.checkpoint.find import find_model
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
 from openimp.common.names import has_scheme
@@ -21,6 +20,7 @@ from openimp.common.safe_files import file_state, refuse_links
 from openimp.data.tables import Table
 from openimp.data.trust import check_uses
 from openimp.encoding.engine import ItemEncoder
+from openimp.encoding.find import find_model
 from openimp.inference.model import Model, load
 from openimp.search.folder import INDEX_FILES, Metadata, built_with, own_index, read_metadata
 from openimp.search.media import media_state, row_media, source_table

@@ -1,6 +1,6 @@
 """The recipe of each model of a study, with as many steps as its FLOPs allow."""
 
-from collections.abc import Collection
+import re
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,17 @@ def _keep_tasks(data: dict[str, Any], names: list[str], common: Recipe) -> None:
             raise UserError(f"study: no task of the recipe is called {name!r}{nearest(name, data['tasks'])}")
     data["tasks"] = {name: data["tasks"][name] for name in names}
     used = {name for task in data["tasks"].values() for name in task["inputs"]}
-    stems = {modality.stem for name, modality in common.make_modalities().items() if name in used}
+    modalities = common.make_modalities()
+    stems = {modalities[name].stem for name in used}
+    names_left_out = {*modalities, *(modality.stem for modality in modalities.values())} - used - stems
     data["modalities"] = {stem: options for stem, options in data["modalities"].items() if stem in stems}
     scales = data["optimizer"]["lr_scale"]
-    data["optimizer"]["lr_scale"] = {part: scale for part, scale in scales.items() if _is_kept(part, stems)}
+    data["optimizer"]["lr_scale"] = {
+        # Such as `stems.audio`, `encoder.own.audio` and `projections.text-to-audio`.
+        part: scale
+        for part, scale in scales.items()
+        if names_left_out.isdisjoint(re.split("[.-]", part))
+    }
     moe = data["model"].get("moe")
     if moe and isinstance(moe["experts"], dict):
         moe["experts"] = {stem: count for stem, count in moe["experts"].items() if stem in stems}
@@ -126,12 +133,6 @@ def _keep_tasks(data: dict[str, Any], names: list[str], common: Recipe) -> None:
     data["evaluation"]["sets"] = kept_sets
     if data["evaluation"]["best"] not in kept_sets:
         data["evaluation"]["best"] = None
-
-
-def _is_kept(part: str, stems: Collection[str]) -> bool:
-    """Whether a model with these stems may have a part; see `optimizer.lr_scale`."""
-    kind, _, name = part.partition(".")
-    return kind != "stems" or not name or name.split(".")[0] in stems
 
 
 def flops_per_step(recipe: Recipe, variant: Variant) -> dict[str, float]:

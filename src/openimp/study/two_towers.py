@@ -5,31 +5,36 @@
 The recipe has one task of two modalities, one of them text. The towers have the recipe's sizes. They get its examples
 in its order, with its augmentation and tokenizer, and its optimizers update them. Initialization, pooling and patch
 dropout are open_clip's, and so is the loss, which equals openimp's loss without `positives_by`. It needs `pip install
-openimp[peers]`. A model that open_clip has published is wrapped without this module (`model.wrap`).
+openimp[peers]`.
 
-Shape suffixes: B examples, P values per token.
+Shape suffixes: B examples, T frames, P values per token, Z features of the shared embedding space.
 """
 
 import math
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Modality, Tokens
 from openimp.common.protocols import Framed
-from openimp.modalities.open_clip import import_open_clip
+from openimp.encoding.libraries import import_open_clip
 from openimp.modalities.text import END, PAD
-from openimp.model.open_clip import OpenCLIP
+from openimp.model.embedder import Embedder, Encoded, EncodedAll
+from openimp.model.heads import Temperature
 from openimp.objectives.contrastive import Contrastive
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 from openimp.training.setup import Variant
 
+MAX_LOG_LOGIT_SCALE = math.log(100)
+"""Upper bound of the logarithm of open_clip's logit scale."""
 
-class TwoTowers(OpenCLIP):
+
+class TwoTowers(Embedder):
     """`open_clip.CLIP`: a vision transformer and a text transformer.
 
     A sound is its log-mel spectrogram: one image of frames x bins, with the channel repeated three times.
@@ -66,21 +71,97 @@ class TwoTowers(OpenCLIP):
             eos_id=END,
             pad_id=PAD,
         )
-        clip = CLIP(model.embed_dim, vision, text, init_logit_scale=-math.log(model.init_temperature))
-        super().__init__(recipe.to_config({}), modalities, clip, model.embed_dim)
-        if recipe.memory.activation_checkpointing:
-            self.checkpoint_activations()
+        super().__init__()
+        clip: Any = CLIP(model.embed_dim, vision, text)
+        clip.logit_scale = None  # `scale` instead, whose parameters stay fp32.
+        clip.set_grad_checkpointing(recipe.memory.activation_checkpointing)
+        self.encoder = clip
+        self.scale = LogitScale(model.init_temperature)
+        self.config = model.model_copy(update={"width": model.embed_dim, "space": "joint"})
+        self.classifiers = nn.ModuleDict()
+        self.pairs = [(min(media_name, text_name), max(media_name, text_name))]
+        self.text_name = text_name
         self.shape = shape
         self.context_length = clip.context_length
 
-    def images(self, tokens: Tokens) -> Tensor:
+    def _encode(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
+        return {name: Encoded(self._vectors(name, tokens), []) for name, tokens in inputs.items()}
+
+    def _vectors(self, name: str, tokens: Tokens) -> Tensor:
+        """The vectors (B, Z) of the tokens of a modality. That of a clip is the mean of its frames' unit vectors."""
+        if name == self.text_name:
+            return self.encoder.encode_text(self._ids(tokens))
+        images_BTCHW = self._images(tokens)
+        batch, frames = images_BTCHW.shape[:2]
+        z_BZ = self.encoder.encode_image(images_BTCHW.flatten(0, 1))
+        return z_BZ if frames == 1 else F.normalize(z_BZ, dim=-1).unflatten(0, (batch, frames)).mean(1)
+
+    def _images(self, tokens: Tokens) -> Tensor:
+        """The frames (B, T, 3, H, W) in the tokens of media."""
         values_B1P = tokens.values
         if values_B1P.dtype == torch.uint8:
             values_B1P = values_B1P.float() / 127.5 - 1
         return values_B1P.view(-1, *self.shape).movedim(-1, 2).expand(-1, -1, 3, -1, -1)
 
-    def ids(self, tokens: Tokens) -> Tensor:
+    def _ids(self, tokens: Tokens) -> Tensor:
+        """The ids (B, L) of texts, padded to the length that the text tower takes."""
         return F.pad(tokens.values, (0, self.context_length - tokens.values.shape[1]), value=PAD)
+
+    def project(self, features_BD: Tensor, modality: str, other: str, normalize: bool = True) -> Tensor:
+        return F.normalize(features_BD.float(), dim=-1) if normalize else features_BD.float()
+
+    def share_a_space(self, a: str, b: str) -> bool:
+        return {a, b} <= {*self.pairs[0]}
+
+    def head_name(self, modality: str, other: str) -> str:
+        return modality
+
+    def temperature(self, a: str, b: str) -> Temperature:
+        return self.scale
+
+    def fp32_modules(self) -> list[Temperature]:
+        return [self.scale]
+
+    def hidden_matrices(self) -> dict[Tensor, int]:
+        """The weights of attention and linear layers, and the projections of both towers."""
+        stacks: dict[Tensor, int] = {self.encoder.visual.proj: 1, self.encoder.text_projection: 1}
+        for module in self.encoder.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                stacks[cast(Tensor, module.in_proj_weight)] = 3
+            elif isinstance(module, nn.Linear):
+                stacks[module.weight] = 1
+        return stacks
+
+    def depths(self) -> dict[Tensor, int]:
+        raise UserError("optimizer.layer_decay: is for openimp's own encoder, not for open_clip's towers")
+
+    def blocks(self) -> list[nn.Module]:
+        return self.blocks_of(self.pairs[0])
+
+    def blocks_of(self, modalities: Iterable[str]) -> list[nn.Module]:
+        towers = [self.encoder if name == self.text_name else self.encoder.visual for name in modalities]
+        return [block for tower in towers for block in tower.transformer.resblocks]
+
+
+class LogitScale(Temperature):
+    """The temperature as open_clip learns it: by the logarithm of the logit scale, which is limited to log(100)."""
+
+    def __init__(self, temperature: float) -> None:
+        nn.Module.__init__(self)
+        self.logit_scale = nn.Parameter(torch.full([1], -math.log(temperature)))
+        self.bias = nn.Parameter(torch.zeros(1))  # of the sigmoid loss, which is not used
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return (-self.logit_scale).exp(), self.bias.clone()
+
+    @property
+    def scale(self) -> Tensor:
+        return self.logit_scale.exp()
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        if self.logit_scale.grad is not None:
+            self.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)
 
 
 def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:

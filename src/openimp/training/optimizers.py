@@ -13,8 +13,8 @@ from openimp.parallel.muon import Muon
 from openimp.recipe.schema import Recipe
 from openimp.recipe.training import Optimizer
 
-PUBLIC_TABLES = ("positional_embedding", "pos_embed", "cls_token", "reg_token")
-"""Ends of the names of tables in models of open_clip and timm."""
+OPEN_CLIP_TABLE = "positional_embedding"
+"""End of the names of the position tables in open_clip's towers, which studies train."""
 
 
 def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Optimizer]:
@@ -28,7 +28,7 @@ def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Opt
     # Tables, and the biases of experts, have two dimensions like kernels.
     undecayed = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     undecayed |= {weight for module in model.experts() for weight in module.parameters() if weight.ndim == 2}
-    undecayed |= {weight for name, weight in model.named_parameters() if name.endswith(PUBLIC_TABLES)}
+    undecayed |= {weight for name, weight in model.named_parameters() if name.endswith(OPEN_CLIP_TABLE)}
     by_options: dict[tuple[float, float], list[nn.Parameter]] = {}  # by weight decay and lr factor
     for parameter in model.parameters():
         if parameter.requires_grad and parameter not in muon_matrices:

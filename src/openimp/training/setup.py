@@ -25,8 +25,8 @@ from openimp.data.task_data import TaskData
 from openimp.encoding.frozen import release_encoders
 from openimp.encoding.tower import Tower, make_teachers
 from openimp.evaluation.evaluate import check_sets
-from openimp.model.build import build_for_training
 from openimp.model.embedder import Embedder
+from openimp.model.imp import build_for_training
 from openimp.model.learning_rates import freeze
 from openimp.parallel import distributed
 from openimp.parallel.layout import apply_parallelism
@@ -48,7 +48,7 @@ class Variant:
     Attributes:
         name: stored as `trainer` in checkpoints, which another variant cannot resume; "Trainer" is ordinary training.
         make_modalities: returns the modalities by name, not fitted. Their tokens are the model's inputs.
-        build_model: returns the model with random weights, or a model of open_clip without values for its weights.
+        build_model: returns the model with random weights.
         sum_tasks: each update sums the losses of a round, which is one step of each task.
         prints_warnings: whether to print what the objectives warn of in the first batch of each task; a variant may
             have no use for their advice.
@@ -116,7 +116,7 @@ def set_up(
     warm_start = open_warm_start(recipe, modalities) if checkpoint is None else None
     saved_classes = None
     if checkpoint is not None:
-        saved_config, learned_files, _ = read_config(checkpoint, models=None)  # of any class, as variants build others
+        saved_config, learned_files, _ = read_config(checkpoint, any_class=True)
         saved_classes = saved_config.classes
         load_learned(modalities.values(), learned_files)
 
@@ -229,7 +229,6 @@ def _distribute(recipe: Recipe, model: Embedder, device: torch.device) -> None:
         methods=("encode", "encode_all", "project", "classify"),
         param_dtype=torch.float32 if "fp32" in precisions else torch.bfloat16,
         fp32_modules=model.fp32_modules(),
-        cast_inputs=model.cast_inputs,
     )
     if layout.ranks > 1:
         console.print(f"parallel: {layout}")

@@ -1,0 +1,92 @@
+"""Finds models by their names, also public ones."""
+
+import re
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from openimp.checkpoint.find import bundled_names, find_own_model
+from openimp.checkpoint.folder import FORMAT, describe_model, save_model
+from openimp.common.cache import cached, stable_hash
+from openimp.common.names import BUNDLED, OPEN_CLIP, Name
+from openimp.encoding.libraries import open_clip_names, open_open_clip
+from openimp.model.imp import IMP
+from openimp.recipe.schema import Recipe
+
+LAYOUT = 1
+"""Version of what `_write_public` writes. Folders of other versions are not used."""
+TRAINING_DATA = f"{OPEN_CLIP}:training-data"
+"""The source of a model as its authors published it. It cannot be read."""
+
+
+def find_model(name: str | Path) -> Path:
+    """The folder of a model, as `find_own_model` finds it, or of a model of open_clip.
+
+    A model of open_clip becomes a model without an encoder, whose towers are the public model. Its folder is in the
+    cache, and holds the name of the public model, but not its weights.
+    """
+    if not isinstance(name, str | Path) or Name.parse(name).scheme != OPEN_CLIP:
+        return find_own_model(name)
+    public_name = str(name)
+
+    def read(folder: Path) -> Path:
+        describe_model(folder).recipe.validated()
+        return folder
+
+    # With the fingerprint, because the files behind a name may change.
+    key = stable_hash([LAYOUT, FORMAT, public_name, open_open_clip(public_name).fingerprint])
+    return cached("public", key, read, lambda folder: _write_public(public_name, folder))
+
+
+def is_public(recipe: Recipe) -> bool:
+    """Whether the recipe is that of a public model, which openimp did not train."""
+    return any(source.path == TRAINING_DATA for source in recipe.sources.values())
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of the models that come with openimp, and with open_clip if it is installed, like `timm.list_models`.
+
+    `pattern` has the wildcards of the shell: `list_models("*SigLIP2*")`.
+    """
+    names = [f"{BUNDLED}:{name}" for name in bundled_names()]
+    if find_spec("open_clip"):
+        names += open_clip_names()
+    return [name for name in names if fnmatchcase(name, pattern)]
+
+
+def _write_public(name: str, folder: Path) -> None:
+    """Writes a model whose towers are a model of open_clip, with the public model's logit scale and bias."""
+    network = open_open_clip(name).network
+    recipe = _recipe_of(name, open_open_clip(name).features, "softmax" if network.logit_bias is None else "sigmoid")
+    config = recipe.to_config({})
+    modalities = config.make_modalities()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # All folders of a public model have the same weights, which identify it.
+        model = IMP(config, modalities)
+    (temperature,) = model.fp32_modules()
+    with torch.no_grad():
+        temperature.temperature.copy_((-network.logit_scale).exp())
+        if network.logit_bias is not None:
+            temperature.bias.copy_(network.logit_bias)
+    save_model(folder, model, config, modalities, recipe.to_yaml())
+
+
+def _recipe_of(name: str, features: int, loss: str) -> Recipe:
+    """The recipe of a model that the library's authors trained: its modalities, and no data that can be read."""
+    is_local = Name.parse(name).folder is not None  # Then the title must not tell the folders of this machine.
+    title = Path(name).name if is_local else name.rpartition(":")[2]
+    task = {"source": "unknown", "objectives": [{"type": "contrastive", "loss": loss}]}
+    return Recipe.build(
+        {
+            "name": re.sub(r"[^\w.-]+", "-", title).strip("-.") or "open_clip",
+            "model": {"width": features, "embed_dim": features, "layers": 0, "heads": 1, "space": "joint"},
+            "modalities": {"vision": {"tower": name}, "text": {"tower": name}},
+            "sources": {"unknown": {"path": TRAINING_DATA}},
+            "tasks": {
+                "pictures": {**task, "inputs": {"image": "image", "text": "text"}},
+                "clips": {**task, "inputs": {"video": "video", "text": "text"}},
+            },
+        }
+    )

@@ -1,0 +1,236 @@
+"""Opens public models of open_clip, timm and sentence-transformers, which the libraries download, cache and compute.
+
+Models are opened once, on the GPU if there is one. Each comes with a fingerprint: a hash of everything that decides on
+its vectors. Weights in a folder must be safetensors. Other weights of open_clip are read with `weights_only=True`,
+which runs no code.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, Field
+
+from openimp.checkpoint.find import download
+from openimp.checkpoint.public_vit import timm_opens
+from openimp.common.cache import stable_hash
+from openimp.common.device import pick_device
+from openimp.common.errors import UserError, library_errors, nearest
+from openimp.common.names import LOCAL, OPEN_CLIP, SENTENCE_TRANSFORMERS, Name
+from openimp.common.progress import no_log_output
+from openimp.common.safe_files import file_state, local_folder, read_text, require_safetensors, sha256
+from openimp.common.schema import checked
+from openimp.parallel.layout import weights_hash
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+"""open_clip's configuration of a model in a folder or on the Hub."""
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+"""The files that open_clip prefers if a folder has several files of weights."""
+ON_HUB = "hf-hub:"
+KERNELS = {"attn_implementation", "_attn_implementation", "experts_implementation"}
+"""Entries of a configuration that may name kernels on the Hugging Face Hub, which transformers downloads and runs."""
+
+
+class OpenClipModel(NamedTuple):
+    """A model as open_clip opens it."""
+
+    network: Any
+    transform: Any  # of a Pillow picture, as in the library's evaluation
+    tokenizer: Any
+    features: int  # the size of its vectors
+    size: tuple[int, int]  # height and width of a prepared picture
+    fingerprint: str
+
+
+class _VisionConfig(BaseModel):
+    timm_model_name: Annotated[str, Field(pattern=r"^[\w.-]*$")] | None = None
+
+
+class _TextConfig(BaseModel):
+    tokenizer_kwargs: dict[Literal["clean", "strip_sep_token"], Any] | None = None
+    """Others, such as trust_remote_code, are refused."""
+    hf_model_name: str | None = None
+    hf_tokenizer_name: str | None = None
+
+
+class _ModelConfig(BaseModel):
+    embed_dim: int
+    vision_cfg: _VisionConfig
+    text_cfg: _TextConfig
+
+
+class _Config(BaseModel):
+    """What is checked of a configuration of open_clip that a stranger may have written."""
+
+    model_cfg: _ModelConfig
+
+
+def import_open_clip() -> Any:
+    """The library open_clip, or a UserError that says how to install it."""
+    try:
+        import open_clip
+    except ImportError:
+        raise UserError("open_clip is not installed: pip install 'openimp[peers]'") from None
+    return open_clip
+
+
+def open_clip_names() -> list[str]:
+    """The names of the models that open_clip itself lists."""
+    library = import_open_clip()
+    return [
+        f"{OPEN_CLIP}:{model}/{tag}"
+        for model, tag in library.list_pretrained()
+        if _same_activation(library.get_pretrained_cfg(model, tag), library.get_model_config(model))
+    ]
+
+
+def open_open_clip(name: str) -> OpenClipModel:
+    """Opens a model of open_clip: open_clip:NAME/TAG, open_clip:hf-hub:OWNER/NAME or open_clip:local-dir:FOLDER."""
+    folder = local_folder(name)
+    files = sorted(folder.glob("*")) if folder else []
+    return load_open_clip(name, tuple((str(file.resolve()), file_state(file)) for file in files))
+
+
+@cache
+def load_open_clip(name: str, files: tuple[Any, ...]) -> OpenClipModel:
+    """`open_open_clip`, with the state of the files of a local model, which is opened again if one of them changes."""
+    library = import_open_clip()
+    identifier, tag = _identify(name)
+    # The random numbers of the training stay as they are.
+    with torch.random.fork_rng(devices=[]), no_log_output(), library_errors(f"{name}: open_clip cannot open it"):
+        config = library.get_model_config(identifier)
+        network, transform = library.create_model_from_pretrained(identifier, tag, weights_only=True)
+        tokenizer = library.get_tokenizer(identifier)
+    size = network.visual.preprocess_cfg["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    for file_option in ("hf_model_name", "hf_tokenizer_name"):  # Folders of the same content may have any name.
+        config["text_cfg"].pop(file_option, None)
+    words = getattr(getattr(tokenizer, "tokenizer", None), "backend_tokenizer", None)
+    options = [config, network.visual.preprocess_cfg, words and words.to_str()]
+    fingerprint = stable_hash([weights_hash(network).hexdigest(), json.dumps(options, sort_keys=True)])[:16]
+    network = network.eval().requires_grad_(False).to(pick_device())
+    return OpenClipModel(network, transform, tokenizer, config["embed_dim"], (height, width), fingerprint)
+
+
+def _identify(name: str) -> tuple[str, str | None]:
+    """The name and the tag that open_clip takes. UserError if there is no such model, or if it may run code."""
+    library = import_open_clip()
+    identifier = Name.parse(name).rest
+    if (folder := local_folder(name)) is not None:
+        require_safetensors(folder, OPEN_CLIP_WEIGHTS)
+        _check_open_clip(name, folder / OPEN_CLIP_CONFIG)
+        return f"{LOCAL}{folder}", None
+    if identifier.startswith(ON_HUB):
+        with library_errors(f"{name}: open_clip did not provide the model"):
+            repository = identifier.removeprefix(ON_HUB)
+            file = library.pretrained.download_pretrained_from_hf(repository, filename=OPEN_CLIP_CONFIG)
+        _check_open_clip(name, Path(file))
+        return identifier, None
+    model, _, tag = identifier.partition("/")
+    architecture = library.get_model_config(model)
+    weights_config = library.get_pretrained_cfg(model, tag)
+    if architecture is None and Path(identifier).is_dir():
+        raise UserError(f"{name}: a model in a folder is named {OPEN_CLIP}:{LOCAL}{identifier}")
+    if architecture is None:
+        raise UserError(f"{name}: open_clip has no model {model!r}{nearest(model, library.list_models())}")
+    if not weights_config:
+        tags = ", ".join(library.list_pretrained_tags_by_model(model)) or "none"
+        raise UserError(f"{name}: expected {OPEN_CLIP}:{model}/TAG with one of the tags {tags}")
+    if not _same_activation(weights_config, architecture):
+        other = f"{model}-quickgelu" if weights_config.get("quick_gelu") else model.removesuffix("-quickgelu")
+        raise UserError(f"{name}: these weights were trained with another activation: use {OPEN_CLIP}:{other}/{tag}")
+    return model, tag
+
+
+def _same_activation(weights_config: Any, architecture: Any) -> bool:
+    """Whether weights were trained with the activation of an architecture."""
+    return bool(weights_config.get("quick_gelu")) == bool(architecture.get("quick_gelu"))
+
+
+def _check_open_clip(name: str, file: Path) -> None:
+    """Refuses a configuration of open_clip that is damaged, or that could make a library run or fetch code."""
+    config = checked(_Config, _read_json(name, file), f"{name}: {file.name}")
+    text = config.model_cfg.text_cfg
+    if text.hf_model_name:
+        _refuse_code(name, text.hf_model_name, "config.json")
+    if text.hf_tokenizer_name:
+        # In a folder, the tokenizer is beside the configuration, whatever it is called.
+        folder = local_folder(name)
+        _refuse_code(name, str(folder or text.hf_tokenizer_name), "tokenizer_config.json")
+
+
+def _refuse_code(name: str, source: str, file_name: str) -> None:
+    """Refuses a configuration of transformers that names code, in a folder or a repository of the Hub."""
+    file = Path(source) / file_name
+    if not Path(source).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        with library_errors(f"{name}: the Hugging Face Hub did not provide {file_name} of {source}"):
+            file = Path(hf_hub_download(source, file_name))
+    if file.exists():
+        _refuse_kernels(name, file)
+        # transformers would ask on the terminal whether to run it.
+        if "auto_map" in _read_json(name, file):
+            raise UserError(f"{name}: auto_map in {file_name} names code, which openimp does not run")
+
+
+@cache
+def open_timm(name: str) -> tuple[Any, Any, str]:
+    """A model of timm, its transform of pictures, and its fingerprint."""
+    with timm_opens(name):
+        import timm
+
+        trunk = timm.create_model(Name.parse(name).rest, pretrained=True, num_classes=0).eval().requires_grad_(False)
+    config = timm.data.resolve_data_config(model=trunk)
+    fingerprint = stable_hash([weights_hash(trunk).hexdigest(), sorted(config.items())])[:16]
+    return trunk.to(pick_device()), timm.data.create_transform(**config), fingerprint
+
+
+@cache
+def open_sentence_transformer(name: str) -> tuple[Any, str]:
+    """A model of sentence-transformers, and its fingerprint."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise UserError(f"{name}: needs sentence-transformers: pip install 'openimp[sentence-transformers]'") from None
+    folder = _sentence_transformer_folder(name)
+    files = sorted(folder.rglob("*.json"))
+    for file in files:
+        if file.name.endswith("config.json"):
+            _refuse_kernels(name, file)
+    with library_errors(f"{name}: sentence-transformers cannot open it"):
+        library = SentenceTransformer(
+            str(folder),
+            device=str(pick_device()),
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True},
+        )
+    options = [(file.relative_to(folder).as_posix(), sha256(file)) for file in files]
+    return library, stable_hash([weights_hash(library).hexdigest(), *options])[:16]
+
+
+def _sentence_transformer_folder(name: str) -> Path:
+    """The folder of a model of sentence-transformers, which is downloaded if it is on the Hub."""
+    if (folder := local_folder(name)) is not None:
+        return folder
+    identifier = Name.parse(name).rest
+    if Path(identifier).is_dir():  # The Hub would be asked several times before an error that blames the network.
+        raise UserError(f"{name}: a model in a folder is named {SENTENCE_TRANSFORMERS}:{LOCAL}{identifier}")
+    return download(name, ("*.json", "*.txt", "*.model", "*.safetensors"))
+
+
+def _refuse_kernels(name: str, file: Path) -> None:
+    """Refuses a configuration of transformers that names a kernel on the Hugging Face Hub."""
+    config = _read_json(name, file)
+    for key in KERNELS & config.keys() if isinstance(config, dict) else ():
+        if isinstance(config[key], str) and "/" in config[key]:
+            raise UserError(f"{name}: {key} in {file.name} names code, {config[key]!r}, which openimp does not run")
+
+
+def _read_json(name: str, file: Path) -> Any:
+    try:
+        return json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{name}: {file.name} is damaged: {error}") from None
