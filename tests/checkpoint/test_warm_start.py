@@ -104,9 +104,11 @@ def test_a_head_of_the_same_classes_is_taken_and_of_other_classes_is_not(little_
 
 @pytest.mark.parametrize("by_stem", [False, True])
 def test_a_modality_that_is_new_starts_anew(own_data, tmp_path, capsys, by_stem):
-    """A model that only saw learns to hear and to read: its tokenizer is made of the new texts, its experts are new."""
+    """A model that only saw learns to hear and to read. Its tokenizer is made of the new texts. Experts and blocks that
+    stems have for themselves are new."""
     text = (own_data / "recipe.yaml").read_text()
     if by_stem:
+        text = text.replace("layers: 2,", "layers: 2, modality_specific_layers: 1,")
         (own_data / "recipe.yaml").write_text(text.replace("experts: 2", "experts: {vision: 2, text: 2, audio: 4}"))
         text = text.replace("experts: 2", "experts: {vision: 2}")
     seeing = re.sub(r"  (audio|text): \{(window|vocab).*\n", "", text)
@@ -122,6 +124,7 @@ def test_a_modality_that_is_new_starts_anew(own_data, tmp_path, capsys, by_stem)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("starts from"))
     assert "; loaded: stems.vision, encoder, classifiers.pictures:label; new: stems.text, stems.audio, " in line
     assert ("encoder.blocks.*.mlp.groups.audio.router.weight_ED" in line) == by_stem
+    assert ("encoder.own.audio.*.attention." in line) == by_stem
     before = dcp.read(checkpoints(tmp_path / "seeing")[-1] / "ema")
     assert torch.equal(training.model.state_dict()["stems.vision.embed.weight"], before["stems.vision.embed.weight"])
     for loaded in load_batches(training.batches, 0, 6):

@@ -23,7 +23,10 @@ from openimp.recipe.file import differences, flat
 from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
-SAME = ("width", "layers", "heads", "mlp_dim", "qk_norm", "bias", "gelu", "embed_dim", "moe.experts", "moe.layers")
+SAME = (
+    *("width", "layers", "heads", "mlp_dim", "qk_norm", "bias", "gelu", "embed_dim", "modality_specific_layers"),
+    *("moe.experts", "moe.layers"),
+)
 """Keys of `model` that must be the same in both models: they determine the shape or the meaning of a tensor."""
 
 MAX_LISTED = 10
@@ -45,10 +48,10 @@ class SavedWeights:
     def may_lack(self, name: str) -> bool:
         """Whether the tensor `name` of the new model keeps its initial values if these weights lack it.
 
-        True for the experts of a stem that the saved model does not have.
+        True for the experts and the own blocks of a stem that the saved model does not have.
         """
-        group = re.search(r"\.groups\.\w+\.", name)
-        return group is not None and not any(group[0] in saved for saved in self.shapes)
+        of_stem = re.search(r"\.(groups|own)\.\w+\.", name)
+        return of_stem is not None and not any(of_stem[0] in saved for saved in self.shapes)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Fills tensors in place."""
@@ -71,9 +74,9 @@ class WarmStart:
     def load(self, model: Embedder, classes: Classes) -> str:
         """Loads the weights, and returns a line that lists the loaded parts. Every rank must call this.
 
-        The encoder is always loaded. A stem, projection head or temperature is loaded if both models have one of this
-        name. A classification head is loaded if it also has the same classes in the same order. All other parts keep
-        their initial values.
+        The encoder is always loaded, except what the weights `may_lack`. A stem, projection head or temperature is
+        loaded if both models have one of this name. A classification head is loaded if it also has the same classes in
+        the same order. All other parts keep their initial values, and are listed as new.
         """
         saved_shapes = self.weights.shapes
         tensors = model.state_dict()

@@ -31,13 +31,13 @@ def find_model(name: str | Path) -> Path:
         return find_own_model(name)
     public_name = str(name)
 
-    def read(folder: Path) -> Path:
-        describe_model(folder).recipe.validated()
+    def checked(folder: Path) -> Path:
+        describe_model(folder).recipe.validated()  # An error if an older version of openimp has written it.
         return folder
 
     # With the fingerprint, because the files behind a name may change.
     key = stable_hash([LAYOUT, FORMAT, public_name, open_open_clip(public_name).fingerprint])
-    return cached("public", key, read, lambda folder: _write_public(public_name, folder))
+    return cached("public", key, checked, lambda folder: _write_public(public_name, folder))
 
 
 def is_public(recipe: Recipe) -> bool:
@@ -63,7 +63,7 @@ def _write_public(name: str, folder: Path) -> None:
     config = recipe.to_config({})
     modalities = config.make_modalities()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # All folders of a public model have the same weights, which identify it.
+        torch.manual_seed(0)  # The heads are hashed to recognize the model, so they must always be the same.
         model = IMP(config, modalities)
     (temperature,) = model.fp32_modules()
     with torch.no_grad():

@@ -40,7 +40,7 @@ CROP = 0.5
 ASPECT = 1.33
 """Largest factor by which a random crop changes the aspect ratio."""
 CLIPS = 64
-"""Clips in a forward pass of a tower."""
+"""Maximum number of clips in a forward pass. sentence-transformers has its own."""
 LONGEST_TEXT = 10_000
 """Maximum number of characters of a text for a library. The tokenizer of the library cuts the text further."""
 LONGEST_SIDE = 2048
@@ -59,7 +59,7 @@ class FrozenEncoder(ABC):
     Attributes:
         features: D.
         fingerprint: a hash of everything that decides on its vectors.
-        reader: openimp's modality that decodes items. It may have protocols that show and cut them.
+        reader: openimp's modality of the items. It may have protocols that show and cut them. `read` need not use it.
         view: the view in which `reader` reads them.
     """
 
@@ -100,12 +100,13 @@ class OwnEncoder(FrozenEncoder):
                 "--join --towards, and name their column in `to`"
             )
         self.features = model.config.embed_dim if embeds else model.config.width
-        # Without defaults, so that a later version of openimp with more options knows the same encoder.
+        # Without defaults, so that the fingerprint stays the same in a later version of openimp with more options.
         options = [part.model_dump_json(exclude_defaults=True) for part in (self.reader.config, self.view)]
         parts = [weights, sorted(learned_files([self.reader]).items()), options, embeds]
         self.fingerprint = stable_hash(parts)[:16]
         towards = modality if embeds else None
-        self._encoder = ItemEncoder(model, self.reader, self.view, towards, "fp32")  # Slow, but once per item.
+        # fp32 is slow, but training items are embedded once.
+        self._encoder = ItemEncoder(model, self.reader, self.view, towards, "fp32")
 
     def embed(self, clips: np.ndarray) -> Tensor:
         # Ranks embed different items, so the routers of a sparse model must not wait for each other.
@@ -164,8 +165,8 @@ class TimmEncoder(FrozenEncoder):
 class OpenClipEncoder(FrozenEncoder):
     """A model of open_clip. Its vectors are the library's, before they are normalized.
 
-    The library's transform of evaluation prepares pictures and the frames of clips. The vector of a clip is the mean of
-    its frames' unit vectors (CLIP4Clip's mean pooling, arXiv 2104.08860).
+    The library's transform of evaluation prepares pictures and the frames of films. The vector of a clip is the mean of
+    its frames' unit vectors (CLIP4Clip's mean pooling, arXiv 2104.08860). Films have up to four clips.
     """
 
     def __init__(self, name: str, modality: str) -> None:
@@ -209,7 +210,7 @@ class OpenClipEncoder(FrozenEncoder):
             return torch.cat([self._vectors(part.to(device)) for part in torch.from_numpy(clips).split(CLIPS)])
 
     def _vectors(self, clips: Tensor) -> Tensor:
-        """The vectors (M, D) of texts (M, L), pictures (M, 3, H, W), or films (M, T, 3, H, W)."""
+        """The vectors (M, D) of texts (M, L), pictures (M, 3, H, W), or clips of films (M, T, 3, H, W)."""
         network = self._opened.network
         if self._modality == "text":
             return network.encode_text(clips, normalize=False)
@@ -242,7 +243,7 @@ def _reader_and_view(modality: str, options: dict[str, Any]) -> tuple[Any, Any]:
 def _picture(value: Any, rng: Rng | None) -> PIL.Image.Image:
     """A picture for a library; with `rng`, a random crop of it. BadMedia if it cannot be read."""
     with decoder_errors(), upright(value) as opened:
-        picture = to_rgb(opened).copy()  # The caller's picture must not be shrunk below.
+        picture = to_rgb(opened).copy()  # `thumbnail` below shrinks in place, which must not change the caller's.
     if picture.mode == "RGBA":  # What is transparent is white, as for openimp's own models.
         background = PIL.Image.new("RGB", picture.size, "white")
         background.paste(picture, mask=picture.getchannel("A"))
@@ -272,7 +273,7 @@ def open_encoder(name: str, modality: str, embeds: bool = False) -> FrozenEncode
 
 
 def release_encoders() -> None:
-    """Frees the memory of encoders that no tower uses."""
+    """Forgets all open models, so that those that no tower uses free their memory."""
     for opened in (_open, load_open_clip, open_timm, open_sentence_transformer):
         opened.cache_clear()
 
@@ -286,7 +287,7 @@ def vector_sizes(name: str) -> dict[str, int]:
         return dict.fromkeys(OPEN_CLIP_MODALITIES, open_open_clip(name).features)
     if scheme == SENTENCE_TRANSFORMERS:
         library, _ = open_sentence_transformer(name)
-        names = [modality for modality in library.modalities if isinstance(modality, str)]
+        names = [modality for modality in library.modalities if isinstance(modality, str) and modality != "message"]
         return dict.fromkeys(names, library.get_embedding_dimension())
     model, saved, _ = _open(find_own_model(name))
     return dict.fromkeys(saved.modalities, model.config.width)

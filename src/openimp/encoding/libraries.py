@@ -1,8 +1,8 @@
 """Opens public models of open_clip, timm and sentence-transformers, which the libraries download, cache and compute.
 
-Models are opened once, on the GPU if there is one. Each comes with a fingerprint: a hash of everything that decides on
-its vectors. Weights in a folder must be safetensors. Other weights of open_clip are read with `weights_only=True`,
-which runs no code.
+Models stay open until `release_encoders`, on the GPU if there is one. Each comes with a fingerprint: a hash of
+everything that decides on its vectors. Weights in a folder must be safetensors. Other weights of open_clip are read
+with `weights_only=True`, which runs no code.
 """
 
 import json
@@ -23,6 +23,7 @@ from openimp.common.progress import no_log_output
 from openimp.common.safe_files import file_state, local_folder, read_text, require_safetensors, sha256
 from openimp.common.schema import checked
 from openimp.parallel.layout import weights_hash
+from openimp.recipe.file import flat
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 """open_clip's configuration of a model in a folder or on the Hub."""
@@ -45,7 +46,7 @@ class OpenClipModel(NamedTuple):
 
 
 class _VisionConfig(BaseModel):
-    timm_model_name: Annotated[str, Field(pattern=r"^[\w.-]*$")] | None = None
+    timm_model_name: Annotated[str, Field(pattern=r"^[\w.-]*$")] | None = None  # of timm's own: no path, no hf-hub:
 
 
 class _TextConfig(BaseModel):
@@ -77,7 +78,7 @@ def import_open_clip() -> Any:
 
 
 def open_clip_names() -> list[str]:
-    """The names of the models that open_clip itself lists."""
+    """The models that open_clip lists, without weights that were trained with another activation."""
     library = import_open_clip()
     return [
         f"{OPEN_CLIP}:{model}/{tag}"
@@ -95,7 +96,7 @@ def open_open_clip(name: str) -> OpenClipModel:
 
 @cache
 def load_open_clip(name: str, files: tuple[Any, ...]) -> OpenClipModel:
-    """`open_open_clip`, with the state of the files of a local model, which is opened again if one of them changes."""
+    """See `open_open_clip`. A local model is opened again if one of its `files` changes, which only the cache uses."""
     library = import_open_clip()
     identifier, tag = _identify(name)
     # The random numbers of the training stay as they are.
@@ -105,10 +106,10 @@ def load_open_clip(name: str, files: tuple[Any, ...]) -> OpenClipModel:
         tokenizer = library.get_tokenizer(identifier)
     size = network.visual.preprocess_cfg["size"]
     height, width = (size, size) if isinstance(size, int) else size
-    for file_option in ("hf_model_name", "hf_tokenizer_name"):  # Folders of the same content may have any name.
-        config["text_cfg"].pop(file_option, None)
-    words = getattr(getattr(tokenizer, "tokenizer", None), "backend_tokenizer", None)
-    options = [config, network.visual.preprocess_cfg, words and words.to_str()]
+    for name_option in ("hf_model_name", "hf_tokenizer_name"):  # Folders of the same content may have any name.
+        config["text_cfg"].pop(name_option, None)
+    fast_tokenizer = getattr(getattr(tokenizer, "tokenizer", None), "backend_tokenizer", None)
+    options = [config, network.visual.preprocess_cfg, fast_tokenizer and fast_tokenizer.to_str()]
     fingerprint = stable_hash([weights_hash(network).hexdigest(), json.dumps(options, sort_keys=True)])[:16]
     network = network.eval().requires_grad_(False).to(pick_device())
     return OpenClipModel(network, transform, tokenizer, config["embed_dim"], (height, width), fingerprint)
@@ -151,7 +152,7 @@ def _same_activation(weights_config: Any, architecture: Any) -> bool:
 
 def _check_open_clip(name: str, file: Path) -> None:
     """Refuses a configuration of open_clip that is damaged, or that could make a library run or fetch code."""
-    config = checked(_Config, _read_json(name, file), f"{name}: {file.name}")
+    config = checked(_Config, _read_config(name, file), f"{name}: {file.name}")
     text = config.model_cfg.text_cfg
     if text.hf_model_name:
         _refuse_code(name, text.hf_model_name, "config.json")
@@ -172,7 +173,7 @@ def _refuse_code(name: str, source: str, file_name: str) -> None:
     if file.exists():
         _refuse_kernels(name, file)
         # transformers would ask on the terminal whether to run it.
-        if "auto_map" in _read_json(name, file):
+        if "auto_map" in _read_config(name, file):
             raise UserError(f"{name}: auto_map in {file_name} names code, which openimp does not run")
 
 
@@ -222,15 +223,17 @@ def _sentence_transformer_folder(name: str) -> Path:
 
 
 def _refuse_kernels(name: str, file: Path) -> None:
-    """Refuses a configuration of transformers that names a kernel on the Hugging Face Hub."""
-    config = _read_json(name, file)
-    for key in KERNELS & config.keys() if isinstance(config, dict) else ():
-        if isinstance(config[key], str) and "/" in config[key]:
-            raise UserError(f"{name}: {key} in {file.name} names code, {config[key]!r}, which openimp does not run")
+    """Refuses a configuration of transformers that names a kernel on the Hugging Face Hub, for all or for a part."""
+    for key, value in flat(_read_config(name, file)).items():
+        if not KERNELS.isdisjoint(key.split(".")) and isinstance(value, str) and "/" in value:
+            raise UserError(f"{name}: {key} in {file.name} names code, {value!r}, which openimp does not run")
 
 
-def _read_json(name: str, file: Path) -> Any:
+def _read_config(name: str, file: Path) -> dict[str, Any]:
     try:
-        return json.loads(read_text(file))
+        config = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{name}: {file.name} is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{name}: {file.name} is damaged: expected a JSON object")
+    return config

@@ -54,9 +54,9 @@ class Tower(Modality):
         """The model that embeds items: a run, `openimp:base`, `hub:OWNER/NAME`, `open_clip:NAME/TAG`, `timm:NAME` for
         pictures, or `sentence_transformers:OWNER/NAME`."""
         crops: Count = 1
-        """Vectors that training has of each picture, video or sound. The first is of the item as in evaluation (of a
-        long item, the mean over its clips), the others are of random crops. If the tower is a model of openimp,
-        they are also augmented as in its training. Each step draws one of them."""
+        """Vectors that training has of each picture, video or sound. The first is of the whole item: of a long item,
+        the mean of its clips' vectors. The others are of random crops. If the tower is a model of openimp, they are
+        also augmented as in its training. Each step draws one of them."""
 
     class View(Strict):
         """A tower reads items in its own view."""
@@ -69,7 +69,7 @@ class Tower(Modality):
         self._saved: SavedTower | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self.name, self.role, self.config, self.state())  # Without the encoder.
+        return _restored, (self.name, self.role, self.config, self.state())  # The encoder is not pickled.
 
     @cached_property
     def encoder(self) -> FrozenEncoder:
@@ -148,7 +148,7 @@ class Tower(Modality):
         return _scaled(torch.stack(means)).cpu().numpy().astype(np.float16)
 
     def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
-        """The vectors of one item; see `embed_all`."""
+        """The vectors of one item; see `embed_all`. They do not depend on the other arguments."""
         (vectors,) = self.embed_all([lambda: raw])
         if isinstance(vectors, BadMedia):
             raise vectors
@@ -164,7 +164,8 @@ class Tower(Modality):
         return self.encoder.read(value)
 
     def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
-        """One token per row of `items`: vectors (B, features), or without `rngs` clips (M, ...), which it embeds."""
+        """One token per row of `items`: in training, with `rngs`, of vectors (B, features); in evaluation of clips
+        (M, ...), which it embeds."""
         vectors_BD = torch.from_numpy(items) if rngs is not None else self.encoder.embed(items)
         return self.from_tensor(vectors_BD.float())
 
@@ -218,10 +219,12 @@ def tower_class(name: str, role: Role = "tower") -> type[Tower]:
 
 
 def make_teachers(recipe: Recipe) -> dict[Teacher, Tower]:
-    """The frozen models that the tasks of a recipe learn from. They are opened when they are used."""
+    """The frozen models that the trained tasks of a recipe learn from. They are opened when they are used."""
     teachers = {}
     for task in recipe.tasks.values():
-        for teacher in task.teachers if task.weight else ():
+        if not task.weight:
+            continue
+        for teacher in task.teachers:
             tower = tower_class(teacher.modality, "teacher")
             teachers[teacher] = tower(tower.Config(tower=teacher.model))
     return teachers

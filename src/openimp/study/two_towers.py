@@ -5,7 +5,7 @@
 The recipe has one task of two modalities, one of them text. The towers have the recipe's sizes. They get its examples
 in its order, with its augmentation and tokenizer, and its optimizers update them. Initialization, pooling and patch
 dropout are open_clip's, and so is the loss, which equals openimp's loss without `positives_by`. It needs `pip install
-openimp[peers]`.
+openimp[peers]`. These towers are trained; those of `encoding.tower` are frozen.
 
 Shape suffixes: B examples, T frames, P values per token, Z features of the shared embedding space.
 """
@@ -77,6 +77,7 @@ class TwoTowers(Embedder):
         clip.set_grad_checkpointing(recipe.memory.activation_checkpointing)
         self.encoder = clip
         self.scale = LogitScale(model.init_temperature)
+        # The towers give vectors of the shared space, without further heads.
         self.config = model.model_copy(update={"width": model.embed_dim, "space": "joint"})
         self.classifiers = nn.ModuleDict()
         self.pairs = [(min(media_name, text_name), max(media_name, text_name))]
@@ -144,12 +145,12 @@ class TwoTowers(Embedder):
 
 
 class LogitScale(Temperature):
-    """The temperature as open_clip learns it: by the logarithm of the logit scale, which is limited to log(100)."""
+    """The temperature as open_clip learns it: the parameter is the logarithm of the logit scale, from 0 to log(100)."""
 
     def __init__(self, temperature: float) -> None:
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # `Temperature` would make another parameter.
         self.logit_scale = nn.Parameter(torch.full([1], -math.log(temperature)))
-        self.bias = nn.Parameter(torch.zeros(1))  # of the sigmoid loss, which is not used
+        self.bias = nn.Parameter(torch.zeros(1))  # Only the sigmoid loss uses it.
 
     def forward(self) -> tuple[Tensor, Tensor]:
         return (-self.logit_scale).exp(), self.bias.clone()
@@ -182,7 +183,7 @@ def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
         )
     if len({view[media].drop_tokens for view in task.views}) > 1:
         raise UserError(f"{recipe.name}: open_clip's towers have one patch dropout, but the views' drop_tokens differ")
-    # The patch becomes the whole example. That of a sound has two axes, frames and bins.
+    # The patch becomes the whole example. It has frames, height and width; that of a sound only frames and bins.
     config = medium.config
     patch = shapes[0][3 - len(config.patch) : 3]
     modalities[media] = type(medium)(config.model_copy(update={"patch": patch, "conv_channels": 0}))
@@ -193,7 +194,7 @@ TWO_TOWERS = Variant(
     name="TwoTowerTrainer",
     make_modalities=unpatched_modalities,
     build_model=lambda recipe, modalities, _: TwoTowers(recipe, modalities),
-    prints_warnings=False,  # open_clip's loss cannot treat several examples as one item.
+    prints_warnings=False,  # They advise `positives_by`, which open_clip's loss does not have.
 )
 """Trains the two towers. Its metrics count the media of an example as one token."""
 
