@@ -22,7 +22,7 @@ from openimp.data.batch import head_key
 from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
 from openimp.drafting.draft import draft_recipe, is_data, recipe_name
-from openimp.encoding.find import find_model
+from openimp.encoding.find import find_model, is_public
 from openimp.evaluation.baseline import comparison
 from openimp.evaluation.evaluate import NotMeasured
 from openimp.evaluation.results import latest, read_results, table
@@ -280,7 +280,7 @@ def run_info(what: str, overrides: list[str]) -> None:
         modalities = recipe.make_modalities()
         classes = _classes(recipe)
         print_model(recipe.to_config(classes), modalities)
-    if recipe is not None:
+    if recipe is not None and not is_public(recipe):
         print_costs(recipe, modalities, classes)
     if is_folder:
         _print_run(path)

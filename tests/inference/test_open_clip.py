@@ -144,7 +144,14 @@ def test_the_commands_take_a_name(clip, little_data, tmp_path, monkeypatch):
         push(Path(clip), "me/clip", tmp_path / "public")
     with refuses():
         export(clip, tmp_path / "onnx")
-    assert openimp.load(clip).logit_scale.item() == pytest.approx(np.log(14), abs=0.2)
+    for command in ("train", "report"):
+        with refuses():
+            invoke(command, clip)
+    assert "vision is read by the frozen encoder" in invoke("info", clip)
+    model = openimp.load(clip)
+    assert model.logit_scale.item() == pytest.approx(np.log(14), abs=0.2)
+    with refuses():
+        model.encode_text(None)
 
 
 def test_a_folder_is_indexed_and_searched(clip, little_data, tmp_path):
@@ -171,7 +178,11 @@ def test_a_folder_is_indexed_and_searched(clip, little_data, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("open_clip:ViT-B-32", "ViT-B-32: expected open_clip:ViT-B-32/TAG with one of the tags .*laion2b"),
+        ("open_clip:ViT-B-32", "ViT-B-32: expected open_clip:ViT-B-32/TAG; known: .*laion2b"),
+        ("open_clip:ViT-B-32/openia", "expected open_clip:ViT-B-32/TAG; did you mean 'openai'?"),
+        ("openclip:ViT-B-32/openai", "no such folder; did you mean 'open_clip'?"),
+        ("empty", "empty: no model here; .*; a model of open_clip in a folder is named open_clip:local-dir:empty"),
+        ("open_clip:local-dir:ViT-B-32", "the folder has no open_clip_config.json"),
         ("open_clip:ViT-B-32/nonsense", "nonsense: expected open_clip:ViT-B-32/TAG"),
         ("open_clip:ViT-B-23/openai", "no model 'ViT-B-23'; did you mean"),
         ("open_clip:ViT-B-32/openai", "another activation: use open_clip:ViT-B-32-quickgelu/openai"),
@@ -181,6 +192,8 @@ def test_a_folder_is_indexed_and_searched(clip, little_data, tmp_path):
 def test_wrong_names_are_explained(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ViT-B-32" / "openai").mkdir(parents=True)  # A folder does not hide a model that the library knows.
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "open_clip_config.json").touch()
     with pytest.raises(UserError, match=message):
         openimp.load(name)
 

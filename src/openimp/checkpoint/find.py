@@ -5,9 +5,11 @@ from pathlib import Path
 
 from openimp.checkpoint.folder import CONFIG, RECIPE, checkpoints
 from openimp.common.errors import UserError, library_errors, nearest
-from openimp.common.names import BUNDLED, HUB, HubName, Name
+from openimp.common.names import BUNDLED, HUB, LOCAL, OPEN_CLIP, SCHEMES, HubName, Name
 from openimp.common.safe_files import refuse_links
 
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+"""open_clip's configuration of a model in a folder or on the Hub."""
 BUNDLED_MODELS = Path(__file__).parent.parent / "models"
 
 
@@ -30,7 +32,10 @@ def find_own_model(name: str | Path) -> Path:
         raise UserError(f"{name}: expected a folder, openimp:NAME, hub:OWNER/NAME or open_clip:NAME/TAG for a model")
     folder = Path(name).expanduser()
     if not folder.exists():
-        raise UserError(f"{name}: no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME")
+        typed_scheme, colon, _ = name.partition(":")
+        hint = nearest(typed_scheme, SCHEMES) if colon else ""
+        hint = hint or "; a model on the Hugging Face Hub is named hub:OWNER/NAME"
+        raise UserError(f"{name}: no such folder{hint}")
     return _find_local(folder)
 
 
@@ -45,7 +50,11 @@ def _find_local(path: Path) -> Path:
         return path
     saved = checkpoints(path)
     if not saved:
-        hint = "; it is an index, for openimp search and serve" if (path / "index.json").exists() else ""
+        hint = ""
+        if (path / "index.json").exists():
+            hint = "; it is an index, for openimp search and serve"
+        elif (path / OPEN_CLIP_CONFIG).exists():
+            hint = f"; a model of open_clip in a folder is named {OPEN_CLIP}:{LOCAL}{path}"
         raise UserError(f"{path}: no model here; expected a run with a checkpoint, or a folder with config.json{hint}")
     return saved[-1]
 

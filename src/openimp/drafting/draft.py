@@ -119,7 +119,10 @@ def _start(name: str) -> Start:
     if Name.parse(name).scheme in (None, BUNDLED, HUB):
         config, _, _ = read_config(find_own_model(name))
         return Start(name, config)
-    raise UserError(f"--init {name}: is not openimp's own encoder; docs/fine-tuning.md tells how to start from it")
+    raise UserError(
+        f"{name}: is not openimp's own encoder, so training cannot start from it; it can be a tower: openimp init DATA "
+        f"--tower {name}"
+    )
 
 
 def is_data(what: str) -> bool:

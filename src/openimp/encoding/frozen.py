@@ -20,7 +20,7 @@ from openimp.checkpoint.folder import SavedModel, load_model
 from openimp.common.cache import stable_hash
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
-from openimp.common.modality import Rng
+from openimp.common.modality import BadMedia, Rng
 from openimp.common.names import OPEN_CLIP, SENTENCE_TRANSFORMERS, TIMM, Name
 from openimp.common.protocols import learned_files
 from openimp.common.texts import valid_text
@@ -131,7 +131,7 @@ class SentenceTransformerEncoder(FrozenEncoder):
 
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
         if self.reader.reads_text:
-            return _objects(valid_text(value[:LONGEST_TEXT]))
+            return _objects(_text(value))
         if self._modality != "image":
             return super().read(value, rng)
         return _objects(_picture(value, rng))
@@ -184,7 +184,7 @@ class OpenClipEncoder(FrozenEncoder):
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
         if self._modality == "text":
             with _TOKENIZING:
-                return self._opened.tokenizer([valid_text(value[:LONGEST_TEXT])]).numpy()
+                return self._opened.tokenizer([_text(value)]).numpy()
         if self._modality == "video":
             return self._prepare_clips(super().read(value, rng))
         if rng is not None:
@@ -238,6 +238,13 @@ def _reader_and_view(modality: str, options: dict[str, Any]) -> tuple[Any, Any]:
     """openimp's modality with some options, and its default view."""
     plain = modality_class(modality)
     return plain(plain.Config(**options)), plain.View()
+
+
+def _text(value: Any) -> str:
+    """A text for a library. BadMedia if it is none."""
+    if not isinstance(value, str):
+        raise BadMedia(f"expected a text, found {type(value).__name__}")
+    return valid_text(value[:LONGEST_TEXT])
 
 
 def _picture(value: Any, rng: Rng | None) -> PIL.Image.Image:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, Field
 
-from openimp.checkpoint.find import download
+from openimp.checkpoint.find import OPEN_CLIP_CONFIG, download
 from openimp.checkpoint.public_vit import timm_opens
 from openimp.common.cache import stable_hash
 from openimp.common.device import pick_device
@@ -25,8 +25,6 @@ from openimp.common.schema import checked
 from openimp.parallel.layout import weights_hash
 from openimp.recipe.file import flat
 
-OPEN_CLIP_CONFIG = "open_clip_config.json"
-"""open_clip's configuration of a model in a folder or on the Hub."""
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 """The files that open_clip prefers if a folder has several files of weights."""
 ON_HUB = "hf-hub:"
@@ -120,6 +118,8 @@ def _identify(name: str) -> tuple[str, str | None]:
     library = import_open_clip()
     identifier = Name.parse(name).rest
     if (folder := local_folder(name)) is not None:
+        if not (folder / OPEN_CLIP_CONFIG).exists():
+            raise UserError(f"{name}: the folder has no {OPEN_CLIP_CONFIG}")
         require_safetensors(folder, OPEN_CLIP_WEIGHTS)
         _check_open_clip(name, folder / OPEN_CLIP_CONFIG)
         return f"{LOCAL}{folder}", None
@@ -137,8 +137,8 @@ def _identify(name: str) -> tuple[str, str | None]:
     if architecture is None:
         raise UserError(f"{name}: open_clip has no model {model!r}{nearest(model, library.list_models())}")
     if not weights_config:
-        tags = ", ".join(library.list_pretrained_tags_by_model(model)) or "none"
-        raise UserError(f"{name}: expected {OPEN_CLIP}:{model}/TAG with one of the tags {tags}")
+        tags = library.list_pretrained_tags_by_model(model)
+        raise UserError(f"{name}: expected {OPEN_CLIP}:{model}/TAG{nearest(tag, tags)}")
     if not _same_activation(weights_config, architecture):
         other = f"{model}-quickgelu" if weights_config.get("quick_gelu") else model.removesuffix("-quickgelu")
         raise UserError(f"{name}: these weights were trained with another activation: use {OPEN_CLIP}:{other}/{tag}")

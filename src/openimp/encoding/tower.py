@@ -79,7 +79,7 @@ class Tower(Modality):
         except UserError as error:
             raise UserError(f"{self.role} of {self.name}: {error}") from None
         if self._saved and self._saved.fingerprint != encoder.fingerprint:
-            raise UserError(f"{self.role} {self.config.tower}: has other weights or options now than in training")
+            raise UserError(f"{self.role} {self.config.tower}: has changed since the model was saved")
         return encoder
 
     def state(self) -> dict[str, str]:

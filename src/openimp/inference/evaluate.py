@@ -56,7 +56,8 @@ def evaluate(
     if recipe or overrides:
         measured, user_sources = _with_sets(measured, str(recipe) if recipe else None, overrides, sets)
     if not measured.evaluation.sets:
-        raise UserError(f"{recipe or model}: the recipe has no evaluation sets")
+        hint = "; name a recipe that has some with --recipe" if recipe is None else ""
+        raise UserError(f"{recipe or model}: the recipe has no evaluation sets{hint}")
     if not allow_sources:
         check_sources(name, folder, measured, sets or measured.evaluation.sets, user_sources)
     imp = imp.to(pick_device())

@@ -84,7 +84,7 @@ def write(model: Model, name: str, license: str | None, folder: Path) -> None:
         tower = getattr(options, "tower", None)
         if tower is not None and (Name.parse(tower).scheme is None or Name.parse(tower).folder):
             raise UserError(
-                f"modalities.{stem}.tower: {tower} is on this machine; push the tower, and train again with its "
+                f"modalities.{stem}.tower: {tower} is on this machine; publish the tower, and train again with its "
                 "name on the Hub"
             )
     card = model_card(model, model.folder, name, license)

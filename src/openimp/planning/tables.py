@@ -81,6 +81,9 @@ def print_model(config: ModelConfig, modalities: Modalities) -> None:
     with META:
         model = IMP(config, modalities)
     _print_parameters(model)
+    for stem, options in config.modalities.items():
+        if hasattr(options, "tower"):
+            console.print(f"{stem} is read by the frozen encoder {options.tower}, which is not counted", soft_wrap=True)
 
 
 def print_costs(recipe: Recipe, modalities: Modalities, classes: Classes) -> None:

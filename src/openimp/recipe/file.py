@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from openimp.common.errors import UserError, nearest
+from openimp.common.names import has_scheme
 from openimp.common.safe_files import read_text
 from openimp.common.schema import TextFrom
 
@@ -62,6 +63,8 @@ def find_file(name: str, collection: str = "recipes", what: str = "recipe") -> P
         return known[name]
     if Path(name).is_dir():
         raise UserError(f"{name}: is a folder, expected a {what}")
+    if has_scheme(name):
+        raise UserError(f"{name}: names a model or data, expected a {what}; openimp init DATA --tower MODEL drafts one")
     is_path = Path(name).suffix or "/" in name
     hint = "" if is_path else f", and no {what} of openimp{nearest(name, known)}"
     raise UserError(f"{name}: no such file or folder{hint}")

@@ -12,7 +12,7 @@ from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, load_ru
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modalities
-from openimp.common.names import has_scheme
+from openimp.common.names import OPEN_CLIP, Name, has_scheme
 from openimp.common.progress import Progress
 from openimp.common.protocols import Pictured
 from openimp.common.safe_files import refuse_links, write_text
@@ -46,9 +46,11 @@ def write_report(
     in results.jsonl. `allow_sources` reads sources that `check_sources` would refuse.
 
     The default of `out` is `report.html` in `run`, CHECKPOINT.html beside a checkpoint, or a file in the current
-    directory for a model of the Hub or of open_clip.
+    directory for a model of the Hub.
     """
     if has_scheme(run):
+        if Name.parse(run).scheme == OPEN_CLIP:
+            raise UserError(f"{run}: a public model has no training to report on")
         run = find_model(run)
         out = out or Path(f"{read_config(run)[0].name}.html")
     if not run.is_dir():

@@ -496,7 +496,8 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
     try:
         model = load(metadata.model, device)
     except UserError as error:
-        raise UserError(f"{folder}: its model cannot be opened: {error}") from None
+        advice = f"if it has moved, openimp index NEW_NAME DATA --out {folder} remembers the new name"
+        raise UserError(f"{folder}: its model cannot be opened: {error}; {advice}") from None
     if not built_with(metadata, model):
         advice = "build a new index" if folder == Path(path) else f"openimp index {path} replaces it"
         raise UserError(f"{folder}: was built with other weights or views than {metadata.model} has now; {advice}")
