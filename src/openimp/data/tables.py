@@ -341,7 +341,7 @@ def _text_mask(cells: pa.ChunkedArray, wanted: Any) -> np.ndarray:
     if isinstance(wanted, dict):
         return ~_text_mask(cells, wanted["not"])
     texts = _as_texts(wanted)
-    # An empty text is no value.
+    # An empty text counts as missing.
     values = pa.array(["" if text is None else text for text in texts], cells.type)
     mask = pc.is_in(cells, value_set=values).to_numpy()
     return mask | cells.is_null().to_numpy() if None in texts else mask

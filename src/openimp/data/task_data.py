@@ -29,7 +29,7 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
 VOCABULARY_CHECK_ROWS = 10_000
-"""Maximum number of rows whose texts are compared with the vocabulary of the model in `train.init`."""
+"""Maximum number of rows that are searched for texts without a word that the model in `train.init` knows."""
 UNKNOWN_SHARE = 0.1
 """Share of texts without a known word above which they are reported."""
 CORPUS_ROWS = 100_000

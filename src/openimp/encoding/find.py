@@ -22,10 +22,10 @@ TRAINING_DATA = f"{OPEN_CLIP}:training-data"
 
 
 def find_model(name: str | Path) -> Path:
-    """The folder of a model, as `find_own_model` finds it, or of a model of open_clip.
+    """The folder of a model of openimp, as `find_own_model` finds it, or of a public model.
 
-    A model of open_clip becomes a model without an encoder, whose towers are the public model. Its folder is in the
-    cache, and holds the name of the public model, but not its weights.
+    For a model of open_clip, a folder is written into openimp's cache. The model in it has no encoder. It reads
+    pictures, videos and texts with the public model as a frozen tower, which it only names.
     """
     if not isinstance(name, str | Path) or Name.parse(name).scheme != OPEN_CLIP:
         return find_own_model(name)
@@ -57,9 +57,10 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def _write_public(name: str, folder: Path) -> None:
-    """Writes a model whose towers are a model of open_clip, with the public model's logit scale and bias."""
-    network = open_open_clip(name).network
-    recipe = _recipe_of(name, open_open_clip(name).features, "softmax" if network.logit_bias is None else "sigmoid")
+    """Writes the folder of `find_model` for a model of open_clip. It keeps the logit scale and bias of that model."""
+    public = open_open_clip(name)
+    network = public.network
+    recipe = _recipe_of(name, public.features, "softmax" if network.logit_bias is None else "sigmoid")
     config = recipe.to_config({})
     modalities = config.make_modalities()
     with torch.random.fork_rng(devices=[]):

@@ -25,7 +25,7 @@ from openimp.common.names import OPEN_CLIP, SENTENCE_TRANSFORMERS, TIMM, Name
 from openimp.common.protocols import learned_files
 from openimp.common.texts import valid_text
 from openimp.encoding.engine import ItemEncoder
-from openimp.encoding.libraries import load_open_clip, open_open_clip, open_sentence_transformer, open_timm
+from openimp.encoding.libraries import close_all, open_open_clip, open_sentence_transformer, open_timm
 from openimp.modalities.image import upright
 from openimp.modalities.media import decoder_errors
 from openimp.modalities.video import Video
@@ -176,7 +176,7 @@ class OpenClipEncoder(FrozenEncoder):
         self.features = self._opened.features
         self.reader, self.view = _reader_and_view(modality, {})
         if modality == "video":
-            self.reader = WholeFrames(self.reader.config)
+            self.reader = _WholeFrames(self.reader.config)
             self.view = Video.View(size=self._opened.size, frames=4, stride=8)
         options = self.view.model_dump_json(exclude_defaults=True)
         self.fingerprint = stable_hash([self._opened.fingerprint, options])[:16]
@@ -220,8 +220,8 @@ class OpenClipEncoder(FrozenEncoder):
         return z_MTD.mean(1)
 
 
-class WholeFrames(Video):
-    """Clips whose frames are not cropped in evaluation, because a library does that."""
+class _WholeFrames(Video):
+    """Films whose frames stay whole in evaluation. The library crops them."""
 
     def _render(self, frames: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
         if rng is None:
@@ -281,8 +281,8 @@ def open_encoder(name: str, modality: str, embeds: bool = False) -> FrozenEncode
 
 def release_encoders() -> None:
     """Forgets all open models, so that those that no tower uses free their memory."""
-    for opened in (_open, load_open_clip, open_timm, open_sentence_transformer):
-        opened.cache_clear()
+    _open.cache_clear()
+    close_all()
 
 
 def vector_sizes(name: str) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Opens public models of open_clip, timm and sentence-transformers, which the libraries download, cache and compute.
 
-Models stay open until `release_encoders`, on the GPU if there is one. Each comes with a fingerprint: a hash of
+Models stay open until `close_all`, on the GPU if there is one. Each comes with a fingerprint: a hash of
 everything that decides on its vectors. Weights in a folder must be safetensors. Other weights of open_clip are read
 with `weights_only=True`, which runs no code.
 """
@@ -89,12 +89,12 @@ def open_open_clip(name: str) -> OpenClipModel:
     """Opens a model of open_clip: open_clip:NAME/TAG, open_clip:hf-hub:OWNER/NAME or open_clip:local-dir:FOLDER."""
     folder = local_folder(name)
     files = sorted(folder.glob("*")) if folder else []
-    return load_open_clip(name, tuple((str(file.resolve()), file_state(file)) for file in files))
+    return _open_state(name, tuple((str(file.resolve()), file_state(file)) for file in files))
 
 
 @cache
-def load_open_clip(name: str, files: tuple[Any, ...]) -> OpenClipModel:
-    """See `open_open_clip`. A local model is opened again if one of its `files` changes, which only the cache uses."""
+def _open_state(name: str, files: tuple[Any, ...]) -> OpenClipModel:
+    """Opens a model. `files` is not used, but a local model is opened again if one of its files changes."""
     library = import_open_clip()
     identifier, tag = _identify(name)
     # The random numbers of the training stay as they are.
@@ -152,29 +152,38 @@ def _same_activation(weights_config: Any, architecture: Any) -> bool:
 
 def _check_open_clip(name: str, file: Path) -> None:
     """Refuses a configuration of open_clip that is damaged, or that could make a library run or fetch code."""
-    config = checked(_Config, _read_config(name, file), f"{name}: {file.name}")
-    text = config.model_cfg.text_cfg
-    if text.hf_model_name:
-        _refuse_code(name, text.hf_model_name, "config.json")
-    if text.hf_tokenizer_name:
-        # In a folder, the tokenizer is beside the configuration, whatever it is called.
-        folder = local_folder(name)
-        _refuse_code(name, str(folder or text.hf_tokenizer_name), "tokenizer_config.json")
+    text = checked(_Config, _read_config(name, file), f"{name}: {file.name}").model_cfg.text_cfg
+    # In a folder, the tokenizer is beside the configuration, whatever the configuration calls it.
+    tokenizer = text.hf_tokenizer_name and str(local_folder(name) or text.hf_tokenizer_name)
+    for source in filter(None, (text.hf_model_name, tokenizer)):
+        for file_name in ("config.json", "tokenizer_config.json"):
+            transformers_file = _find(name, source, file_name)
+            if transformers_file is not None:
+                _refuse_code(name, transformers_file)
 
 
-def _refuse_code(name: str, source: str, file_name: str) -> None:
-    """Refuses a configuration of transformers that names code, in a folder or a repository of the Hub."""
-    file = Path(source) / file_name
-    if not Path(source).is_dir():
-        from huggingface_hub import hf_hub_download
+def _find(name: str, source: str, file_name: str) -> Path | None:
+    """A file of a folder, or of a repository of the Hub. None if there is no such file."""
+    if Path(source).is_dir():
+        file = Path(source) / file_name
+        return file if file.exists() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-        with library_errors(f"{name}: the Hugging Face Hub did not provide {file_name} of {source}"):
-            file = Path(hf_hub_download(source, file_name))
-    if file.exists():
-        _refuse_kernels(name, file)
-        # transformers would ask on the terminal whether to run it.
-        if "auto_map" in _read_config(name, file):
-            raise UserError(f"{name}: auto_map in {file_name} names code, which openimp does not run")
+    with library_errors(f"{name}: the Hugging Face Hub did not provide {file_name} of {source}"):
+        try:
+            return Path(hf_hub_download(source, file_name))
+        except LocalEntryNotFoundError:  # The Hub could not be asked.
+            raise
+        except EntryNotFoundError:
+            return None
+
+
+def _refuse_code(name: str, file: Path) -> None:
+    """Refuses a configuration of transformers that names classes in other files, or kernels on the Hub."""
+    _refuse_kernels(name, file)
+    if "auto_map" in _read_config(name, file):  # transformers would ask on the terminal whether to run it.
+        raise UserError(f"{name}: auto_map in {file.name} names code, which openimp does not run")
 
 
 @cache
@@ -237,3 +246,9 @@ def _read_config(name: str, file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{name}: {file.name} is damaged: expected a JSON object")
     return config
+
+
+def close_all() -> None:
+    """Forgets all open models, so that those that nobody uses free their memory."""
+    for opened in (_open_state, open_timm, open_sentence_transformer):
+        opened.cache_clear()

@@ -25,13 +25,12 @@ class MTEBEncoder(AbsEncoder):
 
     def __init__(self, model: Model) -> None:
         self.model = model
+        identity = [checkpoint_fields(model.imp, model.modalities), model.views, model.precision]
         self.mteb_model_meta = ModelMeta.create_empty(
             {
                 "name": f"openimp/{model.config.name}",
                 # mteb reuses cached results of the same name and revision.
-                "revision": stable_hash([checkpoint_fields(model.imp, model.modalities), model.views, model.precision])[
-                    :16
-                ],
+                "revision": stable_hash(identity)[:16],
                 "modalities": [name for name in model.modalities if name in get_args(Modalities)],
                 "n_parameters": parameter_count(model),
                 "embed_dim": model.imp.config.embed_dim,

@@ -64,7 +64,8 @@ def find_file(name: str, collection: str = "recipes", what: str = "recipe") -> P
     if Path(name).is_dir():
         raise UserError(f"{name}: is a folder, expected a {what}")
     if has_scheme(name):
-        raise UserError(f"{name}: names a model or data, expected a {what}; openimp init DATA --tower MODEL drafts one")
+        advice = "; openimp init DATA --tower MODEL drafts one" if what == "recipe" else ""
+        raise UserError(f"{name}: names a model or data, expected a {what}{advice}")
     is_path = Path(name).suffix or "/" in name
     hint = "" if is_path else f", and no {what} of openimp{nearest(name, known)}"
     raise UserError(f"{name}: no such file or folder{hint}")
