@@ -142,8 +142,8 @@ def test_only_new_and_changed_files_are_embedded(build, folder, tmp_path, embedd
     shutil.copy(folder / "2.png", folder / "broken.png")
     (folder / "2.mp4").write_bytes(b"no clip any more")
     done = build(folder)
-    # "broken.png" and "copy.png" are new, "2.png" was only touched.
-    assert (done.new, done.changed, done.moved, done.unchanged, done.removed) == (2, 2, 1, 9, 1)
+    # "broken.png" and "copy.png" are new, "2.png" was only touched, and "2.mp4" cannot be read any more.
+    assert (done.new, done.changed, done.moved, done.unchanged, done.removed) == (2, 2, 1, 9, 2)
     assert embedded == {"text": 2}, "known content is not embedded again"
     assert list(done.skipped) == [str(folder / "2.mp4")]
     assert str(folder / "2.mp4") not in paths(tmp_path / "x.index")

@@ -97,8 +97,8 @@ class Image(Vision):
         """The time and place in the EXIF data of a file. The time is that of the camera's clock."""
         with open_media(value) as media_file:
             picture = open_picture(media_file)
-            if picture.format == "PNG" and "exif" not in picture.info:
-                return Recorded()  # Pillow would decode all pixels to look for EXIF data behind them.
+            if picture.format != "TIFF" and "exif" not in picture.info:
+                return Recorded()  # Pillow would look for them elsewhere: in a PNG behind all pixels, which it decodes.
             exif = picture.getexif()
             dates = exif.get_ifd(ExifTags.IFD.Exif)
             texts = (dates.get(tag) or exif.get(tag) for tag in EXIF_DATES)

@@ -46,7 +46,7 @@ class IndexResult:
     changed: int
     moved: int  # found by their hash, and not embedded again
     unchanged: int
-    removed: int
+    removed: int  # with those that cannot be read any more
     skipped: dict[str, str]  # by path, the reason why a file, or a part of it, could not be read in this call
     unknown: dict[str, int]  # by extension, the number of files that no modality of the model reads
     items: int  # all items that the index now holds: pictures, segments, lines, ...

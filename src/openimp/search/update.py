@@ -74,7 +74,7 @@ class Update:
                 self._index(encoder, group, progress_bar)
             list(progress_bar)  # Ends it.
         self.items.remove(self.gone)
-        self.counts["removed"] = len(self.gone) - self.counts["moved"]
+        self.counts["removed"] += len(self.gone) - self.counts["moved"]
 
     def has_items_in(self, path: Path) -> bool:
         """Whether the index has a file at this path or below it."""
@@ -175,8 +175,10 @@ class Update:
         if file.problem:
             self.skipped[path] = file.problem
         stored = self.stored.get(path)
-        if not any("vector" in part for part in file.parts):
-            return  # The table has no rows of it.
+        if not any("vector" in part for part in file.parts):  # The table has no rows of it.
+            if stored:  # It could be read before.
+                self.counts["removed"] += 1
+            return
         self.stored_hashes.add(file.sha256)
         if stored:
             self.counts["unchanged" if stored.sha256 == file.sha256 else "changed"] += 1
