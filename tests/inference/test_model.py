@@ -285,10 +285,13 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
 
 
-def test_a_precision_that_no_model_computes_in_is_refused(tiny_model_folder):
+def test_a_precision_or_device_that_no_model_computes_on_is_refused(tiny_model_folder):
     """Instead of fp32 without a word."""
     with refuses():
         openimp.load(tiny_model_folder, device="cpu", precision="fp16")
+    for device in ("gpu", "cuda:99"):
+        with refuses():
+            openimp.load(tiny_model_folder, device=device)
     model = openimp.load(tiny_model_folder, device="cpu")
     model.precision = "half"
     with refuses():

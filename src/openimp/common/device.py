@@ -18,9 +18,16 @@ M_MMAP_THRESHOLD = -3
 Precision = Literal["auto", "bf16", "fp32"]
 
 
-def pick_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def pick_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of this name; None: the GPU if there is one, else the CPU. UserError if torch cannot use it."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError):  # torch without CUDA raises AssertionError.
+        raise UserError(f"device {name}: torch cannot use it on this machine") from None
+    return device
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -50,9 +50,9 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
             the same in any batch, up to 1e-5.
 
     Raises:
-        UserError: there is no model, it is damaged, or there is no such precision.
+        UserError: there is no model, it is damaged, or there is no such device or precision.
     """
-    device = torch.device(device or pick_device())
+    device = pick_device(device)
     precision_of(device, precision)  # An unknown precision is an error before the model is read.
     folder = find_model(path)
     imp, saved = load_model(folder)
