@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ def opened(path):
 
 def by_python(file: str) -> list[dict]:
     """The rows of a CSV file as Python reads them."""
-    return manifests._without_empty_end(manifests._to_arrow(manifests._csv_rows(file))).to_pylist()
+    return manifests._without_empty_end(manifests._to_arrow(manifests._csv_rows(file, manifests._Csv()))).to_pylist()
 
 
 @settings(deadline=None)
@@ -53,7 +54,7 @@ def test_any_other_csv_file_is_read_alike_or_refused_alike(tmp_path_factory, tex
         expected = by_python(str(file))
     except ValueError:
         return  # Arrow may read more, for example a cell that is longer than Python's limit.
-    assert manifests._without_empty_end(manifests._parsed_csv(str(file), ",")).to_pylist() == expected
+    assert manifests._without_empty_end(manifests._parsed_csv(str(file), manifests._Csv())).to_pylist() == expected
 
 
 def test_a_quote_that_would_swallow_rows_is_named(tmp_path):
@@ -66,6 +67,17 @@ def test_a_quote_that_would_swallow_rows_is_named(tmp_path):
     file.write_text("\n".join(["file,caption", *rows, ""]))
     expected = ["two\nlines", "Hello world", 'a 5" pipe', "three\n\nlines ", "a\nb"]
     assert manifests._read_csv(str(file))["caption"].to_pylist() == expected
+
+
+def test_tables_that_pandas_separates_by_tabs_are_read_as_written(tmp_path):
+    """It writes cells with quotes or line breaks in quotes. Other programs write tabs and plain texts."""
+    file = tmp_path / "x.tsv"
+    written = [["a.png", 'a "red" car\nat night'], ["b.png", '"No," she said'], ["c.png", None]]
+    pd.DataFrame(written, columns=["file", "caption"]).to_csv(file, sep="\t", index=False)
+    assert manifests._read_csv(str(file), "\t").to_pydict() == {
+        "file": ["a.png", "b.png", "c.png"],
+        "caption": ['a "red" car\nat night', '"No," she said', None],
+    }
 
 
 def test_spaces_after_the_commas_of_a_table_typed_by_hand_do_not_count(tmp_path):

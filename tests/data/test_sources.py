@@ -164,7 +164,7 @@ def test_texts_beside_files_are_their_captions_and_no_rows(tmp_path):
     assert opened(tmp_path).fingerprint != before.fingerprint
 
 
-def test_folders_without_classes_and_without_files(tmp_path):
+def test_folders_without_classes_and_without_files(tmp_path, capsys):
     fails(path=str(tmp_path))
     fails(path=str(tmp_path), root="/")
     (tmp_path / "a.png").write_bytes(png(0))
@@ -175,7 +175,11 @@ def test_folders_without_classes_and_without_files(tmp_path):
     fails(path=str(tmp_path))
     fails(path=str(tmp_path), stream=True)
     (tmp_path / "cat" / os.fsdecode(b"\xff.png")).write_bytes(png(0))
-    fails(path=str(tmp_path))
+    (tmp_path / "cat" / "loop.png").symlink_to("loop.png")
+    (tmp_path / "cat" / "b.png").write_bytes(png(0))
+    assert [row["file"] for row in all_rows(opened(tmp_path))] == ["cat/b.png"]
+    told = "1 file skipped, whose names are not UTF-8; rename them. The first: 'cat/\\udcff.png'"
+    assert told in capsys.readouterr().err
 
 
 # Parquet files
@@ -253,7 +257,7 @@ def test_bundled(monkeypatch, tmp_path):
 # Manifests
 
 
-def test_csv_cells_are_text(tmp_path):
+def test_csv_cells_are_text(tmp_path, capsys):
     text = '\ufefffile,name,note\na.png,007,"None, or\ntwo lines"\n\nb.png,NA,\nc.png\n'
     (tmp_path / "m.csv").write_text(text, encoding="utf-8")
     table = opened(tmp_path / "m.csv")
@@ -263,6 +267,8 @@ def test_csv_cells_are_text(tmp_path):
         {"file": "c.png", "name": None, "note": None},
     ]
     assert table.row_name(1) == "m.csv[1]"
+    told = "1 row with fewer cells than the header, where the last columns count as empty; the first: line 6"
+    assert capsys.readouterr().err == f"{tmp_path}/m.csv: {told}\n"
 
 
 def test_cells_between_tabs_are_text_with_any_quotes(tmp_path):

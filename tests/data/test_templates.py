@@ -1,6 +1,7 @@
 """Templates: the text of a row."""
 
 import itertools
+import math
 import re
 
 import numpy as np
@@ -66,7 +67,7 @@ def test_an_empty_column_gives_way(column):
 
 
 def test_empty_items_of_a_list_are_no_values():
-    row = {"tags": ["", None, "x ", "  "]}
+    row = {"tags": ["", None, "x ", "  ", math.nan]}
     assert fill(["{tags*}"], row) == "x"
     assert drawn(["tags", "{tags*}"], row) == {"x"}
 

@@ -92,6 +92,11 @@ def test_names_and_values_tell_which_columns_are_the_text_and_the_class(columns,
     assert (task.text.name, task.label and task.label.name) == expected
 
 
+def test_true_and_false_are_classes_without_names():
+    (task,) = tasks(numbered(30, label=[True, False]))
+    assert (task.label.name, task.label.are_numbers) == ("label", True)
+
+
 def test_a_label_that_is_chosen_but_missing_is_told():
     with refuses():
         tasks(numbered(6, label=["a", "b"]), label="color")
@@ -294,8 +299,9 @@ def test_the_first_part_of_the_names_of_files_may_be_the_class():
     assert (task.text.name, task.text.items) == ("prefix", 0)
 
 
-def test_a_file_whose_name_is_not_utf8_is_told():
-    for name in (b"cat", b"\xff"):
-        copy("0.png", Path("named", name.decode(errors="surrogateescape"), "0.png"))
-    with refuses():
-        find_tasks(["named"])
+def test_a_file_whose_name_is_not_utf8_is_skipped(capsys):
+    for name in (b"cat/0", b"cat/\xff", b"dog/0", b"dog/1"):
+        copy("0.png", Path("named", f"{name.decode(errors='surrogateescape')}.png"))
+    copy("1.png", Path("named", "cat", "1.png"))
+    assert find_tasks(["named"])
+    assert "1 file skipped, whose names are not UTF-8; rename them" in capsys.readouterr().err

@@ -78,6 +78,31 @@ def test_folders_beside_splits_and_folders_without_media_are_named(touch, folder
     assert all(other.problem for other in others)
 
 
+def test_names_of_splits_may_have_numbers_and_other_words(touch):
+    touch("coco/train2017/0.jpg", "coco/val2017/1.jpg", "coco/annotations/x.json")
+    touch("mine/imgs_train/0.jpg", "mine/imgs_val/1.jpg")
+    touch("classes/bullet_train/0.jpg", "classes/test tube/1.jpg")  # They differ in more than the split.
+    found = {candidate.place: candidate for candidate in find(["coco", "mine", "classes"])}
+    assert found["coco/train2017"].held_out == {"path": "coco/val2017"}
+    assert found["mine/imgs_train"].held_out == {"path": "mine/imgs_val"}
+    assert found["classes"].held_out is None
+    assert found.keys() == {"coco/train2017", "coco/annotations", "mine/imgs_train", "classes"}
+
+
+def test_a_table_beside_those_of_a_split_is_not_trained_on(touch):
+    """In Common Voice, validated.tsv has the rows of all splits."""
+    touch("train.tsv", "dev.tsv", "test.tsv", "validated.tsv", "other/more.csv")
+    train, more, *others = find(["."])
+    assert (train.place, train.held_out, more.place) == ("train.tsv", {"path": "dev.tsv"}, "other/more.csv")
+    beside = "is beside the tables of a split"
+    assert {other.place: other.problem for other in others} == {
+        "test.tsv": "is left for a last test",
+        "validated.tsv": beside,
+    }
+    named = [candidate.place for candidate in find(["train.tsv", "dev.tsv", "validated.tsv"]) if not candidate.problem]
+    assert named == ["train.tsv", "validated.tsv"], "tables that are named are meant"
+
+
 def test_further_splits_are_neither_trained_on_nor_measured(touch):
     for name in ("train", "val", "valid", "test", "eval"):
         touch(f"a/{name}/cat/0.jpg", f"a/{name}/dog/0.jpg")

@@ -36,8 +36,16 @@ def files_below(folder: str | Path) -> Iterator[os.DirEntry[str]]:
         entry = stack.pop()
         if entry.is_dir(follow_symlinks=False):
             stack += reversed(visible(entry.path))
-        elif not entry.is_dir():
+        elif not is_folder(entry):
             yield entry
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one, or to what may not be read."""
+    try:
+        return entry.is_dir()
+    except OSError:  # It leads to itself, or into a folder that may not be read.
+        return True
 
 
 def require_empty(folder: Path) -> None:

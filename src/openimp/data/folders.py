@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow as pa
 
 from openimp.common.cache import stable_hash
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, counted
 from openimp.common.folders import files_below, subfolders
 from openimp.common.modality import BadMedia
+from openimp.common.progress import notice
 from openimp.common.safe_files import read_text
 from openimp.data.files import inside, is_utf8
 from openimp.data.tables import Table, Unreadable
@@ -40,17 +41,22 @@ def open_folder(name: str, path: str) -> Table:
     classes = subfolders(root)
     start = len(os.path.join(root, ""))
     sizes = {}  # in bytes, by path relative to `root`
+    unreadable_names = []
     for entry in chain.from_iterable(files_below(root / folder) for folder in classes or [""]):
         relative_path = entry.path[start:].replace(os.sep, "/")
-        sizes[relative_path] = entry.stat(follow_symlinks=False).st_size
+        if is_utf8(relative_path):
+            sizes[relative_path] = entry.stat(follow_symlinks=False).st_size
+        else:
+            unreadable_names.append(relative_path)
+    if unreadable_names:
+        first = ascii(unreadable_names[0])
+        files = counted(len(unreadable_names), "file")
+        notice(f"source {name}: {files} skipped, whose names are not UTF-8; rename them. The first: {first}")
     if not classes and not sizes:
         raise UserError(
             f"source {name}: {path} has no subfolders and no files; a folder source has files, or one subfolder per "
             "class, and links to folders are not followed"
         )
-    for file in sizes:
-        if not is_utf8(file):
-            raise UserError(f"source {name}: {path}: the name of {file!r} is not UTF-8; rename it")
     split_names = {file: os.path.splitext(file) for file in sizes}
     texts = {stem: file for file, (stem, extension) in split_names.items() if extension.lower() == CAPTION}
     media_stems = {stem for stem, extension in split_names.values() if extension.lower() != CAPTION}

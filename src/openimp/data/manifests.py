@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import reduce
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ import pyarrow.json
 
 from openimp.common.cache import CacheError, cache_folder, cached, stable_hash
 from openimp.common.errors import UserError, counted
+from openimp.common.progress import notice
 from openimp.common.safe_files import file_state
 
 PYTHON_ROWS = 10_000
@@ -97,37 +98,60 @@ def _read_all(name: str, path: str, files: list[str]) -> tuple[pa.Table, list[in
         raise UserError(f"source {name}: {path}: {error}") from None
 
 
-def _csv_reader(lines: Iterable[str], delimiter: str, skips_spaces: bool = False) -> Any:
-    """A `csv.reader`. Tabs separate plain texts, in which quotes are ordinary characters."""
-    return csv.reader(
-        lines,
-        delimiter=delimiter,
-        quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
-        skipinitialspace=skips_spaces,
-    )
+class _Csv(NamedTuple):
+    """How the cells of a CSV or TSV file are written."""
+
+    delimiter: str = ","
+    is_quoted: bool = True  # Cells in quotes may contain line breaks. If not, quotes are ordinary characters.
+    skips_spaces: bool = False  # A space after a delimiter belongs to no cell.
+
+    def reader(self, lines: Iterable[str], strict: bool = False) -> Any:
+        """A `csv.reader`. With `strict`, it raises csv.Error for a quote inside a cell in quotes."""
+        return csv.reader(
+            lines,
+            delimiter=self.delimiter,
+            quoting=csv.QUOTE_MINIMAL if self.is_quoted else csv.QUOTE_NONE,
+            skipinitialspace=self.skips_spaces,
+            strict=strict,
+        )
 
 
 def _has_spaces_after_commas(file: str) -> bool:
-    """Whether spaces follow all commas of the header, as in "file, caption". Such spaces belong to no cell."""
+    """Whether spaces follow all commas of the header, as in "file, caption"."""
     with suppress(csv.Error), _open_csv(file) as lines:
-        names: list[str] = next(_csv_reader(lines, ","), [])
+        names: list[str] = next(_Csv().reader(lines), [])
         return len(names) > 1 and all(name.startswith(" ") for name in names[1:])
+    return False
+
+
+def _has_quoted_cells(file: str) -> bool:
+    """Whether a TSV file has cells in quotes, as pandas writes them.
+
+    Tabs often separate plain texts, such as `"No," she said.`, which are no valid cells in quotes.
+    """
+    with open(file, "rb") as lines:
+        if not any(line.startswith(b'"') or b'\t"' in line for line in lines):
+            return False
+    with suppress(csv.Error), _open_csv(file) as texts:
+        for _ in _Csv("\t").reader(texts, strict=True):
+            pass
+        return True
     return False
 
 
 def _read_csv(file: str, delimiter: str = ",") -> pa.Table:
     if delimiter != ",":
-        return _without_empty_end(_parsed_csv(file, delimiter))
-    skips_spaces = _has_spaces_after_commas(file)
+        return _without_empty_end(_parsed_csv(file, _Csv(delimiter, is_quoted=_has_quoted_cells(file))))
+    form = _Csv(skips_spaces=_has_spaces_after_commas(file))
     # Arrow cannot skip spaces.
-    table = _to_arrow(_csv_rows(file, ",", skips_spaces)) if skips_spaces else _parsed_csv(file, ",")
+    table = _to_arrow(_csv_rows(file, form)) if form.skips_spaces else _parsed_csv(file, form)
     texts = (column for column in table.columns if pa.types.is_string(column.type))
     if any(pc.any(pc.match_substring_regex(column, "[\r\n]")).as_py() for column in texts):
-        _check_quotes(file, skips_spaces)
+        _check_quotes(file, form)
     return _without_empty_end(table)
 
 
-def _check_quotes(file: str, skips_spaces: bool) -> None:
+def _check_quotes(file: str, form: _Csv) -> None:
     """Raises ValueError for a quote that begins a cell by mistake, so that the cell takes in the rows below it.
 
     The readers of tables allow that: they continue to the next quote, or to the end of the file.
@@ -142,11 +166,11 @@ def _check_quotes(file: str, skips_spaces: bool) -> None:
                 lines_of_row.append(line)
                 yield line
 
-        for _ in _csv_reader(recorded(), ",", skips_spaces):
+        for _ in form.reader(recorded()):
             if len(lines_of_row) > 1:
                 strict_lines = [re.sub(r'"[ \t]+(?=,|$)', '"', line) for line in lines_of_row]
                 try:
-                    list(csv.reader(strict_lines, skipinitialspace=skips_spaces, strict=True))
+                    list(form.reader(strict_lines, strict=True))
                 except csv.Error:
                     raise ValueError(
                         f'line {first_line}: the quote (") that begins a cell does not end it, so the cell takes in '
@@ -161,15 +185,17 @@ def _open_csv(file: str) -> TextIO:
     return open(file, encoding="utf-8-sig", newline="")  # -sig: Excel writes a byte order mark first.
 
 
-def _parsed_csv(file: str, delimiter: str) -> pa.Table:
+def _parsed_csv(file: str, form: _Csv) -> pa.Table:
     with suppress(csv.Error, pa.ArrowException):
         with _open_csv(file) as lines:
-            header = _csv_header(_csv_reader(lines, delimiter), delimiter)
+            header = _csv_header(form.reader(lines), form.delimiter)
         table = pyarrow.csv.read_csv(
             file,
             pyarrow.csv.ReadOptions(block_size=BLOCK_BYTES),
             pyarrow.csv.ParseOptions(
-                delimiter=delimiter, quote_char=False if delimiter == "\t" else '"', newlines_in_values=delimiter == ","
+                delimiter=form.delimiter,
+                quote_char='"' if form.is_quoted else False,
+                newlines_in_values=form.is_quoted,
             ),
             pyarrow.csv.ConvertOptions(
                 column_types=dict.fromkeys(header, pa.string()), null_values=[""], strings_can_be_null=True
@@ -178,7 +204,7 @@ def _parsed_csv(file: str, delimiter: str) -> pa.Table:
         unnamed = table.columns[len(header) :]
         if table.column_names[: len(header)] == header and all(len(cells) == cells.null_count for cells in unnamed):
             return table.select(range(len(header)))
-    return _to_arrow(_csv_rows(file, delimiter))
+    return _to_arrow(_csv_rows(file, form))
 
 
 def _without_empty_end(table: pa.Table) -> pa.Table:
@@ -205,17 +231,18 @@ def _csv_header(lines: Any, delimiter: str) -> list[str]:
     return header
 
 
-def _csv_rows(file: str, delimiter: str = ",", skips_spaces: bool = False) -> Iterator[dict[str, Any]]:
+def _csv_rows(file: str, form: _Csv) -> Iterator[dict[str, Any]]:
     """The rows of a CSV or TSV file with a header. A file that is damaged, or something else, raises a ValueError that
     names the line.
 
     A row that spans several lines has the number of its first line.
     """
     with _open_csv(file) as handle:
-        lines = _csv_reader(handle, delimiter, skips_spaces)
+        lines = form.reader(handle)
+        short_lines = []  # A line break in a cell without quotes may be the reason.
         end = 0
         try:
-            header = _csv_header(lines, delimiter)
+            header = _csv_header(lines, form.delimiter)
             end = lines.line_num
             for cells in lines:
                 line = end + 1  # A row begins on the line after the end of the row before it.
@@ -224,10 +251,16 @@ def _csv_rows(file: str, delimiter: str = ",", skips_spaces: bool = False) -> It
                     cells.pop()
                 if len(cells) > len(header):
                     raise ValueError(f"line {line} has {counted(len(cells), 'cell')}, the header {len(header)} names")
+                if 0 < len(cells) < len(header):
+                    short_lines.append(line)
                 if cells:
                     yield dict.fromkeys(header) | {column: cell or None for column, cell in zip(header, cells)}
         except csv.Error as error:
             raise ValueError(f"line {end + 1}: {error}") from None
+    if short_lines:
+        rows = counted(len(short_lines), "row")
+        first = f"the first: line {short_lines[0]}"
+        notice(f"{file}: {rows} with fewer cells than the header, where the last columns count as empty; {first}")
 
 
 def _read_json(file: str) -> pa.Table:
@@ -270,7 +303,8 @@ def _json_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line.rstrip())
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+                message = f"line {number}, column {error.colno}: {error.msg}"
+                raise ValueError(f"{message}; write a list of objects, or one object per line") from None
             except RecursionError as error:
                 raise ValueError(f"line {number}: {error}") from None
 
@@ -283,6 +317,9 @@ def _to_arrow(rows: Iterator[dict[str, Any]]) -> pa.Table:
         for column in dict.fromkeys(column for row in chunk for column in row):
             try:
                 arrays[column] = pa.array([row.get(column) for row in chunk])
+            except UnicodeEncodeError as error:
+                half = ascii(error.object[error.start])
+                raise ValueError(f"column {column!r}: {half} is half of a character; a text was cut there") from None
             except (pa.ArrowException, OverflowError) as error:
                 raise ValueError(f"column {column!r} mixes types: {_mixed(chunk, column) or error}") from None
         tables.append(pa.table(arrays))

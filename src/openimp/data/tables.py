@@ -205,7 +205,7 @@ class Table(Rows):
             mask = self._matching(column, wanted)
             if not mask.any():
                 first_rows = chain.from_iterable(self.chunks(range(min(len(self), 1000)), [column]))
-                values = sorted({as_text(row[column]) for row in first_rows})[:5]
+                values = sorted({f"{as_text(row[column]):.60}" for row in first_rows})[:5]
                 condition = f"other than {wanted['not']!r}" if isinstance(wanted, dict) else f"= {wanted!r}"
                 raise UserError(
                     f"source {self.name} ({self.path}): no row has {column} {condition}; it holds {', '.join(values)}"

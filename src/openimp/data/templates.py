@@ -13,6 +13,7 @@ import numpy as np
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
+from openimp.common.schema import as_text
 from openimp.data.tables import Unreadable
 
 
@@ -111,7 +112,8 @@ def _text(value: Any, column: str) -> str:
             value = value.decode()
         except UnicodeDecodeError:
             raise BadMedia(f"column {column} holds bytes that are not UTF-8 text") from None
-    return "" if value is None else str(value).strip()
+    is_missing = value is None or value != value  # pandas writes NaN
+    return "" if is_missing else as_text(value).strip()
 
 
 @cache

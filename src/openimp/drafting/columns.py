@@ -148,7 +148,8 @@ def inspect(
         TaskDraft(candidate, source, table, media=column, text=text, label=label, by_use=by_use) for column in media
     ]
     used_columns = {*tasks[0].columns, *by_use["split"], *by_use["group"], "__key__"}
-    if unused := [name for name in plain_columns if name not in used_columns]:
+    # The index of a table from pandas has no name.
+    if unused := [name for name in plain_columns if name and name not in used_columns]:
         notes.append(f"columns {_listed(unused)}")
     return tasks, notes
 
@@ -303,11 +304,13 @@ def _class_column(
     columns = []
     for name, rows_per_class in min_rows_per_class.items():
         values = [value for value in table.column(name) if not isinstance(value, Unreadable)]
-        are_classes = all(type(value) in (str, int) and value != "" for value in values)
+        are_classes = all(isinstance(value, str | int) and value != "" for value in values)
         classes = list(dict.fromkeys(values)) if are_classes else []
         if 2 <= len(classes) <= len(values) / rows_per_class:
             are_names = are_named and all(isinstance(value, str) for value in classes)
-            are_numbers = not are_names and all(_is_number(as_text(value)) for value in classes)
+            are_numbers = not are_names and all(
+                isinstance(value, bool) or _is_number(as_text(value)) for value in classes
+            )
             columns.append(ClassColumn(name, classes, are_numbers))
         else:
             notes.append(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from openimp.common.errors import UserError, by_extension, printable
-from openimp.common.folders import files_below, subfolders, visible
+from openimp.common.folders import files_below, is_folder, subfolders, visible
 from openimp.common.names import HUB, HubName, Name
 from openimp.data.folders import CAPTION
 from openimp.data.hub import quiet
@@ -22,7 +22,8 @@ ROLES = {
     **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
 """The role of a split, by its name."""
-ROLE = re.compile(rf"(?<![a-z0-9])({'|'.join(ROLES)})(?![a-z0-9])", re.IGNORECASE)
+ROLE = re.compile(rf"(?<![a-z])({'|'.join(ROLES)})(?![a-z])", re.IGNORECASE)
+"""Matches the name of a split in the name of a file or folder, as in train2017 and images_val."""
 KIND_OF = {extension: kind for kind in ("audio", "video", "image") for extension in modality_class(kind).extensions}
 """The kind of media that a file's extension stands for."""
 TABLES = FORMATS.keys() - {".json"}
@@ -67,7 +68,7 @@ def _below(path: str, tables: bool) -> list[Candidate]:
         return _hub_splits(rest)
     if os.path.isdir(path):
         return [candidate._replace(folder=path) for candidate in _in_folder(Path(path), tables)]
-    return [Candidate({"path": path})]  # Whoever opens it checks it.
+    return [Candidate({"path": path})]  # `inspect` reports a path that does not exist.
 
 
 def _hub_splits(rest: str) -> list[Candidate]:
@@ -84,26 +85,33 @@ def _hub_splits(rest: str) -> list[Candidate]:
 def _in_folder(folder: Path, tables: bool) -> list[Candidate]:
     """The tables in a folder and its subfolders. Without any, the media.
 
-    A folder without tables is searched further if its subfolders are splits, or have only subfolders themselves. Two
-    splits are enough: other subfolders beside them are left out.
+    A folder without tables is searched further if its subfolders are splits, or have only subfolders themselves. If at
+    least two subfolders are splits, the others are left out.
     """
     inner_folders = [folder / name for name in subfolders(folder)]
     entries = {inner: visible(inner) for inner in (folder, *inner_folders)}
     named_like_tables = (entry for inner in entries.values() for entry in inner if _extension(entry) in TABLES)
-    files = [Path(entry.path) for entry in named_like_tables if entry.is_file()]
+    files = [Path(entry.path) for entry in named_like_tables if not is_folder(entry)]
     if files and tables:
         return [Candidate({"path": path}) for path in _shards(files)]
-    roles = {inner: ROLES.get(inner.name.lower()) for inner in inner_folders}
-    have_files = any(not entry.is_dir() for inner in inner_folders for entry in entries[inner])
-    if inner_folders and (not have_files or None not in roles.values()):
+    have_files = any(not is_folder(entry) for inner in inner_folders for entry in entries[inner])
+    are_splits = all(inner.name.lower() in ROLES for inner in inner_folders)
+    if inner_folders and (not have_files or are_splits):
         return _in_subfolders(inner_folders, tables)
-    if len({*roles.values()} - {None}) > 1:  # One alone may be a class, such as trains.
-        splits = [inner for inner, role in roles.items() if role]
-        other_folders = [inner for inner, role in roles.items() if role is None]
+    if splits := _splits(inner_folders):
         beside = "is beside folders of splits"
-        unused = [Candidate({"path": str(other)}, problem=beside) for other in other_folders]
+        unused = [Candidate({"path": str(other)}, problem=beside) for other in inner_folders if other not in splits]
         return [*_in_subfolders(splits, tables), *unused]
     return _media(folder, inner_folders)
+
+
+def _splits(folders: list[Path]) -> list[Path]:
+    """The folders whose names differ only in the split, such as train2017 and val2017. One alone may be a class."""
+    similar: dict[str, list[Path]] = {}
+    for folder in folders:
+        if ROLE.search(folder.name):
+            similar.setdefault(ROLE.sub("*", folder.name.lower()), []).append(folder)
+    return next((splits for splits in similar.values() if len(splits) > 1), [])
 
 
 def _in_subfolders(folders: list[Path], tables: bool) -> list[Candidate]:
@@ -124,7 +132,7 @@ def _in_subfolders(folders: list[Path], tables: bool) -> list[Candidate]:
 def _media(folder: Path, classes: list[Path]) -> list[Candidate]:
     """The media in a folder, or in its subfolders if it has any: a source for each kind."""
     extensions = Counter(_extension(entry) for inner in classes or [folder] for entry in files_below(inner))
-    left_out = Counter(_extension(entry) for entry in visible(folder) if classes and not entry.is_dir())
+    left_out = Counter(_extension(entry) for entry in visible(folder) if classes and not is_folder(entry))
     left_out.update({ending: n for ending, n in extensions.items() if ending not in {*KIND_OF, CAPTION}})
     candidates = []
     for kind in dict.fromkeys(KIND_OF.values()):
@@ -164,6 +172,7 @@ def _shards(tables: list[Path]) -> list[str]:
 def _join_splits(candidates: list[Candidate]) -> list[Candidate]:
     """Joins the splits of a source. If it has both, the validation split is held out, so that the test stays unseen."""
     groups: dict[str, dict[str, list[Candidate]]] = {}  # by what the splits have in common, and by role
+    folders_of_splits = set()
     for candidate in candidates:
         key, role = _without_role(candidate)
         groups.setdefault(key, {}).setdefault(role, []).append(candidate)
@@ -172,12 +181,23 @@ def _join_splits(candidates: list[Candidate]) -> list[Candidate]:
         held_out = [*by_role.get("val", []), *by_role.get("test", [])]
         if len(by_role.get("train", [])) == 1 and held_out and "" not in by_role:
             joined.append(by_role["train"][0]._replace(held_out=held_out[0].source))
+            folders_of_splits.add(_folder_of_table(by_role["train"][0]))
             for candidate in held_out[1:]:
                 split = f"split {candidate.source['split']} " if "hub" in candidate.source else ""
                 joined.append(candidate._replace(problem=f"{split}is left for a last test"))
         else:
             joined += chain.from_iterable(by_role.values())
+    for i, candidate in enumerate(joined):
+        # A table of all rows has those of the splits, too.
+        is_beside = _folder_of_table(candidate) in folders_of_splits - {None}
+        if is_beside and not candidate.held_out and not candidate.problem:
+            joined[i] = candidate._replace(problem="is beside the tables of a split")
     return joined
+
+
+def _folder_of_table(candidate: Candidate) -> str | None:
+    """The folder in which a table was found. None: the user named the table, or it is no table."""
+    return os.path.dirname(candidate.place) if candidate.folder and not candidate.kind else None
 
 
 def _without_role(candidate: Candidate) -> tuple[str, str]:

@@ -46,7 +46,7 @@ def parse_mapping(text: str, file: Path, what: str) -> dict[str, Any]:
     """Parses YAML text to the mapping that `read_mapping` returns. `file` and `what` are for messages."""
     try:
         data = yaml.load(text, RecipeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a number of 5,000 digits.
         reason = " ".join(str(error).split()).replace('in "<unicode string>", line', "at line")
         raise UserError(f"{file}: not valid YAML: {reason}") from None
     if not isinstance(data, dict):
@@ -155,10 +155,22 @@ def _represent(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 RecipeDumper.add_representer(str, _represent)
 
+TAG = "tag:yaml.org,2002:"
+RESOLVERS = {  # by tag: a pattern, and the characters that it can begin with
+    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": ("[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    "float": (r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+|[-+]?([0-9][0-9_]*)?\.[0-9_]+|[-+]?[0-9][0-9_]*\."
+              r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
+}  # fmt: skip
+"""As YAML 1.2 has it. In YAML 1.1, `no` is false, 12:30 is 750, 010 is 8, and 2024-01-31 is a date."""
 for resolver in (RecipeLoader, RecipeDumper):
-    resolver.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
+    kept = {f"{TAG}null", f"{TAG}merge"}
+    resolver.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in patterns if tag in kept]
+        for first, patterns in resolver.yaml_implicit_resolvers.items()
+    }
+    for tag, (pattern, first_characters) in RESOLVERS.items():
+        resolver.add_implicit_resolver(f"{TAG}{tag}", re.compile(f"^(?:{pattern})$"), list(first_characters))
 
 
 def to_yaml(data: Any, **layout: Any) -> str:
