@@ -223,6 +223,7 @@ def test_inputs_may_be_in_any_ordinary_container(model, media_folder):
         tuple(texts),
         iter(texts),
         np.array(texts),
+        dict.fromkeys(texts).keys(),
         pandas.Series(texts),
         datasets.Dataset.from_dict({"t": texts})["t"],
     ):
@@ -234,7 +235,7 @@ def test_inputs_may_be_in_any_ordinary_container(model, media_folder):
         assert torch.equal(model.encode_image(picture), expected)
 
 
-def test_a_text_without_a_known_word_is_told_once_in_one_line(tiny_recipe, model_of, capsys):
+def test_texts_without_a_known_word_are_told_in_one_line(tiny_recipe, model_of, capsys):
     recipe = tiny_recipe()
     recipe.modalities["text"].min_df = 1
     words = model_of(recipe)
@@ -244,8 +245,9 @@ def test_a_text_without_a_known_word_is_told_once_in_one_line(tiny_recipe, model
         words.encode_text(["xylophone", "oboe\x1b[2J"])
         assert not unknown.any()
         assert not words.encode_text(["a red", ""])[1].any()
-    told = "has no word that the model knows: its vector is 0\n"
-    assert capsys.readouterr() == ("", f"'xylophone' {told}'oboe\\x1b[2J' {told}'' {told}")
+    told = "with no word that the model knows (the vector is 0); the first:"
+    lines = [f"1 text {told} 'xylophone'", f"2 texts {told} 'xylophone'", f"1 text {told} ''"]
+    assert capsys.readouterr() == ("", "\n".join([*lines, ""]))
 
 
 def test_a_model_file_cannot_ask_for_more_layers_than_it_has(tiny_model_folder, tmp_path):

@@ -216,13 +216,19 @@ def test_items_of_folders_without_files_stay_until_they_are_forgotten(build, fol
         build(forget=roots[2], index="other.index")
     assert not (tmp_path / "other.index").exists()
     shutil.rmtree(roots[2])
-    with refuses():
-        build(roots[2])
+    capsys.readouterr()
+    assert build(roots[2]).items == 1
+    assert f"--forget {roots[2]} removes it" in capsys.readouterr().err
     with refuses():
         build(tmp_path / "never", roots[2])
     assert paths(index) == {str(roots[2] / "0.png")}
     done = build(forget=roots[2])
     assert (done.removed, done.items) == (1, 0)
+
+
+def test_only_files_on_disk_are_indexed(build):
+    with refuses():
+        build("s3://bucket/photos")
 
 
 def test_a_folder_without_files_inside_of_one_with_files_is_tidied(build, folder, tmp_path, capsys):

@@ -117,7 +117,8 @@ def test_filters_leave_the_best_of_what_they_keep(index, media, monkeypatch):
     assert_best(index, hits, of_both, of_both)
     assert index.folders == [str(media / "heard_100%"), str(media / "seen")]
     monkeypatch.chdir(media)
-    for folder in ("seen", media / "seen", f"{media}/seen/"):
+    monkeypatch.setenv("HOME", str(media))
+    for folder in ("seen", media / "seen", f"{media}/seen/", "~/seen"):
         hits = search("noise", under=folder)
         assert {Path(hit.path).parent.name for hit in hits} == {"seen"}
         assert len(hits) == 6
@@ -342,7 +343,8 @@ def test_more_results_begin_with_those_that_are_shown_already(index, captioned):
 
 def test_a_query_that_cannot_be_encoded_is_refused(index, media):
     cancelled = ["noise", Query("text", "noise", -1.0)]
-    for query in ([], cancelled, Query("image", media / "heard_100%" / "1.wav"), Query("smell", "x")):
+    queries = ([], cancelled, Query("image", media / "heard_100%" / "1.wav"), Query("smell", "x"), Path("cat.png"))
+    for query in queries:
         with refuses():
             index.search(query)
 

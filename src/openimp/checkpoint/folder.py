@@ -29,7 +29,7 @@ from openimp.checkpoint.lift import lift_6
 from openimp.common.errors import UserError, counted, one_line
 from openimp.common.modality import Modalities, Modality
 from openimp.common.protocols import learned_files, load_learned
-from openimp.common.safe_files import read_text, sha256
+from openimp.common.safe_files import read_object, read_required, sha256
 from openimp.common.schema import checked
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
@@ -65,7 +65,7 @@ class SavedRecipe(NamedTuple):
 def load_run_recipe(run: Path, overrides: Iterable[str] = (), folder: Path | None = None) -> Recipe:
     """The recipe.yaml of a run, also of an older version; see `Recipe.load` for the other arguments."""
     file = run / RECIPE
-    data = parse_mapping(_read_text(file), file, "recipe")
+    data = parse_mapping(read_required(file), file, "recipe")
     for text in overrides:
         override(data, text, folder)
     return Recipe.build(data, run.resolve(), str(file))
@@ -144,9 +144,9 @@ def read_config(folder: Path, any_class: bool = False) -> tuple[ModelConfig, dic
     file = folder / CONFIG
     if not file.exists():
         raise UserError(f"{folder}: no model here; expected a run with a checkpoint, or a folder with config.json")
-    data = _read_object(file)
+    data = read_object(file)
     recipe_file = folder / RECIPE
-    recipe = SavedRecipe(_read_text(recipe_file) if recipe_file.exists() else None, recipe_file)
+    recipe = SavedRecipe(read_required(recipe_file) if recipe_file.exists() else None, recipe_file)
     if data.get("format") == 6:
         try:
             recipe = SavedRecipe(to_yaml(data["recipe"]), file)
@@ -167,7 +167,7 @@ def read_config(folder: Path, any_class: bool = False) -> tuple[ModelConfig, dic
     not_learned = (CONFIG, "state.json", MANIFEST)
     # macOS adds files with names such as ._config.json to archives and to some disks.
     files = (path for path in folder.glob("*.json") if path.name not in not_learned and not path.name.startswith("."))
-    learned = {path.name: _read_text(path) for path in files}
+    learned = {path.name: read_required(path) for path in files}
     return checked(ModelConfig, data, str(file), folder), learned, recipe
 
 
@@ -179,7 +179,7 @@ def saved_step(folder: Path) -> int | None:
 def read_state(folder: Path) -> dict[str, Any]:
     """Reads state.json."""
     file = folder / "state.json"
-    state = _read_object(file)
+    state = read_object(file)
     if not isinstance(state.get("step"), int):
         raise UserError(f"{file}: damaged: step is missing or is not an integer")
     return state
@@ -220,7 +220,7 @@ def verify(folder: Path) -> None:
 
 
 def _verify_share(folder: Path) -> None:
-    manifest = _read_object(folder / MANIFEST)
+    manifest = read_object(folder / MANIFEST)
     # File managers and network file systems add files whose names begin with a dot, which do not count.
     paths = [path for path in folder.rglob("[!.]*") if not path.is_dir()]
     present = {path.relative_to(folder).as_posix() for path in paths} - {MANIFEST}
@@ -297,22 +297,3 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 def step_of(folder: Path) -> int:
     """The step in the name of a checkpoint folder."""
     return int(folder.name.removeprefix("step-"))
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(_read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: damaged: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{file}: damaged: expected a JSON object")
-    return data
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return read_text(file)
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file}: damaged: {error}") from None

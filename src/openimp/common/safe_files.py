@@ -1,6 +1,7 @@
 """Atomic replacement of files and folders, folders that only this user can write to, and refusal of links."""
 
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -8,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from openimp.common.errors import UserError
 from openimp.common.names import Name
@@ -196,3 +197,24 @@ def read_text(file: Path, limit: int = LARGEST_TEXT) -> str:
     if len(data) > limit:
         raise UserError(f"{file}: is larger than {limit:,} bytes, the most that is read of such a file")
     return data.decode()
+
+
+def read_required(file: Path) -> str:
+    """`read_text`, with a UserError if the file is missing or damaged."""
+    try:
+        return read_text(file)
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: damaged: {error}") from None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a small file that may come from a stranger; UserError if it is missing or damaged."""
+    try:
+        data = json.loads(read_required(file))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: damaged: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: damaged: expected a JSON object")
+    return data

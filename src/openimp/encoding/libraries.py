@@ -20,7 +20,7 @@ from openimp.common.device import pick_device
 from openimp.common.errors import UserError, library_errors, nearest
 from openimp.common.names import LOCAL, OPEN_CLIP, SENTENCE_TRANSFORMERS, Name
 from openimp.common.progress import no_log_output
-from openimp.common.safe_files import file_state, local_folder, read_text, require_safetensors, sha256
+from openimp.common.safe_files import file_state, local_folder, read_object, require_safetensors, sha256
 from openimp.common.schema import checked
 from openimp.parallel.layout import weights_hash
 from openimp.recipe.file import flat
@@ -152,7 +152,7 @@ def _same_activation(weights_config: Any, architecture: Any) -> bool:
 
 def _check_open_clip(name: str, file: Path) -> None:
     """Refuses a configuration of open_clip that is damaged, or that could make a library run or fetch code."""
-    text = checked(_Config, _read_config(name, file), f"{name}: {file.name}").model_cfg.text_cfg
+    text = checked(_Config, read_object(file), f"{name}: {file.name}").model_cfg.text_cfg
     # In a folder, the tokenizer is beside the configuration, whatever the configuration calls it.
     tokenizer = text.hf_tokenizer_name and str(local_folder(name) or text.hf_tokenizer_name)
     for source in filter(None, (text.hf_model_name, tokenizer)):
@@ -182,7 +182,7 @@ def _find(name: str, source: str, file_name: str) -> Path | None:
 def _refuse_code(name: str, file: Path) -> None:
     """Refuses a configuration of transformers that names classes in other files, or kernels on the Hub."""
     _refuse_kernels(name, file)
-    if "auto_map" in _read_config(name, file):  # transformers would ask on the terminal whether to run it.
+    if "auto_map" in read_object(file):  # transformers would ask on the terminal whether to run it.
         raise UserError(f"{name}: auto_map in {file.name} names code, which openimp does not run")
 
 
@@ -233,19 +233,9 @@ def _sentence_transformer_folder(name: str) -> Path:
 
 def _refuse_kernels(name: str, file: Path) -> None:
     """Refuses a configuration of transformers that names a kernel on the Hugging Face Hub, for all or for a part."""
-    for key, value in flat(_read_config(name, file)).items():
+    for key, value in flat(read_object(file)).items():
         if not KERNELS.isdisjoint(key.split(".")) and isinstance(value, str) and "/" in value:
             raise UserError(f"{name}: {key} in {file.name} names code, {value!r}, which openimp does not run")
-
-
-def _read_config(name: str, file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(read_text(file))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{name}: {file.name} is damaged: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{name}: {file.name} is damaged: expected a JSON object")
-    return config
 
 
 def close_all() -> None:

@@ -3,7 +3,7 @@
 Shape suffixes: N examples, K classes, R resamples, P examples that have a class.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,7 @@ RESAMPLES = 10_000
 """Number of bootstrap samples for an interval of accuracies."""
 RANKED_RESAMPLES = 200
 """Number of bootstrap samples for an interval of average precisions, which are slower to compute."""
-WEIGHTS = 2**20
+WEIGHTS = 2**22
 """Number of example weights that are drawn at once. It limits the memory for an interval of average precisions."""
 
 
@@ -59,14 +59,14 @@ def average_precision(score_NK: np.ndarray, hot_NK: np.ndarray) -> dict[str, Any
     classes that have an example. The interval is the Bayesian bootstrap's (Rubin, 1981): it draws weights for the
     examples, which leaves no class without an example, as resampling could. A score of NaN ranks last.
     """
-    columns = [(score, hot) for score, hot in zip(score_NK.T, hot_NK.T) if hot.any()]
+    rankings = [_ranking(score, hot) for score, hot in zip(score_NK.T, hot_NK.T) if hot.any()]
     rng = np.random.default_rng(0)
     map_R = np.ones(0)  # The first one is not resampled: all its weights are 1.
     while (left := 1 + RANKED_RESAMPLES - len(map_R)) > 0:
         weight_NR = rng.standard_exponential((len(hot_NK), min(left, max(1, WEIGHTS // len(hot_NK)))))
         if not len(map_R):
             weight_NR[:, 0] = 1
-        means = np.mean([_average_precision(score, hot, weight_NR) for score, hot in columns], axis=0)
+        means = np.mean([_average_precision(ranking, weight_NR) for ranking in rankings], axis=0)
         map_R = np.append(map_R, means)
     return {
         "n": len(hot_NK),
@@ -74,18 +74,34 @@ def average_precision(score_NK: np.ndarray, hot_NK: np.ndarray) -> dict[str, Any
         "map": float(map_R[0]),
         "interval": [float(x) for x in np.quantile(map_R[1:], [0.025, 0.975])],
         # In random order, the average precision is about the share of examples that have the class.
-        "chance": float(np.mean([hot.mean() for _, hot in columns])),
+        "chance": float(np.mean([len(ranking.hit_P) / len(hot_NK) for ranking in rankings])),
     }
 
 
-def _average_precision(score_N: np.ndarray, hot_N: np.ndarray, weight_NR: np.ndarray) -> np.ndarray:
-    """(R,) the average precision of one class, once per column of weights."""
-    order = np.argsort(-score_N, kind="stable")
-    cost_N = -score_N[order]
-    weight_NR = weight_NR[order]
-    cost_P = cost_N[hot_N[order]]
-    weight_PR = weight_NR[hot_N[order]]
+class _Ranking(NamedTuple):
+    """The examples of one class, from the highest score to the lowest."""
+
+    example_N: np.ndarray  # the number of each example
+    hit_P: np.ndarray  # the places of those that have the class
     # Examples that tie are ranked together, at the last of their places.
-    right_PR = weight_PR.cumsum(0)[np.searchsorted(cost_P, cost_P, side="right") - 1]
-    seen_PR = weight_NR.cumsum(0)[np.searchsorted(cost_N, cost_P, side="right") - 1]
+    last_hit_P: np.ndarray  # among those that have the class
+    last_P: np.ndarray  # among all
+
+
+def _ranking(score_N: np.ndarray, hot_N: np.ndarray) -> _Ranking:
+    order_N = np.argsort(-score_N, kind="stable")
+    cost_N = -score_N[order_N]
+    hit_P = np.flatnonzero(hot_N[order_N])
+    cost_P = cost_N[hit_P]
+    last_hit_P = np.searchsorted(cost_P, cost_P, side="right") - 1
+    last_P = np.searchsorted(cost_N, cost_P, side="right") - 1
+    return _Ranking(order_N.astype(np.int32), hit_P, last_hit_P, last_P)
+
+
+def _average_precision(ranking: _Ranking, weight_NR: np.ndarray) -> np.ndarray:
+    """(R,) the average precision of one class, once per column of weights."""
+    weight_NR = weight_NR[ranking.example_N]
+    weight_PR = weight_NR[ranking.hit_P]
+    right_PR = weight_PR.cumsum(0)[ranking.last_hit_P]
+    seen_PR = weight_NR.cumsum(0)[ranking.last_P]
     return (weight_PR * right_PR / seen_PR).sum(0) / weight_PR.sum(0)

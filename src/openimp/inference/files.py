@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,15 +19,23 @@ from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
 File = Path | str
 """A path on disk, or a URL that fsspec opens, such as `s3://bucket/photos/1.jpg`."""
 
+MAX_LISTED = 10
+"""Maximum number of files or rows with a problem that are listed."""
+
 
 def find_files(
-    files: Iterable[File], modalities: Modalities, only: str | None = None, hint: str = ""
+    files: Iterable[File],
+    modalities: Modalities,
+    only: str | None = None,
+    hint: str = "",
+    required: bool = True,
 ) -> tuple[dict[str, list[File]], dict[str, int]]:
     """Returns the files by modality, and the number of files in folders that belong to none, by extension.
 
     `files` are files and folders, on disk or at URLs. If two modalities share an extension, it belongs to the model's
     first one. `only` is the modality of all files; None: their extensions decide. `hint` tells the user what to do if
-    the extension of a given file does not decide.
+    the extension of a given file does not decide. UserError if there are no files of the modalities, unless `required`
+    is false.
     """
     if only is not None and only not in modalities:
         raise UserError(f"the model has no modality {only!r}{nearest(only, modalities)}")
@@ -56,16 +64,18 @@ def find_files(
                 unknown[extension] += 1
             else:
                 files_by_modality.setdefault(name, {})[Path(path) if isinstance(file, Path) else path] = None
-    if not files_by_modality:
+    if required and not files_by_modality:
         places = ", ".join(map(str, given)) or "an empty list"
-        raise UserError(f"no files in {places}; looked for {', '.join(modality_of)}")
+        others = f" that the model reads, only {by_extension(unknown)}" if unknown else ""
+        extensions = dict.fromkeys(extension for name in names for extension in modalities[name].extensions)
+        raise UserError(f"no files in {places}{others}; looked for {', '.join(extensions)}")
     return {name: list(unique_files) for name, unique_files in files_by_modality.items()}, unknown
 
 
 def _files_in(file: File, extensions: Container[str] | None) -> Iterator[str] | None:
     """The paths of the files in a folder and its subfolders, sorted; see `common/folders.py`. None for a file.
 
-    A URL with one of the `extensions` (None: any) is that of a file, unless there is none.
+    A URL with one of the `extensions` (None: with any) names a file, unless there is no such file.
     """
     if isinstance(file, Path):
         if not file.exists():
@@ -126,12 +136,15 @@ def shown_name(path: File) -> str:
     return str(path).encode(errors="backslashreplace").decode()
 
 
+def listed(items: Sequence[str], heading: str) -> list[str]:
+    """Lines with the first of the items below a heading; none if there are no items."""
+    more = [f"  and {len(items) - MAX_LISTED:,} more"] if len(items) > MAX_LISTED else []
+    return [heading, *(f"  {item}" for item in items[:MAX_LISTED]), *more] if items else []
+
+
 def left_out(skipped: list[str], unknown: Mapping[str, int]) -> list[str]:
     """Lines about files that were not fully read: "path: reason", and about files of no modality, by extension."""
-    lines = []
-    if skipped:
-        lines.append(f"{counted(len(skipped), 'file')} could not be read, or not completely:")
-        lines += [f"  {file}" for file in skipped]
+    lines = listed(skipped, f"{counted(len(skipped), 'file')} could not be read, or not completely:")
     if unknown:
         lines.append(f"skipped files in folders that no modality of the model reads: {by_extension(unknown)}")
     return [escaped(line) for line in lines]

@@ -17,14 +17,11 @@ from openimp.data.sources import open_source
 from openimp.data.tables import Table
 from openimp.encoding.engine import chunks_on_cpu
 from openimp.encoding.items import raw_value, require_columns
-from openimp.inference.files import parquet_file
+from openimp.inference.files import listed, parquet_file
 from openimp.inference.model import load
 from openimp.recipe.file import parse_mapping
 from openimp.recipe.inputs import Input
 from openimp.recipe.tasks import Source
-
-MAX_LISTED = 10
-"""Maximum number of rows without an embedding that are listed."""
 
 
 def embed_rows(
@@ -98,9 +95,7 @@ def embed_rows(
         raise UserError(f"--join: the rows cannot be written to Parquet: {one_line(error)}") from None
     embeddings = counted(len(table) - len(bad), "embedding")
     lines = [f"{out}: {embeddings} of {model.imp.config.embed_dim} numbers in column {to!r}"]
-    if bad:
-        lines.append(f"{counted(len(bad), 'row')} could not be read:")
-        lines += [f"  {row}" for row in bad[:MAX_LISTED]]
+    lines += listed(bad, f"{counted(len(bad), 'row')} could not be read:")
     if table.root is not None and table.root.resolve() != out.resolve().parent:
         lines.append(f"as a source: {{path: {out}, root: {table.root}}}")
     console.print("\n".join(lines), soft_wrap=True)

@@ -4,7 +4,7 @@ Shape suffixes: B inputs, Z features of the shared embedding space.
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from openimp.checkpoint.folder import CONFIG, NO_RECIPE, SavedRecipe, load_model, save_model
 from openimp.common.device import Precision, pick_device, precision_of
-from openimp.common.errors import UserError, nearest
+from openimp.common.errors import UserError, counted, nearest
 from openimp.common.folders import require_empty
 from openimp.common.modality import BadMedia, Modalities, Modality
 from openimp.common.names import HUB, HubName
@@ -93,7 +93,6 @@ class Model(nn.Module):
         self._text_modality = next(
             (modality for modality in modalities.values() if isinstance(modality, TextReader)), None
         )
-        self._reported_texts: set[str] = set()  # texts without a known word that were reported already
 
     @classmethod
     def from_pretrained(
@@ -183,6 +182,7 @@ class Model(nn.Module):
         # Two threads cannot load the same Pillow picture at once, so an object that is given twice is read once.
         distinct = {id(value): value for value in inputs}
         vectors = {}
+        unknown_texts = []
         for key, vector in encoder.encode((key, partial(encoder.read, value)) for key, value in distinct.items()):
             value = distinct[key]
             if isinstance(vector, BadMedia):
@@ -191,10 +191,12 @@ class Model(nn.Module):
                 name = str(value) if is_path else f"input {number}"
                 hint = "; make one tensor of them with torch.stack" if isinstance(value, Tensor) else ""
                 raise UserError(f"{name}: cannot be read as {modality}: {vector}{hint}")
-            if not is_known(reader, value, encoder.view) and value not in self._reported_texts:
-                self._reported_texts.add(value)
-                notice(f"{value!r:.100} has no word that the model knows: its vector is 0")
+            if not is_known(reader, value, encoder.view):
+                unknown_texts.append(value)
             vectors[key] = vector
+        if unknown_texts:
+            texts = counted(len(unknown_texts), "text")
+            notice(f"{texts} with no word that the model knows (the vector is 0); the first: {unknown_texts[0]!r:.100}")
         return encoder.stack([vectors[id(value)] for value in inputs])
 
     def item_encoder(
@@ -359,16 +361,13 @@ class Model(nn.Module):
 
 
 def _as_list(inputs: Any) -> list[Any]:
-    """One input or several as a list. Several may be in a sequence, iterator, array of texts or pandas column."""
-    is_sequence = isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | bytearray | memoryview)
-    is_iterator = isinstance(inputs, Iterator) and not _is_open_file(inputs)
-    if is_sequence or is_iterator or hasattr(inputs, "to_list"):
-        inputs = list(inputs)
-    elif isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OU" and inputs.ndim:
-        inputs = inputs.tolist()
+    """One input or several as a list. Several may be in anything that can be iterated over, such as a pandas column."""
+    if isinstance(inputs, np.ndarray):
+        are_several = inputs.dtype.kind in "OU" and inputs.ndim > 0  # Numbers are one picture, clip or sound.
     else:
-        inputs = [inputs]
-    return [_unwrapped(value) for value in inputs]
+        is_one = isinstance(inputs, str | bytes | bytearray | memoryview | dict) or _is_open_file(inputs)
+        are_several = isinstance(inputs, Iterable) and not is_one
+    return [_unwrapped(value) for value in (inputs if are_several else [inputs])]
 
 
 def _is_open_file(value: Any) -> bool:

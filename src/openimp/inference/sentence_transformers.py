@@ -27,7 +27,7 @@ def sentence_transformer(
     rules decide what an input is. A string is a file if a file of that name exists and has a usual extension of a
     picture, clip or sound, else it is a text. Arrays of 1 or 2 axes are sounds, of 3 axes pictures, of 4 axes clips.
     Besides, it takes `pathlib.Path`, and {MODALITY: value} where the rules would be wrong. It also takes the argument
-    `towards` of `Model.encode`. Training is not supported.
+    `towards` of `Model.encode`. It can neither be trained nor saved; `Model.save` saves the model.
 
     Args:
         path: a run, a checkpoint, a model's folder or a model on the Hugging Face Hub, as `openimp.load` takes it.

@@ -220,6 +220,8 @@ def own_part(n: int) -> range:
 
 def all_gather_uneven(x: Tensor) -> Tensor:
     """Concatenates the rows of all ranks, which may have different numbers of them, in the order of the ranks."""
+    if world_size() == 1:
+        return x
     rows = all_gather_object(len(x))
     most = max(rows)
     padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])

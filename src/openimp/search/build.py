@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from openimp.common.errors import UserError, counted, escaped
 from openimp.common.modality import Modalities
-from openimp.common.names import OPEN_CLIP, Name, absolute_name, is_bundled
+from openimp.common.names import OPEN_CLIP, Name, absolute_name, is_bundled, is_url
 from openimp.common.progress import Progress, console, notice, track
 from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
 from openimp.encoding.find import find_model
-from openimp.inference.files import File, find_files, left_out
+from openimp.inference.files import find_files, left_out
 from openimp.inference.model import Model, load
 from openimp.search.folder import (
     FORMAT,
@@ -130,7 +130,7 @@ def _build(
     name = str(model)
     if paths is None and Name.parse(name).scheme == OPEN_CLIP:
         raise UserError(f"{name}: comes without media; name files or folders, and the index with --out")
-    given = None if paths is None else [Path(os.path.expanduser(path)) for path in paths]
+    given = None if paths is None else [_on_disk(path) for path in paths]
     forgotten = [Path(os.path.expanduser(path)) for path in forget]
     for root in forgotten:
         if root.exists() and any(root.resolve().is_relative_to(other.resolve()) for other in given or ()):
@@ -153,10 +153,7 @@ def _build(
         # An index may still have items of files and folders that are gone.
         is_update = read_metadata(folder) is not None
         present = [path for path in given if path.exists() or not is_update]
-        files_by_modality: dict[str, list[File]] = {}
-        unknown = {}
-        if present or not forgotten:
-            files_by_modality, unknown = find_files(present or given, modalities)
+        files_by_modality, unknown = find_files(present, modalities, required=not (is_update or forgotten))
         media = list(media_of_files(files_by_modality, given, modalities))
     metadata = Metadata(
         format=FORMAT,
@@ -199,6 +196,12 @@ def _build(
     result = IndexResult(folder, **counts, skipped=skipped, unknown=unknown, items=count, approximate=items.approximate)
     console.print(str(result), soft_wrap=True)
     return Built(result, opened, metadata)
+
+
+def _on_disk(path: str | Path) -> Path:
+    if is_url(str(path)):
+        raise UserError(f"{path}: only files on disk are indexed; copy or mount them")
+    return Path(os.path.expanduser(path))
 
 
 def _default_folder(model: str, has_paths: bool) -> Path:

@@ -5,7 +5,6 @@ items.lance/   a LanceDB table with one row per item
 .lock          held by the process that writes the index
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from openimp.checkpoint.folder import CHECKPOINTS
 from openimp.common.cache import cache_folder, stable_hash
 from openimp.common.errors import UserError
 from openimp.common.names import BUNDLED, Name
-from openimp.common.safe_files import read_text, refuse_links
+from openimp.common.safe_files import read_object, refuse_links
 from openimp.common.schema import Count, Strict, checked
 from openimp.encoding.find import find_model
 from openimp.evaluation.provenance import checkpoint_fields
@@ -85,11 +84,8 @@ def read_metadata(folder: Path) -> Metadata | None:
     file = folder / METADATA
     if not file.exists():
         return None
-    try:
-        data = json.loads(read_text(file))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: damaged: {error}") from None
-    if isinstance(data, dict) and (version := data.get("format")) != FORMAT:
+    data = read_object(file)
+    if (version := data.get("format")) != FORMAT:
         raise UserError(
             f"{file}: format {version}, and this version of openimp reads format {FORMAT}; make a new index"
         )

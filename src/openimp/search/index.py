@@ -100,7 +100,7 @@ class Index:
 
     def search(
         self,
-        queries: str | QueryPart | Sequence[str | QueryPart],
+        queries: str | QueryPart | Iterable[str | QueryPart],
         k: int = 20,
         modalities: str | Sequence[str] | None = None,
         under: str | Path | None = None,
@@ -134,9 +134,13 @@ class Index:
             UserError: a query cannot be read, no item can be compared with it, neither the model nor an item has a word
                 of it, `since` or `until` is not a day, `since` is after `until`, or no item has a date.
         """
-        parts = [queries] if isinstance(queries, str | QueryPart) else queries
+        parts = [queries] if isinstance(queries, str | QueryPart | Path) else list(queries)
         if not parts:
             raise UserError("the query is empty: give a text or a file")
+        for part in parts:
+            if not isinstance(part, str | QueryPart):
+                raise UserError(f'expected a text, or a file as in Query("image", "cat.png"), found {part!r:.100}')
+        under = under and os.path.expanduser(under)
         if by not in get_args(By):
             raise UserError(f"by must be {' or '.join(get_args(By))}, found {by!r}")
         if k < 1:
@@ -240,12 +244,14 @@ class Index:
     def sample(
         self,
         count: int,
-        modalities: Sequence[str] | None = None,
+        modalities: str | Sequence[str] | None = None,
         under: str | Path | None = None,
         since: str | date | None = None,
         until: str | date | None = None,
     ) -> list[Hit]:
         """At most `count` items, evenly spaced among those that match the filters; see `search`."""
+        modalities = [modalities] if isinstance(modalities, str) else modalities
+        under = under and os.path.expanduser(under)
         self._check_modalities(modalities)
         filters = self._filters(under, since, until)
         if modalities:

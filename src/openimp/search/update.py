@@ -38,16 +38,20 @@ class Update:
         self.items = items
         self.wanted = _by_path(media)
         self.stored = items.stored()
-        # What was in a folder that has no files now is kept: its disk may not be mounted.
-        forgotten = {_prefix(path) for path in forget}
-        self.absent = {
-            path: count for path in given or () if _prefix(path) not in forgotten and (count := self._lost_files(path))
+        self._stored_below = Counter(parent for path in self.stored for parent in _with_parents(path))
+        wanted_below = {parent for path in self.wanted for parent in _with_parents(path)}
+        forgotten = {os.path.abspath(path) for path in forget}
+        named = {path: os.path.abspath(path) for path in given or ()}
+        absent = {
+            path: self._stored_below[root]
+            for path, root in named.items()
+            if root in self._stored_below.keys() - wanted_below - forgotten and not path.is_file()
         }
-        self.roots: tuple[str, ...] | None = None
-        if given is not None:
-            self.roots = (*forgotten, *(_prefix(path) for path in given if path not in self.absent))
-            # A folder without files may be in another one that has some.
-            self.absent = {path: n for path, n in self.absent.items() if not _prefix(path).startswith(self.roots)}
+        # Items in these files and folders are removed if they are not wanted. None: items of sources are.
+        self.roots = None if given is None else forgotten | {named[path] for path in named.keys() - absent.keys()}
+        # Folders that had files, and have none now, with the number of these files. They are kept, because the disk of
+        # such a folder may not be mounted, unless it is in another folder that has files.
+        self.absent = {path: count for path, count in absent.items() if not self._is_below_roots(named[path])}
         # By hash and modality, the path of the first row of any source that has this content. Later rows with it are
         # duplicates, and left out.
         self.first_row: dict[tuple[str, str], str] = {}
@@ -78,25 +82,18 @@ class Update:
 
     def has_items_in(self, path: Path) -> bool:
         """Whether the index has a file at this path or below it."""
-        return any(os.path.join(stored, "").startswith(_prefix(path)) for stored in self.stored)
+        return os.path.abspath(path) in self._stored_below
 
-    def _lost_files(self, folder: Path) -> int:
-        """The number of files in a folder that were indexed before, if it has none now; else 0."""
-        if folder.is_file():  # Thousands of files may be named, and each scan of all paths takes time.
-            return 0
-        root = _prefix(folder)
-        if any(path.startswith(root) for path in self.wanted):
-            return 0
-        return sum(path.startswith(root) for path in self.stored)
+    def _is_below_roots(self, path: str) -> bool:
+        return self.roots is not None and not self.roots.isdisjoint(_with_parents(path))
 
     def _is_gone(self, path: str) -> bool:
-        """Whether a stored path is not wanted any more, and this update may remove it. Without roots, it may remove
-        paths of sources."""
+        """Whether a stored path is not wanted any more, and this update may remove it."""
         if path in self.wanted:
             return False
         if self.roots is None:
             return self.stored[path].source is not None
-        return os.path.join(path, "").startswith(self.roots)
+        return self._is_below_roots(path)
 
     def _is_current(self, media: Media) -> bool:
         stored = self.stored.get(media.path)
@@ -198,9 +195,14 @@ def _place(part: Mapping[str, Any]) -> float:
     return float(part["part"] if start is None else start)
 
 
-def _prefix(path: Path) -> str:
-    """What the paths of the files in a folder begin with."""
-    return os.path.join(os.path.abspath(path), "")
+def _with_parents(path: str) -> Iterator[str]:
+    """A path, and the folders that it is in."""
+    parent = os.path.dirname(path)
+    yield path
+    while parent != path:
+        path = parent
+        yield path
+        parent = os.path.dirname(path)
 
 
 def _by_path(media: Iterable[Media]) -> dict[str, Media]:
