@@ -3,7 +3,8 @@
 #   docker build --tag openimp . && docker run --rm openimp demo
 #   docker run --rm --publish 8000:8000 --volume "$PWD:$PWD" --workdir "$PWD" openimp serve my.index --host 0.0.0.0
 #
-# An index has absolute paths, so the folder has the same path in the container.
+# An index has absolute paths, so the folder has the same path in the container. Training with train.num_workers needs
+# more shared memory than Docker gives: add --shm-size 8g.
 FROM python:3.11-slim
 
 ARG TORCH=cpu

@@ -11,11 +11,10 @@ Then it makes as many steps as fit into the budget, so that its learning rate sc
 includes that of the workers that read data; other load on the machine does not count. The budget is for the steps
 alone, not for opening the data and the test. All arms are trained with seed 0, then all with seed 1, and so on.
 
-openimp is the recipe photos_and_speech with one of its tasks alone, and with a model of width 128, because these
-trainings are short. The arms of photos are openimp; the same with one option changed; a
+The arms of photos are the recipe photos_and_speech with its task `photos` alone; the same with one option changed; a
 ViT of timm of the same size, with AdamW; and the training programs of lightly-train and open_clip. The arms of speech
-are openimp and a convolutional network: on the official split, and with each speaker held out. The arms of drafts are
-openimp on both tasks, and the recipes that `openimp init` drafts for the data.
+are the recipe with its task `digits` alone, and a convolutional network: on the official split, and with each speaker
+held out. The arms of drafts are these two tasks of the recipe, and the recipes that `openimp init` drafts for the data.
 """
 
 import argparse
@@ -41,8 +40,6 @@ from openimp.evaluation.results import main_metric, read_results
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "recipes" / "photos_and_speech.yaml"
-SIZES = {"width": 128, "layers": 4, "heads": 2, "mlp_dim": 512}
-"""Of openimp's model, instead of those of the recipe, which trains ten times as long."""
 TITLES = {
     "photos": "CIFAR-10, compared with peers at equal time",
     "speech": "Spoken digits, compared with a peer",
@@ -50,21 +47,20 @@ TITLES = {
 }
 INTRODUCTIONS = {
     "photos": """\
-The first row is the recipe `photos_and_speech` with its task `photos` alone, and a model of width 128. The predicted
-class is the name with the nearest embedding; without texts, the classification head tells it. In each of the next rows,
-up to `classification loss alone`, one option is changed, or four. The last rows are other training programs, with a ViT
-of the same size as openimp's. The learning rates of openimp, of AdamW and of the other programs are the best of two or
-three candidates in trainings of 1.5 minutes on nine tenths of the training rows, measured on the rest (`--tune`).""",
+The first row is the recipe `photos_and_speech` with its task `photos` alone. The predicted class is the name with the
+nearest embedding; without texts, the classification head tells it. In each of the next rows, up to `classification loss
+alone`, one option is changed, or four. The last rows are other training programs, with a ViT of the same size as
+openimp's. The learning rates of openimp, of AdamW and of the other programs are the best of two or three candidates in
+trainings of 1.5 minutes on nine tenths of the training rows, measured on the rest (`--tune`).""",
     "speech": """\
-openimp is the recipe `photos_and_speech` with its task `digits` alone, and a model of width 128. The predicted digit is
-the name with the nearest embedding. The peer is a convolutional network on log-mel spectrograms. In the official split,
-the speakers of the test are those of the training. `without george`: trained on the other five speakers, and tested on
-recordings of george. The recipe's options for sounds were chosen by trainings without george, jackson, lucas and
-nicolas, with seed 0.""",
+openimp is the recipe `photos_and_speech` with its task `digits` alone. The predicted digit is the name with the nearest
+embedding. The peer is a convolutional network on log-mel spectrograms. In the official split, the speakers of the test
+are those of the training. `without george`: trained on the other five speakers, and tested on recordings of george. The
+recipe's options for sounds were chosen by trainings without george, jackson, lucas and nicolas, with seed 0.""",
     "drafts": """\
 The photographs are CIFAR-10, and the digits the official split of the spoken digits. The recipe by hand is
-`photos_and_speech` with one of its tasks and a model of width 128. The drafted recipe is what `openimp init` writes for
-the training rows. The predicted class is the name with the nearest embedding.""",
+`photos_and_speech` with one of its tasks. The drafted recipe is what `openimp init` writes for the training rows. The
+predicted class is the name with the nearest embedding.""",
 }
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 MUON_RATES = (4e-3, 8e-3)  # candidates of --tune, as are the next ones
@@ -207,7 +203,7 @@ def measure(arms: list[Arm], seeds: int, seconds: float, jobs: int, smoke: bool)
 
 
 def write_recipe(task: str, sources: dict[str, dict[str, Any]], file: Path, objective: str | None = None) -> Path:
-    """Writes the recipe of openimp's arms: with a single task and local sources, which name classes in column `name`.
+    """Writes the recipe photos_and_speech with a single task and local sources, which name classes in column `name`.
 
     With `objective`, the task keeps only this objective, and the evaluation sets that need no other.
     """
@@ -223,7 +219,6 @@ def write_recipe(task: str, sources: dict[str, dict[str, Any]], file: Path, obje
         stems = stems[1:]
         for part in (kept["inputs"], *kept["views"]):
             del part["text"]
-    recipe["model"] |= SIZES
     recipe["tasks"] = {task: kept}
     recipe["sources"] = sources
     recipe["evaluation"]["sets"] = sets
@@ -238,7 +233,8 @@ def photo_arms(train: dict[str, Any], test: dict[str, Any], folder: Path, tune: 
     recipe = write_recipe("photos", sources, folder / "photos.yaml")
     contrastive = write_recipe("photos", sources, folder / "contrastive.yaml", "contrastive")
     classes = write_recipe("photos", sources, folder / "classes.yaml", "classification")
-    sizes = {key: SIZES[key] for key in ("width", "layers", "heads")}
+    model = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["model"]
+    sizes = {key: model[key] for key in ("width", "layers", "heads")}
     options = {"train": train, "test": test, "media": "img", "label": "name", **sizes}
 
     def ours(name: str, *changes: str) -> Arm:

@@ -11,6 +11,7 @@ from little import write_tar
 from messages import refuses
 from recordings import animation, counting, sound_file
 
+from openimp.common.errors import UserError
 from openimp.data.loaded_batch import LoadedBatch
 from openimp.data.loader import load_batches
 from openimp.data.order import rows_at
@@ -54,6 +55,20 @@ def test_a_row_of_a_stream_without_a_listed_class_is_a_bad_example(own_data):
         "column 'json.label': 'violet' is not among the classes",
         "column 'json.label': expected one class, found ['red']",
     }
+
+
+@pytest.mark.slow
+def test_too_little_shared_memory_is_told_instead_of_waited_for(little_data):
+    """As in a container of Docker, which has 64 MB. Here, files of 1 kB are the largest."""
+    resource = pytest.importorskip("resource", reason="Windows does not limit files")
+    batches = opened(little_data, "train.num_workers=1", NO_EVALUATION)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(UserError, match=r"the data of step 0: .*enlarge /dev/shm"):
+            next(load_batches(batches, 0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.slow

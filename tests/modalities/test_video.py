@@ -23,8 +23,11 @@ def greys(clip, step=5):
     return np.round(clip.reshape(len(clip), -1).mean(1) / step).astype(int).tolist()
 
 
-def test_a_transport_stream_gives_its_frames_in_order():
-    out = VIDEO.decode(film(counting(40), "mpegts", "mpeg2video"), [Video.View(size=32)])
+@pytest.mark.parametrize(
+    ("form", "codec"), [("mpegts", "mpeg2video"), ("vob", "mpeg2video"), ("asf", "wmv2"), ("3gp", "mpeg4")]
+)
+def test_films_of_cameras_and_players_give_their_frames_in_order(form, codec):
+    out = VIDEO.decode(film(counting(40), form, codec), [Video.View(size=32)])
     assert out.shape == (40, 32, 48, 3)
     assert greys(out) == list(range(40))
 

@@ -265,6 +265,14 @@ def test_the_command_prints_the_plan(little_data, capsys):
         assert line in printed
 
 
+def test_if_no_layout_fits_the_command_says_what_to_try(little_data, capsys):
+    changes = ["model={width: 8192, layers: 2, heads: 8, mlp_dim: 32768}", "train.precision=fp32"]
+    run_plan(str(little_data / "recipe.yaml"), changes, 2, "rtx4090", 0.5)
+    printed = capsys.readouterr().out
+    assert "no other layout fits\ntry memory.chunk_size" in printed
+    assert "the time is that of bf16" in printed
+
+
 @pytest.mark.parametrize(("parallel", "gpus"), [("{}", 1), ("{shard_degree: 2}", 2), ("{expert_degree: 2}", 2)])
 def test_the_command_plans_the_fewest_gpus_unless_told(little_data, capsys, parallel, gpus):
     changes = ["model.moe.experts=4", f"parallel={parallel}"]

@@ -291,6 +291,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(little_data, 
     assert all(tensor.isfinite().all() for tensor in after.values())
 
 
+def test_a_step_that_needs_too_much_memory_is_told_and_the_steps_before_it_are_saved(little_data, tmp_path, capsys):
+    def allocate(trainer: Trainer, step: int) -> None:
+        if step == 2:
+            torch.empty(2**50)
+
+    recipe = recipe_of(little_data, "train.steps=4", "tasks.heard.weight=0", "evaluation={}")
+    with refuses():
+        train(recipe, tmp_path / "run", variant=Variant(before_step=allocate))
+    assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["step-00000002"]
+    assert "the learning rate only rises" in capsys.readouterr().out, "5 steps of warm-up are more than 4"
+
+
 def state_of(training: Trainer) -> dict[str, torch.Tensor]:
     """Copies of all tensors of a checkpoint."""
     kinds = training.model.state_dict(), training.updater.ema.weights, moments_of(training)

@@ -45,6 +45,11 @@ def precision_of(device: torch.device, precision: Precision) -> Literal["bf16", 
     return precision
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not allocate a tensor."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 @cache
 def product_speed(device: torch.device, precision: Literal["bf16", "fp32"]) -> float:
     """FLOP/s of a large matrix product: the fastest of six. No model is faster."""

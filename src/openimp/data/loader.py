@@ -12,13 +12,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, one_line
 from openimp.common.threads import in_main_thread
 from openimp.data.loaded_batch import LoadedBatch
 from openimp.data.step_batches import StepBatches
@@ -114,7 +114,8 @@ class _Parts(Dataset["LoadedBatch | UserError"]):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return self.batches.part(step, part_index, self.parts_per_batch)
+            part = self.batches.part(step, part_index, self.parts_per_batch)
+            return part if get_worker_info() is None else _shared(part)
         except UserError as error:
             return error
         except Exception as error:  # Of a file system, a network or a decoder.
@@ -122,6 +123,20 @@ class _Parts(Dataset["LoadedBatch | UserError"]):
             return UserError(f"the data of step {step}: {type(error).__name__}: {error}")
         finally:
             torch.set_num_threads(threads)
+
+
+def _shared(part: LoadedBatch) -> LoadedBatch:
+    """A worker's part in shared memory.
+
+    Otherwise, the thread that sends it would move it there, where an error is lost and the training waits forever.
+    """
+    try:
+        return replace(part, batches=[batch.share_memory() for batch in part.batches])
+    except RuntimeError as error:
+        raise UserError(
+            f"the data of step {part.visit.step}: {one_line(error)}; enlarge /dev/shm (docker run --shm-size), or "
+            "lower train.num_workers or train.prefetch_factor"
+        ) from None
 
 
 def _init_worker(_: int) -> None:

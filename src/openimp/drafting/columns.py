@@ -314,8 +314,8 @@ def _class_column(
             columns.append(ClassColumn(name, classes, are_numbers))
         else:
             notes.append(
-                f"{shown(name)}: expected a class (a text, a whole number, or true or false) in every row, at least two "
-                f"classes, and {rows_per_class} rows per class"
+                f"{shown(name)}: expected a class (a text, a whole number, or true or false) in every row, at least "
+                f"two classes, and {rows_per_class} rows per class"
             )
     return min(columns, key=lambda column: column.are_numbers, default=None)
 

@@ -16,8 +16,8 @@ from openimp.evaluation.evaluator import NAMED, Evaluator, Predicted, ReadableRo
 from openimp.evaluation.metrics import interval
 from openimp.recipe.evaluation import Retrieval
 
-MAX_SIMILARITIES = 2**25
-"""Maximum number of similarities in memory at once (128 MiB). With fewer, a million candidates are read too often."""
+MAX_SIMILARITIES = 2**22
+"""Maximum number of similarities in memory at once (16 MiB)."""
 
 
 class Answer(NamedTuple):

@@ -48,7 +48,8 @@ class Audio(Modality):
 
     name = "audio"
     stem = "audio"
-    extensions = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".caf", ".wma")
+    extensions = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".m4b", ".aac", ".aif", ".aiff", ".aifc",
+                  ".caf", ".wma", ".mka", ".weba")  # fmt: skip
     decoders = ("soundfile", "av")
     raw_features_name = "averaged log-mel spectra"
 

@@ -65,7 +65,7 @@ class Image(Vision):
     name = "image"
     tensor_axes = ("B", "3", "H", "W")
     extensions = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2",
-                  ".ppm", ".tga")  # fmt: skip
+                  ".ppm", ".pgm", ".pbm", ".tga")  # fmt: skip
     decoders: ClassVar[tuple[str, ...]] = ("pillow",)
     raw_features_name = "pixels"
 
@@ -206,6 +206,6 @@ def _check_progressive(picture: PIL.Image.Image, media_file: MediaFile) -> None:
 
 def check_size(picture: PIL.Image.Image) -> None:
     """Refuses a picture with too many pixels."""
-    limit = MAX_PIXELS // 2 if picture.format in COSTLY else MAX_PIXELS
+    limit = MAX_PIXELS // 4 if picture.format in COSTLY else MAX_PIXELS
     if not 0 < picture.width * picture.height <= limit:
         raise BadMedia(f"a picture of {picture.width} x {picture.height} pixels; expected 1 to {limit:,} pixels")

@@ -32,8 +32,9 @@ CODECS = (
     "gsm_ms,speex,nellymoser,qdm2,adpcm_ms,adpcm_ima_wav,adpcm_ima_qt,adpcm_swf,pcm_alaw,pcm_mulaw,pcm_dvd,pcm_bluray,pcm_u8,"
     "pcm_s8,pcm_s16le,pcm_s16be,pcm_s24le,pcm_s24be,pcm_s32le,pcm_s32be,pcm_f32le,pcm_f32be,pcm_f64le,pcm_f64be"
 )
-MAX_PIXELS = 2**25
-"""Most pixels of a picture; larger ones are refused before they take memory."""
+MAX_PIXELS = 2**26
+"""Most pixels of a picture; larger ones are refused before they take memory. A4 scans at 600 dpi and pictures of 64
+megapixels fit."""
 MAX_FRAME_PIXELS = 2**24
 """Most pixels of a frame of a clip. It is lower because decoders hold several frames. 4K and 5.3K fit, 8K does not."""
 MAX_WORK = 2**34
@@ -278,8 +279,8 @@ def encode_webp(pixels: np.ndarray, side: int) -> bytes:
 class PatchGrid(Strict):
     """Base for the options of a stem that splits its input into patches along named axes.
 
-    Per axis: `patch` is the size of a patch, and `tables` the rows of the position table. By the axis' name, `absolute`
-    is the span of an axis with absolute positions. The convolution is along the last two axes.
+    Per axis, `patch` is the size of a patch, and `tables` the rows of the position table. `absolute` maps an axis' name
+    to the span of its positions, if these are absolute. The convolution is along the last two axes.
     """
 
     axes: ClassVar[tuple[str, ...]]

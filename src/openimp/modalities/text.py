@@ -106,6 +106,8 @@ class Text(Modality):
         Equal texts give equal tokenizers.
         """
         if path := self.config.tokenizer:
+            if not Path(path).is_file():
+                raise UserError(f"modalities.text.tokenizer: {path}: no such file")
             self._tokenizer = open_tokenizer(f"modalities.text.tokenizer: {path}", lambda: read_text(Path(path)))
         elif self.config.min_df is not None:
             self._tokenizer = _train_words(corpus, self.config.min_df, self.config.vocab_size - RESERVED)

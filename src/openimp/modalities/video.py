@@ -30,7 +30,8 @@ class Video(Vision):
 
     name = "video"
     tensor_axes = ("B", "T", "3", "H", "W")
-    extensions = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".gif")
+    extensions = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".vob",
+                  ".flv", ".wmv", ".3gp", ".ogv", ".gif")  # fmt: skip
     decoders: ClassVar[tuple[str, ...]] = ("av", "pillow")
 
     class View(Vision.View):

@@ -1,11 +1,10 @@
 """Initial weights: as in the authors' release of arXiv 2305.06324, or mimetic ones for attention."""
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
+from torch.overrides import TorchFunctionMode
 
 TRUNCATED_STD = 0.87962566103423978
 """Standard deviation of a standard normal distribution truncated at -2 and 2."""
@@ -22,52 +21,37 @@ class SkipInit(TorchFunctionMode):
         return target if in_place and isinstance(target, nn.Parameter) else func(*args, **kwargs)
 
 
-def _one_call(fill: Callable[..., None]) -> Callable[..., None]:
-    """Lets `SkipInit` see a function that fills a weight as one call, which it skips. It cannot skip all calls inside,
-    such as those on a part of a weight."""
-
-    @wraps(fill)
-    def filled(weight: Tensor, *arguments: Any) -> None:
-        if has_torch_function_unary(weight):
-            handle_torch_function(filled, (weight,), weight, *arguments)
-        else:
-            fill(weight, *arguments)
-
-    return filled
-
-
-@_one_call
 def lecun_normal_(weight: Tensor, fan_in: int) -> None:
     """Fills a weight from a normal distribution with variance 1 / fan_in, truncated at two standard deviations."""
     std = fan_in**-0.5 / TRUNCATED_STD
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-@_one_call
+@torch.no_grad()
 def mimetic_keys_(qkv_weight: Tensor) -> None:
     """Copies the queries' weights of an attention layer (3 D, D) to the keys (arXiv 2305.09828).
 
     So each token first attends to tokens that are similar to it, as in trained vision Transformers.
     """
-    queries, keys, _ = qkv_weight.detach().chunk(3)
+    queries, keys, _ = qkv_weight.chunk(3)
     keys.copy_(queries)
 
 
-@_one_call
+@torch.no_grad()
 def mimetic_output_(out_weight: Tensor, qkv_weight: Tensor) -> None:
     """Makes the output layer of an attention layer minus the transpose of its values' weights.
 
     Their product is then about minus the identity, divided by the number of heads. In trained vision Transformers, it
     is also a negative multiple of the identity (arXiv 2305.09828).
     """
-    _, _, values = qkv_weight.detach().chunk(3)
-    out_weight.detach().copy_(-values.T)
+    _, _, values = qkv_weight.chunk(3)
+    out_weight.copy_(values.T).neg_()  # Not `-values.T`, which imports torch's compiler on the meta device.
 
 
-@_one_call
+@torch.no_grad()
 def identity_(weight: Tensor) -> None:
     """Makes a linear layer with at least as many outputs as inputs keep its inputs, and append zeros."""
-    weight.detach().zero_().fill_diagonal_(1)
+    weight.zero_().fill_diagonal_(1)
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:

@@ -17,8 +17,8 @@ class Losses:
     """The losses of one step."""
 
     total: Tensor  # the scalar to minimize
-    parts: dict[str, Tensor]  # the unweighted loss of each objective, detached, by name
-    # By modality: of each sparse layer, in order, detached. The trainer empties it on steps that no line shows.
+    parts: dict[str, Tensor]  # the loss of each objective without its weight, and "router", detached, by name
+    # By modality: of each sparse layer, in order, detached.
     usage: dict[str, list[RouterStats]]
 
 

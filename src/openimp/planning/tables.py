@@ -64,10 +64,14 @@ def _print_verdict(recipe: Recipe, plan: Plan, best: Plan, gpu: str) -> None:
         f"{recipe.train.steps:,} steps, {short(plan.flops)}FLOPs: {duration(plan.compute_seconds)} at an {utilization} "
         f"of {plan.utilization:.0%}",
     ]
+    if recipe.train.precision == "fp32":
+        lines.append("the time is that of bf16 (train.precision); fp32 takes several times as long")
     if plan.layout.ranks > 1:
         lines.append(f"with communication about {duration(plan.seconds)}, an estimate from published bandwidths")
         advice = "as recommended" if best is plan else f"better: {best.layout}"
-        lines.append(f"parallel: {plan.layout}; {advice}")
+        lines.append(f"parallel: {plan.layout}; {advice if best.fits else 'no other layout fits'}")
+    if not best.fits:
+        lines.append("try memory.chunk_size, memory.activation_checkpointing, smaller batches, or other GPUs")
     console.print("\n".join(lines), soft_wrap=True)
 
 

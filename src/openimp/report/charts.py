@@ -40,7 +40,7 @@ def number(value: float) -> str:
     if value and not 1e-3 <= abs(value) < 1e5:
         digits, power = f"{value:.2e}".split("e")
         return f"{float(digits):.3g}e{int(power)}"
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 
 def percent(share: float) -> str:

@@ -56,6 +56,8 @@ class Log:
         console.print(f"{self.recipe.name}: {size} on {device.type}, {execution}, into {self.run}", soft_wrap=True)
         if step:
             console.print(f"resuming from step {step}", soft_wrap=True)
+        if (self.recipe.optimizer.warmup_steps or 0) >= self.recipe.train.steps:
+            console.print("the learning rate only rises, because optimizer.warmup_steps are at least train.steps")
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for the counts to continue."""

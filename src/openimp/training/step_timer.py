@@ -5,6 +5,7 @@ Shape suffixes: R ranks, S steps since the last log record.
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +46,15 @@ class StepTimer:
         self.tasks.append(task)
         self.steps.append(time.perf_counter() - self.step_start)
         self.waits.append(self.step_wait)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time of the block, such as that of an evaluation, from the record."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.record_start += time.perf_counter() - start
 
     def record(self) -> dict[str, Any]:
         """The times since the last record in seconds, over all ranks. Every rank must call this.

@@ -13,7 +13,7 @@ import torch
 
 from openimp.checkpoint.folder import checkpoint_folder, checkpoints, mark_best, step_of
 from openimp.checkpoint.saver import CheckpointError
-from openimp.common.device import HostCopy
+from openimp.common.device import HostCopy, is_out_of_memory
 from openimp.common.errors import UserError, counted
 from openimp.common.progress import Progress, StepBar, console
 from openimp.data.loaded_batch import LoadedBatch
@@ -193,7 +193,13 @@ class Trainer(Parts):
             # `watch_steps` sets `loaded.stop_reason`, and yields zeros in place of a batch that could not be loaded.
             # In a run of one rank, `watch_steps` raises at once.
             for loaded in stop.watch_steps(loaded_batches, self.step, self._placeholder_batch):
-                self.make_step(loaded)
+                try:
+                    self.make_step(loaded)
+                except RuntimeError as error:
+                    # With several ranks, the others cannot save: they wait for this one in collectives.
+                    if distributed.world_size() > 1 or not is_out_of_memory(error):
+                        raise
+                    raise self._out_of_memory_error(loaded) from None
                 if self.variant.prints_warnings:
                     self.log.print_warnings_of_objectives(loaded)
                 steps_done = loaded.visit.step + 1
@@ -342,7 +348,8 @@ class Trainer(Parts):
         self.confirm_and_gather_bad_examples()
         if not self.recipe.evaluation.sets:
             return
-        results, self._failure = measure(self, self.step, watch)
+        with self.log.timer.paused():
+            results, self._failure = measure(self, self.step, watch)
         self._evaluated_step = None if self._failure else self.step
         if self._failure and not is_last:
             console.print(f"{self._failure}; training goes on", soft_wrap=True)
@@ -404,5 +411,13 @@ class Trainer(Parts):
         suspects = list(chain.from_iterable(suspects_by_rank)) or example_names
         return UserError(
             f"step {visit.step}, task {visit.task}: the loss ({mean_loss:g}) or its gradient is not finite; nothing "
-            f"was updated; the batch of {counted(visit.batch_size, 'example')} includes {', '.join(suspects)}"
+            f"was updated; the batch of {counted(visit.batch_size, 'example')} includes {', '.join(suspects)}; if they "
+            f"are fine, start another run with --set train.init={self.run} and lower optimizer.lr and muon_lr"
+        )
+
+    def _out_of_memory_error(self, loaded: LoadedBatch) -> UserError:
+        visit = loaded.visit
+        return UserError(
+            f"step {visit.step}, task {visit.task}, view {visit.view}: out of memory; lower batch_size or the view's "
+            "sizes, or set memory.chunk_size or memory.activation_checkpointing"
         )
