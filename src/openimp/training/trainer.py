@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain
@@ -20,19 +20,18 @@ from openimp.data.loaded_batch import LoadedBatch
 from openimp.data.loader import load_batches
 from openimp.data.order import seed_key
 from openimp.data.streams import Cursor
-from openimp.evaluation.evaluate import NotMeasured
-from openimp.evaluation.results import best_step
+from openimp.evaluation.evaluate import NotMeasured, evaluate
+from openimp.evaluation.results import best_step, table
 from openimp.model.embedder import in_chunks
 from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel import distributed
-from openimp.parallel.layout import mixed_precision
+from openimp.parallel.layout import mixed_precision, reshard
 from openimp.planning.costs import zero_batch
 from openimp.recipe.schema import Recipe
 from openimp.training.callbacks import Callback, Callbacks, StopTraining
 from openimp.training.run_directory import RunDirectory, locked
 from openimp.training.setup import ORDINARY, Parts, Variant, set_up
 from openimp.training.stopping import Interrupted, Stop, raise_if_any_rank_stops, stop_signals
-from openimp.training.validation import measure
 
 
 @distributed.report_dead_ranks()
@@ -349,7 +348,7 @@ class Trainer(Parts):
         if not self.recipe.evaluation.sets:
             return
         with self.log.timer.paused():
-            results, self._failure = measure(self, self.step, watch)
+            results = self._measure(watch)
         self._evaluated_step = None if self._failure else self.step
         if self._failure and not is_last:
             console.print(f"{self._failure}; training goes on", soft_wrap=True)
@@ -357,6 +356,34 @@ class Trainer(Parts):
         self._keep_best(results)
         self._announce_checkpoint()
         self.callbacks.call(lambda callback: callback.on_evaluation(self.step, results))
+
+    def _measure(self, watch: Progress | None) -> list[dict[str, Any]]:
+        """Writes, prints and returns the results of the EMA, or of the model if there is none.
+
+        The ranks share the work as they share the model. `_failure` becomes the reason why a set cannot be measured.
+        """
+        self._failure = None
+        ema = self.updater.ema
+        with ema.swapped() if ema else nullcontext():
+            try:
+                results = evaluate(
+                    self.model,
+                    self.recipe,
+                    self.data.modalities,
+                    step=self.step,
+                    classes=self.data.classes,
+                    watch=watch,
+                    tables=self.evaluated_tables,
+                )
+            except NotMeasured as error:
+                self._failure = error
+                results = error.results
+            finally:
+                reshard(self.model)  # Gathered weights are out of date once the EMA is swapped back.
+        if results:
+            distributed.run_on_rank_zero(lambda: self.log.metrics.write_results(results))
+            console.print(table(results))
+        return results
 
     def _keep_best(self, results: list[dict[str, Any]]) -> None:
         """Saves a checkpoint if these results are the best so far, and links to the best one."""
