@@ -50,9 +50,6 @@ from openimp.common.json_lines import read_lines
 
 PATIENCE = 60
 """Seconds within which all processes must have ended once one of them died."""
-WHILE_SAVING = 2 * EVERY
-"""Steps that a fault may cost which spoils a checkpoint: those since the one before, and those that were made while it
-was being written, of which there are never more than to the next one."""
 GROWTH = 100 * 2**20
 """Bytes by which the most memory that a training holds may grow with files that claim to be large."""
 
@@ -94,7 +91,7 @@ def killed_while_saving(bench: Bench) -> list[Outcome]:
     watch(process, kill, saved=run)
     noticed = f"exit code {process.returncode}; {drafts(run)[0].name} is no checkpoint" if drafts(run) else ""
     outcome = bench.outcome_of_resuming("kill -9 in the middle of a save", run, noticed)
-    return [replace(outcome, noticed="" if drafts(run) else noticed, limit=WHILE_SAVING)]
+    return [replace(outcome, noticed="" if drafts(run) else noticed)]
 
 
 def stopped(bench: Bench) -> list[Outcome]:
@@ -115,7 +112,7 @@ def full_disk(bench: Bench) -> list[Outcome]:
     process = bench.start(run)
     lines = watch(process, lambda process: resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit)))
     noticed = "" if drafts(run) else told(process, lines, "could not be saved: ")
-    return [replace(bench.outcome_of_resuming("a disk that is full while saving", run, noticed), limit=WHILE_SAVING)]
+    return [bench.outcome_of_resuming("a disk that is full while saving", run, noticed)]
 
 
 def flipped_bit(bench: Bench) -> list[Outcome]:

@@ -9,14 +9,14 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed.run
 
-from openimp.checkpoint.folder import checkpoints, load_model
+from openimp.checkpoint.folder import checkpoints, load_model, step_of
 from openimp.common.json_lines import read_lines
 from openimp.recipe.schema import Recipe
 
@@ -35,6 +35,9 @@ NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """For restarts; see `parallel.distributed.start`."""
 How = Literal["one", "two", "two nodes"]
 """On one rank, on two with a replica each, or on two as on two nodes, which share one replica."""
+WHILE_SAVING = 2 * EVERY
+"""Steps that a fault may cost which spoils a checkpoint: those since the one before, and those that were made while it
+was being written, of which there are never more than to the next one."""
 
 
 @dataclass
@@ -140,8 +143,11 @@ class Bench:
             how: it goes on.
         """
         reached = read_lines(run / "metrics.jsonl")[-1]["step"] if reached is None else reached
+        # If the next checkpoint was due, it was being written: the fault costs the steps that it would have kept, too.
+        was_saving = step_of(checkpoints(run)[-1]) + EVERY <= reached
         lines = [finished(process, watch(process)) for process in self.started(how, run, "--resume")]
-        return self.compared(fault, run, noticed, reached - steps_of(lines[0])[0] + 1, how)
+        outcome = self.compared(fault, run, noticed, reached - steps_of(lines[0])[0] + 1, how)
+        return replace(outcome, limit=WHILE_SAVING if was_saving else EVERY)
 
     def compared(self, fault: str, run: Path, noticed: str, steps: int, how: How = "one") -> Outcome:
         """What became of a run that has come to its end."""

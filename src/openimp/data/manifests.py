@@ -36,7 +36,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 CACHED_BYTES = 2**26
 """Bytes of manifests from which on their table is kept in the cache folder. Smaller manifests are read faster than
 `datasets`, which opens a cached table, is imported."""
-CACHE_VERSION = 6
+CACHE_VERSION = 7
 """Version of the files in the cache folder. Files of another version are not read."""
 
 
