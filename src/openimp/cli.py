@@ -224,7 +224,7 @@ def classify(
 def index(
     model: Annotated[str, typer.Argument(help=f"A model: {MODEL}")],
     paths: Annotated[
-        list[Path] | None,
+        list[str] | None,  # not Path, which would write s3://bucket as s3:/bucket
         typer.Argument(help="Files and folders.", show_default="the media in the sources of the run's recipe"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the index.", show_default="RUN/search.index")] = None,

@@ -226,11 +226,6 @@ def test_items_of_folders_without_files_stay_until_they_are_forgotten(build, fol
     assert (done.removed, done.items) == (1, 0)
 
 
-def test_only_files_on_disk_are_indexed(build):
-    with refuses():
-        build("s3://bucket/photos")
-
-
 def test_a_folder_without_files_inside_of_one_with_files_is_tidied(build, folder, tmp_path, capsys):
     (folder / "trip").mkdir()
     shutil.copy(folder / "0.png", folder / "trip" / "0.png")

@@ -390,6 +390,8 @@ def test_the_command_line_refuses_in_one_sentence(openimp, index, joint_model, m
         (("serve", media), f"{media}: is neither an index nor a run with a checkpoint; "
                            f"make an index first: openimp index MODEL {media} --out {media}.index"),
         (("serve", joint_model), f"{joint_model}: comes without media; index some {first}"),
+        (("index", joint_model, "s3://bucket/photos", "--out", nowhere),
+         "s3://bucket/photos: only files on disk are indexed; copy or mount them"),
     ):  # fmt: skip
         assert openimp(*arguments)[::2] == (2, f"openimp: {told}\n")
     monkeypatch.setitem(sys.modules, "lancedb", None)
