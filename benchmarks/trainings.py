@@ -36,8 +36,8 @@ NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 How = Literal["one", "two", "two nodes"]
 """On one rank, on two with a replica each, or on two as on two nodes, which share one replica."""
 WHILE_SAVING = 2 * EVERY
-"""Steps that a fault may cost which spoils a checkpoint: those since the one before, and those that were made while it
-was being written, of which there are never more than to the next one."""
+"""Most steps that a fault may cost while a checkpoint is written: `EVERY` up to this checkpoint, and as many during
+the writing, which ends before the next checkpoint."""
 
 
 @dataclass

@@ -178,7 +178,7 @@ def test_folders_without_classes_and_without_files(tmp_path, capsys):
     (tmp_path / "cat" / "loop.png").symlink_to("loop.png")
     (tmp_path / "cat" / "b.png").write_bytes(png(0))
     assert [row["file"] for row in all_rows(opened(tmp_path))] == ["cat/b.png"]
-    told = "1 file skipped, whose names are not UTF-8; rename them. The first: 'cat/\\udcff.png'"
+    told = "skipped 1 file with a name that is not UTF-8; the first: 'cat/\\udcff.png'"
     assert told in capsys.readouterr().err
 
 

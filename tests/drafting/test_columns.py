@@ -304,4 +304,4 @@ def test_a_file_whose_name_is_not_utf8_is_skipped(capsys):
         copy("0.png", Path("named", f"{name.decode(errors='surrogateescape')}.png"))
     copy("1.png", Path("named", "cat", "1.png"))
     assert find_tasks(["named"])
-    assert "1 file skipped, whose names are not UTF-8; rename them" in capsys.readouterr().err
+    assert "skipped 1 file with a name that is not UTF-8" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """The reported speed of a training run: step times, the wait for data, and advice against it."""
 
+import time
+
 import PIL.Image
 import pytest
 
 import openimp
 from openimp.common.json_lines import read_lines
-from openimp.training.step_timer import speed_text
+from openimp.training.step_timer import StepTimer, speed_text
 
 
 def test_waiting_for_data_is_told_once_with_what_could_be_done(own_data, tmp_path, capsys):
@@ -30,3 +32,16 @@ def test_a_line_is_short():
         examples_per_s=1234.5, tokens_per_s=1_234_567, mfu=0.14, data_wait=0.014, step_p50=0.0421, step_p95=1.3
     )
     assert speed_text(record) == "  1,234 examples,  1.23 M tokens/s  MFU 14%  wait  1%  step 42.1 ms (p95 1.30 s)"
+
+
+def test_an_evaluation_does_not_count_as_time_of_the_steps():
+    timer = StepTimer()
+    start = time.perf_counter()
+    for _ in timer.timed([None]):
+        timer.end_step("task")
+    with timer.paused():
+        evaluation_end = time.perf_counter() + 20 * (time.perf_counter() - start)
+        while time.perf_counter() < evaluation_end:
+            pass
+    whole = time.perf_counter() - start
+    assert timer.record()["seconds"] < whole / 2

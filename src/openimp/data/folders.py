@@ -51,7 +51,7 @@ def open_folder(name: str, path: str) -> Table:
     if unreadable_names:
         first = ascii(unreadable_names[0])
         files = counted(len(unreadable_names), "file")
-        notice(f"source {name}: {files} skipped, whose names are not UTF-8; rename them. The first: {first}")
+        notice(f"source {name}: skipped {files} with a name that is not UTF-8; the first: {first}")
     if not classes and not sizes:
         raise UserError(
             f"source {name}: {path} has no subfolders and no files; a folder source has files, or one subfolder per "

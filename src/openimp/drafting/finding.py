@@ -4,6 +4,7 @@ import glob
 import os
 import re
 from collections import Counter
+from collections.abc import Set
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,7 +107,7 @@ def _in_folder(folder: Path, tables: bool) -> list[Candidate]:
 
 
 def _splits(folders: list[Path]) -> list[Path]:
-    """The folders whose names differ only in the split, such as train2017 and val2017. One alone may be a class."""
+    """The folders whose names differ only in the split, such as train2017 and val2017. A single one may be a class."""
     similar: dict[str, list[Path]] = {}
     for folder in folders:
         if ROLE.search(folder.name):
@@ -187,17 +188,23 @@ def _join_splits(candidates: list[Candidate]) -> list[Candidate]:
                 joined.append(candidate._replace(problem=f"{split}is left for a last test"))
         else:
             joined += chain.from_iterable(by_role.values())
-    for i, candidate in enumerate(joined):
-        # A table of all rows has those of the splits, too.
-        is_beside = _folder_of_table(candidate) in folders_of_splits - {None}
-        if is_beside and not candidate.held_out and not candidate.problem:
-            joined[i] = candidate._replace(problem="is beside the tables of a split")
-    return joined
+    folders_of_splits.discard(None)
+    beside = "is beside the tables of a split"  # So it may have the same rows.
+    return [
+        candidate._replace(problem=beside) if _is_beside_split(candidate, folders_of_splits) else candidate
+        for candidate in joined
+    ]
 
 
 def _folder_of_table(candidate: Candidate) -> str | None:
-    """The folder in which a table was found. None: the user named the table, or it is no table."""
+    """The folder in which openimp found a table. None for media, and for a table that the user named."""
     return os.path.dirname(candidate.place) if candidate.folder and not candidate.kind else None
+
+
+def _is_beside_split(candidate: Candidate, folders_of_splits: Set[str | None]) -> bool:
+    """Whether a table is in the folder of a split, and is no split itself."""
+    is_split = candidate.held_out or candidate.problem
+    return not is_split and _folder_of_table(candidate) in folders_of_splits
 
 
 def _without_role(candidate: Candidate) -> tuple[str, str]:

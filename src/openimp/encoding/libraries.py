@@ -153,7 +153,7 @@ def _same_activation(weights_config: Any, architecture: Any) -> bool:
 def _check_open_clip(name: str, file: Path) -> None:
     """Refuses a configuration of open_clip that is damaged, or that could make a library run or fetch code."""
     text = checked(_Config, read_object(file), f"{name}: {file.name}").model_cfg.text_cfg
-    # In a folder, the tokenizer is beside the configuration, whatever the configuration calls it.
+    # The tokenizer of a model in a folder is in this folder, also if the configuration has another name for it.
     tokenizer = text.hf_tokenizer_name and str(local_folder(name) or text.hf_tokenizer_name)
     for source in filter(None, (text.hf_model_name, tokenizer)):
         for file_name in ("config.json", "tokenizer_config.json"):

@@ -75,7 +75,7 @@ def find_files(
 def _files_in(file: File, extensions: Container[str] | None) -> Iterator[str] | None:
     """The paths of the files in a folder and its subfolders, sorted; see `common/folders.py`. None for a file.
 
-    A URL with one of the `extensions` (None: with any) names a file, unless there is no such file.
+    A URL that ends with one of `extensions` is looked up as a file first, and then as a folder. None: all extensions.
     """
     if isinstance(file, Path):
         if not file.exists():

@@ -70,7 +70,7 @@ class Classification(Objective):
             classes = row_classes(row[self.label], self.loss == "sigmoid")
             if any(label is None or label != label for label in classes):
                 raise BadMedia(f"{location}: no class")
-            # Without the nearest class, whose search takes a second for 20,000 classes.
+            # The message does not suggest the nearest class: with 20,000 classes, the search for it takes a second.
             if unknown := [label for label in classes if label not in index]:
                 raise BadMedia(f"{location}: {unknown[0]!r} is not among the classes")
         except ValueError as error:

@@ -162,7 +162,8 @@ RESOLVERS = {  # by tag: a pattern, and the characters that it can begin with
     "float": (r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+|[-+]?([0-9][0-9_]*)?\.[0-9_]+|[-+]?[0-9][0-9_]*\."
               r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
 }  # fmt: skip
-"""As YAML 1.2 has it. In YAML 1.1, `no` is false, 12:30 is 750, 010 is 8, and 2024-01-31 is a date."""
+"""The types of values without quotes, as in YAML 1.2. PyYAML reads YAML 1.1, in which `no` is false, 12:30 is 750, 010
+is 8, and 2024-01-31 is a date."""
 for resolver in (RecipeLoader, RecipeDumper):
     kept = {f"{TAG}null", f"{TAG}merge"}
     resolver.yaml_implicit_resolvers = {

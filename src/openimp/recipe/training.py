@@ -85,7 +85,7 @@ class Parallel(Strict):
     reshard_after_forward: bool = True
     """true: a block's gathered weights are freed after it has computed, and gathered again for the backward pass and
     for each chunk. false: they are kept until the update, which needs memory for the weights of all blocks but gathers
-    each block only once per step. `openimp plan` tells what a recipe needs with its value."""
+    each block only once per step. `openimp plan` shows what the recipe's value costs."""
 
 
 class Train(Strict):

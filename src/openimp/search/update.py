@@ -42,15 +42,16 @@ class Update:
         wanted_below = {parent for path in self.wanted for parent in _with_parents(path)}
         forgotten = {os.path.abspath(path) for path in forget}
         named = {path: os.path.abspath(path) for path in given or ()}
+        without_files = self._stored_below.keys() - wanted_below - forgotten
         absent = {
             path: self._stored_below[root]
             for path, root in named.items()
-            if root in self._stored_below.keys() - wanted_below - forgotten and not path.is_file()
+            if root in without_files and not path.is_file()
         }
         # Items in these files and folders are removed if they are not wanted. None: items of sources are.
         self.roots = None if given is None else forgotten | {named[path] for path in named.keys() - absent.keys()}
-        # Folders that had files, and have none now, with the number of these files. They are kept, because the disk of
-        # such a folder may not be mounted, unless it is in another folder that has files.
+        # Folders that had files and have none now, with the number of these files. Their items are kept, because the
+        # disk of such a folder may not be mounted. A folder inside of another one that has files is not among them.
         self.absent = {path: count for path, count in absent.items() if not self._is_below_roots(named[path])}
         # By hash and modality, the path of the first row of any source that has this content. Later rows with it are
         # duplicates, and left out.

@@ -49,7 +49,7 @@ class StepTimer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out the time of the block, such as that of an evaluation, from the record."""
+        """The time of the block, such as an evaluation, does not count as time of the steps."""
         start = time.perf_counter()
         try:
             yield

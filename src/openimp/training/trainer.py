@@ -436,10 +436,11 @@ class Trainer(Parts):
         example_names = failed_step.batch_info.names[:8]
         suspects_by_rank = distributed.all_gather_object([] if loss.isfinite() else example_names)
         suspects = list(chain.from_iterable(suspects_by_rank)) or example_names
+        from_here = f", which can start from these weights with train.init={self.run}" if self.step else ""
         return UserError(
             f"step {visit.step}, task {visit.task}: the loss ({mean_loss:g}) or its gradient is not finite; nothing "
             f"was updated; the batch of {counted(visit.batch_size, 'example')} includes {', '.join(suspects)}; if they "
-            f"are fine, start another run with --set train.init={self.run} and lower optimizer.lr and muon_lr"
+            f"are fine, lower optimizer.lr and muon_lr in another run{from_here}"
         )
 
     def _out_of_memory_error(self, loaded: LoadedBatch) -> UserError:
