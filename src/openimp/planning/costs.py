@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from math import ceil
 from typing import Any
 
 import torch
@@ -94,12 +95,12 @@ def costs(
 def _count_passes(recipe: Recipe, modalities: Modalities, classes: Classes, model: Embedder) -> dict[TaskView, Cost]:
     """The cost of a step of each task and view, without its update."""
     cost_by_task_view = {}
-    encode_all = in_chunks(model.encode_all, recipe.memory.chunk_size)
     for task_name, task in recipe.tasks.items():
         if not task.weight:
             continue
         for i, batch_size in enumerate(task.batch_sizes):
             batch = zero_batch(recipe, task_name, i, modalities, classes, device=META)
+            encode_all = in_chunks(model.encode_all, _fewest_chunks(batch, recipe.memory.chunk_size))
             with FlopCounterMode(display=False) as counter:
                 try:
                     total = task_losses(model, task, batch, encode_all).total
@@ -121,6 +122,18 @@ def _count_passes(recipe: Recipe, modalities: Modalities, classes: Classes, mode
             )
             model.zero_grad()
     return cost_by_task_view
+
+
+def _fewest_chunks(batch: Batch, chunk_size: int | None) -> int | None:
+    """A chunk size with which encoding `batch` takes as many FLOPs as with `chunk_size`, but at most two chunks.
+
+    Each example takes the same FLOPs in any chunk. What counts is whether there are several chunks, which are encoded
+    again in the backward pass. Counting 64 of them would take minutes.
+    """
+    if chunk_size is None:
+        return None
+    largest = max(len(tokens.coords) for tokens in batch.tokens.values())
+    return max(chunk_size, ceil(largest / 2))
 
 
 def _with_optimizer(recipe: Recipe, model: Embedder, cost_by_task_view: Costs, summed: bool) -> dict[TaskView, Cost]:
