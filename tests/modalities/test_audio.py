@@ -114,21 +114,19 @@ NO_SOUND = {
 }
 
 
-def test_segments_of_an_mp3_are_those_of_its_present_content(tmp_path):
-    """Though it stays open between them."""
+def test_segments_of_an_mp3_are_parts_of_the_whole(tmp_path, capfd):
+    """Also if its bit rate varies: there, libsndfile does not find the exact place, and complains on the terminal."""
+    loudness = np.repeat(np.random.default_rng(0).uniform(0, 0.5, 240), RATE // 2)
+    noise = np.random.default_rng(1).uniform(-1, 1, len(loudness)) * loudness
     path = tmp_path / "long.mp3"
-    for seed in (0, 1):
-        soundfile.write(path, np.random.default_rng(seed).uniform(-0.5, 0.5, 30 * 16_000), 16_000)
-        content = path.read_bytes()
-        for start in (0.0, 5.0, 20.0, 10.0, 0.0):
-            segment = AUDIO.encode_segment(path, SHORT, start, start + 5)
-            np.testing.assert_allclose(segment, AUDIO.encode_segment(content, SHORT, start, start + 5), atol=1e-4)
-    path.write_bytes(b"ID3")
-    with pytest.raises(BadMedia):
-        AUDIO.encode_segment(path, SHORT, 0.0, 5.0)
-    soundfile.write(path, np.zeros(RATE), RATE, format="PAF")  # Not one of the formats that are read.
-    with pytest.raises(BadMedia):
-        AUDIO.encode_segment(path, SHORT, 0.0, 1.0)
+    soundfile.write(path, noise, RATE, bitrate_mode="VARIABLE")
+    whole = AUDIO.decode(path, [Audio.View(seconds=120)])
+    five_clips = Audio.View(seconds=1.024, clips=5)
+    for start in (0.0, 5.0, 100.0, 50.0, 80.0):
+        segment = AUDIO.encode_segment(path, SHORT, start, start + 5)
+        expected = AUDIO.transform(whole[int(start * RATE) : int((start + 5) * RATE)], five_clips, None)
+        np.testing.assert_allclose(segment, expected, atol=1e-4)
+    assert not capfd.readouterr().err
 
 
 # Named, for a file of floats holds the second at which it was made, and names must not differ between test processes.

@@ -18,10 +18,10 @@ from openimp.modalities import media
 from openimp.modalities.sound import (
     ReadPlan,
     array_samples,
+    between,
     clips_of,
     length_in_seconds,
     mono,
-    read_segment,
     read_sound,
     resample,
     sampled_array,
@@ -178,7 +178,7 @@ class Audio(Modality):
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
         """The segment's clips (clips, samples): as many as cover all of it, whatever the view's `clips`."""
         with media.decoder_errors():
-            sound = self._resampled(*read_segment(value, start, end))
+            sound = self._read(value, between(start, end))
         clips = ceil(len(sound) / self.samples(view))
         return self.transform(sound, view.model_copy(update={"clips": clips}), None)
 

@@ -72,10 +72,6 @@ class MediaFile(io.BufferedReader):
     def __init__(self, stream: Any) -> None:
         """`stream` is opened and unbuffered."""
         super().__init__(stream)
-        self.restart_limits()
-
-    def restart_limits(self) -> None:
-        """Counts the work and the time from here on."""
         self._work = 0
         self._next_check = 0
         self._deadline = time.thread_time() + MAX_CPU

@@ -2,12 +2,10 @@
 
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from math import ceil
 from numbers import Real
-from pathlib import Path
 from typing import Any, TypeVar
 
 import av
@@ -15,8 +13,7 @@ import numpy as np
 import soundfile
 
 from openimp.common.modality import BadMedia
-from openimp.common.safe_files import file_state
-from openimp.modalities.media import MediaFile, narrowed, open_container, open_media, parts_to_read
+from openimp.modalities.media import MediaFile, narrowed, open_container, parts_to_read
 
 MAX_SECONDS = 300
 """Longest sound that is read as a whole."""
@@ -26,8 +23,6 @@ MAX_SAMPLES = 2**25
 """Most samples of a sound in memory: 300 s at up to 111 kHz."""
 BLOCK = 2**22
 """Most samples times channels per read."""
-MP3 = re.compile(rb"ID3|\xff[\xe0-\xff]")
-"""First bytes of an MP3 file."""
 SOUNDFILE = re.compile(rb"RIFF|RIFX|RF64|riff|FORM|fLaC|OggS|caff|\.snd|ID3|\xff[\xe0-\xff]")
 """First bytes of the files that libsndfile may read: WAV, W64, AIFF, FLAC, Ogg, CAF, AU and MP3. It knows many more."""
 
@@ -110,61 +105,6 @@ def between(start: float, end: float) -> ReadPlan:
     return lambda _, rate: [(int(start * rate), ceil((end - start) * rate))]
 
 
-class _LastMP3(threading.local):
-    """The MP3 file from which this thread last read a segment. It stays open.
-
-    libsndfile seeks in an MP3 by decoding it from its start, unless it has just read the part before. With the file
-    opened again for each segment, a long recording would take quadratic time. After another seek, samples may differ by
-    about 1e-7.
-    """
-
-    state: tuple[str, str] | None = None  # its path and `file_state`
-    media_file: MediaFile
-    file: soundfile.SoundFile
-
-    def open(self, path: str) -> None:
-        self.close()
-        self.media_file = open_media(path)
-        try:
-            if not MP3.match(self.media_file.peek(4)):
-                raise soundfile.LibsndfileError(1)  # Another format with this name: `read_sound` reads it.
-            self.file = soundfile.SoundFile(_Quiet(self.media_file))
-        except BaseException:
-            self.media_file.close()
-            raise
-        self.state = (path, file_state(path))
-
-    def close(self) -> None:
-        if self.state is not None:
-            self.state = None
-            self.file.close()
-            self.media_file.close()
-
-
-_last_mp3 = _LastMP3()
-
-
-def read_segment(raw: Any, start: float, end: float) -> tuple[np.ndarray, int]:
-    """Reads a recording between two times in seconds, as `read_sound` does. `raw` is a path or the bytes of a file."""
-    plan = between(start, end)
-    path = str(raw) if isinstance(raw, str | Path) else ""
-    if not path.lower().endswith(".mp3"):
-        with open_media(raw) as media_file:
-            return read_sound(media_file, plan)
-    try:
-        if _last_mp3.state != (path, file_state(path)):
-            _last_mp3.open(path)
-        _last_mp3.media_file.restart_limits()
-        return _read_soundfile(_last_mp3.media_file, _last_mp3.file, plan)
-    except soundfile.LibsndfileError:
-        _last_mp3.close()
-        with open_media(raw) as media_file:
-            return read_sound(media_file, plan)
-    except BaseException:
-        _last_mp3.close()
-        raise
-
-
 def read_sound(media_file: MediaFile, plan: ReadPlan) -> tuple[np.ndarray, int]:
     """Reads the parts of a sound that are used: the mean of its channels (N,) fp32, and the sample rate."""
     sound_and_rate = _try_libsndfile(media_file, lambda file: _read_soundfile(media_file, file, plan))
@@ -206,6 +146,8 @@ def _read_soundfile(media_file: MediaFile, file: soundfile.SoundFile, plan: Read
     block = BLOCK // file.channels
     for start, count in _checked(plan, file.frames, file.samplerate):
         if file.tell() != start:
+            if file.format == "MP3":  # libsndfile would decode it from its start, and inexactly. FFmpeg seeks.
+                raise soundfile.LibsndfileError(0)
             file.seek(start)
         end = min(start + count, file.frames)
         for begin in range(start, end, block):
@@ -232,8 +174,8 @@ def _samples_from(media_file: MediaFile, container: Any, stream: Any, start: int
     start_pts = None
     if start:
         start_pts = (stream.start_time or 0) + round(start / stream.rate / stream.time_base)
-        # Lossy codecs need earlier samples; Opus needs 80 ms.
-        container.seek(max(0, start_pts - int(0.1 / stream.time_base)), stream=stream)
+        # Lossy codecs need earlier samples; Opus needs 80 ms, and MP3 up to 0.3 s.
+        container.seek(max(0, start_pts - int(0.3 / stream.time_base)), stream=stream)
     planar = av.AudioResampler("fltp")
     for frame in container.decode(stream):
         media_file.spend(frame.samples * stream.channels)
