@@ -17,7 +17,7 @@ from openimp.common.modality import BadMedia
 from openimp.common.schema import Strict
 from openimp.data import store as store_module
 from openimp.data.sources import open_source
-from openimp.data.store import DecodedStore
+from openimp.data.store import ITEMS_PER_FILE, DecodedStore, store_column
 from openimp.data.tables import Table
 from openimp.recipe.tasks import Source
 
@@ -90,9 +90,11 @@ def opened(path: Path, **options) -> Table:
     return open_source("numbers", Source(path=str(path), **options))
 
 
-def build(table: Table, modality: Numbers | None = None, cache: str = "disk", sizes=(8,)) -> DecodedStore:
+def build(
+    table: Table, modality: Numbers | None = None, cache: str = "disk", sizes=(8,), progress=None
+) -> DecodedStore:
     views = [Numbers.View(size=size) for size in sizes]
-    return DecodedStore.build(table, modality or Numbers(), "file", views, cache)
+    return store_column(table, modality or Numbers(), "file", views, cache == "disk", progress)
 
 
 def check(store: DecodedStore) -> None:
@@ -204,3 +206,24 @@ def test_nothing_can_be_decoded(tmp_path, cache):
     store = build(opened(tmp_path / "m.csv"), cache=cache)
     with refuses(BadMedia):
         store[0]
+
+
+def test_decoding_that_was_stopped_goes_on(tmp_path):
+    """With one bar, which counts what is left."""
+    rows = ITEMS_PER_FILE + 4
+    pq.write_table(pa.table({"file": [npy(np.array([row])) for row in range(rows)]}), tmp_path / "x.parquet")
+    bars = []
+
+    def progress(items, description):
+        bars.append((len(items), description))
+        yield from items[: ITEMS_PER_FILE + 2]
+        if len(items) == rows:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(opened(tmp_path / "x.parquet"), progress=progress)
+    modality = Numbers()
+    store = build(opened(tmp_path / "x.parquet"), modality, progress=progress)
+    assert modality.decoded == 4
+    assert [int(store[row][0]) for row in range(0, rows, 1365)] == [*range(0, rows, 1365)]
+    assert bars == [(rows, "decoding numbers.file"), (4, "decoding numbers.file")]

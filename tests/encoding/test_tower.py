@@ -156,7 +156,7 @@ def test_training_reads_the_vectors_of_the_library_which_are_computed_once(data,
     assert (differences.abs().amax(-1).amin(1) < 4e-3).all(), "each text is one of two"
 
     def written() -> list[int]:
-        files = Path(os.environ["OPENIMP_CACHE"]).glob("embedded/*/*")
+        files = Path(os.environ["OPENIMP_CACHE"]).glob("decoded/*/*")
         return sorted(file.stat().st_mtime_ns for file in files)
 
     before = written()
@@ -281,7 +281,7 @@ def test_a_resumed_run_has_the_vectors_of_its_teacher_or_refuses_others(data, tm
     resumed = read_weights(checkpoints(tmp_path / "cached")[-1])
     assert all(torch.equal(whole[name], resumed[name]) for name in whole), "cached vectors need no teacher"
     train(Recipe.load(str(data / "recipe.yaml"), ["train.steps=2", *changes]), teacher)
-    shutil.rmtree(tmp_path / "cache" / "embedded")
+    shutil.rmtree(tmp_path / "cache" / "decoded")
     with refuses():
         train(recipe, stopped("changed"), resume=True)
     train(Recipe.load(str(data / "recipe.yaml"), ["train.steps=1", "evaluation={}"]), tmp_path / "disjoint")

@@ -132,7 +132,7 @@ def test_a_set_that_cannot_be_measured_is_refused_before_a_teacher_embeds(studen
         objectives: [{{type: distill, of: text, teacher: {student}}}]}}}}"""
     with refuses():
         train(recipe_of(data, only_texts), tmp_path / "run")
-    assert not (tmp_path / "cache" / "embedded").exists()
+    assert not (tmp_path / "cache" / "decoded").exists()
 
 
 def test_in_a_disjoint_space_the_recipe_names_what_to_compare_with(data):

@@ -75,6 +75,11 @@ def _full_as_cache_error() -> Iterator[None]:
         raise
 
 
+def is_cached(kind: str, key: str) -> bool:
+    """Whether there is such an entry. It may be damaged."""
+    return (cache_folder(kind) / key).exists()
+
+
 @_full_as_cache_error()
 def cached(kind: str, key: str, read: Callable[[Path], T], write: Callable[[Path], None]) -> T:
     """What `read` returns for the folder of an entry. If there is none, `write` fills an empty folder first.

@@ -1,18 +1,22 @@
-"""Keeps the decoded arrays of a column, in memory or on disk, so that small data is decoded only once."""
+"""Keeps decoded arrays in memory or on disk, so that they are decoded only once.
 
-from collections.abc import Iterable, Iterator, Sequence
+On disk, they are in openimp's cache, in files of `ITEMS_PER_FILE` items. If decoding is stopped, the next run goes on.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from openimp.common.cache import cached, stable_hash
+from openimp.common.cache import cached, is_cached, stable_hash
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.progress import Progress
-from openimp.common.protocols import learned_files
+from openimp.common.protocols import Towered, learned_files
 from openimp.common.threads import core_count, map_ahead
 from openimp.data.tables import Table
 
@@ -24,7 +28,11 @@ SCHEMA = pa.schema(
 """Columns of a store. A row that could be decoded has the first three, another row only `error`."""
 ALIGN = 8
 """The bytes of each array are padded to a multiple of this number, so that the next array is aligned."""
+KIND = "decoded"
+"""Folder in openimp's cache."""
 ROWS_FILE = "rows.arrow"
+ITEMS_PER_FILE = 4096
+"""Items per file. After a stop, at most this many items are decoded again."""
 CHUNK = 256
 """Maximum number of arrays that are written together."""
 BATCH_BYTES = 2**26
@@ -33,11 +41,11 @@ BATCH_BYTES = 2**26
 MAX_THREADS = 16
 """Maximum number of threads that decode. About twice as many items are in memory."""
 Decoded = np.ndarray | BadMedia
-"""What a row was decoded to: an array, or the reason why it cannot be read."""
+"""What an item was decoded to: an array, or the reason why it cannot be read."""
 
 
 class DecodedStore:
-    """The decoded arrays of a table's column: `store[row]`, read-only.
+    """Decoded arrays, of a table's column or of other items: `store[row]`, read-only.
 
     They are an Arrow table, which processes share: forked workers inherit it, and a file is memory-mapped. A store on
     disk pickles only its path.
@@ -60,48 +68,80 @@ class DecodedStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return (read_store, tuple(self._files)) if self._files else (DecodedStore, (self._rows,))
 
-    @classmethod
-    def build(
-        cls,
-        table: Table,
-        modality: Modality,
-        column: str,
-        views: list[Any],
-        cache: Literal["memory", "disk"] = "memory",
-        progress: Progress | None = None,
-    ) -> "DecodedStore":
-        """Decodes a column, or opens the store on disk of an earlier run.
 
-        A store on disk is found by a hash of the data, the modality's options, the views and the version of openimp. Of
-        several processes that need the same store, one writes it and the others wait.
+def store_column(
+    table: Table,
+    modality: Modality,
+    column: str,
+    views: list[Any],
+    on_disk: bool = False,
+    progress: Progress | None = None,
+) -> DecodedStore:
+    """Decodes the media in a table's column. If a tower reads them, it embeds them, on disk in any case.
 
-        `views` are all views that read the column: arrays are no larger than the largest of them needs.
-        """
-        decoded = _decode(table, modality, column, views, progress)  # A generator: nothing is decoded yet.
-        if cache == "memory":
-            return cls(pa.Table.from_batches(_batches(decoded), SCHEMA))
-        key = stable_hash([*decoding_key(modality, views), *row_states(table, column)])
-        return cached(
-            "decoded", key, lambda folder: read_store(folder / ROWS_FILE), lambda folder: write_store(folder, decoded)
-        )
+    `views` are all views that read the column: arrays are no larger than the largest of them needs.
+    """
+    is_tower = isinstance(modality, Towered)
+
+    def decode(rows: Sequence[int]) -> Iterator[Decoded]:
+        reads = (partial(table.media, row[column]) for row in table.iterate([column], rows))
+        if isinstance(modality, Towered):
+            return modality.embed_all(reads)
+        # In threads, because decoders release Python's global lock.
+        return map_ahead(partial(_decode, modality, views), reads, threads=min(MAX_THREADS, core_count()))
+
+    description = f"{'embedding' if is_tower else 'decoding'} {table.name}.{column}"
+    if on_disk or is_tower:
+        return store_on_disk(decoding_key(modality, views), row_states(table, column), decode, description, progress)
+    rows = range(len(table))
+    progress_bar = progress(rows, description) if progress else rows
+    decoded = (array for _, array in zip(progress_bar, decode(rows)))
+    return DecodedStore(pa.Table.from_batches(_batches(decoded), SCHEMA))
 
 
-def _decode(
-    table: Table, modality: Modality, column: str, views: list[Any], progress: Progress | None
-) -> Iterator[Decoded]:
-    """Each row's array or error, in order. Threads decode, because decoders release Python's global lock."""
+def _decode(modality: Modality, views: list[Any], read: Callable[[], Any]) -> Decoded:
+    try:
+        return modality.decode(read(), views)
+    except BadMedia as error:
+        return error
 
-    def decode(row: dict[str, Any]) -> Decoded:
-        try:
-            return modality.decode(table.media(row[column]), views)
-        except BadMedia as error:
-            return error
 
-    row_numbers = range(len(table))
-    progress_bar = progress(row_numbers, f"decoding {table.name}.{column}") if progress else row_numbers
-    rows = chain.from_iterable(table.chunks(row_numbers, [column]))
-    for _, item in zip(progress_bar, map_ahead(decode, rows, threads=min(MAX_THREADS, core_count()))):
-        yield item
+def store_on_disk(
+    code: list[Any],
+    states: list[Any],
+    decode: Callable[[range], Iterator[Decoded]],
+    description: str,
+    progress: Progress | None,
+) -> DecodedStore:
+    """Decodes items, except those that an earlier run has decoded.
+
+    Of several processes that need the same items, one decodes them and the others wait.
+
+    Args:
+        code: what determines how an item is decoded.
+        states: a value for each item that changes with it.
+        decode: returns the arrays of the items with these numbers, in order.
+        description: what is shown with the progress.
+    """
+    items = range(len(states))
+    parts = [items[start : start + ITEMS_PER_FILE] for start in items[::ITEMS_PER_FILE]]
+    key_of = {part: stable_hash([*code, *states[part.start : part.stop]]) for part in parts}
+    missing = range(sum(len(part) for part, key in key_of.items() if not is_cached(KIND, key)))
+    bar = iter(progress(missing, description) if progress and missing else missing)
+
+    def write(folder: Path, part: range) -> None:
+        # `repeat`, because a damaged file is written again, too.
+        write_store(folder, (array for array, _ in zip(decode(part), chain(bar, repeat(None)))))
+
+    files = [cached(KIND, key, _checked_file, partial(write, part=part)) for part, key in key_of.items()]
+    for _ in bar:  # Another process may have decoded the rest.
+        pass
+    return read_store(*files)
+
+
+def _checked_file(folder: Path) -> Path:
+    read_part(folder / ROWS_FILE)
+    return folder / ROWS_FILE
 
 
 def _batches(decoded: Iterable[Decoded]) -> Iterator[pa.RecordBatch]:
@@ -124,7 +164,7 @@ def _batches(decoded: Iterable[Decoded]) -> Iterator[pa.RecordBatch]:
 
 
 def write_store(folder: Path, decoded: Iterator[Decoded]) -> None:
-    """Writes a store, or a part of one, to an empty folder."""
+    """Writes a part of a store to an empty folder."""
     with pa.ipc.new_file(folder / ROWS_FILE, SCHEMA) as writer:
         for batch in _batches(decoded):
             writer.write_batch(batch)

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +144,11 @@ class Table(Rows):
             return [{} for _ in stored]
         return [dict(zip(columns, row)) for row in zip(*values)]
 
-    def chunks(self, indices: Sequence[int], columns: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
-        """The rows with these numbers, in this order, `READ_ROWS` at a time."""
-        return (self.rows(indices[start : start + READ_ROWS], columns) for start in range(0, len(indices), READ_ROWS))
+    def iterate(self, columns: Sequence[str], indices: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+        """The rows with these numbers, or all, in this order. Reads `READ_ROWS` at a time."""
+        indices = range(len(self)) if indices is None else indices
+        for start in range(0, len(indices), READ_ROWS):
+            yield from self.rows(indices[start : start + READ_ROWS], columns)
 
     def column(self, name: str) -> list[Any]:
         """All values of a column, in memory: use it for texts and labels."""
@@ -204,7 +206,7 @@ class Table(Rows):
         for column, wanted in where.items():
             mask = self._matching(column, wanted)
             if not mask.any():
-                first_rows = chain.from_iterable(self.chunks(range(min(len(self), 1000)), [column]))
+                first_rows = self.iterate([column], range(min(len(self), 1000)))
                 values = sorted({f"{as_text(row[column]):.60}" for row in first_rows})[:5]
                 condition = f"other than {wanted['not']!r}" if isinstance(wanted, dict) else f"= {wanted!r}"
                 raise UserError(
@@ -229,8 +231,7 @@ class Table(Rows):
             mask = ~mask if wanted is None else mask
         if mask is not None:
             return mask if self._kept is None else mask[self._kept]
-        rows = chain.from_iterable(self.chunks(range(len(self)), [column]))
-        return np.array([matches(row[column], wanted) for row in rows], bool)
+        return np.array([matches(row[column], wanted) for row in self.iterate([column])], bool)
 
     def keep_part(self, part: Part | None) -> "Table":
         """Drops the rows that are not in the parts of a source's `part`. Returns this table."""
@@ -247,9 +248,9 @@ class Table(Rows):
 
     def parts(self, of: int, by: str | None) -> list[int]:
         """The part of each selected row, see `part_of`."""
-        numbers = range(len(self))
-        rows = chain.from_iterable(self.chunks(numbers, [by] if by else []))
-        return [part_of(row[by] if by else None, stored, of) for row, stored in zip(rows, self._stored(numbers))]
+        rows = self.iterate([by] if by else [])
+        stored_rows = self._stored(range(len(self)))
+        return [part_of(row[by] if by else None, stored, of) for row, stored in zip(rows, stored_rows)]
 
     def keep_at_most(self, limit: int | None) -> "Table":
         """Drops all but `limit` evenly spaced rows. Returns this table."""

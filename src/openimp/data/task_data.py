@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property, partial
 from itertools import chain, islice
@@ -15,11 +16,11 @@ from openimp.common.objective import TargetSizes, Teacher
 from openimp.common.progress import Progress, notice
 from openimp.common.protocols import Learned, TextReader, Towered
 from openimp.data.batch import head_key
-from openimp.data.embedded import EmbeddedRows, EmbeddedTexts, embed_column, texts_in
+from openimp.data.embedded import EmbeddedRows, EmbeddedTexts
 from openimp.data.order import permute, seed_key
 from openimp.data.readable import require_readable
 from openimp.data.sources import open_source
-from openimp.data.store import DecodedStore
+from openimp.data.store import DecodedStore, store_column
 from openimp.data.streams import Cursor, Stream
 from openimp.data.tables import Table
 from openimp.data.targets import classes_of, target_columns, target_sizes
@@ -135,10 +136,8 @@ class TaskData:
                 cache = "disk"  # Ranks share the pages of a file.
             for (name, column), views in self._media_views(table.name).items():
                 modality = self.modalities[name]
-                if isinstance(modality, Towered):
-                    self.stores[table.name, name, column] = embed_column(table, modality, column, views, progress)
-                elif cache != "none":
-                    store = DecodedStore.build(table, modality, column, views, cache, progress)
+                if isinstance(modality, Towered) or cache != "none":
+                    store = store_column(table, modality, column, views, cache == "disk", progress)
                     self.stores[table.name, name, column] = store
 
     def _media_views(self, source: str) -> dict[tuple[str, str], list[Any]]:
@@ -172,7 +171,7 @@ class TaskData:
     def _report_unknown_texts(self, name: str, reader: TextReader) -> None:
         """Warns if many texts have no word in the vocabulary of the model in `train.init`."""
         view = next(task.views[0][name] for task in self.recipe.tasks.values() if name in task.inputs)
-        texts = [*chain.from_iterable(islice(self._fitting_texts(name), VOCABULARY_CHECK_ROWS))]
+        texts = [*chain.from_iterable(islice(self._texts(name), VOCABULARY_CHECK_ROWS))]
         unknown = [text for text in texts if not reader.knows(text, view)]
         if len(unknown) > UNKNOWN_SHARE * len(texts):
             notice(
@@ -181,20 +180,20 @@ class TaskData:
             )
 
     def _fitted_state(self, name: str, learner: Learned) -> dict[str, str]:
-        learner.fit(self._fitting_texts(name))
+        learner.fit(self._texts(name))
         return learner.state()
 
-    def _fitting_texts(self, name: str) -> Iterator[list[str]]:
-        """The texts that a modality is fitted to, one list per row."""
+    def _texts(self, name: str, max_rows: int = CORPUS_ROWS) -> Iterator[list[str]]:
+        """The texts that training may draw for a modality, one list per row, of at most `max_rows` rows per task."""
         for task_name, source in self.source_of_task.items():
             spec = self.recipe.tasks[task_name].inputs.get(name)
             if spec is None:
                 continue
             if isinstance(source, Stream):
-                rows: Iterator[dict[str, Any]] = (row for _, row in islice(source.epoch(), CORPUS_ROWS))
+                rows: Iterator[dict[str, Any]] = (row for _, row in islice(source.epoch(), max_rows))
             else:
                 key = seed_key(self.recipe.seed, task_name, "corpus")
-                rows = _sample(source, key, columns_of(spec.columns))
+                rows = source.iterate(columns_of(spec.columns), _sample(len(source), max_rows, key))
             try:
                 yield from all_texts(spec.columns, rows)
             except UserError as error:
@@ -225,7 +224,9 @@ class TaskData:
         self._fill_stores(progress)
         for name, modality in self.modalities.items():
             if modality.reads_text and isinstance(modality, Towered):
-                self.text_vectors[name] = EmbeddedTexts(modality, self._texts_to_embed(name), progress)
+                self.text_vectors[name] = EmbeddedTexts(
+                    modality, chain.from_iterable(self._texts(name, sys.maxsize)), progress
+                )
         for task_name, source in self.source_of_task.items():
             task = self.recipe.tasks[task_name]
             vectors: dict[Teacher, DecodedStore | EmbeddedRows] = {}
@@ -237,7 +238,7 @@ class TaskData:
                     vectors[teacher] = EmbeddedRows(source, tower, columns, progress)
                 else:
                     # Without views of the task, a teacher reads as its own model does.
-                    vectors[teacher] = embed_column(source, tower, columns[0], views=[], progress=progress)
+                    vectors[teacher] = store_column(source, tower, columns[0], views=[], progress=progress)
             self.teacher_vectors[task_name] = vectors
 
     def _check_rows(self) -> None:
@@ -248,14 +249,6 @@ class TaskData:
                 continue
             for name, spec in task.inputs.items():
                 require_readable(source, self.modalities[name], spec, task.views[0][name], f"tasks.{task_name}")
-
-    def _texts_to_embed(self, name: str) -> Iterator[str]:
-        """All texts that training may draw for a modality with a tower."""
-        for task_name, source in self.source_of_task.items():
-            spec = self.recipe.tasks[task_name].inputs.get(name)
-            if spec is not None:
-                assert isinstance(source, Table)
-                yield from texts_in(source, spec.columns)
 
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of each source, by name. That of a table covers the media files that tasks read from it."""
@@ -286,8 +279,6 @@ class TaskData:
         return target_sizes(self.recipe, self.classes)
 
 
-def _sample(table: Table, key: int, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """All rows of a table, or a random sample of `CORPUS_ROWS` rows in the table's order."""
-    positions = np.arange(min(len(table), CORPUS_ROWS))
-    rows = np.sort(permute(positions, len(table), key))
-    return chain.from_iterable(table.chunks(rows.tolist(), columns))
+def _sample(rows: int, max_rows: int, key: int) -> list[int]:
+    """All row numbers of a table, or a random sample of `max_rows` of them, in ascending order."""
+    return sorted(permute(np.arange(min(rows, max_rows)), rows, key).tolist())

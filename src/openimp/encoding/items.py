@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def raw_values(
     table: Table, modality: Modality, spec: Input, rows: Sequence[int], progress: Progress | None
 ) -> Iterator[tuple[str, Raw | BadMedia]]:
     """Yields (key, value) of each row. Equal values have the same key. One that cannot be read is a BadMedia."""
-    all_values = chain.from_iterable(table.chunks(rows, _columns(modality, spec)))
+    all_values = table.iterate(_columns(modality, spec), rows)
     tracked_rows = progress(rows, modality.name) if progress else rows
     for row, values in zip(tracked_rows, all_values):
         try:
