@@ -123,7 +123,7 @@ class DemoStep(Step):
 
     def __init__(self, trainer: Trainer, loaded: LoadedBatch, threads: int) -> None:
         self.trainer, self.loaded = trainer, loaded
-        self.cost = trainer.log.costs[loaded.visit.task, loaded.visit.view]
+        self.cost = trainer.log.step_costs[loaded.visit.task, loaded.visit.view]
         super().__init__(self.cost.tokens, threads)
 
     def run(self) -> None:

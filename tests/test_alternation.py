@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openimp.alternation import Alternation, _draw, expected_shares
+from openimp.alternation import Schedule, _draw, expected_shares
 from openimp.recipe.schema import Recipe
 
 THREE = """
@@ -34,10 +34,10 @@ def mixture(kind: str, steps: int, seed: int = 0, **weights: float) -> Recipe:
 @pytest.mark.parametrize("kind", ["random", "intervals", "cycle"])
 def test_the_order_of_tasks_is_a_pure_function_of_recipe_seed_and_step(kind):
     """Two processes that never speak agree; a longer run begins like a shorter one; the seed makes the difference."""
-    long, again, short = (Alternation(mixture(kind, steps, seed=3)) for steps in (500, 500, 123))
+    long, again, short = (Schedule(mixture(kind, steps, seed=3)) for steps in (500, 500, 123))
     assert list(long) == list(again)
     assert list(long)[:123] == list(short)
-    other = Alternation(mixture(kind, 500, seed=4))
+    other = Schedule(mixture(kind, 500, seed=4))
     # Of fixed intervals, only the views are left to the seed.
     assert list(other) != list(long)
 
@@ -46,7 +46,7 @@ def test_the_order_of_tasks_is_a_pure_function_of_recipe_seed_and_step(kind):
 def test_each_task_takes_its_examples_one_after_the_other(kind):
     """Batches of a task lie end to end in its order, whatever comes between them and however large its views' are."""
     following = {"a": 0, "b": 0, "c": 0}
-    for step, visit in enumerate(Alternation(mixture(kind, 300))):
+    for step, visit in enumerate(Schedule(mixture(kind, 300))):
         assert visit.step == step
         assert visit.start == following[visit.task]
         assert visit.batch_size == {"a": [6, 4][visit.view], "b": 4, "c": 10}[visit.task]
@@ -55,7 +55,7 @@ def test_each_task_takes_its_examples_one_after_the_other(kind):
 
 
 def test_random_draws_tasks_and_views_by_weight():
-    visits = list(Alternation(mixture("random", 20_000)))
+    visits = list(Schedule(mixture("random", 20_000)))
     tasks = [visit.task for visit in visits]
     # Four standard deviations of a share of 20 000 draws.
     for name, share in expected_shares(mixture("random", 1)).items():
@@ -78,7 +78,7 @@ def test_a_cycle_is_never_far_from_its_shares(weights, seed):
 
 
 def test_in_a_sequence_each_task_has_its_share_of_the_steps_at_one_time():
-    tasks = [visit.task for visit in Alternation(mixture("sequence", 100))]
+    tasks = [visit.task for visit in Schedule(mixture("sequence", 100))]
     assert tasks == ["a"] * 50 + ["b"] * 30 + ["c"] * 20
 
 
@@ -86,7 +86,7 @@ def test_in_a_sequence_each_task_has_its_share_of_the_steps_at_one_time():
 def test_views_in_a_sequence_have_their_shares_of_a_task_one_after_the_other(kind):
     recipe = mixture(kind, 300)
     recipe.alternation.views = "sequence"
-    visits = [visit for visit in Alternation(recipe) if visit.task == "a"]
+    visits = [visit for visit in Schedule(recipe) if visit.task == "a"]
     assert len(visits) > 100
     views = [visit.view for visit in visits]
     assert views == sorted(views)
@@ -105,7 +105,7 @@ def test_fixed_intervals_give_the_mixture_of_the_release():
         "image_text": 40, "image_class": 40, "video_text": 3, "video_class": 8, "video_audio_text": 3, "audio_class": 5,
     }  # fmt: skip
     steps = 299 * 10  # ten times the 120 rounds after which all repeats
-    tasks = [visit.task for visit in Alternation(Recipe.load("imp_s", [f"train.steps={steps}"]))]
+    tasks = [visit.task for visit in Schedule(Recipe.load("imp_s", [f"train.steps={steps}"]))]
     for name, share in expected_shares(recipe).items():
         assert tasks.count(name) == round(share * steps)
     assert tasks[:8] == [*recipe.tasks, "image_text", "image_class"]
@@ -114,5 +114,5 @@ def test_fixed_intervals_give_the_mixture_of_the_release():
 def test_tasks_of_weight_0_are_never_visited():
     for kind in ("random", "intervals", "cycle", "sequence"):
         recipe = mixture(kind, 100, b=0)
-        assert {visit.task for visit in Alternation(recipe)} == {"a", "c"}
+        assert {visit.task for visit in Schedule(recipe)} == {"a", "c"}
         assert "b" not in expected_shares(recipe)

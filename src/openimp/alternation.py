@@ -3,8 +3,7 @@
 It is a pure function of recipe and seed, so all ranks know it without communication.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -27,7 +26,7 @@ class Visit:
     start: int  # number of examples that earlier steps of the task used
 
 
-class Alternation(Sequence[Visit]):
+class Schedule(Sequence[Visit]):
     """The schedule of a recipe, in a few bytes per step.
 
     The schedule of a longer run begins with that of a shorter one, except for sequences of tasks or views.
@@ -70,18 +69,6 @@ class Alternation(Sequence[Visit]):
             batch_size=int(self._batch_size[step]),
             start=int(self._start[step]),
         )
-
-    def per_step(self, values: Mapping[tuple[str, int], float]) -> np.ndarray:
-        """`values[task, view]` of each step, (steps,). `values` has exactly the views of the tasks with a weight."""
-        table = np.zeros((len(self._names), 1 + max(view for _, view in values)))
-        for (task, view), value in values.items():
-            table[self._names.index(task), view] = value
-        return table[self._task_indices, self._view_indices]
-
-    def step_counts(self) -> dict[tuple[str, int], int]:
-        """The number of steps per (task, view)."""
-        counts = Counter(zip(self._task_indices.tolist(), self._view_indices.tolist()))
-        return {(self._names[task], view): count for (task, view), count in sorted(counts.items())}
 
 
 def expected_shares(recipe: Recipe) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from openimp.checkpoint.folder import CONFIG, describe_model, load_run_recipe, saved_step
+from openimp.checkpoint.folder import CONFIG, RECIPE, describe_model, saved_step
 from openimp.checkpoint.resume import common_checkpoints
 from openimp.common.errors import UserError, escaped
 from openimp.common.json_lines import append
@@ -88,7 +88,7 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
     distributed.start()
     if resume is not None and common_checkpoints(run):
         refuse_links(run)
-        saved_recipe = load_run_recipe(run, overrides, Path.cwd())
+        saved_recipe = Recipe.load(run / RECIPE, overrides, Path.cwd())
         if not any(_is_in(source, data) for source in saved_recipe.sources.values()):
             command = (
                 f"openimp train {shlex.quote(str(run / 'recipe.yaml'))} --run-dir {shlex.quote(str(run))} --resume"

@@ -10,7 +10,7 @@ from messages import refuses
 from openimp.drafting.columns import inspect, open_candidate
 from openimp.drafting.draft import find_tasks
 from openimp.drafting.finding import Candidate
-from openimp.drafting.splitting import split
+from openimp.drafting.splitting import split_task
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +221,7 @@ def test_a_large_group_is_not_held_out_for_its_many_classes():
 def held_out(rows, column):
     """The values of a column in the rows that the only task trains on, and in those that it holds out."""
     (task,) = tasks(rows)
-    divided = split(task)
+    divided = split_task(task)
     train, test = (set(open_candidate(source).column(column)) for source in (divided.train, divided.test))
     assert train
     assert test
@@ -230,19 +230,19 @@ def held_out(rows, column):
 
 def test_a_text_that_one_task_holds_out_is_not_trained_on_by_another():
     rows = numbered(60, file=copies(60), sound=copies(30, "wav"), caption="text {}")
-    image, audio = map(split, tasks(rows))
+    image, audio = map(split_task, tasks(rows))
     assert image.test["part"] == audio.test["part"]
 
 
 @pytest.mark.parametrize("count", [60, 3])
 def test_few_items_are_all_trained_on(count):
-    divided = split(*tasks(numbered(count, file=["0.png", "1.png", "2.png"], caption="text {}")))
+    divided = split_task(*tasks(numbered(count, file=["0.png", "1.png", "2.png"], caption="text {}")))
     assert (divided.test, divided.rows) == (None, count)
     assert divided.why.startswith("too few different values of ")
 
 
 def test_a_split_column_is_used():
-    divided = split(*tasks(numbered(30, text="row {}", split=["Train", "val", "test"])))
+    divided = split_task(*tasks(numbered(30, text="row {}", split=["Train", "val", "test"])))
     assert (divided.train["where"], divided.test["where"]) == ({"split": ["Train"]}, {"split": ["val"]})
     assert "its test rows are left" in divided.why
 

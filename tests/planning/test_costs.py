@@ -35,18 +35,18 @@ def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path, moe
             computed[loaded.visit.task] += counter.get_total_flops()
             tokens[loaded.visit.task] += sum(prod(each.values.shape[:2]) for each in loaded.batch.tokens.values())
     training.confirm_and_gather_bad_examples()
-    training.log.metrics.close()
+    training.log.close()
     line = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
     assert {task: totals["flops"] for task, totals in line["totals"].items()} == computed
     assert {task: totals["tokens"] for task, totals in line["totals"].items()} == tokens
-    costs = [training.log.costs[visit.task, visit.view] for visit in training.batches.schedule]
+    costs = [training.log.step_costs[visit.task, visit.view] for visit in training.batches.schedule]
     model_flops = sum(cost.model_flops for cost in costs)
     hardware_flops = sum(computed.values()) - sum(cost.optimizer_flops for cost in costs)
-    assert line["mfu"] * line["seconds"] == pytest.approx(model_flops / training.log.metrics.peak)
+    assert line["mfu"] * line["seconds"] == pytest.approx(model_flops / training.log.peak_flops)
     if memory == "{}":
         assert "hfu" not in line
         assert model_flops == hardware_flops
     else:
-        assert line["hfu"] * line["seconds"] == pytest.approx(hardware_flops / training.log.metrics.peak)
+        assert line["hfu"] * line["seconds"] == pytest.approx(hardware_flops / training.log.peak_flops)
         forward_flops = sum(cost.forward_flops for cost in costs)
         assert 0.5 * forward_flops < hardware_flops - model_flops <= forward_flops

@@ -80,7 +80,7 @@ def test_what_stays_between_steps_is_counted_to_the_byte(little_data, tmp_path):
     training = Trainer(set_up(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / "run"))
     for step in range(2):
         training.make_step(training.batches[step])
-    training.log.metrics.close()
+    training.log.close()
     states = [state for optimizer in training.updater.optimizers for state in optimizer.state.values()]
     moments = [tensor for state in states for key, tensor in state.items() if key != "step"]
     held = [*training.model.parameters(), *moments, *training.updater.ema.weights.values()]

@@ -111,7 +111,7 @@ def test_the_counted_cost_equals_a_real_step(tmp_path):
     # The counter does not count the CPU's fused attention, but the two matrix products of the math backend.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         training.make_step(loaded)
-    assert counter.get_total_flops() == training.log.costs["pairs", 0].flops
+    assert counter.get_total_flops() == training.log.step_costs["pairs", 0].flops
 
 
 def test_the_towers_have_the_recipes_sizes(tmp_path):

@@ -64,9 +64,9 @@ def test_counted_flops_are_those_of_a_step(little_data, tmp_path, scale, memory)
     training = trainer_of(little_data, tmp_path / "run", *changes)
     with FlopCounterMode(display=False) as counter:
         training.make_step(next(iter(load_batches(training.batches, 0))))
-    cost = training.log.costs["named", 0]
+    cost = training.log.step_costs["named", 0]
     assert cost.flops == counter.get_total_flops()
-    full = trainer_of(little_data, tmp_path / "full", *ONE_TASK, f"memory={memory}").log.costs["named", 0]
+    full = trainer_of(little_data, tmp_path / "full", *ONE_TASK, f"memory={memory}").log.step_costs["named", 0]
     assert cost.flops < full.flops
     assert cost.forward_flops == full.forward_flops
 

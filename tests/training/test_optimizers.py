@@ -39,7 +39,7 @@ def test_the_learning_rate_follows_the_flops_of_views_that_follow_one_after_the_
     changes = [views, "tasks.heard.weight=0", "train.steps=10", "optimizer={lr: 0.1, warmup_steps: 2}"]
     changes += ["train.log_every=1", "evaluation={}", "alternation.views=sequence"]
     training = trainer_of(little_data, tmp_path / "run", *changes)
-    small, large = (training.log.costs["named", view].flops for view in (0, 1))
+    small, large = (training.log.step_costs["named", view].flops for view in (0, 1))
     assert large > 5 * small
     done = [0.0]  # FLOPs since the warm-up
     for step in range(2, 10):

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
 from openimp.model.init import SkipInit
 from openimp.parallel.distributed import rank, run_on_all_ranks, world_size
-from openimp.recipe.file import override, parse_mapping, to_yaml
+from openimp.recipe.file import parse_mapping, to_yaml
 from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
@@ -60,15 +60,6 @@ class SavedRecipe(NamedTuple):
             raise UserError(f"{self.file}: missing; only embedding and search of files work without it")
         data = parse_mapping(self.text, self.file, "recipe")
         return Recipe.build(data, self.file.parent, str(self.file))
-
-
-def load_run_recipe(run: Path, overrides: Iterable[str] = (), folder: Path | None = None) -> Recipe:
-    """The recipe.yaml of a run, also of an older version; see `Recipe.load` for the other arguments."""
-    file = run / RECIPE
-    data = parse_mapping(read_required(file), file, "recipe")
-    for text in overrides:
-        override(data, text, folder)
-    return Recipe.build(data, run.resolve(), str(file))
 
 
 NO_RECIPE = SavedRecipe(None, Path(RECIPE))

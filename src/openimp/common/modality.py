@@ -8,11 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from openimp.common.schema import Strict
 
@@ -41,8 +42,7 @@ class Tokens(NamedTuple):
     mask: Tensor | None = None  # (B, L) bool, False for padding; None if there is none
 
     def to(self, device: torch.device | str) -> "Tokens":
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
-        return Tokens(self.values.to(device, non_blocking=True), self.coords.to(device, non_blocking=True), mask)
+        return cast(Tokens, tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), self))
 
     def split(self, examples: int) -> "list[Tokens]":
         """Chunks of at most `examples` examples."""
@@ -52,7 +52,7 @@ class Tokens(NamedTuple):
     def pad(self, examples: int) -> "Tokens":
         """Repeats the last example until there are `examples` of them."""
         index = torch.arange(examples, device=self.coords.device).clamp(max=len(self.coords) - 1)
-        return Tokens(self.values[index], self.coords[index], None if self.mask is None else self.mask[index])
+        return cast(Tokens, tree_map_only(Tensor, lambda tensor: tensor[index], self))
 
     def valid(self) -> Tensor:
         """The mask (B, L), all True if there is none."""

@@ -46,11 +46,11 @@ class PictureReader(Protocol):
     """A modality of pictures, for `Model.preprocess`."""
 
     def preprocess(self, picture: Any, view: Any) -> Tensor:
-        """Converts a Pillow picture, or whatever `decode` takes, to a tensor for `Tensors.from_tensor`."""
+        """Converts a Pillow picture, or whatever `decode` takes, to a tensor for `TensorReader.from_tensor`."""
 
 
 class TensorInput(NamedTuple):
-    """What `Tensors.from_tensor` takes in a view."""
+    """What `TensorReader.from_tensor` takes in a view."""
 
     shape: tuple[int, ...]  # of one example
     dtype: torch.dtype
@@ -58,7 +58,7 @@ class TensorInput(NamedTuple):
 
 
 @runtime_checkable
-class Tensors(Protocol):
+class TensorReader(Protocol):
     """A modality that takes prepared batches, for `Model.encode` and `openimp export`."""
 
     def from_tensor(self, batch: Tensor) -> Tokens:

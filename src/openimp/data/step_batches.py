@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from openimp.alternation import Alternation, Visit
+from openimp.alternation import Schedule, Visit
 from openimp.data.batch import Batch
 from openimp.data.examples import ExampleReader
 from openimp.data.loaded_batch import LoadedBatch
@@ -25,7 +25,7 @@ class StepBatches(Dataset[LoadedBatch]):
     def __init__(self, data: TaskData, rank: int = 0) -> None:
         """Each batch is divided into `data.world_size` equal parts. This data set makes part `rank`."""
         self.data = data
-        self.schedule = Alternation(data.recipe)
+        self.schedule = Schedule(data.recipe)
         self.rank = rank
         self._examples = ExampleReader(data)
 

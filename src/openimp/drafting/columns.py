@@ -65,7 +65,7 @@ class TextColumn(NamedTuple):
     has_lists: bool  # some rows have several texts
 
 
-class ClassColumn(NamedTuple):
+class LabelColumn(NamedTuple):
     """A column with one class per row."""
 
     name: str
@@ -81,7 +81,7 @@ class TaskDraft(NamedTuple):
     table: Table
     media: MediaColumn
     text: TextColumn | None
-    label: ClassColumn | None
+    label: LabelColumn | None
     by_use: dict[str, list[str]]  # the names of columns; see `NAMES`. "path": those with names of media files
 
     @property
@@ -295,7 +295,7 @@ def _items(value: Any) -> list[Any]:
 
 def _class_column(
     table: Table, min_rows_per_class: dict[str, int], notes: list[str], are_named: bool
-) -> ClassColumn | None:
+) -> LabelColumn | None:
     """The first column that has classes, preferably with names.
 
     `min_rows_per_class` has the fewest rows per class, on average, for each column to look at. With `are_named`, texts
@@ -311,7 +311,7 @@ def _class_column(
             are_numbers = not are_names and all(
                 isinstance(value, bool) or _is_number(as_text(value)) for value in classes
             )
-            columns.append(ClassColumn(name, classes, are_numbers))
+            columns.append(LabelColumn(name, classes, are_numbers))
         else:
             notes.append(
                 f"{shown(name)}: expected a class (a text, a whole number, or true or false) in every row, at least "

@@ -24,7 +24,7 @@ from openimp.drafting.assembling import ChosenTower, Draft, NamedTask, Start, as
 from openimp.drafting.columns import TaskDraft, inspect
 from openimp.drafting.finding import Candidate, find, shown
 from openimp.drafting.machine import Machine, this_machine
-from openimp.drafting.splitting import split
+from openimp.drafting.splitting import split_task
 from openimp.drafting.writing import write
 from openimp.encoding.frozen import vector_sizes
 from openimp.planning.costs import costs, meta_model, mixture, short
@@ -156,7 +156,7 @@ def find_tasks(
             unused = list(dict.fromkeys([*unused, *notes]))
     if not tasks:
         raise UserError(f"nothing to train on: {'; '.join(unused[:5])}")
-    named = [NamedTask(name, task, split(task)) for name, task in zip(task_names(tasks), tasks)]
+    named = [NamedTask(name, task, split_task(task)) for name, task in zip(task_names(tasks), tasks)]
     lines = [*map(_summary, named), *(f"not used: {note}" for note in unused[:MAX_NOTES])]
     return named, lines + ([f"and {len(unused) - MAX_NOTES:,} more"] if len(unused) > MAX_NOTES else [])
 

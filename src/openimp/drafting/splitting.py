@@ -29,7 +29,7 @@ class Split(NamedTuple):
     trains_test_classes: bool  # all classes of the test rows are trained on
 
 
-def split(task: TaskDraft) -> Split:
+def split_task(task: TaskDraft) -> Split:
     """Divides the rows of a task: as the data itself does, or else by a hash of a column."""
     unused = ""
     if test := task.candidate.held_out:

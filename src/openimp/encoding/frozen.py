@@ -78,9 +78,14 @@ class FrozenEncoder(ABC):
         """The clips (M, ...) of one of the reader's segments. BadMedia if it cannot be read."""
         return self.reader.encode_segment(value, self.view, start, end)
 
-    @abstractmethod
+    @torch.no_grad()
     def embed(self, clips: np.ndarray) -> Tensor:
         """The vectors (M, D) of clips of one or several items."""
+        return torch.cat([self._embed(clips[start : start + CLIPS]) for start in range(0, len(clips), CLIPS)])
+
+    @abstractmethod
+    def _embed(self, clips: np.ndarray) -> Tensor:
+        """The vectors (M, D) of at most `CLIPS` clips."""
 
 
 class OwnEncoder(FrozenEncoder):
@@ -108,12 +113,10 @@ class OwnEncoder(FrozenEncoder):
         # fp32 is slow, but training items are embedded once.
         self._encoder = ItemEncoder(model, self.reader, self.view, towards, "fp32")
 
-    def embed(self, clips: np.ndarray) -> Tensor:
+    def _embed(self, clips: np.ndarray) -> Tensor:
         # Ranks embed different items, so the routers of a sparse model must not wait for each other.
-        with torch.no_grad(), alone():
-            parts = [clips[start : start + CLIPS] for start in range(0, len(clips), CLIPS)]
-            tokens = (self.reader.tokens(part, self.view, None) for part in parts)
-            return torch.cat([self._encoder.encode_tokens(part) for part in tokens])
+        with alone():
+            return self._encoder.encode_tokens(self.reader.tokens(clips, self.view, None))
 
 
 class SentenceTransformerEncoder(FrozenEncoder):
@@ -131,12 +134,12 @@ class SentenceTransformerEncoder(FrozenEncoder):
 
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
         if self.reader.reads_text:
-            return _objects(_text(value))
+            return np.fromiter([_text(value)], object)
         if self._modality != "image":
             return super().read(value, rng)
-        return _objects(_picture(value, rng))
+        return np.fromiter([_picture(value, rng)], object)
 
-    def embed(self, clips: np.ndarray) -> Tensor:
+    def _embed(self, clips: np.ndarray) -> Tensor:
         inputs = list(clips)
         if self._modality == "audio":
             rate = self.reader.config.sample_rate
@@ -156,10 +159,8 @@ class TimmEncoder(FrozenEncoder):
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
         return self._transform(_picture(value, rng)).numpy()[None]
 
-    def embed(self, clips: np.ndarray) -> Tensor:
-        device = next(self._trunk.parameters()).device
-        with torch.no_grad():
-            return torch.cat([self._trunk(part.to(device)) for part in torch.from_numpy(clips).split(CLIPS)])
+    def _embed(self, clips: np.ndarray) -> Tensor:
+        return self._trunk(torch.from_numpy(clips).to(next(self._trunk.parameters()).device))
 
 
 class OpenClipEncoder(FrozenEncoder):
@@ -204,20 +205,15 @@ class OpenClipEncoder(FrozenEncoder):
         """Pictures as the network takes them: (N, 3, H, W) fp32."""
         return torch.stack([self._opened.transform(picture) for picture in pictures]).numpy()
 
-    def embed(self, clips: np.ndarray) -> Tensor:
-        device = next(self._opened.network.parameters()).device
-        with torch.no_grad():
-            return torch.cat([self._vectors(part.to(device)) for part in torch.from_numpy(clips).split(CLIPS)])
-
-    def _vectors(self, clips: Tensor) -> Tensor:
+    def _embed(self, clips: np.ndarray) -> Tensor:
         """The vectors (M, D) of texts (M, L), pictures (M, 3, H, W), or clips of films (M, T, 3, H, W)."""
         network = self._opened.network
+        batch = torch.from_numpy(clips).to(next(network.parameters()).device)
         if self._modality == "text":
-            return network.encode_text(clips, normalize=False)
+            return network.encode_text(batch, normalize=False)
         if self._modality == "image":
-            return network.encode_image(clips, normalize=False)
-        z_MTD = network.encode_image(clips.flatten(0, 1), normalize=True).unflatten(0, clips.shape[:2])
-        return z_MTD.mean(1)
+            return network.encode_image(batch, normalize=False)
+        return network.encode_image(batch.flatten(0, 1), normalize=True).unflatten(0, batch.shape[:2]).mean(1)
 
 
 class _WholeFrames(Video):
@@ -305,10 +301,3 @@ def _open(folder: Path) -> tuple[Embedder, SavedModel, str]:
     """A model, on the GPU if there is one, and a hash of its weights. Several modalities share it."""
     model, saved = load_model(folder)
     return model.to(pick_device()), saved, weights_hash(model).hexdigest()
-
-
-def _objects(value: Any) -> np.ndarray:
-    """An array (1,) that holds an object."""
-    array = np.empty(1, object)
-    array[0] = value
-    return array

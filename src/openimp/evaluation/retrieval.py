@@ -20,7 +20,7 @@ MAX_SIMILARITIES = 2**22
 """Maximum number of similarities in memory at once (16 MiB)."""
 
 
-class Answer(NamedTuple):
+class RankedCandidate(NamedTuple):
     """The index of a candidate, its similarity to the query, and whether it is correct."""
 
     candidate: int
@@ -40,7 +40,7 @@ class RetrievalResult(Predicted):
     candidate_MZ: Tensor
     unknown: list[str]  # names of the rows with the texts, of either modality, that have no word that the model knows
 
-    def answers(self, query_index: int, k: int) -> list[Answer]:
+    def answers(self, query_index: int, k: int) -> list[RankedCandidate]:
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.
 
         In a tie, wrong candidates come first. NaN counts as the lowest similarity of a correct candidate, and the
@@ -58,7 +58,7 @@ class RetrievalResult(Predicted):
         if not correct_M[chosen].any():
             correct_in_order = order[correct_M[order]]
             chosen.append(correct_in_order[0])
-        return [Answer(int(i), float(similarity_M[i]), bool(correct_M[i])) for i in chosen]
+        return [RankedCandidate(int(i), float(similarity_M[i]), bool(correct_M[i])) for i in chosen]
 
     def metrics(self) -> dict[str, Any]:
         """R@1, R@5, R@10, median rank, mean reciprocal rank, chance, the 95 % interval of R@1, and numbers of items."""

@@ -21,7 +21,7 @@ from openimp.common.folders import require_empty
 from openimp.common.modality import BadMedia, Modalities, Modality
 from openimp.common.names import HUB, HubName
 from openimp.common.progress import notice
-from openimp.common.protocols import PictureReader, Tensors, TextReader, is_known
+from openimp.common.protocols import PictureReader, TensorReader, TextReader, is_known
 from openimp.common.schema import checked
 from openimp.data.trust import record_training, trained_here
 from openimp.encoding.engine import ItemEncoder
@@ -87,12 +87,6 @@ class Model(nn.Module):
         self.saved_recipe = saved_recipe
         self.folder = folder
         self.views = {name: view.model_copy() for name, view in config.views.items()}
-        self._picture_modality = next(
-            (modality for modality in modalities.values() if isinstance(modality, PictureReader)), None
-        )
-        self._text_modality = next(
-            (modality for modality in modalities.values() if isinstance(modality, TextReader)), None
-        )
 
     @classmethod
     def from_pretrained(
@@ -172,7 +166,7 @@ class Model(nn.Module):
         modality = reader.name
         batch_size = encoder.batch_size
         if isinstance(inputs, Tensor):
-            if not isinstance(reader, Tensors):
+            if not isinstance(reader, TensorReader):
                 raise TypeError(f"{modality} takes raw values, not a tensor")
             if len(inputs) == 0:
                 return encoder.stack([])
@@ -244,9 +238,8 @@ class Model(nn.Module):
             candidates = [name for name in [*others, modality] if self.imp.share_a_space(modality, name)]
         if not candidates:
             raise UserError(f"no task trains {modality} together with another modality, so it has no embedding")
-        if reads_text:  # A tower that reads pictures is no `PictureReader`.
-            pictures = [name for name in candidates if self.modalities[name] is self._picture_modality]
-            preferred = pictures or [name for name in candidates if name == "image"]
+        if reads_text:
+            preferred = [name for name in candidates if name == "image"]
         else:
             preferred = [name for name in candidates if self.modalities[name].reads_text]
         return (preferred or candidates)[0]
@@ -315,25 +308,26 @@ class Model(nn.Module):
     def preprocess(self) -> Callable[[Any], Tensor] | None:
         """Converts a Pillow picture to a tensor (3, H, W) for `encode`, as in open_clip. None if the model does not
         read pictures, or if a tower does."""
-        if self._picture_modality is None:
-            return None
-        return partial(self._picture_modality.preprocess, view=self.checked_view(self._picture_modality.name))
+        for name, modality in self.modalities.items():
+            if isinstance(modality, PictureReader):
+                return partial(modality.preprocess, view=self.checked_view(name))
+        return None
 
     @property
     def tokenizer(self) -> Callable[[str | list[str]], Tensor] | None:
         """Converts texts to ids (B, L) for `encode`, as in open_clip. None if the model does not read texts, or if a
         tower does."""
-        if self._text_modality is None:
-            return None
-        return partial(self._text_modality.tokenize, length=self.checked_view(self._text_modality.name).length)
+        for name, modality in self.modalities.items():
+            if isinstance(modality, TextReader):
+                return partial(modality.tokenize, length=self.checked_view(name).length)
+        return None
 
     @property
     def logit_scale(self) -> Tensor:
         """The logarithm of the learned scale of the similarities of pictures and texts, as in open_clip."""
-        name = self._picture_modality.name if self._picture_modality else "image"  # "image": of a tower.
-        if name not in self.modalities:
+        if "image" not in self.modalities:
             raise UserError("the model does not read pictures; for another pair see imp.temperature")
-        return self.similarity_scale(name, self.partner(name)).log()
+        return self.similarity_scale("image", self.partner("image")).log()
 
     def similarity_scale(self, modality: str, other: str) -> Tensor:
         """The learned scale of the similarities of two modalities. UserError if no contrastive objective has one."""

@@ -15,7 +15,7 @@ from openimp.common.errors import UserError
 from openimp.common.folders import require_empty
 from openimp.common.modality import Modality
 from openimp.common.progress import console, no_log_output
-from openimp.common.protocols import TensorInput, Tensors, learned_files
+from openimp.common.protocols import TensorInput, TensorReader, learned_files
 from openimp.encoding.find import is_public
 from openimp.inference.model import Model, load
 from openimp.model.embedder import Embedder
@@ -60,7 +60,7 @@ def export(run: str | Path, folder: Path) -> None:
 class Graph(nn.Module):
     """A modality of a model as one function: the tensor of `from_tensor` to unit vectors (B, Z), one per target."""
 
-    def __init__(self, imp: Embedder, name: str, modality: Tensors, targets: list[str]) -> None:
+    def __init__(self, imp: Embedder, name: str, modality: TensorReader, targets: list[str]) -> None:
         super().__init__()
         self.imp = imp
         self.name = name
@@ -94,7 +94,7 @@ def _outputs(model: Model, name: str) -> dict[str, list[str]]:
 def _export_modality(model: Model, name: str, outputs: dict[str, list[str]], folder: Path) -> dict[str, Any]:
     """Writes the graph of a modality, and returns its entry in graphs.json."""
     modality = model.modalities[name]
-    if not isinstance(modality, Tensors):
+    if not isinstance(modality, TensorReader):
         raise UserError(f"{name} cannot be exported: it takes raw values, not a tensor")
     expected = modality.tensor_input(model.checked_view(name))
     graph = Graph(model.imp, name, modality, [others[0] for others in outputs.values()]).eval()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import PIL.AvifImagePlugin
 import PIL.Image
+import PIL.ImageOps
 import torch
 from PIL import ExifTags
 from torch import Tensor
@@ -40,16 +41,6 @@ HEIC = (b"ftyphe", b"ftypmif1", b"ftypmsf1")
 """What HEIC files, which most phones write, have from byte 4 on."""
 COSTLY = ("WEBP", "AVIF", "JPEG2000")
 """Formats whose decoders need at least twice the memory per pixel that others need."""
-TURNS = {
-    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
-    3: PIL.Image.Transpose.ROTATE_180,
-    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
-    5: PIL.Image.Transpose.TRANSPOSE,
-    6: PIL.Image.Transpose.ROTATE_270,
-    7: PIL.Image.Transpose.TRANSVERSE,
-    8: PIL.Image.Transpose.ROTATE_90,
-}
-"""How a picture is turned upright, by the orientation in its EXIF data."""
 EXIF_DATES = (ExifTags.Base.DateTimeOriginal, ExifTags.Base.DateTimeDigitized, ExifTags.Base.DateTime)
 """Tags with the time of a picture, the best first."""
 RAW_SIDE = 32
@@ -162,7 +153,7 @@ def upright(raw: Any, views: Sequence[Any] = ()) -> Iterator[PIL.Image.Image]:
         yield PIL.Image.fromarray(check_pixels(raw, axes=2))
     elif isinstance(raw, PIL.Image.Image):
         check_size(raw)
-        yield _turned(raw)
+        yield _turned(raw.copy())
     else:
         with open_media(raw) as media_file:
             picture = open_picture(media_file)
@@ -177,20 +168,12 @@ def upright(raw: Any, views: Sequence[Any] = ()) -> Iterator[PIL.Image.Image]:
 
 
 def _turned(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """The picture as its EXIF data say that it is to be seen. EXIF data that cannot be read are ignored, but for TIFF.
-
-    Pillow's `exif_transpose` also writes the EXIF data again, and fails if a program has written a tag of a wrong type.
-    """
+    """Turns a picture in place, as its EXIF data say. EXIF data that cannot be read are ignored, but for TIFF."""
     picture.load()  # Pillow turns a TIFF when it loads it, and forgets the orientation.
-    method = None
-    with suppress(Exception):  # Pillow raises many kinds.
-        method = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    if method is None:
-        return picture
-    turned = picture.transpose(method)
-    for key in ("exif", "xmp", "XML:com.adobe.xmp"):  # They have the orientation. Nothing may turn the picture again.
-        turned.info.pop(key, None)
-    return turned
+    with suppress(Exception):  # Pillow raises many kinds, also if it has turned the picture and cannot write new data.
+        PIL.ImageOps.exif_transpose(picture, in_place=True)
+    picture.info.pop("exif", None)  # Nothing may turn it again.
+    return picture
 
 
 def _check_progressive(picture: PIL.Image.Image, media_file: MediaFile) -> None:

@@ -102,7 +102,7 @@ class IMP(Embedder):
         first_layers = [f"stems.{stem}.embed{layer}" for stem in self.stems for layer in ("", ".convolution")]
         for name, module in self.named_modules():
             if isinstance(module, Experts):
-                stacks.update((weight, weight.shape[0]) for weight in module.parameters() if weight.ndim == 3)
+                stacks.update((weight, weight.shape[0]) for weight in module.parameters())
             elif isinstance(module, Attention):
                 stacks[module.qkv.weight] = 3
             elif isinstance(module, nn.Linear) and not name.startswith("classifiers.") and name not in first_layers:

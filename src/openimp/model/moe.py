@@ -164,7 +164,7 @@ def _usage(routing: Routing, valid_BL: Tensor, tokens_per_rank: Tensor) -> tuple
 
 
 class Experts(nn.Module):
-    """E two-layer GELU MLPs, as two batched matrix products. The shapes of all parameters begin with E."""
+    """E two-layer GELU MLPs without biases, as two batched matrix products. The shapes of both begin with E."""
 
     def __init__(self, experts: int, config: Model) -> None:
         super().__init__()
@@ -176,25 +176,13 @@ class Experts(nn.Module):
         self.down_EFD = nn.Parameter(torch.empty(experts, hidden, width))
         lecun_normal_(self.up_EDF, width)
         lecun_normal_(self.down_EFD, hidden)
-        if config.bias:
-            self.up_bias_EF = nn.Parameter(torch.empty(experts, hidden))
-            self.down_bias_ED = nn.Parameter(torch.empty(experts, width))
-            nn.init.zeros_(self.up_bias_EF)
-            nn.init.zeros_(self.down_bias_ED)
 
     def forward(self, x_ESD: Tensor) -> Tensor:
         """Maps (E, S, D) to (E, S, D): each expert processes its S slots, on the rank that holds it."""
-        weights, process_group = local_experts(self.parameters())
-        up_eDF, down_eFD, *biases = weights
-        up_bias_eF, down_bias_eD = biases or (None, None)
+        (up_eDF, down_eFD), process_group = local_experts(self.parameters())
         received_esD = dispatch_to_experts(x_ESD, process_group)
-        hidden_esF = gelu(_linear(received_esD, up_eDF, up_bias_eF), self.gelu_kind)
-        return combine_from_experts(_linear(hidden_esF, down_eFD, down_bias_eD), process_group)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer per expert: x (E, S, inputs), weight (E, inputs, outputs), bias (E, outputs)."""
-    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias[:, None], x, weight)
+        hidden_esF = gelu(torch.bmm(received_esD, up_eDF), self.gelu_kind)
+        return combine_from_experts(torch.bmm(hidden_esF, down_eFD), process_group)
 
 
 class SparseMLP(nn.Module):

@@ -5,7 +5,7 @@ mesh is a DTensor.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -154,32 +154,28 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 def gather_matrices(shard: Tensor, weight: Any) -> Tensor:
     """Gathers the matrices that `weight` stacks from the shards of all ranks. Whole experts stay on their ranks."""
-    if not hasattr(weight, "device_mesh"):
-        return shard
-    return _redistribute(shard, weight, weight.placements, _placements_of_matrices(weight))
+    return _redistribute(shard, weight, gather=True)
 
 
 def shard_matrices(matrices: Tensor, weight: Any) -> Tensor:
     """This rank's shard of what `gather_matrices` returned."""
+    return _redistribute(matrices, weight, gather=False)
+
+
+def _redistribute(local: Tensor, weight: Any, gather: bool) -> Tensor:
     if not hasattr(weight, "device_mesh"):
-        return matrices
-    return _redistribute(matrices, weight, _placements_of_matrices(weight), weight.placements)
+        return local
+    from torch.distributed.tensor import DTensor, Replicate
 
-
-def _placements_of_matrices(weight: Any) -> list[Any]:
-    from torch.distributed.tensor import Replicate
-
-    return [placement if weight.ndim == 3 and placement.is_shard(0) else Replicate() for placement in weight.placements]
-
-
-def _redistribute(local: Tensor, weight: Any, placements: Sequence[Any], new_placements: Sequence[Any]) -> Tensor:
-    """The local part under the new placements of a tensor with the shape and the mesh of `weight`."""
-    from torch.distributed.tensor import DTensor
-
+    sharded = weight.placements
+    gathered = [
+        placement if weight.ndim == 3 and placement.is_shard(0) else Replicate() for placement in weight.placements
+    ]
+    before, after = (sharded, gathered) if gather else (gathered, sharded)
     tensor: Any = DTensor.from_local(
-        local, weight.device_mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride()
+        local, weight.device_mesh, before, run_check=False, shape=weight.shape, stride=weight.stride()
     )
-    return cast(Tensor, tensor.redistribute(placements=new_placements).to_local())
+    return cast(Tensor, tensor.redistribute(placements=after).to_local())
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ and communication are computed from the sizes of tensors, as `parallel/` distrib
 docs/plan.md has the rules.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from openimp.alternation import Alternation
+from openimp.alternation import Schedule
 from openimp.common.device import Precision
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Classes, Modalities
@@ -118,7 +119,7 @@ def plans(
         (task, view): step_memory(recipe, modalities, classes, task, view, precision=precision, gpus=gpus)
         for task, view in cost_by_task_view
     }
-    step_counts = Alternation(recipe).step_counts()
+    step_counts = Counter((visit.task, visit.view) for visit in Schedule(recipe))
     for layout in dict.fromkeys([recipe_layout, *alternatives(recipe, gpus)]):
         planner = StepPlanner(recipe, Sharding(layout, model, precision), GPUS[gpu], utilization)
         step_needs = {

@@ -62,7 +62,8 @@ class Model(Strict):
     qk_norm: bool = False
     """LayerNorm on queries and keys, as in the paper's MoE models."""
     bias: bool = False
-    """Biases in attention, MLPs and experts. The paper's encoder has none, most public vision Transformers do."""
+    """Biases in attention and MLPs, but not in experts. The paper's encoder has none, most public vision Transformers
+    do."""
     attention_init: Literal["release", "mimetic"] = "release"
     """Initial weights of attention. release: random, as in the authors' release. mimetic: the keys' weights start equal
     to the queries', and the output layer's start as minus the transpose of the values'. Trained vision Transformers

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, load_run_recipe, read_config, saved_step
+from openimp.checkpoint.folder import MANIFEST, RECIPE, checkpoints, load_model, read_config, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modalities
@@ -28,6 +28,7 @@ from openimp.evaluation.results import latest, read_results
 from openimp.evaluation.retrieval import RetrievalResult
 from openimp.planning.plan import parameter_count
 from openimp.recipe.evaluation import EvaluationSet
+from openimp.recipe.schema import Recipe
 from openimp.report import results, training
 from openimp.report.page import TEMPLATES
 from openimp.training.metrics_file import read_metrics
@@ -70,7 +71,7 @@ def write_report(
     if has_model:
         facts, sections = _measure(run, recorded, progress, allow_sources)
     else:
-        facts = {"recipe": load_run_recipe(run), "parameters": None, "step": metrics[-1].step}
+        facts = {"recipe": Recipe.load(run / RECIPE), "parameters": None, "step": metrics[-1].step}
         notes = ["There is no checkpoint to measure."] if recorded else []
         sections = {"Results": results.section(latest(recorded), recorded, notes)}
     sections = {"Results": sections["Results"], **training.sections(metrics), **sections}

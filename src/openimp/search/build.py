@@ -1,11 +1,10 @@
 """`openimp index`: brings an index up to date with folders, or with the media of a run's recipe."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from openimp.common.errors import UserError, counted, escaped
 from openimp.common.modality import Modalities
@@ -51,6 +50,8 @@ class IndexResult:
     unknown: dict[str, int]  # by extension, the number of files that no modality of the model reads
     items: int  # all items that the index now holds: pictures, segments, lines, ...
     approximate: bool  # whether a query is compared with a part of the vectors only
+    model: Model = field(repr=False)  # that embedded the items
+    metadata: Metadata = field(repr=False)
 
     def __str__(self) -> str:
         files = ", ".join(f"{getattr(self, kind):,} {kind}" for kind in FILE_COUNTS if getattr(self, kind))
@@ -59,14 +60,6 @@ class IndexResult:
         summary = f"{escaped(self.folder)}: {items}, {kind_of_search} search; files: {files or 'none'}"
         skipped = [f"{path}: {reason}" for path, reason in self.skipped.items()]
         return "\n".join([summary, *left_out(skipped, self.unknown)])
-
-
-class Built(NamedTuple):
-    """An index that was brought up to date, and the model that embedded it."""
-
-    result: IndexResult
-    model: Model
-    metadata: Metadata
 
 
 def build_index(
@@ -103,29 +96,6 @@ def build_index(
     forget = [forget] if isinstance(forget, str | Path) else list(forget)
     if forget and paths is None:
         paths = ()
-    return _build(model, paths, out, batch_size, progress, allow_sources, forget).result
-
-
-def build_and_open(run: str | Path, allow_sources: bool) -> Index:
-    """Brings the index of a run's media up to date, and opens it.
-
-    Unlike `open_index`, it keeps the model that embedded the items: a run that is still being trained may have saved
-    other weights meanwhile.
-    """
-    built = _build(run, None, None, BATCH_SIZE, track, allow_sources)
-    return Index(built.result.folder, built.model, built.metadata, allow_sources)
-
-
-def _build(
-    model: str | Path,
-    paths: Iterable[str | Path] | None,
-    out: str | Path | None,
-    batch_size: int,
-    progress: Progress,
-    allow_sources: bool,
-    forget: Sequence[str | Path] = (),
-) -> Built:
-    """`build_index`, whose docstring explains the arguments."""
     import_lancedb()  # Fails before the model is loaded and a folder is made.
     name = str(model)
     if paths is None and Name.parse(name).scheme == OPEN_CLIP:
@@ -193,9 +163,28 @@ def _build(
             raise UserError(f"no file can be read; the first: {escaped(path)}: {reason}")
         items.compact()
     counts = {kind: update.counts[kind] for kind in FILE_COUNTS}
-    result = IndexResult(folder, **counts, skipped=skipped, unknown=unknown, items=count, approximate=items.approximate)
+    result = IndexResult(
+        folder,
+        **counts,
+        skipped=skipped,
+        unknown=unknown,
+        items=count,
+        approximate=items.approximate,
+        model=opened,
+        metadata=metadata,
+    )
     console.print(str(result), soft_wrap=True)
-    return Built(result, opened, metadata)
+    return result
+
+
+def build_and_open(run: str | Path, allow_sources: bool) -> Index:
+    """Brings the index of a run's media up to date, and opens it.
+
+    Unlike `open_index`, it keeps the model that embedded the items: a run that is still being trained may have saved
+    other weights meanwhile.
+    """
+    result = build_index(run, allow_sources=allow_sources)
+    return Index(result.folder, result.model, result.metadata, allow_sources)
 
 
 def _on_disk(path: str | Path) -> Path:

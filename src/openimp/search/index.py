@@ -27,7 +27,7 @@ from openimp.search.media import media_state, row_media, source_table
 from openimp.search.parts import nfc
 from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, Space, Words
 from openimp.search.ranking import Spread, by_excess, merged, paths_of, result_key, stands_for_file, unit_vector
-from openimp.search.table import IndexChanged, Items, any_of, below, between, chunks, quoted
+from openimp.search.table import IndexChanged, Items, any_of, as_matrix, below, between, chunks, quoted
 
 T = TypeVar("T")
 
@@ -146,8 +146,7 @@ class Index:
         if k < 1:
             raise UserError(f"k must be at least 1, found {k}")
         modalities = [modalities] if isinstance(modalities, str) else modalities
-        self._check_modalities(modalities)
-        filters = self._filters(under, since, until)
+        filters = self._filters(modalities, under, since, until)
         if likes := [part.id for part in parts if isinstance(part, Like)]:
             filters.append(f"NOT {any_of('id', likes)}")
         encoded = self._encode_all(parts)
@@ -165,8 +164,6 @@ class Index:
             kinds = ", ".join(dict.fromkeys(part.modality for part in encoded))
             items = ", ".join(modalities or self.counts)
             raise UserError(f"{kinds} and the items ({items}) share no space, so they cannot be compared")
-        if modalities:
-            filters.append(any_of("modality", modalities))
         wanted = Wanted(comparable, words, filters, k, under)
         table = self._items
         hits = self._ranked(wanted, by)
@@ -251,13 +248,9 @@ class Index:
     ) -> list[Hit]:
         """At most `count` items, evenly spaced among those that match the filters; see `search`."""
         modalities = [modalities] if isinstance(modalities, str) else modalities
-        under = under and os.path.expanduser(under)
-        self._check_modalities(modalities)
-        filters = self._filters(under, since, until)
-        if modalities:
-            filters.append(any_of("modality", modalities))
-        where = " AND ".join(filters) or None
-        return [Hit(**row) for row in self._read(lambda items: items.sample(count, where))]
+        where = " AND ".join(self._filters(modalities, under, since, until)) or None
+        rows = self._read(lambda items: items.sample(count, where, items.hit_columns)).to_pylist()
+        return [Hit(**row) for row in rows]
 
     def encode(self, query: Query) -> EncodedQuery:
         """Encodes a part of a query, for all spaces that its modality is in.
@@ -362,18 +355,22 @@ class Index:
                 self.__dict__.pop(name, None)
             return read(self._items)
 
-    def _check_modalities(self, modalities: Sequence[str] | None) -> None:
+    def _filters(
+        self,
+        modalities: Sequence[str] | None,
+        under: str | Path | None,
+        since: str | date | None,
+        until: str | date | None,
+    ) -> list[str]:
+        """SQL filters; see `search` for the arguments."""
         for name in modalities or ():
             if name not in self.counts:
                 raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
-
-    def _filters(self, under: str | Path | None, since: str | date | None, until: str | date | None) -> list[str]:
-        """SQL filters; see `search` for the arguments."""
         first_day = _day("since", since)
         last_day = _day("until", until)
         if first_day and last_day and first_day > last_day:
             raise UserError(f"since {first_day} is after until {last_day}")
-        filters = []
+        filters = [any_of("modality", modalities)] if modalities else []
         if under is not None:
             name = quoted(str(under))  # of a source, or a path
             filters.append(f"(source = {name} OR path = {name} OR {below(os.path.abspath(under))})")
@@ -410,7 +407,8 @@ class Index:
         """The cosines of a vector (Z,) with the items of some modalities."""
         key = tuple(names)
         if key not in self._samples:
-            self._samples[key] = self._read(lambda items: items.sample_vectors(SAMPLE, any_of("modality", names)))
+            sample = self._read(lambda items: items.sample(SAMPLE, any_of("modality", names), ["vector"]))
+            self._samples[key] = as_matrix(sample["vector"])
         cosines = self._samples[key] @ vector
         if not len(cosines):  # The model knows hardly any of these texts, and the sample has none of them.
             return Spread(0.0, 0.0, 1)

@@ -19,7 +19,6 @@ from openimp.data.tables import Table
 from openimp.data.templates import all_texts, columns_of
 from openimp.encoding.items import require_columns
 from openimp.inference.files import File, file_text, shown_name
-from openimp.recipe.inputs import Input
 from openimp.recipe.schema import Recipe
 
 Roots = Callable[[], list[Path]]
@@ -97,8 +96,10 @@ def media_of_recipe(recipe: Recipe, modalities: Modalities) -> Iterator[Media]:
             seen.add((user.source, column, name))
             table = open_table(user.source)
             require_columns(table, modalities[name], spec, f"sources.{user.source}")
-            text = partial(_row_text, table, texts[0] if texts else None, _class_column(user))
-            yield from _rows(table, name, column, text)
+            templates = [template for spec in texts[:1] for template in spec.columns]
+            if (label := _class_column(user)) in table.columns:
+                templates.append(label)
+            yield from _rows(table, name, column, partial(_row_text, table, templates))
 
 
 def source_table(recipe: Recipe, name: str) -> Table:
@@ -191,15 +192,10 @@ def _rows(table: Table, modality: str, column: str, text: Callable[[int], str | 
         yield Media(name, modality, table.fingerprint, raw, row_text, source=table.name, row=row, column=column)
 
 
-def _row_text(table: Table, spec: Input | None, class_column: str | None, row: int) -> str | None:
-    """The texts of an input in a row, or else the row's class."""
-    return (spec and _input_text(table, spec, row)) or _label(table, class_column, row)
-
-
-def _input_text(table: Table, spec: Input, row: int) -> str | None:
-    """The texts of a row, separated by semicolons: the first template of an input that fits, with all its values."""
-    rows = table.rows([row], columns_of(spec.columns))
-    texts = next((texts for template in spec.columns for texts in all_texts([template], rows)), [])
+def _row_text(table: Table, templates: list[str], row: int) -> str | None:
+    """The texts of a row, separated by semicolons: the first template that fits, with all its values."""
+    rows = table.rows([row], columns_of(templates))
+    texts = next((texts for template in templates for texts in all_texts([template], rows)), [])
     return "; ".join(dict.fromkeys(texts)) or None
 
 
@@ -207,9 +203,3 @@ def _class_column(user: Any) -> str | None:
     """The column with the class of a row, if an evaluation set or a task reads one."""
     columns = (objective.class_column() for objective in getattr(user, "objectives", ()))
     return getattr(user, "label", None) or next((column.name for column in columns if column), None)
-
-
-def _label(table: Table, column: str | None, row: int) -> str | None:
-    """The name of the class of a row."""
-    value = table.rows([row], [column])[0][column] if column in table.columns else None
-    return value if isinstance(value, str) else None

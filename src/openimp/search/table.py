@@ -137,16 +137,8 @@ class Items:
         """All files and rows of sources, by path."""
         return {path: Stored(*values) for path, *values in self.columns("path", *Stored._fields)}
 
-    def sample(self, count: int, where: str | None = None) -> list[dict[str, Any]]:
-        """At most `count` rows, evenly spaced among those that match an SQL filter, without their vectors."""
-        return self._sample(count, where, self.hit_columns).to_pylist()
-
-    def sample_vectors(self, count: int, where: str) -> np.ndarray:
-        """The vectors (N, Z) fp32 of such rows, without those of rows that have none."""
-        vectors = self._sample(count, where, ["vector"])["vector"].combine_chunks()
-        return _matrix(vectors)
-
-    def _sample(self, count: int, where: str | None, columns: list[str]) -> pa.Table:
+    def sample(self, count: int, where: str | None, columns: list[str]) -> pa.Table:
+        """At most `count` rows, evenly spaced among those that match an SQL filter."""
         with _read_errors():
             if where is None:  # Faster than reading all ids.
                 taken = self.table.take_offsets(_evenly_spaced(count, self.table.count_rows()))
@@ -197,8 +189,8 @@ class Items:
         query = self.table.search(match, query_type="fts").limit(k).select([*self.hit_columns, "vector", "_score"])
         with _read_errors():
             hits = query.where(where).to_arrow()
-        stored = hits["vector"].combine_chunks()
-        known = iter(_matrix(stored))
+        stored = hits["vector"]
+        known = iter(as_matrix(stored))
         vector_of_row = [next(known) if is_known else None for is_known in stored.is_valid().to_pylist()]
         bm25 = hits["_score"].to_pylist()
         rows = hits.drop_columns(["vector", "_score"]).to_pylist()
@@ -273,9 +265,9 @@ def to_fp16(vector: Any) -> np.ndarray | None:
     return None if vector is None else np.asarray(vector, np.float16)
 
 
-def _matrix(vectors: pa.FixedSizeListArray) -> np.ndarray:
-    """The vectors (N, Z) fp32 that are not null."""
-    values = vectors.flatten().to_numpy(zero_copy_only=False)
+def as_matrix(vectors: pa.ChunkedArray) -> np.ndarray:
+    """The vectors (N, Z) fp32 of a column that are not null."""
+    values = vectors.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return values.astype(np.float32).reshape(-1, vectors.type.list_size)
 
 

@@ -11,7 +11,7 @@ from openimp.data.task_data import TaskData
 from openimp.planning.costs import mixture
 from openimp.recipe.file import RecipeLoader, flat
 from openimp.recipe.schema import Recipe
-from openimp.study.schema import Part, Study
+from openimp.study.schema import ArmModel, Study
 from openimp.study.two_towers import TWO_TOWERS
 from openimp.study.variants import CONFLICT, SUMMED
 from openimp.training.setup import Variant
@@ -28,41 +28,42 @@ MIN_STEPS = 10
 """Fewest steps of a model. Steps are whole, so with fewer of them the arms' FLOPs would differ by more than 5 %."""
 
 
-def variant_of(study: Study, part: Part) -> Variant:
+def variant_of(study: Study, arm_model: ArmModel) -> Variant:
     """How one model of a study is trained."""
-    if part.two_towers:
+    if arm_model.two_towers:
         return TWO_TOWERS
-    if part.summed:
+    if arm_model.summed:
         return SUMMED
     return CONFLICT if study.conflict else Variant()
 
 
-def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Recipe:
+def arm_model_recipe(study: Study, arm_model: ArmModel, seed: int, smoke: bool = False) -> Recipe:
     """The recipe of one model of a study.
 
     If its FLOPs allow fewer than `MIN_STEPS`, that is a UserError; `smoke` allows 1 step.
     """
-    changes = [*study.set, *part.set]
+    changes = [*study.set, *arm_model.set]
     original = Recipe.load(study.recipe, [*changes, f"seed={seed}"], Path.cwd())
     data = original.to_dict()
     for change in changes:
         _refuse_derived(change)
-    if part.summed:
+    if arm_model.summed:
         data["alternation"]["kind"] = "intervals"
         for task in data["tasks"].values():
             task["interval"] = 1
     if smoke:
         _make_small(data, original)
     share = 1.0
-    if part.tasks is not None:
-        # The share is computed without the part's own changes, which may change the cost of a step of its tasks.
+    if arm_model.tasks is not None:
+        # The share is computed without the model's own changes, which may change the cost of a step of its tasks.
         common = Recipe.load(study.recipe, study.set, Path.cwd())
         flops = flops_per_step(common, Variant())
-        _keep_tasks(data, part.tasks, common)
-        share = sum(flops.get(name, 0) for name in part.tasks) / sum(flops.values())  # A task of weight 0 has none.
+        _keep_tasks(data, arm_model.tasks, common)
+        # A task of weight 0 has no FLOPs.
+        share = sum(flops.get(name, 0) for name in arm_model.tasks) / sum(flops.values())
     recipe = Recipe.build(data)
-    per_step = sum(flops_per_step(recipe, variant_of(study, part)).values())
-    allowed = part.flops_factor * share * study.flops / per_step
+    per_step = sum(flops_per_step(recipe, variant_of(study, arm_model)).values())
+    allowed = arm_model.flops_factor * share * study.flops / per_step
     steps = max(1, round(allowed))
     if steps < MIN_STEPS and not smoke:
         raise UserError(
@@ -137,10 +138,6 @@ def _keep_tasks(data: dict[str, Any], names: list[str], common: Recipe) -> None:
 
 def flops_per_step(recipe: Recipe, variant: Variant) -> dict[str, float]:
     """The mean FLOPs per step of a training run, split by task; see planning/costs.py."""
-    data = recipe.to_dict()
-    for source in data["sources"].values():
-        source["cache"] = "none"  # Counting needs no decoded media.
-    recipe = Recipe.build(data)
     modalities = variant.make_modalities(recipe)
     costs = variant.costs(recipe, modalities, TaskData(recipe, modalities).classes)
     return {name: row["flops"] for name, row in mixture(recipe, costs).items()}

@@ -37,7 +37,7 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
     sections = [f"# {study.title}", study.question.strip()]
     score = SCORES[study.score]
     sections += [plot(f"{score} of each arm, by evaluation set", draw_scores(outcomes, score.lower()))]
-    flops_factors = {statistics.mean(part.flops_factor for part in parts) for parts in study.arms.values()}
+    flops_factors = {statistics.mean(model.flops_factor for model in models) for models in study.arms.values()}
     if len(flops_factors) > 1:
         curves = draw_against_flops(outcomes, curves_of(study), score.lower())
         sections += [plot("Mean over all sets against training FLOPs", curves, "-flops")]
@@ -67,8 +67,8 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
 def curves_of(study: Study) -> list[list[str]]:
     """Groups of arms that differ only in their FLOPs, each in ascending order of FLOPs."""
     curves: dict[str, list[str]] = {}
-    for arm, parts in sorted(study.arms.items(), key=lambda item: sum(part.flops_factor for part in item[1])):
-        all_but_flops = repr([part.model_copy(update={"flops_factor": 1.0}) for part in parts])
+    for arm, models in sorted(study.arms.items(), key=lambda item: sum(model.flops_factor for model in item[1])):
+        all_but_flops = repr([model.model_copy(update={"flops_factor": 1.0}) for model in models])
         curves.setdefault(all_but_flops, []).append(arm)
     return list(curves.values())
 

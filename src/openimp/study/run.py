@@ -7,22 +7,18 @@ such models that share the arm's FLOPs.
 import os
 import shlex
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from openimp.checkpoint.folder import load_run_recipe
-from openimp.checkpoint.resume import FREE
 from openimp.common.errors import UserError
 from openimp.common.progress import console
 from openimp.planning.plan import parameter_count
 from openimp.recipe.evaluation import Retrieval
-from openimp.recipe.file import differences
 from openimp.recipe.schema import Recipe
-from openimp.study.budget import part_recipe, variant_of
+from openimp.study.budget import arm_model_recipe, variant_of
 from openimp.study.outcome import Outcome
-from openimp.study.schema import Part, Study, file_name, read_study
+from openimp.study.schema import ArmModel, Study, file_name, read_study
 from openimp.study.variants import peak_memory
 from openimp.training.setup import Variant, set_up
 from openimp.training.trainer import Trainer, train
@@ -34,7 +30,7 @@ class Training(NamedTuple):
     seed: int
     arm: str
     model_number: int
-    part: Part
+    arm_model: ArmModel
     recipe: Recipe
 
 
@@ -54,7 +50,6 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     trainings = _trainings(study, name, smoke)
     first_seed = study.seeds[0]
     _check_evaluation(study, name, [training for training in trainings if training.seed == first_seed])
-    _check_same_recipes({_run(runs, title, training): training.recipe for training in trainings})
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -64,7 +59,7 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
         arm = training.arm
         seed = training.seed
         outcome = outcomes[arm][seed]
-        variant = variant_of(study, training.part)
+        variant = variant_of(study, training.arm_model)
         run = _run(runs, title, training)
         console.print(f"\n{title}, training {number} of {len(trainings)}: {arm}, seed {seed}", style="bold")
         if not train(training.recipe, run, "auto", variant):
@@ -94,13 +89,13 @@ def _trainings(study: Study, name: str, smoke: bool) -> list[Training]:
     """All trainings of a study. They are listed before any starts, so that a mistake in any arm is reported at once."""
     trainings = []
     for seed in study.seeds:
-        for arm, parts in study.arms.items():
-            for model_number, part in enumerate(parts):
+        for arm, arm_models in study.arms.items():
+            for model_number, arm_model in enumerate(arm_models):
                 try:
-                    recipe = part_recipe(study, part, seed, smoke)
+                    recipe = arm_model_recipe(study, arm_model, seed, smoke)
                 except UserError as error:
                     raise UserError(f"{name}: arm {arm!r}: {error}") from None
-                trainings.append(Training(seed, arm, model_number, part, recipe))
+                trainings.append(Training(seed, arm, model_number, arm_model, recipe))
     return trainings
 
 
@@ -129,25 +124,3 @@ def _check_evaluation(study: Study, name: str, trainings: list[Training]) -> Non
 def _run(runs: Path, title: str, training: Training) -> Path:
     """The run directory of a training of the study `title`."""
     return runs / title / f"{file_name(training.arm)}-{training.model_number}-seed{training.seed}"
-
-
-def _check_same_recipes(recipe_by_run: Mapping[Path, Recipe]) -> None:
-    """Raises UserError if the study has changed since some of its runs: they have other recipes. It names them all.
-
-    `train` compares only keys that change the training. A study also needs results of the same evaluation.
-    """
-    changed = {}
-    for run, recipe in recipe_by_run.items():
-        if (run / "recipe.yaml").exists():
-            relevant = [
-                (key, was, now)
-                for key, was, now in differences(load_run_recipe(run).to_dict(), recipe.to_dict())
-                if key not in FREE and not key.endswith(".license")
-            ]
-            if relevant:
-                changed[run] = relevant
-    if changed:
-        first_run = next(iter(changed))
-        key, was, now = changed[first_run][0]
-        runs = " ".join(shlex.quote(str(run)) for run in changed)
-        raise UserError(f"{first_run}: trained with {key} {was!r}, now {now!r}; to train again, remove {runs}")

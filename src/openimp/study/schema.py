@@ -24,7 +24,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Distinct = AfterValidator(_distinct)
 
 
-class Part(Strict):
+class ArmModel(Strict):
     """One model of an arm."""
 
     set: list[str] = Field([])
@@ -41,7 +41,7 @@ class Part(Strict):
 
 
 Arm = Annotated[
-    list[Part], Field(min_length=1), BeforeValidator(lambda value: value if isinstance(value, list) else [value])
+    list[ArmModel], Field(min_length=1), BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 ]
 
 
@@ -72,17 +72,17 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _arms_are_possible(self) -> "Study":
-        for name, parts in self.arms.items():
-            tasks = [task for part in parts for task in part.tasks or ()]
-            if len(parts) > 1 and (len(set(tasks)) < len(tasks) or not all(part.tasks for part in parts)):
+        for name, models in self.arms.items():
+            tasks = [task for model in models for task in model.tasks or ()]
+            if len(models) > 1 and (len(set(tasks)) < len(tasks) or not all(model.tasks for model in models)):
                 raise ValueError(f"arm {name!r}: each of its models needs `tasks` that no other model of the arm has")
-            for part in parts:
-                if self.conflict and (part.summed or part.two_towers or part.tasks):
+            for model in models:
+                if self.conflict and (model.summed or model.two_towers or model.tasks):
                     raise ValueError(
                         f"conflict compares the gradients of all tasks on one encoder, but arm {name!r} is summed, has "
                         "two towers or trains only some tasks"
                     )
-                if part.summed and part.two_towers:
+                if model.summed and model.two_towers:
                     raise ValueError(f"arm {name!r}: two towers have only one task, so no losses can be summed")
         return self
 

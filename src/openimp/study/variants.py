@@ -97,7 +97,7 @@ def peak_memory(trainer: Trainer) -> int:
     for loaded in chain.from_iterable(batch_groups):
         trainer.make_step(loaded)
     peak = max(_peak_of(trainer, batches) for batches in batch_groups)
-    trainer.log.metrics.close()
+    trainer.log.close()
     return peak
 
 

@@ -1,48 +1,71 @@
-"""What a training run records and prints about its steps."""
+"""What a training run records and prints about its steps: metrics.jsonl, results.jsonl, loggers and the terminal."""
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from openimp.common.device import precision_of
+from openimp.common.json_lines import append, forget_after, replace_after
 from openimp.common.progress import StepBar, console
 from openimp.data.loaded_batch import LoadedBatch
 from openimp.model.embedder import Embedder
 from openimp.objectives.losses import Losses
 from openimp.parallel import distributed
-from openimp.planning.costs import Costs, mixture_table
+from openimp.planning.costs import Cost, Costs, mixture_table
 from openimp.planning.gpus import peak_flops
 from openimp.recipe.schema import Recipe
 from openimp.training.bad_examples import BadExamples
 from openimp.training.loggers import open_loggers
-from openimp.training.metrics import Metrics
 from openimp.training.step_timer import StepTimer, speed_text
+
+DIGEST_MODULUS = 2**48
+"""The digest of a line is the sum of its examples' 48-bit hashes modulo this."""
 
 
 class Log:
     """Records every step, and writes and prints a line when `is_due` says so, and when the run ends or stops.
 
     Only then, and with the first batch of a task, does it read numbers from the device or communicate with other ranks.
+    Rank 0 writes. Losses and router statistics are means over all ranks. docs/metrics.md explains every field.
+
     `state` is that of the checkpoint from which the run resumes; it is empty for a new run.
     """
 
     def __init__(self, run: Path, recipe: Recipe, costs: Costs, device: torch.device, state: Mapping[str, Any]) -> None:
-        self.recipe = recipe
-        train = self.recipe.train
         step = state.get("step", 0)
+        self.recipe = recipe
         self.run = run
-        self.costs = costs
+        self.step_costs = costs
+        self.peak_flops = peak_flops(device, recipe.train.precision)  # FLOP/s of one device
+        self.file = run / "metrics.jsonl"
+        self.results_file = run / "results.jsonl"
+        self.loggers = []
+        if distributed.rank() == 0:
+            forget_after(self.file, step)
+            forget_after(self.results_file, step)
+            self.loggers = open_loggers(recipe, run, step)
         self.timer = StepTimer()
-        loggers = open_loggers(self.recipe, run, step) if distributed.rank() == 0 else []
-        self.metrics = Metrics(run, step, peak_flops(device, train.precision), state.get("totals", {}), loggers)
-        self.bad_examples = BadExamples(run, step, train.max_bad_fraction, state.get("bad", {}))
+        self.bad_examples = BadExamples(run, step, recipe.train.max_bad_fraction, state.get("bad", {}))
+        self.totals = {task: Counter(amounts) for task, amounts in state.get("totals", {}).items()}
         self._begun_tasks: set[str] = set()
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forgets what was recorded since the last line."""
+        self.costs: list[Cost] = []
+        self.digest = 0
+        self.unlogged_steps: Counter[str] = Counter()  # by task
+        self.loss_sums: dict[str, dict[str, Tensor]] = defaultdict(dict)  # by task and name of the loss
+        self.passes: Counter[str] = Counter()  # by modality
+        self.usage_sums: dict[str, list[Tensor]] = {}  # by modality: per sparse layer, load, gate and dropped
 
     def print_start(self, model: Embedder, device: torch.device, step: int) -> None:
         """Prints the tasks, the size of the model, the device, the precision and the directory of the run."""
-        console.print(mixture_table(self.recipe, self.costs))
+        console.print(mixture_table(self.recipe, self.step_costs))
         parameter_count = sum(parameter.numel() for parameter in model.parameters())
         frozen_count = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
         size = f"{parameter_count / 1e6:.2f}M parameters"
@@ -61,7 +84,7 @@ class Log:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for the counts to continue."""
-        totals = {task: dict(amounts) for task, amounts in self.metrics.totals.items()}
+        totals = {task: dict(amounts) for task, amounts in self.totals.items()}
         return {"bad": self.bad_examples.state, "totals": totals}
 
     def is_due(self, steps_done: int) -> bool:
@@ -73,27 +96,97 @@ class Log:
         intervals = (train.log_every, train.save_every, self.recipe.evaluation.every)
         return steps_done == train.steps or any(every and steps_done % every == 0 for every in intervals)
 
-    @property
-    def has_unlogged_steps(self) -> bool:
-        """Whether a step was recorded since the last line."""
-        return bool(self.metrics.steps)
-
     def record(self, loaded: LoadedBatch, losses: Losses) -> None:
         """Counts one step for the next line."""
         visit = loaded.visit
-        self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view], loaded.digest)
-        self.bad_examples.add(visit.step, visit.task, visit.batch_size, loaded.bad)
+        task = visit.task
+        self.bad_examples.add(visit.step, task, visit.batch_size, loaded.bad)
+        cost = self.step_costs[task, visit.view]
+        self.costs.append(cost)
+        self.digest += loaded.digest
+        self.unlogged_steps[task] += 1
+        totals = self.totals.setdefault(task, Counter())
+        totals.update(steps=1, examples=cost.examples, tokens=cost.tokens, flops=cost.flops)
+        # Sums stay on the device, because reading a value from a GPU would wait for the step to finish.
+        loss_sums = self.loss_sums[task]
+        for name, value in {"loss": losses.total.detach(), **losses.parts}.items():
+            loss_sums[name] = loss_sums.get(name, 0) + value
+        for modality, layers in losses.usage.items():
+            if not layers:
+                continue
+            self.passes[modality] += 1
+            usages = [torch.cat([layer.load_E, layer.gate_E, layer.dropped[None]]) for layer in layers]
+            if modality in self.usage_sums:
+                usages = [total + usage for total, usage in zip(self.usage_sums[modality], usages)]
+            self.usage_sums[modality] = usages
 
     def write(self, steps_done: int, lr_factor: float, grad_norm: float, bar: StepBar) -> dict[str, Any]:
         """Writes, prints and returns a line after `steps_done` steps, with the learning rate and norm of the last
         update."""
-        lr = self.recipe.optimizer.lr * lr_factor
-        line = self.metrics.write(steps_done, lr, grad_norm, self.timer.record())
+        line = self._line(steps_done, lr_factor, grad_norm)
+        self._reset()
+        if distributed.rank() == 0:
+            append(self.file, line)
+        for logger in self.loggers:
+            logger.log(_scalars(line), steps_done)
         losses = {task: line["tasks"][task]["loss"] for task in self.recipe.tasks if task in line["tasks"]}
         bar.report(steps_done, losses, speed_text(line))
         if warning := self.timer.warning(line):
             console.print(warning, soft_wrap=True)
         return line
+
+    def _line(self, steps_done: int, lr_factor: float, grad_norm: float) -> dict[str, Any]:
+        """The line of metrics.jsonl for the steps since the last line."""
+        speed = self.timer.record()
+        tasks = {}
+        for task, loss_sums in self.loss_sums.items():
+            steps = self.unlogged_steps[task]
+            means = {name: float(distributed.all_reduce_mean(total)) / steps for name, total in loss_sums.items()}
+            tasks[task] = {"steps": steps, **means}
+        possible_flops = self.peak_flops * distributed.world_size() * speed["seconds"]
+        model_flops = sum(cost.model_flops for cost in self.costs)
+        hardware_flops = sum(cost.hardware_flops for cost in self.costs)
+        utilization = {"mfu": model_flops / possible_flops}
+        if hardware_flops > model_flops:
+            utilization["hfu"] = hardware_flops / possible_flops
+        return {
+            "step": steps_done,
+            "lr": self.recipe.optimizer.lr * lr_factor,
+            "grad_norm": grad_norm,
+            "examples_per_s": sum(cost.examples for cost in self.costs) / speed["seconds"],
+            "tokens_per_s": sum(cost.tokens for cost in self.costs) / speed["seconds"],
+            **utilization,
+            **speed,
+            "samples": f"{sum(distributed.all_gather_object(self.digest)) % DIGEST_MODULUS:012x}",
+            "tasks": tasks,
+            "experts": {modality: self._mean_usage(modality) for modality in self.usage_sums},
+            "totals": {task: dict(amounts) for task, amounts in self.totals.items()},
+        }
+
+    def _mean_usage(self, modality: str) -> list[dict[str, Any]]:
+        """How each sparse layer used its experts, averaged over the passes of a modality on all ranks."""
+        layers = []
+        for usage_sum in self.usage_sums[modality]:
+            *shares, dropped = (distributed.all_reduce_mean(usage_sum) / self.passes[modality]).tolist()
+            experts = len(shares) // 2
+            layers.append({"load": shares[:experts], "gate": shares[experts:], "dropped": dropped})
+        return layers
+
+    def write_results(self, results: list[dict[str, Any]]) -> None:
+        """Writes evaluation results, on rank 0, and removes older ones of the same step."""
+        replace_after(self.results_file, max(result["step"] for result in results) - 1, results)
+        for result in results:
+            figures = {
+                f"{key}/{result['set']}/{result['task']}": result[key]
+                for key in ("r1", "r5", "mrr", "top1", "map")
+                if key in result
+            }
+            for logger in self.loggers:
+                logger.log(figures, result["step"])
+
+    def close(self) -> None:
+        for logger in self.loggers:
+            logger.close()
 
     def print_warnings_of_objectives(self, loaded: LoadedBatch) -> None:
         """Prints the warnings of a task's objectives, if this batch is the first of its task."""
@@ -109,3 +202,18 @@ class Log:
         ]
         for warning in dict.fromkeys(filter(None, warnings)):
             console.print(f"task {name}: {warning}", soft_wrap=True)
+
+
+def _scalars(line: dict[str, Any]) -> dict[str, float]:
+    """The figures of a line that loggers show, by name."""
+    keys = ("lr", "grad_norm", "examples_per_s", "tokens_per_s", "mfu", "hfu", "data_wait", "step_p50", "step_p95")
+    scalars = {key: line[key] for key in keys if key in line}
+    scalars |= {f"data_wait/{task}": share for task, share in line["waits"].items()}
+    for task, means in line["tasks"].items():
+        scalars |= {f"{name}/{task}": value for name, value in means.items()}
+    for modality, layers in line["experts"].items():
+        for i, layer in enumerate(layers):
+            scalars[f"dropped_tokens/{modality}/sparse{i}"] = layer["dropped"]
+            for expert, gate in enumerate(layer["gate"]):
+                scalars[f"expert_gate/{modality}/sparse{i}/expert{expert}"] = gate
+    return scalars

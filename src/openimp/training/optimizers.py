@@ -25,9 +25,8 @@ def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Opt
     """
     muon_matrices = muon_stacks(model, options)
     lr_factor_of = lr_factors(model, options)
-    # Tables, and the biases of experts, have two dimensions like kernels.
+    # Tables have two dimensions like kernels.
     undecayed = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    undecayed |= {weight for module in model.experts() for weight in module.parameters() if weight.ndim == 2}
     undecayed |= {weight for name, weight in model.named_parameters() if name.endswith(OPEN_CLIP_TABLE)}
     by_options: dict[tuple[float, float], list[nn.Parameter]] = {}  # by weight decay and lr factor
     for parameter in model.parameters():

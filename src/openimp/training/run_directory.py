@@ -7,7 +7,7 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from openimp.checkpoint.folder import BEST, CHECKPOINTS, load_run_recipe, step_of, verify
+from openimp.checkpoint.folder import BEST, CHECKPOINTS, step_of, verify
 from openimp.checkpoint.resume import common_checkpoints, newest_intact, only_evaluates, require_same_run
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
@@ -114,7 +114,7 @@ class RunDirectory:
     def _evaluated(self) -> bool:
         """Whether the final step was evaluated as the recipe says, and the best checkpoint is marked."""
         evaluation = self.recipe.evaluation
-        changes = differences(load_run_recipe(self.path).to_dict(), self.recipe.to_dict())
+        changes = differences(Recipe.load(self.recipe_file).to_dict(), self.recipe.to_dict())
         if any(only_evaluates(key, self.recipe) for key, _, _ in changes):
             return False
         results = read_lines(self.path / "results.jsonl")

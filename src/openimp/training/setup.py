@@ -194,7 +194,7 @@ def _cumulative_flops(batches: StepBatches, step_costs: Costs) -> np.ndarray | N
         return None
     # Without passes that are repeated to save memory, which may change when the run is resumed.
     flops_of = {task_view: cost.flops - cost.repeated_flops for task_view, cost in step_costs.items()}
-    flops = batches.schedule.per_step(flops_of)
+    flops = [flops_of[visit.task, visit.view] for visit in batches.schedule]
     return np.cumsum([0, *flops])
 
 

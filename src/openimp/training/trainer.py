@@ -143,7 +143,7 @@ class Trainer(Parts):
     def train(self) -> bool:
         """Trains the remaining steps, saves and evaluates. Returns False if a signal stopped it."""
         # The run stops after a signal, or if a checkpoint could not be written.
-        with stop_signals(self.checkpointing.saver.failed) as stop, self._bar, closing(self.log.metrics):
+        with stop_signals(self.checkpointing.saver.failed) as stop, self._bar, closing(self.log):
             try:
                 self._complete_run(stop)
                 return True
@@ -295,7 +295,7 @@ class Trainer(Parts):
 
     def _log_unlogged_steps(self) -> None:
         """Writes a line of metrics if a step was confirmed since the last line, as when the run ended early."""
-        if self.log.has_unlogged_steps:
+        if self.log.unlogged_steps:
             self._log()
 
     def confirm_and_gather_bad_examples(self) -> None:
@@ -381,7 +381,7 @@ class Trainer(Parts):
             finally:
                 reshard(self.model)  # Gathered weights are out of date once the EMA is swapped back.
         if results:
-            distributed.run_on_rank_zero(lambda: self.log.metrics.write_results(results))
+            distributed.run_on_rank_zero(lambda: self.log.write_results(results))
             console.print(table(results))
         return results
 
