@@ -121,6 +121,7 @@ def test_lists_of_captions_may_be_padded():
         [{"text": f"row {i}"} for i in range(3)],
         numbered(3, file="gone{}.png", text="a"),
         numbered(8, file=["0.png", "0.wav"], text="a"),
+        [{"1.png": "0.png", "cat": "dog"}] * 4,  # The first row was taken for the header.
     ],
 )
 def test_what_cannot_be_trained_on_is_told(rows):
@@ -288,6 +289,10 @@ def test_a_folder_without_texts_says_what_to_add_and_may_use_the_names_of_its_fi
         find_tasks(["flat"])
     ((_, task, _),), _ = find_tasks(["flat"], "name")
     assert task.text.sample == names
+    for name in names:
+        Path(f"flat/{name}.txt").write_bytes("grün".encode("latin-1"))
+    with refuses():
+        find_tasks(["flat"])
 
 
 def test_the_first_part_of_the_names_of_files_may_be_the_class():

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pandas
 import PIL.Image
+import pyarrow
 import pytest
 import soundfile
 import torch
@@ -214,6 +215,10 @@ def test_unreadable_inputs_are_named(model, tmp_path):
             model.encode(modality, value)
     with refuses():
         model.encode_text("a", batch_size=0)
+    with refuses():
+        model.encode_text(pandas.DataFrame({"text": ["a"]}))
+    with refuses():
+        openimp.evaluate(model)
 
 
 def test_inputs_may_be_in_any_ordinary_container(model, media_folder):
@@ -225,6 +230,7 @@ def test_inputs_may_be_in_any_ordinary_container(model, media_folder):
         np.array(texts),
         dict.fromkeys(texts).keys(),
         pandas.Series(texts),
+        pyarrow.array(texts),
         datasets.Dataset.from_dict({"t": texts})["t"],
     ):
         assert torch.equal(model.encode_text(container), expected)

@@ -42,6 +42,12 @@ def test_texts_and_files_of_all_modalities_may_be_in_one_list(model, theirs, med
     close(theirs.encode("0.png"), model.encode_text("0.png")[0])  # There is no such file here, so it is a text.
 
 
+def test_files_of_formats_that_the_library_does_not_know_are_no_texts(model, theirs, media_folder, tmp_path):
+    with PIL.Image.open(media_folder / "0.png") as picture:
+        picture.save(tmp_path / "0.tif")
+    close(theirs.encode(str(tmp_path / "0.tif")), model.encode_image(media_folder / "0.png")[0])
+
+
 def test_arrays_pictures_and_dicts_are_what_the_library_says(model, theirs, media_folder):
     picture = PIL.Image.open(media_folder / "1.png")
     sound, rate = soundfile.read(media_folder / "1.wav", dtype="float32")

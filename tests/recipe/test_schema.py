@@ -131,6 +131,10 @@ REFUSED = [
     "evaluation.sets.tones.view.audio.seconds=0.4",
     "evaluation.sets.tones.view.audio.seconds=0.01",
     "tasks.named.views.0.text.length=17",
+    # A misspelled name does not begin a new task, source or evaluation set.
+    "tasks.nammed.weight=2",
+    "sources.picture.limit=3",
+    "evaluation.sets.tone.label=x",
 ]
 
 

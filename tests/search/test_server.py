@@ -211,6 +211,9 @@ def test_a_bad_upload_is_refused_in_one_sentence(server: Server):
         assert error.startswith(f"Cannot search with {name}: {message}")
         assert error.endswith(".")
         assert "\n" not in error
+    form = {"Origin": server.url, "Content_Type": "multipart/form-data; boundary=x"}
+    answer = server.ask("/uploads?name=0.png", "POST", b"--x", **form)
+    assert (answer.status, "not as a form" in answer.text) == (400, True)
 
 
 def test_uploads_that_never_end_keep_nobody_waiting(server: Server, media_folder: Path, ids):

@@ -13,14 +13,19 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 BUNDLED_MODELS = Path(__file__).parent.parent / "models"
 
 
+def model_name(name: str | Path) -> str:
+    """The name of a model as text; UserError if it is something else, such as an opened model."""
+    if not isinstance(name, str | Path):
+        raise UserError(f"expected the name or the folder of a model, found {type(name).__name__}")
+    return name.as_posix() if isinstance(name, Path) else name
+
+
 def find_own_model(name: str | Path) -> Path:
     """The folder of a model: a run's newest checkpoint, or the folder with config.json that the name means.
 
     A model of the Hugging Face Hub is downloaded, unless it has been already.
     """
-    if not isinstance(name, str | Path):
-        raise UserError(f"expected the name or the folder of a model, found {type(name).__name__}")
-    name = name.as_posix() if isinstance(name, Path) else name
+    name = model_name(name)
     scheme, identifier = Name.parse(name)
     if scheme == BUNDLED:
         if identifier not in bundled_names():

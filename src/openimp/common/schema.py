@@ -1,7 +1,7 @@
 """Building blocks of every schema: the strict base model, number types, paths, and validation with clear errors."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
@@ -74,6 +74,8 @@ class TextFrom(str):
 
 def _absolute(name: Any, info: ValidationInfo) -> Any:
     """Makes a relative path absolute, also that of `timm:local-dir:FOLDER`."""
+    if isinstance(name, PurePath):
+        name = str(name)
     folder = base_folder(name, info)
     return absolute_name(name, folder) if isinstance(name, str) and folder is not None else name
 

@@ -81,5 +81,7 @@ def _read_caption(root: Path, path: str | None) -> str | Unreadable | None:
         return None
     try:
         return read_text(inside(root, path), MAX_CAPTION).removeprefix("\ufeff").strip()
-    except (BadMedia, OSError, UnicodeDecodeError, UserError) as error:
+    except UnicodeDecodeError:
+        return Unreadable(f"caption {path} is not UTF-8 text; save it as UTF-8")
+    except (BadMedia, OSError, UserError) as error:
         return Unreadable(f"caption {path}: {error}")

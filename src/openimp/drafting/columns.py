@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, counted
 from openimp.common.folders import subfolders
 from openimp.common.modality import BadMedia
 from openimp.common.schema import as_text, checked
@@ -114,7 +114,7 @@ def inspect(
         plain_columns = [name for name in plain_columns if name in ("text", "label")]
     by_use = _by_use(plain_columns)
     by_use["path"] = [name for name, values in first_rows.items() if _are_paths(values)]
-    texts = _text_columns(table, [chosen_text] if chosen_text else by_use["text"])
+    texts = _text_columns(table, [chosen_text] if chosen_text else by_use["text"], notes)
     if chosen_text and not texts:
         raise UserError(f"--text {shown(chosen_text)}: the column holds no texts")
     class_columns = [name for name in by_use["class"] if name != chosen_text] or by_use["class"]
@@ -271,9 +271,12 @@ def _by_use(names: Sequence[str]) -> dict[str, list[str]]:
     return by_use
 
 
-def _text_columns(table: Table, names: Sequence[str]) -> list[TextColumn]:
+def _text_columns(table: Table, names: Sequence[str], notes: list[str]) -> list[TextColumn]:
     columns = []
     for name, values in sample(table, names, SAMPLED_ROWS).items():
+        if unreadable := [value for value in values if isinstance(value, Unreadable)]:
+            count = f"{len(unreadable):,} of {counted(len(values), 'row')}"
+            notes.append(f"{shown(name)}: {count} cannot be read: {shown(unreadable[0].reason, limit=500)}")
         texts_of_rows = [_items(value) for value in values]
         present = [value for value, texts_of_row in zip(values, texts_of_rows) if texts_of_row]
         texts = [text for texts_of_row in texts_of_rows for text in texts_of_row]
@@ -313,11 +316,20 @@ def _class_column(
             )
             columns.append(LabelColumn(name, classes, are_numbers))
         else:
-            notes.append(
-                f"{shown(name)}: expected a class (a text, a whole number, or true or false) in every row, at least "
-                f"two classes, and {rows_per_class} rows per class"
-            )
+            notes.append(f"{shown(name)}: {_why_no_classes(values, rows_per_class)}")
     return min(columns, key=lambda column: column.are_numbers, default=None)
+
+
+def _why_no_classes(values: list[Any], rows_per_class: int) -> str:
+    """Why the values of a column are no classes."""
+    empty_rows = [row for row, value in enumerate(values, 1) if value is None or value == ""]
+    if 0 < len(empty_rows) < len(values) / 2:
+        count = f"{len(empty_rows):,} of {counted(len(values), 'row')}"
+        return f"{count} without a class, the first: row {empty_rows[0]}; give it a class, or remove the row"
+    return (
+        f"expected a class (a text, a whole number, or true or false) in every row, at least two classes, and "
+        f"{rows_per_class} rows per class"
+    )
 
 
 def _is_number(text: str) -> bool:
@@ -338,6 +350,8 @@ def _what_to_add(candidate: Candidate, media: list[MediaColumn], others: list[st
         )
     if not media:
         return f"no column holds media; the others are {_listed(others)}"
+    if Path(media[0].name).suffix:
+        return f"its first line looks like a row ({shown(media[0].name)}); write a line with names of columns above it"
     return (
         f"{shown(media[0].name)} has {media[0].kind}, but no other column ({_listed(others)}) has a name like "
         f"{', '.join(NAMES['text'][:3])} or {', '.join(NAMES['class'][:2])} (docs/init.md has all); name one with "

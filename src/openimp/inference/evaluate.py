@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from openimp.checkpoint.find import model_name
 from openimp.checkpoint.folder import load_model, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
@@ -45,7 +46,9 @@ def evaluate(
             fit the model.
         NotMeasured: a set cannot be measured; its `results` are the results of the other sets.
     """
-    name = Path(model).expanduser()
+    name = Path(model_name(model)).expanduser()
+    if not isinstance(recipe, str | Path | None):
+        raise UserError(f"recipe: expected a file or the name of a recipe, found {type(recipe).__name__}")
     folder = find_model(name)
     imp, (config, modalities, saved_recipe) = load_model(folder)
     measured = saved_recipe.validated()

@@ -154,4 +154,4 @@ def parquet_file(out: str | Path) -> Path:
     """The table to write. UserError if its name does not say so, because names decide how files are read."""
     if is_url(str(out)) or Path(out).suffix.lower() != ".parquet" or Path(out).is_dir():
         raise UserError(f"{out}: name a file on disk that ends with .parquet")
-    return Path(out)
+    return Path(out).expanduser()

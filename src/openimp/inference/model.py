@@ -246,7 +246,7 @@ class Model(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes the model to a new or empty folder, which `load` opens."""
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         require_empty(folder)
         config = self.config.model_copy(update={"views": {name: self.checked_view(name) for name in self.views}})
         folder.mkdir(parents=True, exist_ok=True)
@@ -356,6 +356,8 @@ class Model(nn.Module):
 
 def _as_list(inputs: Any) -> list[Any]:
     """One input or several as a list. Several may be in anything that can be iterated over, such as a pandas column."""
+    if hasattr(inputs, "columns") or hasattr(inputs, "column_names"):
+        raise UserError("an input is a table; give one of its columns, such as table['image']")
     if isinstance(inputs, np.ndarray):
         are_several = inputs.dtype.kind in "OU" and inputs.ndim > 0  # Numbers are one picture, clip or sound.
     else:
@@ -370,7 +372,10 @@ def _is_open_file(value: Any) -> bool:
 
 
 def _unwrapped(value: Any) -> Any:
-    """The bytes of an open file, and the bytes or the path in a dictionary of the library `datasets`."""
+    """The bytes of an open file, a value of pyarrow as Python's, and the bytes or the path in a dictionary of the
+    library `datasets`."""
+    if hasattr(value, "as_py"):
+        value = value.as_py()
     if _is_open_file(value):
         return value.read()
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:

@@ -3,6 +3,7 @@
 Shape suffixes: B inputs, Z features of the shared embedding space.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -91,8 +92,8 @@ class AnyModality(nn.Module):
         supported: list[Any] = list(self.model.modalities)
         if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in self.model.modalities:
             ((name, value),) = value.items()
-        elif isinstance(value, Path):
-            name = self._modality_of(value)
+        elif isinstance(value, Path) or (isinstance(value, str) and self._names_file(value)):
+            name = self._modality_of(Path(value))
         else:
             try:
                 name = infer_modality(value, supported_modalities=supported)
@@ -106,6 +107,12 @@ class AnyModality(nn.Module):
         if isinstance(value, Tensor):
             value = value.cpu().numpy()
         return name, value
+
+    def _names_file(self, text: str) -> bool:
+        """Whether it is a file of media. The library knows fewer extensions, and takes other names for texts."""
+        modalities = self.model.modalities.values()
+        known = {extension for modality in modalities if not modality.reads_text for extension in modality.extensions}
+        return Path(text).suffix.lower() in known and os.path.isfile(text)
 
     def _modality_of(self, path: Path) -> str:
         for name, modality in self.model.modalities.items():

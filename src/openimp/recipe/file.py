@@ -15,6 +15,10 @@ from openimp.common.schema import TextFrom
 
 MAX_BYTES = 2**20
 """Largest size of a recipe or a study."""
+COLLECTIONS = {("sources",), ("tasks",), ("evaluation", "sets")}
+"""Where the keys are names that the recipe's author chose."""
+FIRST_KEYS = {"path", "hub", "source", "type"}
+"""Keys by which `--set` may begin a new source, task or evaluation set."""
 MAX_NODES = 1_000_000
 """Maximum number of keys, values, lists and mappings in a YAML file after its aliases are expanded."""
 
@@ -56,13 +60,15 @@ def parse_mapping(text: str, file: Path, what: str) -> dict[str, Any]:
 
 def find_file(name: str, collection: str = "recipes", what: str = "recipe") -> Path:
     """Finds a file by its path, or a bundled file by a name such as `demo` or `evaluation/coco`."""
-    if Path(name).is_file():
-        return Path(name)
+    file = Path(name).expanduser()
+    if file.is_file():
+        return file
     known = bundled(collection)
     if name in known:
         return known[name]
-    if Path(name).is_dir():
-        raise UserError(f"{name}: is a folder, expected a {what}")
+    if file.is_dir():
+        advice = "; openimp init FOLDER drafts one" if what == "recipe" else ""
+        raise UserError(f"{name}: is a folder, expected a {what}{advice}")
     if has_scheme(name):
         advice = "; openimp init DATA --tower MODEL drafts one" if what == "recipe" else ""
         raise UserError(f"{name}: names a model or data, expected a {what}{advice}")
@@ -188,9 +194,11 @@ def override(data: dict[str, Any], text: str, folder: Path | None = None) -> Non
     *path, last = key.strip().split(".")
     node: Any = data
     try:
-        for part in path:
+        for depth, part in enumerate(path):
             place = _place(node, part)
             child = node[place] if isinstance(node, list) else node.get(place)
+            if child is None and node and tuple(path[:depth]) in COLLECTIONS and last not in FIRST_KEYS:
+                raise UserError(f"--set {text}: {'.'.join(path[:depth])} has no {part}{nearest(part, node)}")
             # A copy, because other parts of the recipe may be aliases of this one. Saved recipes have null for options
             # that are off, such as `model.moe`.
             node[place] = {} if child is None else copy(child)

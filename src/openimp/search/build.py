@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from openimp.checkpoint.find import model_name
 from openimp.common.errors import UserError, counted, escaped
 from openimp.common.modality import Modalities
 from openimp.common.names import OPEN_CLIP, Name, absolute_name, is_bundled, is_url
@@ -97,7 +98,7 @@ def build_index(
     if forget and paths is None:
         paths = ()
     import_lancedb()  # Fails before the model is loaded and a folder is made.
-    name = str(model)
+    name = model_name(model)
     if paths is None and Name.parse(name).scheme == OPEN_CLIP:
         raise UserError(f"{name}: comes without media; name files or folders, and the index with --out")
     given = None if paths is None else [_on_disk(path) for path in paths]

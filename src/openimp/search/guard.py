@@ -61,7 +61,8 @@ class Guard:
             advice = "Start it with --name and the name of the page's address."
             app = PlainTextResponse(f"This server does not go by the name in the Host header. {advice}", 421)
         elif scope["method"] not in ("GET", "HEAD") and not _is_same_origin(headers):
-            app = PlainTextResponse("This request does not come from the page of this server.", 403)
+            advice = "A program that sends files needs the header Origin with the address of the page."
+            app = PlainTextResponse(f"This request does not come from the page of this server. {advice}", 403)
         await app(scope, receive, send_with_headers)
 
     def _is_known(self, host: str) -> bool:

@@ -108,6 +108,8 @@ class Page:
         """Encodes a file, the body of the request, and returns its id."""
         name = Path(request.query_params.get("name", "")).name[:200] or "file"
         try:
+            if request.headers.get("content-type", "").startswith("multipart/"):
+                raise UserError("send the bytes of the file as the body, not as a form")
             modality = request.query_params.get("modality") or self.modality_of.get(Path(name).suffix.lower(), "")
             if modality not in self.shared["readable"]:
                 raise UserError(f"choose a file of {' or '.join(self.shared['readable'])}")

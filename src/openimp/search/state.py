@@ -43,7 +43,7 @@ class State(Strict):
         """Reads the parameters of a URL; UserError if one is unknown, or its value impossible."""
         values: dict[str, Any] = {name: value.strip() for name, value in parameters.items() if value.strip()}
         for name in ("file", "more", "less", "modality"):
-            values[name] = tuple(dict.fromkeys(parameters.getlist(name)))
+            values[name] = tuple(dict.fromkeys(filter(None, parameters.getlist(name))))
         state: State = checked(cls, values, "the URL")
         return state
 

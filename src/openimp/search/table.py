@@ -304,7 +304,7 @@ def chunks(values: Iterable[str]) -> Iterator[list[str]]:
 
 def import_lancedb() -> Any:
     """The module; UserError if it is not installed."""
-    os.environ.setdefault("LANCE_LOG", "error")  # It warns about partitions that it divides.
+    os.environ.setdefault("LANCEDB_LOG", "error")  # It warns about partitions that it divides.
     try:
         import lancedb
     except ImportError:

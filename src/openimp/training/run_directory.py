@@ -78,8 +78,8 @@ class RunDirectory:
                     f"{self.path}: holds files that are not of this run; name another directory with --run-dir"
                 )
             raise UserError(
-                f"{self.path}: holds a run, or files that a run would overwrite; resume the run with --resume auto, or "
-                "name another directory with --run-dir"
+                f"{self.path}: holds a run, or files that a run would overwrite; resume the run with --resume auto (in "
+                'Python: resume="auto"), or name another directory with --run-dir'
             )
         return None
 

@@ -65,7 +65,7 @@ def train(
         recipe = Recipe.build(dict(recipe))
     elif not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
-    run = Path("runs") / recipe.name if run is None else Path(run)
+    run = Path("runs") / recipe.name if run is None else Path(run).expanduser()
     distributed.start()
     with locked(run):
         if resume and RunDirectory(run, recipe).finished(variant.name, allow_changed_data):
