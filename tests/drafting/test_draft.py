@@ -151,7 +151,7 @@ def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
     assert recipe_name("mine") == "mine"
     code, _, err = openimp("train", "runs/classes")
     assert code == 2
-    assert "is a run; name its recipe, runs/classes/recipe.yaml, with --resume to go on" in err
+    assert "is a run; to go on: openimp train runs/classes/recipe.yaml --run-dir runs/classes --resume" in err
     code, out, _ = openimp("train", "runs/classes/recipe.yaml", "--resume")
     assert (code, "all 3 steps are done" in out) == (0, True)
 

@@ -274,7 +274,7 @@ def test_a_stopped_study_resumes(done, tmp_path):
             break
     rest = process.stdout.read()
     assert process.wait() == 0
-    assert "resume with" in rest
+    assert "the same command resumes it" in rest
     assert not list(tmp_path.glob("*.md"))
     assert run_study(str(file), tmp_path / "runs", tmp_path)
     for arm in study["arms"]:
@@ -298,6 +298,7 @@ def test_a_mistake_in_a_study_is_reported_before_training(own_data, tmp_path):
         "{set: [tasks.named.weight=0], arms: {a: {}, b: {tasks: [named]}}}",
         "set: ['evaluation.sets={}']",
         "arms: {a: {tasks: [named]}, b: {tasks: [heard], set: ['evaluation.sets={}']}}",
+        "arms: {a b: {}, a-b: {}}",
     ):
         options = yaml.safe_load(change)
         if "heard_too" in change:

@@ -204,7 +204,8 @@ def test_a_stop_tells_what_is_saved(little_data, tmp_path, capsys, stop, saved):
     run = tmp_path / "run"
     interrupted = replace(SUMMED, before_step=interrupt)
     assert not train(recipe_of(little_data, "train.save_every=2", "train.log_every=10"), run, variant=interrupted)
-    outcome = f"saved in {run}; resume with --resume" if saved else "nothing is saved"
+    advice = "the same command resumes it (openimp train: with --resume)"
+    outcome = f"saved in {run}; {advice}" if saved else "nothing is saved"
     assert f"stopped at step {saved}, {outcome}" in capsys.readouterr().out
     assert last_step(run) == saved
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(2, saved + 1, 2))

@@ -136,7 +136,8 @@ def is_data(what: str) -> bool:
     if not Path(what).is_dir() or what in bundled():
         return False
     if (Path(what) / "recipe.yaml").exists():
-        raise UserError(f"{what}: is a run; name its recipe, {Path(what) / 'recipe.yaml'}, with --resume to go on")
+        command = f"openimp train {Path(what) / 'recipe.yaml'} --run-dir {what} --resume"
+        raise UserError(f"{what}: is a run; to go on: {command}")
     return True
 
 

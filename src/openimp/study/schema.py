@@ -72,7 +72,11 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _arms_are_possible(self) -> "Study":
+        name_of_folder: dict[str, str] = {}
         for name, models in self.arms.items():
+            other = name_of_folder.setdefault(file_name(name), name)
+            if other != name:
+                raise ValueError(f"arms {other!r} and {name!r} would have the same folder; rename one")
             tasks = [task for model in models for task in model.tasks or ()]
             if len(models) > 1 and (len(set(tasks)) < len(tasks) or not all(model.tasks for model in models)):
                 raise ValueError(f"arm {name!r}: each of its models needs `tasks` that no other model of the arm has")

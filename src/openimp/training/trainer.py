@@ -150,7 +150,8 @@ class Trainer(Parts):
             except Interrupted:  # By a signal or a failed save. The run can be resumed.
                 self.save(wait=True)  # If a failed save was the reason to stop, this raises its CheckpointError.
                 self._log_unlogged_steps()
-                outcome = f"saved in {self.run}; resume with --resume" if self.step else "nothing is saved"
+                advice = "the same command resumes it (openimp train: with --resume)"
+                outcome = f"saved in {self.run}; {advice}" if self.step else "nothing is saved"
                 console.print(f"stopped at step {self.step}, {outcome}", soft_wrap=True)
                 return False
             except CheckpointError:
