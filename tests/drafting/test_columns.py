@@ -291,6 +291,7 @@ def test_a_folder_without_texts_says_what_to_add_and_may_use_the_names_of_its_fi
     assert task.text.sample == names
     for name in names:
         Path(f"flat/{name}.txt").write_bytes("grün".encode("latin-1"))
+    Path("flat/captions.json").write_text("[]")
     with refuses():
         find_tasks(["flat"])
 

@@ -339,7 +339,10 @@ def evaluations(folder: Path, out: Path) -> dict[str, Any]:
         (out / "three.csv").write_text("file,label\n" + "".join(f"{c}/1.png,{c}\n" for c in ("red", "blue", "white")))
     distributed.barrier()
     sets = yaml.safe_load(SETS)
-    changes = [f"evaluation={json.dumps({'sets': sets, 'batch_size': 3})}", f"sources.spoiled.path={out / 'spoiled'}"]
+    changes = [
+        f"evaluation={json.dumps({'sets': sets, 'batch_size': 3})}",
+        f"sources.spoiled={{path: {out / 'spoiled'}}}",
+    ]
     changes += [f"sources.three={{path: {out / 'three.csv'}, root: {out / 'spoiled'}}}"]
     found: dict[str, Any] = {"measured": {}, "decoded": {}, "undisturbed": {}}
     stop = Stop(lambda: False)
@@ -424,7 +427,7 @@ def failed_evaluation(folder: Path, out: Path) -> list[str]:
     if distributed.rank() == 0:
         shutil.copytree(folder / "pictures", out / "others")
     distributed.barrier()
-    others = f"sources.others.path={out / 'others'}"
+    others = f"sources.others={{path: {out / 'others'}}}"
     changes = [*COMMON, "train.steps=2", others, "evaluation.sets.colours.source=others"]
     trainer = Trainer(set_up(Recipe.load(folder / "recipe.yaml", changes), out / "evaluated"))
     if distributed.rank() == 0:

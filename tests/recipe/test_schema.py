@@ -133,7 +133,7 @@ REFUSED = [
     "tasks.named.views.0.text.length=17",
     # A misspelled name does not begin a new task, source or evaluation set.
     "tasks.nammed.weight=2",
-    "sources.picture.limit=3",
+    "sources.picture.path=elsewhere",
     "evaluation.sets.tone.label=x",
 ]
 

@@ -46,7 +46,7 @@ class PictureReader(Protocol):
     """A modality of pictures, for `Model.preprocess`."""
 
     def preprocess(self, picture: Any, view: Any) -> Tensor:
-        """Converts a Pillow picture, or whatever `decode` takes, to a tensor for `TensorReader.from_tensor`."""
+        """Converts a Pillow picture, or another input of `decode`, to a tensor for `TensorReader.from_tensor`."""
 
 
 class TensorInput(NamedTuple):

@@ -281,4 +281,4 @@ class TaskData:
 
 def _sample(rows: int, max_rows: int, key: int) -> list[int]:
     """All row numbers of a table, or a random sample of `max_rows` of them, in ascending order."""
-    return sorted(permute(np.arange(min(rows, max_rows)), rows, key).tolist())
+    return np.sort(permute(np.arange(min(rows, max_rows)), rows, key)).tolist()

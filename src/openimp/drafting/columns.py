@@ -306,7 +306,8 @@ def _class_column(
     """
     columns = []
     for name, rows_per_class in min_rows_per_class.items():
-        values = [value for value in table.column(name) if not isinstance(value, Unreadable)]
+        cells = table.column(name)
+        values = [value for value in cells if not isinstance(value, Unreadable)]
         are_classes = all(isinstance(value, str | int) and value != "" for value in values)
         classes = list(dict.fromkeys(values)) if are_classes else []
         if 2 <= len(classes) <= len(values) / rows_per_class:
@@ -316,15 +317,15 @@ def _class_column(
             )
             columns.append(LabelColumn(name, classes, are_numbers))
         else:
-            notes.append(f"{shown(name)}: {_why_no_classes(values, rows_per_class)}")
+            notes.append(f"{shown(name)}: {_why_no_classes(cells, rows_per_class)}")
     return min(columns, key=lambda column: column.are_numbers, default=None)
 
 
-def _why_no_classes(values: list[Any], rows_per_class: int) -> str:
-    """Why the values of a column are no classes."""
-    empty_rows = [row for row, value in enumerate(values, 1) if value is None or value == ""]
-    if 0 < len(empty_rows) < len(values) / 2:
-        count = f"{len(empty_rows):,} of {counted(len(values), 'row')}"
+def _why_no_classes(cells: list[Any], rows_per_class: int) -> str:
+    """Why the cells of a column are no classes."""
+    empty_rows = [row for row, cell in enumerate(cells, 1) if cell is None or cell == ""]
+    if 0 < len(empty_rows) < len(cells) / 2:
+        count = f"{len(empty_rows):,} of {counted(len(cells), 'row')}"
         return f"{count} without a class, the first: row {empty_rows[0]}; give it a class, or remove the row"
     return (
         f"expected a class (a text, a whole number, or true or false) in every row, at least two classes, and "
@@ -350,7 +351,7 @@ def _what_to_add(candidate: Candidate, media: list[MediaColumn], others: list[st
         )
     if not media:
         return f"no column holds media; the others are {_listed(others)}"
-    if Path(media[0].name).suffix:
+    if Path(media[0].name).suffix.lower() in KIND_OF:
         return f"its first line looks like a row ({shown(media[0].name)}); write a line with names of columns above it"
     return (
         f"{shown(media[0].name)} has {media[0].kind}, but no other column ({_listed(others)}) has a name like "

@@ -170,8 +170,6 @@ def _inspect(candidates: list[Candidate], text: str | None, label: str | None) -
         notes = []
         if candidate.left_out:
             notes.append(f"files that are not media, or lie beside its subfolders: {candidate.left_out}")
-            if ".json " in f"{candidate.left_out} ":
-                notes.append("if a .json file is a table of files and texts, name the file instead of its folder")
         try:
             if candidate.problem:
                 raise UserError(candidate.problem)

@@ -107,7 +107,7 @@ def _in_folder(folder: Path, tables: bool) -> list[Candidate]:
 
 
 def _splits(folders: list[Path]) -> list[Path]:
-    """The folders whose names differ only in the split, such as train2017 and val2017. A single one may be a class."""
+    """Folders with equal names except for the split, such as train2017 and val2017. A single folder may be a class."""
     similar: dict[str, list[Path]] = {}
     for folder in folders:
         if ROLE.search(folder.name):
@@ -149,7 +149,8 @@ def _media(folder: Path, classes: list[Path]) -> list[Candidate]:
             f"{folder}: no media in this folder{has and f', only {has}'}; looked for pictures, clips and sounds "
             f"({', '.join(sorted(KIND_OF))}) and for data files ({', '.join(sorted(TABLES))}){advice}"
         )
-    return [candidates[0]._replace(left_out=by_extension(left_out)), *candidates[1:]]
+    advice = "; if a .json file is a table of files and texts, name the file" if left_out[".json"] else ""
+    return [candidates[0]._replace(left_out=by_extension(left_out) + advice), *candidates[1:]]
 
 
 def _extension(entry: os.DirEntry[str]) -> str:
@@ -202,7 +203,7 @@ def _folder_of_table(candidate: Candidate) -> str | None:
 
 
 def _is_beside_split(candidate: Candidate, folders_of_splits: Set[str | None]) -> bool:
-    """Whether a table is in the folder of a split, and is no split itself."""
+    """Whether a table that is no split itself is in the folder of a split."""
     is_split = candidate.held_out or candidate.problem
     return not is_split and _folder_of_table(candidate) in folders_of_splits
 

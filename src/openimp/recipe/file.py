@@ -16,9 +16,7 @@ from openimp.common.schema import TextFrom
 MAX_BYTES = 2**20
 """Largest size of a recipe or a study."""
 COLLECTIONS = {("sources",), ("tasks",), ("evaluation", "sets")}
-"""Where the keys are names that the recipe's author chose."""
-FIRST_KEYS = {"path", "hub", "source", "type"}
-"""Keys by which `--set` may begin a new source, task or evaluation set."""
+"""Mappings in which the recipe's author chose the names. `--set sources.NAME={path: ...}` adds one."""
 MAX_NODES = 1_000_000
 """Maximum number of keys, values, lists and mappings in a YAML file after its aliases are expanded."""
 
@@ -197,7 +195,8 @@ def override(data: dict[str, Any], text: str, folder: Path | None = None) -> Non
         for depth, part in enumerate(path):
             place = _place(node, part)
             child = node[place] if isinstance(node, list) else node.get(place)
-            if child is None and node and tuple(path[:depth]) in COLLECTIONS and last not in FIRST_KEYS:
+            # The old data would be measured if a misspelled name began a new source or set.
+            if child is None and node and tuple(path[:depth]) in COLLECTIONS:
                 raise UserError(f"--set {text}: {'.'.join(path[:depth])} has no {part}{nearest(part, node)}")
             # A copy, because other parts of the recipe may be aliases of this one. Saved recipes have null for options
             # that are off, such as `model.moe`.
