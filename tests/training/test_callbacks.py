@@ -86,18 +86,25 @@ def test_a_callback_ends_the_training_and_the_run_is_complete_and_can_go_on(reci
     assert [step for step, _ in recorded.steps] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_callback_that_fails_costs_no_step(recipe, tmp_path):
+def test_a_callback_that_fails_costs_no_step_and_no_evaluation(recipe, tmp_path):
     class LosesTheNetwork(openimp.Callback):
         def on_step(self, step: int, metrics: dict[str, Any] | None) -> None:
             if step == 3:
                 raise ConnectionError("no network")
 
-    with refuses() as error:
-        openimp.train(recipe, tmp_path / "run", callbacks=[LosesTheNetwork()])
-    assert isinstance(error.value.__cause__, ConnectionError)
+        def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
+            if step == 4:
+                raise ConnectionError("no network")
+
     recorded = Recorded()
+    with refuses() as error:
+        openimp.train(recipe, tmp_path / "run", callbacks=[recorded, LosesTheNetwork()])
+    assert isinstance(error.value.__cause__, ConnectionError)
+    with refuses():
+        openimp.train(recipe, tmp_path / "run", resume=True, callbacks=[recorded, LosesTheNetwork()])
     assert openimp.train(recipe, tmp_path / "run", resume=True, callbacks=[recorded])
-    assert recorded.steps[0][0] == 4
+    assert [step for step, _ in recorded.steps] == [1, 2, 3, 4, 5, 6]
+    assert recorded.evaluations == [2, 4, 6]
 
 
 def test_early_stopping_waits_for_a_gain_and_begins_anew_in_each_training(recipe, tmp_path):

@@ -79,9 +79,10 @@ class StepBar(ProgressBar):
         self.total = total
         self.first_step = done
         self.start_time = time.perf_counter()
+        self.paused_seconds = 0.0
         self.note = ""
-        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                   TimeRemainingColumn())  # fmt: skip
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                   TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
         super().__init__(*columns, console=console, disable=not console.is_terminal)
         self.task = self.add_task("train", total=total, completed=done)
 
@@ -93,6 +94,25 @@ class StepBar(ProgressBar):
     def step(self, done: int) -> None:
         self.update(self.task, completed=done)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of the block, such as an evaluation, does not tell how long the remaining steps take."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.paused_seconds += time.perf_counter() - start
+
+    def track_evaluation(self, rows: Iterable[T], description: str) -> Iterator[T]:
+        """Yields the rows while a bar below the bar of the steps shows their progress."""
+        bar = self.add_task(f"evaluate {description}", total=len(rows) if isinstance(rows, Sized) else None)
+        try:
+            for row in rows:
+                yield row
+                self.advance(bar)
+        finally:
+            self.remove_task(bar)
+
     def report(self, done: int, losses: Mapping[str, float], speed: str) -> None:
         """Shows a line of metrics below the bar, or prints it if there is no terminal."""
         note = "  ".join([*(f"{name} {loss:.3f}" for name, loss in losses.items()), speed])
@@ -100,7 +120,8 @@ class StepBar(ProgressBar):
             self.note = note
             return
         elapsed = time.perf_counter() - self.start_time
-        expected = elapsed / max(1, done - self.first_step) * (self.total - self.first_step)
+        seconds_per_step = (elapsed - self.paused_seconds) / max(1, done - self.first_step)
+        expected = elapsed + seconds_per_step * (self.total - done)
         step = f"step {done}/{self.total}".ljust(len(f"step {self.total}/{self.total}"))
         console.print(f"{step}  {note}  {clock(elapsed)} of {clock(expected)}", soft_wrap=True)
 

@@ -61,6 +61,11 @@ def latest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [result for result in results if (result["step"] or 0) == last]
 
 
+def measured_sets(file: Path, step: int) -> set[str]:
+    """The names of the evaluation sets that have a result of this step in the file."""
+    return {line["set"] for line in read_lines(file) if line["step"] == step and "set" in line}
+
+
 def best_step(file: Path, name: str, steps: Collection[int]) -> int:
     """The first of these steps with the highest main metric of an evaluation set, averaged over the set's tasks."""
     metrics = defaultdict(list)

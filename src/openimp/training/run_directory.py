@@ -10,9 +10,9 @@ from filelock import FileLock, Timeout
 from openimp.checkpoint.folder import BEST, CHECKPOINTS, step_of, verify
 from openimp.checkpoint.resume import common_checkpoints, newest_intact, only_evaluates, require_same_run
 from openimp.common.errors import UserError
-from openimp.common.json_lines import read_lines
 from openimp.common.safe_files import refuse_links, write_text
 from openimp.data.trust import record_training
+from openimp.evaluation.results import measured_sets
 from openimp.parallel import distributed
 from openimp.recipe.file import differences
 from openimp.recipe.schema import Recipe
@@ -117,8 +117,6 @@ class RunDirectory:
         changes = differences(Recipe.load(self.recipe_file).to_dict(), self.recipe.to_dict())
         if any(only_evaluates(key, self.recipe) for key, _, _ in changes):
             return False
-        results = read_lines(self.path / "results.jsonl")
-        evaluated_sets = {result.get("set") for result in results if result["step"] == self.recipe.train.steps}
-        if not evaluation.sets.keys() <= evaluated_sets:
+        if not evaluation.sets.keys() <= measured_sets(self.path / "results.jsonl", self.recipe.train.steps):
             return False
         return evaluation.best is None or (self.path / CHECKPOINTS / BEST).exists()

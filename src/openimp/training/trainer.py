@@ -21,7 +21,7 @@ from openimp.data.loader import load_batches
 from openimp.data.order import seed_key
 from openimp.data.streams import Cursor
 from openimp.evaluation.evaluate import NotMeasured, evaluate
-from openimp.evaluation.results import best_step, table
+from openimp.evaluation.results import best_step, measured_sets, table
 from openimp.model.embedder import in_chunks
 from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel import distributed
@@ -184,8 +184,8 @@ class Trainer(Parts):
         evaluate_every = self.recipe.evaluation.every
         if self.step == 0 and self.recipe.starts_from_weights:
             self.evaluate(stop.watch)  # The baseline: later results show what was forgotten.
-        if self.step and self._is_due(evaluate_every, self.step):
-            self.evaluate(stop.watch)  # The interrupted run may have saved this step without evaluating it.
+        if self.step and self._is_due(evaluate_every, self.step) and not self._is_measured():
+            self.evaluate(stop.watch)  # The interrupted run has saved this step, but did not evaluate it.
         loaded_batches = self.log.timer.timed(load_batches(self.batches, self.step))
         try:
             # The alternation has chosen the task and the view of each batch: `loaded.visit`.
@@ -348,7 +348,7 @@ class Trainer(Parts):
         self.confirm_and_gather_bad_examples()
         if not self.recipe.evaluation.sets:
             return
-        with self.log.timer.paused():
+        with self.log.timer.paused(), self._bar.paused():
             results = self._measure(watch)
         self._evaluated_step = None if self._failure else self.step
         if self._failure and not is_last:
@@ -373,6 +373,7 @@ class Trainer(Parts):
                     self.data.modalities,
                     step=self.step,
                     classes=self.data.classes,
+                    progress=self._bar.track_evaluation,
                     watch=watch,
                     tables=self.evaluated_tables,
                 )
@@ -405,6 +406,12 @@ class Trainer(Parts):
         if every is None or self._begun_steps or steps_done == self.recipe.train.steps:
             return False
         return steps_done % every == 0
+
+    def _is_measured(self) -> bool:
+        """Whether results.jsonl has all sets at this step."""
+        return distributed.run_on_rank_zero(
+            lambda: self.recipe.evaluation.sets.keys() <= measured_sets(self.run / "results.jsonl", self.step)
+        )
 
     def _placeholder_batch(self, step: int) -> LoadedBatch:
         """Zeros in place of a batch that could not be loaded, so that this rank takes part in the step's collectives.
