@@ -129,6 +129,8 @@ def test_links_are_not_followed_and_a_folder_without_media_says_what_was_looked_
         find(["data"])
     with refuses():
         find([""])
+    with refuses():
+        find(["date.csv"])
     Image.new("RGB", (4, 4)).save(folder / "data/x.pcx")
     with refuses():
         find(["data"])

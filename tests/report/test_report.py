@@ -204,7 +204,7 @@ def test_names_from_data_and_recipe_are_text(browse, own_data, tmp_path):
         assert HOSTILE in text(section(seen.root, title)), title
 
 
-def test_a_dense_run_whose_data_is_gone_keeps_its_recorded_figures(own_data, tmp_path):
+def test_a_dense_run_whose_data_is_gone_keeps_its_recorded_figures(own_data, tmp_path, capsys):
     """One of its sets is a probe, which has a row for each of its classifiers."""
     probed = "type: probe, train: seen, source: unseen, inputs: {image: file}, label: label, view: {image: {size: 16}}"
     changes = [f"evaluation.sets.probed={{{probed}, k: 3}}", "train.steps=2", "model.moe=null"]
@@ -225,7 +225,9 @@ def test_a_dense_run_whose_data_is_gone_keeps_its_recorded_figures(own_data, tmp
         for name in probes:
             assert shown[name][4:8] == ["", "", "", ""]  # of retrieval and zero-shot only
         assert shown["coloursimage → label"][4]
-    assert "colours is not measured again. Its recorded results, if any, are shown. source pictures: " in page
+    not_measured = "colours is not measured again. Its recorded results, if any, are shown. source pictures: "
+    assert not_measured in page
+    assert not_measured in capsys.readouterr().err
     assert titles(page) == ["Results", "Losses", "Training", "Mixture", "Retrieval"]
 
 

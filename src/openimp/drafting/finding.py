@@ -69,7 +69,9 @@ def _below(path: str, tables: bool) -> list[Candidate]:
         return _hub_splits(rest)
     if os.path.isdir(path):
         return [candidate._replace(folder=path) for candidate in _in_folder(Path(path), tables)]
-    return [Candidate({"path": path})]  # `inspect` reports a path that does not exist.
+    if not (scheme or "*" in path or os.path.exists(path)):
+        raise UserError(f"{path}: no such file or folder")
+    return [Candidate({"path": path})]
 
 
 def _hub_splits(rest: str) -> list[Candidate]:

@@ -13,7 +13,7 @@ from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modalities
 from openimp.common.names import OPEN_CLIP, Name, has_scheme
-from openimp.common.progress import Progress
+from openimp.common.progress import Progress, notice
 from openimp.common.protocols import Pictured
 from openimp.common.safe_files import refuse_links, write_text
 from openimp.common.versions import openimp_version
@@ -108,7 +108,9 @@ def _measure(
                 check_sources(run, folder, recipe, [name])
             measured, answered = measure(evaluator, name, step)
         except UserError as error:
-            notes.append(f"{name} is not measured again. Its recorded results, if any, are shown. {error}")
+            note = f"{name} is not measured again. Its recorded results, if any, are shown. {error}"
+            notice(note)
+            notes.append(note)
             shown += latest([result for result in recorded if result["set"] == name])
             continue
         shown += measured
