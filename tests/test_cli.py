@@ -233,7 +233,8 @@ def test_eval_measures_the_other_sets_if_one_cannot_be_measured(openimp, little_
     assert [line["set"] for line in read_lines(out)] == ["tones", "tones"]
     assert "tones" in printed
     colours = "openimp: evaluation.sets.colours: source pictures .*has no column 'lable'; did you mean 'label'\\?"
-    gone = "evaluation.sets.gone: source gone: .*nowhere.jsonl: no such file or folder; if it has moved: --set sources.gone.path=PLACE"
+    place = "if it has moved: --set sources.gone.path=PLACE"
+    gone = f"evaluation.sets.gone: source gone: .*nowhere.jsonl: no such file or folder; {place}"
     assert re.fullmatch(f"{colours}\n{gone}\n", err)
 
 

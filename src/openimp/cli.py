@@ -404,6 +404,9 @@ def study(
     out: Annotated[Path, typer.Option(help="Folder for the page with its plots.")] = Path("docs/results"),
 ) -> None:
     """Compare variants of a recipe at equal FLOPs, over several seeds. A study that was stopped resumes."""
+    # Otherwise torch's profiler, which measures the peak memory, warns of blocks that existed before it.
+    # Torch reads the variable when it is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from openimp.study.run import run_study
 
     run_study(name, runs, out, smoke)

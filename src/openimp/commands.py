@@ -109,7 +109,8 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
     if distributed.rank() == 0:
         for note in drafted.notes:
             notice(note)
-        notice(f"the recipe is in {run / 'recipe.yaml'}; to change it: openimp init {shlex.quote(data)} > mine.yaml")
+        to_change = f"to change it: openimp init {shlex.quote(data)} > mine.yaml"
+        notice(f"the recipe goes into {run / 'recipe.yaml'}; {to_change}")
     recipe = {"name": recipe_name(data), **yaml.load(drafted.text, RecipeLoader)}
     for text in overrides:
         override(recipe, text, Path.cwd())

@@ -154,6 +154,8 @@ def test_a_small_recipe_has_the_classes_and_words_of_the_whole(little_data, tmp_
         "modalities.text.min_df=2",
         f"sources.stream={{path: {tmp_path}/a.tar, stream: true, lanes: 8}}",
         f"tasks.streamed={{source: stream, inputs: {{image: png, text: txt}}, {CONTRASTIVE}, batch_size: 24}}",
+        f"sources.probed={{path: {little_data}/pictures}}",
+        "evaluation.sets.probe={type: probe, train: probed, source: pictures, inputs: {image: file}, label: label}",
     ]
     study, _ = read_study(str(write_study(little_data, arms={"a": {}, "b": {}}, set=changes)), smoke=True)
     write_study(little_data)
@@ -162,6 +164,7 @@ def test_a_small_recipe_has_the_classes_and_words_of_the_whole(little_data, tmp_
         "pictures": None,
         "sounds": SMOKE_ROWS,
         "stream": None,
+        "probed": None,
     }
     assert small.modalities["text"].min_df == 1
     assert small.tasks["streamed"].batch_size == 24

@@ -100,4 +100,5 @@ def newest_intact(run: Path) -> Path:
         for message in damage:
             console.print(f"{message}; resuming from step {step}, which loses {lost}", soft_wrap=True)
         return folder
-    raise UserError(f"{run}: no checkpoint to resume from{''.join(f'; {message}' for message in damage)}")
+    reasons = damage or ["--resume auto starts at step 0 if there is none"]
+    raise UserError(f"{run}: no checkpoint to resume from; {'; '.join(reasons)}")

@@ -9,6 +9,7 @@ import yaml
 from openimp.common.errors import UserError, counted, nearest
 from openimp.data.task_data import TaskData
 from openimp.planning.costs import mixture
+from openimp.recipe.evaluation import Probe
 from openimp.recipe.file import RecipeLoader, flat
 from openimp.recipe.schema import Recipe
 from openimp.study.schema import ArmModel, Study
@@ -88,10 +89,11 @@ def _refuse_derived(change: str) -> None:
 
 def _make_small(data: dict[str, Any], original: Recipe) -> None:
     """Makes the data of a recipe small. Classes and words stay those of the whole data."""
-    needs_all_rows = {task.source for task in original.tasks.values() if task.class_columns}
+    has_classes = {task.source for task in original.tasks.values() if task.class_columns}
+    trains_probes = {options.train for options in original.evaluation.sets.values() if isinstance(options, Probe)}
     for name, source in data["sources"].items():
         source["cache"] = "none"
-        if not source["stream"] and name not in needs_all_rows:
+        if not source["stream"] and name not in has_classes | trains_probes:
             source["limit"] = SMOKE_ROWS
     for task in data["tasks"].values():
         if not data["sources"][task["source"]]["stream"]:  # The lanes of a stream divide its batches.
