@@ -302,7 +302,7 @@ def test_the_first_part_of_the_names_of_files_may_be_the_class():
         copy("1.wav", f"flat/{name}.wav")
     ((_, task, _),), _ = find_tasks(["flat"], label="prefix")
     assert sorted(task.label.classes) == ["3", "7"]
-    assert (task.text.name, task.text.items) == ("prefix", 0)
+    assert (task.text.name, task.text.distinct) == ("prefix", 0)
 
 
 def test_a_file_whose_name_is_not_utf8_is_skipped(capsys):

@@ -133,7 +133,7 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _remove_others(folder: Path, keep: int) -> None:
-    """Keeps `folder`, the `keep` - 1 checkpoints before it, and the best one. Removes all others, also later ones."""
+    """Removes all checkpoints but `folder`, the `keep` - 1 before it, and the best one if that is not later."""
     run = folder.parents[1]  # `folder` is RUN/checkpoints/step-...
     link = folder.parent / BEST
     if link.is_dir() and not link.is_symlink():

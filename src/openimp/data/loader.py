@@ -77,7 +77,7 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
             signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
             _error_if_any_worker_fails()  # A worker may have died before the handler was installed.
             part = next(iterator)
-            # Also here, not only in `finally`: until it is removed, the handler may raise, which `except` must catch.
+            # Not only in `finally`: the handler may raise until it is removed, and `except` must catch its error.
             signal.signal(signal.SIGCHLD, outer_handler)
         # torch raises RuntimeError. Unpickling a part from the dead worker raises the other errors.
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
@@ -128,7 +128,8 @@ class _Parts(Dataset["LoadedBatch | UserError"]):
 def _shared(part: LoadedBatch) -> LoadedBatch:
     """A worker's part in shared memory.
 
-    Otherwise, the thread that sends it would move it there, where an error is lost and the training waits forever.
+    Otherwise, the thread that sends the part would move it to shared memory. An error of that thread is lost, and the
+    training would wait forever.
     """
     try:
         return replace(part, batches=[batch.share_memory() for batch in part.batches])

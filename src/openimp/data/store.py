@@ -36,7 +36,7 @@ ITEMS_PER_FILE = 4096
 CHUNK = 256
 """Maximum number of arrays that are written together."""
 BATCH_BYTES = 2**26
-"""Bytes of arrays from which on they are written, although they are fewer than `CHUNK`."""
+"""Once arrays have this many bytes together, they are written, even if they are fewer than `CHUNK`."""
 
 MAX_THREADS = 16
 """Maximum number of threads that decode. About twice as many items are in memory."""
@@ -77,14 +77,14 @@ def store_column(
     on_disk: bool = False,
     progress: Progress | None = None,
 ) -> DecodedStore:
-    """Decodes the media in a table's column. If a tower reads them, it embeds them, on disk in any case.
+    """Decodes the media in a table's column. A tower embeds them, and its vectors are always kept on disk.
 
     `views` are all views that read the column: arrays are no larger than the largest of them needs.
     """
     is_tower = isinstance(modality, Towered)
 
     def decode(rows: Sequence[int]) -> Iterator[Decoded]:
-        reads = (partial(table.media, row[column]) for row in table.iterate([column], rows))
+        reads = (partial(table.media, cells[column]) for cells in table.iterate([column], rows))
         if isinstance(modality, Towered):
             return modality.embed_all(reads)
         # In threads, because decoders release Python's global lock.
@@ -107,7 +107,7 @@ def _decode(modality: Modality, views: list[Any], read: Callable[[], Any]) -> De
 
 
 def store_on_disk(
-    code: list[Any],
+    decoding: list[Any],
     states: list[Any],
     decode: Callable[[range], Iterator[Decoded]],
     description: str,
@@ -118,23 +118,23 @@ def store_on_disk(
     Of several processes that need the same items, one decodes them and the others wait.
 
     Args:
-        code: what determines how an item is decoded.
+        decoding: what determines how an item is decoded, besides its state.
         states: a value for each item that changes with it.
-        decode: returns the arrays of the items with these numbers, in order.
+        decode: yields what the items in a range of their numbers are decoded to.
         description: what is shown with the progress.
     """
     items = range(len(states))
     parts = [items[start : start + ITEMS_PER_FILE] for start in items[::ITEMS_PER_FILE]]
-    key_of = {part: stable_hash([*code, *states[part.start : part.stop]]) for part in parts}
-    missing = range(sum(len(part) for part, key in key_of.items() if not is_cached(KIND, key)))
-    bar = iter(progress(missing, description) if progress and missing else missing)
+    key_of = {part: stable_hash([*decoding, *states[part.start : part.stop]]) for part in parts}
+    missing = sum(len(part) for part, key in key_of.items() if not is_cached(KIND, key))
+    ticks = iter(progress(range(missing), description) if progress and missing else range(missing))
 
     def write(folder: Path, part: range) -> None:
-        # `repeat`, because a damaged file is written again, too.
-        write_store(folder, (array for array, _ in zip(decode(part), chain(bar, repeat(None)))))
+        # One tick per item. `repeat`, because a damaged file is written again without ticks.
+        write_store(folder, (array for array, _ in zip(decode(part), chain(ticks, repeat(None)))))
 
     files = [cached(KIND, key, _checked_file, partial(write, part=part)) for part, key in key_of.items()]
-    for _ in bar:  # Another process may have decoded the rest.
+    for _ in ticks:  # Another process may have decoded the others.
         pass
     return read_store(*files)
 

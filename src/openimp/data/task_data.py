@@ -83,9 +83,9 @@ class TaskData:
                     raise UserError(f"tasks.{name}: batch_size {batch_size} is not a multiple of {world_size} ranks")
         for name, task in tasks.items():
             self._open_source(name, task)
-        for name, source in self.source_of_task.items():
-            for column in tasks[name].class_columns:
-                self.classes[head_key(source.name, column.name)] = classes_of(source, column, f"tasks.{name}")
+        for task_name, source in self.source_of_task.items():
+            for column in tasks[task_name].class_columns:
+                self.classes[head_key(source.name, column.name)] = classes_of(source, column, f"tasks.{task_name}")
 
     def _open_source(self, name: str, task: Task) -> None:
         """Opens a task's source.
@@ -155,10 +155,9 @@ class TaskData:
         return media_views
 
     def fit(self, fitted_stems: Collection[str] = ()) -> None:
-        """Lets modalities learn from the training texts, for example a tokenizer, on rank 0, and gives all ranks what
-        they learned.
+        """Fits the modalities that learn from the training texts, as a tokenizer does. Rank 0 learns for all ranks.
 
-        Modalities whose stem is in `fitted_stems` are left as they are.
+        Modalities whose stem is in `fitted_stems` stay as they are. Rank 0 warns if they know no word of many texts.
         """
         for name, modality in self.modalities.items():
             if modality.stem in fitted_stems and isinstance(modality, TextReader) and rank() == 0:
@@ -237,7 +236,7 @@ class TaskData:
                 if tower.reads_text:
                     vectors[teacher] = EmbeddedRows(source, tower, columns, progress)
                 else:
-                    # Without views of the task, a teacher reads as its own model does.
+                    # No views: a teacher reads media in the view of its own model, not in the task's.
                     vectors[teacher] = store_column(source, tower, columns[0], views=[], progress=progress)
             self.teacher_vectors[task_name] = vectors
 

@@ -103,7 +103,7 @@ def assemble(
             views[kind] = {}
     text_length = 0
     if texts and "text" not in towers:
-        class_names = [name for column in text_columns if not column.items for name in column.sample]
+        class_names = [name for column in text_columns if not column.distinct for name in column.sample]
         modalities["text"], text_length = sizing.text(texts, rows, class_names)
         views["text"] = {"length": modalities["text"]["positions"]}
     model = sizing.adapters(towers, kinds) if towers.keys() >= {*kinds} else sizing.model(rows, machine)
@@ -186,7 +186,7 @@ def _add(
         recipe["sources"][f"{name}_test"] = split.test
     objectives = []
     if task.text:
-        objectives.append({"type": "contrastive", "positives_by": split.item if task.text.items else task.text.name})
+        objectives.append({"type": "contrastive", "positives_by": split.item if task.text.distinct else task.text.name})
     if task.label:
         objectives.append({"type": "classification", "label": task.label.name})
     recipe["tasks"][name] = {
@@ -204,7 +204,7 @@ def _add(
     sets = recipe["evaluation"]["sets"]
     view = {kind: {key: value for key, value in view.items() if key not in AUGMENTATION}}
     rows = {"source": f"{name}_test" if split.test else name, "inputs": inputs, "view": view}
-    if task.text and task.text.items:
+    if task.text and task.text.distinct:
         sets[name] = {"type": "retrieval", **rows, "inputs": inputs | text_input, "view": view | text_view}
     elif task.text:
         sets[name] = {"type": "zero_shot", **rows, "label": task.text.name}

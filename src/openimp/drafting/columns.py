@@ -26,17 +26,21 @@ NAMES = {
     "text": ["caption", "captions", "text", "texts", "txt", "description", "descriptions", "sentence", "sentences",
              "transcript", "transcription", "utterance", "prompt", "alt", "title", "name", "keywords", "tags"],
 }  # fmt: skip
-"""Words in the name of a column that tell its use; the first use counts. The best texts come first."""
+"""Words in the name of a column that tell its use.
+
+If words of several uses occur, the first use in this list counts. Within a use, columns with an earlier word are
+preferred.
+"""
 PROBED_ROWS = 32
 """Rows that decide which columns hold media. The headers of their files are read."""
 SAMPLED_ROWS = 10_000
 """Rows whose texts are read."""
 MAX_WITHOUT_TEXT = 0.1
-"""Largest share of rows without a text that a column of texts may have if classes say what all rows show."""
+"""Largest share of rows without a text with which a text column is used, if a class column could be used instead."""
 ROWS_PER_CLASS = 2
 """Fewest rows per class, on average."""
 ROWS_PER_NAME = 10
-"""Rows per different text, on average, from which on texts are the names of classes."""
+"""Fewest rows per distinct text, on average, for texts to count as names of classes."""
 MAX_LENGTH = 1000
 """Characters of a text that are inspected."""
 MAX_NAME = 100
@@ -52,7 +56,7 @@ class MediaColumn(NamedTuple):
     kind: Kind
     sample: list[MediaInfo]
     bad: float  # share of the sample that is not readable, or of another kind
-    problem: str  # why one of the sample is not readable; empty if all are
+    problem: str  # why a value of the sample cannot be used; empty if all can
 
 
 class TextColumn(NamedTuple):
@@ -60,7 +64,7 @@ class TextColumn(NamedTuple):
 
     name: str
     sample: list[str]  # texts of sampled rows
-    items: int  # different values in the sample; 0: classes
+    distinct: int  # distinct values in the sample; 0 if the texts are the names of classes
     bad: float  # share of the sampled rows without a text
     has_lists: bool  # some rows have several texts
 
@@ -110,24 +114,26 @@ def inspect(
     notes: list[str] = []
     media = _media_columns(table, first_rows, notes)
     plain_columns = [name for name, values in first_rows.items() if not _are_media(values)]
-    if candidate.kind:
+    if candidate.kind:  # The other columns of a folder are parts of the paths of its files.
         plain_columns = [name for name in plain_columns if name in ("text", "label")]
     by_use = _by_use(plain_columns)
     by_use["path"] = [name for name, values in first_rows.items() if _are_paths(values)]
     texts = _text_columns(table, [chosen_text] if chosen_text else by_use["text"], notes)
     if chosen_text and not texts:
         raise UserError(f"--text {shown(chosen_text)}: the column holds no texts")
+    # The chosen texts are the classes only if no other column is.
     class_columns = [name for name in by_use["class"] if name != chosen_text] or by_use["class"]
     min_rows_per_class = dict.fromkeys([chosen_label] if chosen_label else class_columns, ROWS_PER_CLASS)
     if not chosen:
         # Texts that repeat often are the names of classes.
         repeated = (
-            text.name for text in texts if ROWS_PER_NAME * text.items <= len(text.sample) and not text.has_lists
+            text.name for text in texts if ROWS_PER_NAME * text.distinct <= len(text.sample) and not text.has_lists
         )
         min_rows_per_class |= dict.fromkeys(repeated, ROWS_PER_NAME)
-    label = _class_column(table, min_rows_per_class, notes, are_named=chosen_label is not None)
+    label = _class_column(table, min_rows_per_class, notes, is_chosen=chosen_label is not None)
     if chosen_label and label is None:
         raise UserError(f"--label: {'; '.join(notes)}")
+    # A column in `min_rows_per_class` may hold classes, so its texts are not used.
     text = next((text for text in texts if text.name not in min_rows_per_class), None)
     if text and text.bad > MAX_WITHOUT_TEXT and not chosen_text and label and not label.are_numbers:
         notes.append(
@@ -137,18 +143,21 @@ def inspect(
         plain_columns = [name for name in plain_columns if name != text.name]
         text = None
     if not media or not (text or label):
-        is_explained = media and (by_use["text"] or by_use["class"]) and notes
         if not media and (column := _names_without_extension(table, first_rows)):
             notes.append(f"{shown(column)} has names of files without their extension; add it, as in cat.jpg")
-        raise UserError("; ".join([*notes, *([] if is_explained else [_what_to_add(candidate, media, plain_columns)])]))
+        notes_explain = media and notes and (by_use["text"] or by_use["class"])
+        if not notes_explain:
+            notes.append(_what_to_add(candidate, media, plain_columns))
+        raise UserError("; ".join(notes))
     if text is None and label and not label.are_numbers:
         names = [as_text(name)[:MAX_LENGTH] for name in label.classes]
-        text = TextColumn(label.name, [*names, *names], 0, 0.0, False)  # Each twice, because a class has several rows.
+        # Each name twice: `sizing` takes words for tokens if they occur in several texts, and a class has several rows.
+        text = TextColumn(label.name, [*names, *names], 0, 0.0, False)
     tasks = [
         TaskDraft(candidate, source, table, media=column, text=text, label=label, by_use=by_use) for column in media
     ]
     used_columns = {*tasks[0].columns, *by_use["split"], *by_use["group"], "__key__"}
-    # The index of a table from pandas has no name.
+    # Columns without a name, such as the index of a table from pandas, are not listed.
     if unused := [name for name in plain_columns if name and name not in used_columns]:
         notes.append(f"columns {_listed(unused)}")
     return tasks, notes
@@ -171,9 +180,9 @@ def sample(table: Table, columns: Sequence[str], count: int) -> dict[str, list[A
 def with_root(
     source: dict[str, Any], table: Table, first_rows: dict[str, list[Any]], named_folder: str
 ) -> dict[str, Any]:
-    """A source, with the folder where the paths in its rows start, if they do not start at the table's own.
+    """The source; if the paths in its rows do not start at the table's folder, with the folder where they start.
 
-    Looks in the folders beside the table and, if the user named a folder above it, in this one and those in it.
+    Tries the table's folder and its subfolders and, if the user named a folder, that folder and its subfolders.
     """
     path = os.path.expanduser(source.get("path", ""))
     if table.root is None or not path or os.path.isdir(path):
@@ -184,8 +193,8 @@ def with_root(
     roots = _with_subfolders(own_folder)
     if named_folder:
         roots += _with_subfolders(Path(named_folder))
-    found = {root: sum(_exists(root, file) for file in paths) for root in roots}
-    best = [root for root in roots if found[root] == max(found.values())]
+    files_in = {root: sum(_exists(root, file) for file in paths) for root in roots}
+    best = [root for root in roots if files_in[root] == max(files_in.values())]
     if own_folder in best:
         return source
     # The same names may be in several folders: train.csv then names the files in train/.
@@ -203,7 +212,7 @@ def _exists(root: Path, path: str) -> bool:
 
 
 def _are_paths(values: Sequence[Any]) -> bool:
-    """Whether most values are names of media files. A URL is none."""
+    """Whether most values are names of media files. URLs do not count."""
     endings = [Path(value).suffix.lower() for value in values if isinstance(value, str) and "://" not in value]
     return 2 * sum(ending in KIND_OF for ending in endings) > len(values)
 
@@ -262,12 +271,12 @@ def _media_columns(table: Table, first_rows: dict[str, list[Any]], notes: list[s
 
 def _by_use(names: Sequence[str]) -> dict[str, list[str]]:
     """The columns of each use, the best name first. A template cannot name columns with braces, * or outer spaces."""
-    words = {name: re.split(r"[^a-z0-9]+", name.lower()) for name in names if not re.search(r"[{}*]|^\s|\s$", name)}
+    words_of = {name: re.split(r"[^a-z0-9]+", name.lower()) for name in names if not re.search(r"[{}*]|^\s|\s$", name)}
     by_use = {}
-    for use, known in NAMES.items():
-        by_use[use] = list(dict.fromkeys(name for word in known for name in words if word in words[name]))
+    for use, words in NAMES.items():
+        by_use[use] = list(dict.fromkeys(name for word in words for name in words_of if word in words_of[name]))
         for name in by_use[use]:
-            del words[name]
+            del words_of[name]
     return by_use
 
 
@@ -281,15 +290,15 @@ def _text_columns(table: Table, names: Sequence[str], notes: list[str]) -> list[
         present = [value for value, texts_of_row in zip(values, texts_of_rows) if texts_of_row]
         texts = [text for texts_of_row in texts_of_rows for text in texts_of_row]
         if all(isinstance(text, str) for text in texts) and not all(map(_is_number, texts)):
-            items = len({item_key(value) for value in present})
+            distinct = len({item_key(value) for value in present})
             texts = [" ".join(text[:MAX_LENGTH].split()) for text in texts]
             has_lists = any(isinstance(value, list) for value in present)
-            columns.append(TextColumn(name, texts, items, 1 - len(present) / len(values), has_lists))
+            columns.append(TextColumn(name, texts, distinct, 1 - len(present) / len(values), has_lists))
     return columns
 
 
 def _items(value: Any) -> list[Any]:
-    """The items of a cell that are not empty: of a list, or one."""
+    """The values in a cell that are not empty: those of its list, or the cell itself."""
     if isinstance(value, Unreadable):
         return []
     items = value if isinstance(value, list) else [value]
@@ -297,12 +306,12 @@ def _items(value: Any) -> list[Any]:
 
 
 def _class_column(
-    table: Table, min_rows_per_class: dict[str, int], notes: list[str], are_named: bool
+    table: Table, min_rows_per_class: dict[str, int], notes: list[str], is_chosen: bool
 ) -> LabelColumn | None:
     """The first column that has classes, preferably with names.
 
-    `min_rows_per_class` has the fewest rows per class, on average, for each column to look at. With `are_named`, texts
-    of digits are names too, because the user chose the column.
+    `min_rows_per_class` has the fewest rows per class, on average, for each column to look at. If the user chose the
+    column (`is_chosen`), texts of digits are names too.
     """
     columns = []
     for name, rows_per_class in min_rows_per_class.items():
@@ -311,7 +320,7 @@ def _class_column(
         are_classes = all(isinstance(value, str | int) and value != "" for value in values)
         classes = list(dict.fromkeys(values)) if are_classes else []
         if 2 <= len(classes) <= len(values) / rows_per_class:
-            are_names = are_named and all(isinstance(value, str) for value in classes)
+            are_names = is_chosen and all(isinstance(value, str) for value in classes)
             are_numbers = not are_names and all(
                 isinstance(value, bool) or _is_number(as_text(value)) for value in classes
             )

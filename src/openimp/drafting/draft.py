@@ -191,7 +191,7 @@ def _summary(named: NamedTask) -> str:
         f" ({media.bad:.0%} of a sample cannot be used: {shown(media.problem, limit=500)})" if media.problem else ""
     )
     parts = [f"{split.rows + split.test_rows:,} rows", f"{media.kind} in {shown(media.name)}{unusable}"]
-    if task.text and task.text.items:
+    if task.text and task.text.distinct:
         empty = f" (empty in {task.text.bad:.0%} of the rows)" if task.text.bad >= 0.005 else ""
         parts.append(f"text in {shown(task.text.name)}{empty}")
     if task.label:

@@ -134,8 +134,8 @@ def _items(task: TaskDraft) -> tuple[str | None, int]:
         paths = _keys(task.table, name)
         if len(set(paths)) < len(paths):
             return name, len(set(paths))
-    if task.text and task.text.items:
-        return task.text.name, task.text.items
+    if task.text and task.text.distinct:
+        return task.text.name, task.text.distinct
     return None, len(task.table)
 
 

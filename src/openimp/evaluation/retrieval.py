@@ -43,9 +43,9 @@ class RetrievalResult(Predicted):
     def answers(self, query_index: int, k: int) -> list[RankedCandidate]:
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.
 
-        In a tie, wrong candidates come first. NaN counts as the lowest similarity of a correct candidate, and the
-        highest of a wrong one. So the best correct one is at position `rank[query_index]` of all candidates, unless it
-        has NaN: `rank` then counts all wrong candidates as better.
+        In a tie, wrong candidates come first. NaN counts as the lowest similarity of a correct candidate, and as the
+        highest of a wrong one. So the best correct candidate is at position `rank[query_index]` of all candidates. The
+        exception is a query with several correct candidates, some with NaN: `rank` counts all wrong ones as better.
         """
         similarity_M = (self.candidate_MZ @ self.query_NZ[query_index]).cpu().numpy()
         correct_candidates = self.correct_pairs[self.correct_pairs[:, 0] == query_index, 1]
@@ -93,9 +93,9 @@ def retrieve(
     }
     readable = readable_rows(table, list(encoded_by_modality.values()), error_prefix)
     rows = readable.row
-    vectors = {}
-    first_row_of_item = {}  # for each item, the first row of the source that has it
-    item_of_row = {}  # for each readable row, the index of its item in `vectors`
+    vectors = {}  # by modality: of each item
+    first_row_of_item = {}  # by modality: for each item, the first row of the source that has it
+    item_of_row = {}  # by modality: for each readable row, the index of its item in the vectors
     for modality, encoded in encoded_by_modality.items():
         # Items that occur in unreadable rows only are neither queries nor candidates.
         indices, first_index, inverse = np.unique(encoded.embedding_index[rows], return_index=True, return_inverse=True)

@@ -109,7 +109,7 @@ def split_tokens(values: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 class Router(nn.Module):
     """One linear layer in fp32 without bias, followed by expert choice.
 
-    `gate_scale` multiplies the gates (see `ExpertGroups`). `RouterStats` has the gates before that.
+    `gate_scale` multiplies the gates (see `ExpertGroups`). `RouterStats` has the gates before this multiplication.
     """
 
     def __init__(self, width: int, experts: int, config: MoE, gate_scale: float) -> None:
@@ -145,8 +145,8 @@ class Router(nn.Module):
         if torch.compiler.is_compiling() or self.training:
             usage = _usage(routing, valid_BL, tokens_per_rank)
         else:
-            unused_E = probs_BLE.new_zeros(probs_BLE.shape[-1])
-            usage = unused_E, unused_E, unused_E.new_zeros(())
+            zero_E = probs_BLE.new_zeros(probs_BLE.shape[-1])
+            usage = zero_E, zero_E, zero_E.new_zeros(())
         return routing._replace(gate_BEC=self.gate_scale * routing.gate_BEC), RouterStats(z_loss, *usage)
 
 
@@ -202,7 +202,8 @@ class SparseMLP(nn.Module):
         gates = []  # per input, (E, B C)
         indices = split_tokens(torch.arange(x_TD.shape[0], device=x_TD.device), [valid_BL.shape for valid_BL in valid])
         for index_BL, routing in zip(indices, routings):
-            index_BEC = routing.token_BEC + index_BL[:, :1, None]
+            first_token_B11 = index_BL[:, :1, None]  # of each example, as an index into `x_TD`
+            index_BEC = routing.token_BEC + first_token_B11
             token_indices.append(index_BEC.transpose(0, 1).flatten(1))
             gates.append(routing.gate_BEC.transpose(0, 1).flatten(1))
         index_ES = torch.cat(token_indices, dim=1)

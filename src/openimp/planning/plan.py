@@ -86,8 +86,8 @@ def plans(
     """Computes what a recipe needs on `gpus` GPUs of the type `gpu` (one of `GPUS`), without reading data.
 
     The first plan is for the recipe's layout, which is the default one if the recipe does not choose. Plans for
-    alternative layouts follow. A tokenizer that is not trained yet counts with its largest vocabulary. `utilization` is
-    the share of the GPU's bf16 peak that the run is assumed to reach; see `Plan`.
+    alternative layouts follow. A tokenizer that is not trained yet counts with its largest vocabulary. For
+    `utilization`, see `Plan`.
 
     Raises:
         UserError: an argument is invalid, or a batch or the model cannot be divided evenly among the GPUs.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import date, datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +35,7 @@ RANKED = 500
 """Items in each ranking before rankings are merged, unless `k` is larger. So up to this `k`, the order of the results
 does not depend on `k`."""
 SAMPLE = 1000
-"""Maximum number of items of a group whose cosines tell how unusual a cosine is."""
+"""Maximum number of a group's items from which its `Spread` is computed."""
 
 
 class Wanted(NamedTuple):
@@ -74,7 +74,7 @@ class Index:
     def counts(self) -> dict[str, int]:
         """The number of items by modality, without modalities that have none."""
         names = self._metadata.towards
-        counts = self._read(lambda items: {name: items.count(f"modality = {quoted(name)}") for name in names})
+        counts = self._from_table(lambda items: {name: items.count(f"modality = {quoted(name)}") for name in names})
         return {name: count for name, count in counts.items() if count}
 
     @property
@@ -88,12 +88,12 @@ class Index:
     @property
     def has_dates(self) -> bool:
         """Whether any item has a date. Indexes of older versions have none."""
-        return self._read(lambda items: items.has_dates)
+        return self._from_table(lambda items: items.has_dates)
 
     @cached_property
     def folders(self) -> list[str]:
         """Useful values of `under`: the sources, and the folders directly below the common parent of all files."""
-        sources, folders = self._read(_sources_and_folders)
+        sources, folders = self._from_table(_sources_and_folders)
         parent = os.path.commonpath(folders) if folders else ""
         children = {os.path.relpath(folder, parent).split(os.sep)[0] for folder in folders} - {"."}
         return [*sorted(sources), *(os.path.join(parent, child) for child in sorted(children))]
@@ -120,13 +120,13 @@ class Index:
         that was cut into segments, only the best segment is returned, unless `under` is that file.
 
         Args:
-            queries: one part of the query or several. A string is a text. Items in the query are not returned.
+            queries: one part of the query or several. A string is a text. The item of a `Like` is not returned.
             k: maximum number of results.
             modalities: only items of this modality, or of these. None: all that can be compared with the queries.
             under: only this file, files in this folder, or rows of the source of this name.
-            min_score: only items with at least this cosine; none that was found by its words and has no cosine.
-            by: "both", "meaning" or "words". A query that has anything but texts is always ranked by meaning. Items
-                with words of a text that is subtracted are not found by words.
+            min_score: only items with at least this cosine. Items that have none, which only words find, are left out.
+            by: "both", "meaning" or "words". A query that has anything but texts is always ranked by meaning. An item
+                with any word of a text of negative weight is not found by words.
             since, until: only items of this day and later, or this day and earlier, such as "2026-05-31". Media
                 inside of tables have a date only if their header has one.
 
@@ -134,6 +134,7 @@ class Index:
             UserError: a query cannot be read, no item can be compared with it, neither the model nor an item has a word
                 of it, `since` or `until` is not a day, `since` is after `until`, or no item has a date.
         """
+        # A path is a mistake that the error below explains.
         parts = [queries] if isinstance(queries, str | QueryPart | Path) else list(queries)
         if not parts:
             raise UserError("the query is empty: give a text or a file")
@@ -196,7 +197,9 @@ class Index:
     def hits(self, ids: Iterable[str]) -> dict[str, Hit]:
         """Items by their ids. Ids that are not indexed are left out."""
         wanted = list(ids)
-        return {row["id"]: Hit(**row) for row in self._read(lambda items: items.rows("id", wanted, items.hit_columns))}
+        return {
+            row["id"]: Hit(**row) for row in self._from_table(lambda items: items.rows("id", wanted, items.hit_columns))
+        }
 
     def hit(self, id: str) -> Hit:
         """An item by its id. UserError if it is not indexed."""
@@ -218,7 +221,7 @@ class Index:
     def read(self, id: str) -> bytes | Path:
         """The media of an indexed item: the bytes of a row, or a file that is unchanged since it was indexed.
 
-        UserError if it is not indexed, is gone, or has changed. The file is whole, also if the item is a segment.
+        UserError if it is not indexed, is gone, or has changed. Of a segment, this is the whole file.
         """
         hit = self.hit(id)
         self.check(hit)
@@ -236,7 +239,7 @@ class Index:
 
     def vectors(self) -> pa.Table:
         """`id`, `modality` and fp16 `vector` of all items; null if the model knows no word of an item."""
-        return self._read(Items.vectors)
+        return self._from_table(Items.vectors)
 
     def sample(
         self,
@@ -249,7 +252,7 @@ class Index:
         """At most `count` items, evenly spaced among those that match the filters; see `search`."""
         modalities = [modalities] if isinstance(modalities, str) else modalities
         where = " AND ".join(self._filters(modalities, under, since, until)) or None
-        rows = self._read(lambda items: items.sample(count, where, items.hit_columns)).to_pylist()
+        rows = self._from_table(lambda items: items.sample(count, where, items.hit_columns)).to_pylist()
         return [Hit(**row) for row in rows]
 
     def encode(self, query: Query) -> EncodedQuery:
@@ -257,7 +260,6 @@ class Index:
 
         UserError if it cannot be read, or is a file of a modality that is in no space. A text has no vectors if the
         model knows no word of it, or if texts are in no space. The words of items may still be compared with it.
-        The lock is not held while the file is decoded, so a slow file does not delay other queries.
         """
         model = self.model
         name = query.modality
@@ -280,15 +282,16 @@ class Index:
             file = "" if isinstance(value, bytes) else f"{value}: "
             raise UserError(f"{file}cannot be read as {name}: {error}") from None
         modality_by_space = {self._space(name, other): other for other in comparable}
-        with self._encoding_lock:
+        with self._encoding_lock:  # Not while the file is decoded, so that a slow file does not delay other queries.
             vectors = encoder.encode_item(clips, modality_by_space.values())
         vector_by_space = {space: vector.cpu().numpy() for space, vector in zip(modality_by_space, vectors)}
         return EncodedQuery(name, vector_by_space, query.weight, text)
 
     def _words(self, encoded: Sequence[EncodedQuery], by: By) -> Words | None:
-        """The words to look for in the texts of items. None if only the meaning of the query counts.
+        """The words to look for in the texts of items.
 
-        That is so if the query has anything but texts: words cannot say what to change in a picture.
+        None if `by` is "meaning", if no text has a positive weight, if the index has no words, or if the query has
+        anything but texts: words cannot say what to change in a picture.
         """
         if by == "words" and not self.has_words:
             raise UserError(f"{self.folder}: has no words; run openimp index again or make a new index")
@@ -299,35 +302,40 @@ class Index:
         return None
 
     def _encode_all(self, parts: Sequence[str | QueryPart]) -> list[EncodedQuery]:
-        """The parts with their vectors. Items have their stored vectors."""
+        """Encodes the parts. A `Like` gets the stored vector of its item, or the item's text if it has no vector."""
         likes = [part.id for part in parts if isinstance(part, Like)]
         columns = ["id", "modality", "text", "vector"]
-        stored = {row["id"]: row for row in self._read(lambda items: items.rows("id", likes, columns))}
+        stored = {row["id"]: row for row in self._from_table(lambda items: items.rows("id", likes, columns))}
         encoded = []
         for part in parts:
             if isinstance(part, str):
-                part = self.text_query(part)
-            if isinstance(part, Query):
-                part = self.encode(part)
-            if isinstance(part, Like):
-                if part.id not in stored:
-                    raise UserError(f"{self.folder}: has no item {part.id!r}")
-                item = stored[part.id]
-                name = item["modality"]
-                if item["vector"] is None:
-                    part = EncodedQuery(name, {}, part.weight, item["text"])
-                else:
-                    vector = np.asarray(item["vector"], np.float32)
-                    part = EncodedQuery(name, {self._space(name): vector}, part.weight)
-            encoded.append(part)
+                encoded.append(self.encode(self.text_query(part)))
+            elif isinstance(part, Query):
+                encoded.append(self.encode(part))
+            elif isinstance(part, EncodedQuery):
+                encoded.append(part)
+            elif part.id in stored:
+                encoded.append(self._encoded_item(part, stored[part.id]))
+            else:
+                raise UserError(f"{self.folder}: has no item {part.id!r}")
         return encoded
 
+    def _encoded_item(self, like: Like, item: dict[str, Any]) -> EncodedQuery:
+        name = item["modality"]
+        if item["vector"] is None:
+            return EncodedQuery(name, {}, like.weight, item["text"])
+        vector = np.asarray(item["vector"], np.float32)
+        return EncodedQuery(name, {self._space(name): vector}, like.weight)
+
     def _space(self, name: str, other: str | None = None) -> Space:
-        """The space of the vectors of one modality towards another, by default towards the one of its items."""
+        """The space in which the modality `name` is compared with `other`.
+
+        By default, `other` is the modality for which the items in the index were projected.
+        """
         embedder = self.model.imp
         other = other or self._metadata.towards[name]
         if embedder.config.space == "joint":
-            return frozenset()
+            return frozenset()  # All modalities are in the same space.
         return frozenset([embedder.head_name(name, other), embedder.head_name(other, name)])
 
     def _source(self, name: str) -> Table:
@@ -341,10 +349,10 @@ class Index:
                 self._sources[name] = source_table(self.model.recipe, name)
             return self._sources[name]
 
-    def _read(self, read: Callable[[Items], T]) -> T:
-        """What `read` returns of the table. The table is opened again if its version was removed."""
+    def _from_table(self, function: Callable[[Items], T]) -> T:
+        """Calls a function with the table. If the table's version was removed, calls it with the newest version."""
         try:
-            return read(self._items)
+            return function(self._items)
         except IndexChanged:
             metadata = read_metadata(self.folder)
             if metadata is None or metadata.fingerprint != self._metadata.fingerprint:
@@ -353,7 +361,7 @@ class Index:
             self._samples.clear()
             for name in ("counts", "folders"):
                 self.__dict__.pop(name, None)
-            return read(self._items)
+            return function(self._items)
 
     def _filters(
         self,
@@ -386,7 +394,7 @@ class Index:
         # There are no words if the query has anything but texts.
         rankings = [self._by_meaning(wanted)] if by != "words" or words is None else []
         if words is not None:
-            # Two rankings, so that an item with all words comes before one that is only near.
+            # Two rankings, so that an item with all words comes before one that is only near in meaning.
             rankings += [self._by_words(wanted, words, all_words) for all_words in (False, True)]
         return merged(rankings, wanted.under)
 
@@ -404,13 +412,13 @@ class Index:
         return by_excess(hits_and_spreads)
 
     def _spread(self, names: Sequence[str], vector: np.ndarray) -> Spread:
-        """The cosines of a vector (Z,) with the items of some modalities."""
+        """Mean and variance of the cosines of a vector (Z,) with a sample of the items of some modalities."""
         key = tuple(names)
         if key not in self._samples:
-            sample = self._read(lambda items: items.sample(SAMPLE, any_of("modality", names), ["vector"]))
+            sample = self._from_table(lambda items: items.sample(SAMPLE, any_of("modality", names), ["vector"]))
             self._samples[key] = as_matrix(sample["vector"])
         cosines = self._samples[key] @ vector
-        if not len(cosines):  # The model knows hardly any of these texts, and the sample has none of them.
+        if not len(cosines):  # Of texts of which the model knows hardly any, and none in the sample.
             return Spread(0.0, 0.0, 1)
         return Spread(float(cosines.mean()), float(cosines.var()), sum(self.counts[name] for name in names))
 
@@ -420,7 +428,7 @@ class Index:
         first_segments = "(start IS NULL OR part = 0)"
         if wanted.under is not None:
             first_segments = f"({first_segments} OR {any_of('path', paths_of(wanted.under))})"
-        read = partial(
+        find = partial(
             Items.with_words,
             words=words,
             all_words=all_words,
@@ -428,7 +436,7 @@ class Index:
             k=max(wanted.k, RANKED),
             where=" AND ".join([*wanted.filters, first_segments]),
         )
-        return [Hit(found_by="words", **row) for row in self._read(read)]
+        return [Hit(found_by="words", **row) for row in self._from_table(find)]
 
     def _nearest(self, wanted: Wanted, vector: np.ndarray, filters: Sequence[str]) -> list[Hit]:
         """The items that are closest to a vector (Z,), as many as a ranking has. Of each file, only the best segment.
@@ -442,7 +450,7 @@ class Index:
         while True:
             known_files = [hit.path for hit in best_hits.values() if stands_for_file(hit, wanted.under)]
             where = [*filters, *(f"NOT {any_of('path', paths)}" for paths in chunks(known_files))]
-            rows = self._read(partial(Items.nearest, vector=vector, k=count, where=" AND ".join(where) or None))
+            rows = self._from_table(partial(Items.nearest, vector=vector, k=count, where=" AND ".join(where) or None))
             for row in rows:
                 hit = Hit(score=1 - row.pop("_distance"), found_by="meaning", **row)
                 best_hits.setdefault(result_key(hit, wanted.under), hit)

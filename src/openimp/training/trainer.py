@@ -141,7 +141,7 @@ class Trainer(Parts):
         return sum(task.weight > 0 for task in self.recipe.tasks.values())
 
     def train(self) -> bool:
-        """Trains the remaining steps, saves and evaluates. Returns False if a signal stopped it."""
+        """Runs the training to its end. Returns False if a signal stopped it; then all complete steps are saved."""
         # The run stops after a signal, or if a checkpoint could not be written.
         with stop_signals(self.checkpointing.saver.failed) as stop, self._bar, closing(self.log):
             try:
@@ -162,7 +162,7 @@ class Trainer(Parts):
                 raise
 
     def _complete_run(self, stop: Stop) -> None:
-        """Trains the remaining steps, saves, evaluates, and waits for the checkpoint."""
+        """Makes the remaining steps, then the last checkpoint and the last evaluation."""
         try:
             self._train_steps(stop)
         except StopTraining:
@@ -179,7 +179,7 @@ class Trainer(Parts):
         self.log.bad_examples.report()
 
     def _train_steps(self, stop: Stop) -> None:
-        """Trains the remaining steps, with checkpoints and evaluations when they are due."""
+        """Makes the remaining steps, with the checkpoints and evaluations that are due between them."""
         save_every = self.recipe.train.save_every
         evaluate_every = self.recipe.evaluation.every
         if self.step == 0 and self.recipe.starts_from_weights:
@@ -188,10 +188,8 @@ class Trainer(Parts):
             self.evaluate(stop.watch)  # The interrupted run has saved this step, but did not evaluate it.
         loaded_batches = self.log.timer.timed(load_batches(self.batches, self.step))
         try:
-            # The alternation has chosen the task and the view of each batch: `loaded.visit`.
-            # A rank that must stop still makes the next step, because the other ranks wait for it in collectives:
-            # `watch_steps` sets `loaded.stop_reason`, and yields zeros in place of a batch that could not be loaded.
-            # In a run of one rank, `watch_steps` raises at once.
+            # The alternation has chosen the task and the view of each batch: `loaded.visit`. With several ranks, a rank
+            # that must stop still makes the next step; see `Stop.watch_steps`.
             for loaded in stop.watch_steps(loaded_batches, self.step, self._placeholder_batch):
                 try:
                     self.make_step(loaded)
@@ -310,7 +308,7 @@ class Trainer(Parts):
     def save(self, wait: bool = False) -> None:
         """Starts saving the confirmed steps, unless they are saved; with `wait`, returns when the files are written."""
         self.confirm_and_gather_bad_examples()
-        self._announce_checkpoint()  # The checkpoint before the one that starts now.
+        self._announce_checkpoint()  # Now, because `checkpointing.save` changes `newest_step`.
         self.checkpointing.save(self.state())
         if wait:
             self.checkpointing.wait()
@@ -342,8 +340,8 @@ class Trainer(Parts):
         `evaluation.best` names the set that decides. `watch(passes, description)` wraps the forward passes; with
         `Stop.watch`, a signal stops them.
 
-        If a set cannot be measured, for example because its disk is missing, training goes on. `_failure` says why, and
-        is an error at the end of the training, when `is_last` is True.
+        If a set cannot be measured, for example because its disk is missing, `_failure` says why. Training goes on;
+        after the last evaluation (`is_last`), `_complete_run` raises `_failure`.
         """
         self.confirm_and_gather_bad_examples()
         if not self.recipe.evaluation.sets:
@@ -361,7 +359,8 @@ class Trainer(Parts):
     def _measure(self, watch: Progress | None) -> list[dict[str, Any]]:
         """Writes, prints and returns the results of the EMA, or of the model if there is none.
 
-        The ranks share the work as they share the model. `_failure` becomes the reason why a set cannot be measured.
+        Every rank must call this, and encodes an equal part of the rows. `_failure` becomes the reason why a set cannot
+        be measured, or None.
         """
         self._failure = None
         ema = self.updater.ema
