@@ -109,6 +109,7 @@ def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, lit
     assert refused("train", "demoo") == told
     assert refused("info", "runs/nothing") == "runs/nothing: no such file or folder"
     assert "expected KEY=VALUE" in refused("train", "demo", "--set", "train.steps")
+    assert "is not valid YAML" in refused("train", "demo", "--set", f"seed={'9' * 5000}")
     assert "folder: is a folder, expected a recipe" in refused("plan", tmp_path / "folder")
     for command in ("eval", "info"):
         assert "folder: no model here" in refused(command, tmp_path / "folder")
@@ -233,7 +234,7 @@ def test_eval_measures_the_other_sets_if_one_cannot_be_measured(openimp, little_
     assert [line["set"] for line in read_lines(out)] == ["tones", "tones"]
     assert "tones" in printed
     colours = "openimp: evaluation.sets.colours: source pictures .*has no column 'lable'; did you mean 'label'\\?"
-    place = "if it has moved: --set sources.gone.path=PLACE"
+    place = "if it has moved: openimp train and eval take --set sources.gone.path=PLACE"
     gone = f"evaluation.sets.gone: source gone: .*nowhere.jsonl: no such file or folder; {place}"
     assert re.fullmatch(f"{colours}\n{gone}\n", err)
 

@@ -84,7 +84,11 @@ def run_train(name: str, overrides: list[str], run: Path | None, resume: str | N
 def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str | None) -> Recipe:
     """The recipe that `init` writes for data. A run with a checkpoint keeps its own, because a draft depends on the
     machine."""
-    run = run or Path("runs") / recipe_name(data)
+    changes: dict[str, Any] = {"name": recipe_name(data), "train": {}}
+    for text in overrides:
+        if text.startswith(("name=", "train.init=")):
+            override(changes, text)
+    run = run or Path("runs") / str(changes["name"])
     distributed.start()
     if resume is not None and common_checkpoints(run):
         refuse_links(run)
@@ -98,10 +102,6 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
                 f"run with {command}"
             )
         return saved_recipe
-    changes: dict[str, Any] = {"train": {}}
-    for text in overrides:
-        if text.startswith("train.init="):
-            override(changes, text)
     init = changes["train"].get("init")
     if init is not None and Name.parse(str(init)).scheme == TIMM:
         init = None  # A public ViT has no recipe. `open_warm_start` tells what must be written to start from it.

@@ -233,6 +233,8 @@ def test_files_that_macos_adds_to_a_run_are_ignored(run):
     newest = checkpoints(run)[-1]
     for file in (newest / "config.json", newest / "model" / "model.safetensors", newest / "manifest.json"):
         file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7" + bytes(range(256)))
+    (newest / ".AppleDouble").mkdir()
+    (newest / ".AppleDouble" / "config.json").write_bytes(b"\0\5")
     openimp.load(run)
     verify(newest)
 

@@ -1,6 +1,7 @@
 """Which files of a folder all commands read."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,23 @@ def test_all_commands_read_the_same_files_of_a_folder(folder):
     (candidate,) = find([str(folder)])
     assert candidate.source == {"path": str(folder)}
     assert candidate.left_out == ""
+
+
+def test_runs_and_indexes_among_the_data_are_no_data(folder):
+    own_files = ["begun/recipe.yaml", "begun/.lock", "saved/recipe.yaml", "saved/checkpoints/1/a.png",
+                 "indexed/index.json", "indexed/items.lance/a.png"]  # fmt: skip
+    for name in (*READ, *own_files):
+        file = folder / (name if name in READ else f"runs/{name}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+    before = open_source("media", Source(path=str(folder)))
+    assert before.column("file") == [os.path.relpath(path, folder) for path in found(folder)] == READ
+    shutil.rmtree(folder / "cat")
+    shutil.rmtree(folder / "dog")
+    (folder / "a.png").write_bytes(b"")
+    assert open_source("media", Source(path=str(folder))).column("file") == ["a.png"]
+    (candidate,) = find([str(folder)])
+    assert candidate.source == {"path": str(folder)}
 
 
 def test_the_kind_of_a_folder_is_not_that_of_its_hidden_files(folder):

@@ -4,13 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from messages import refuses
 
 from openimp.drafting.columns import inspect, open_candidate
-from openimp.drafting.draft import find_tasks
+from openimp.drafting.draft import draft_recipe, find_tasks
 from openimp.drafting.finding import Candidate
 from openimp.drafting.splitting import split_task
+from openimp.recipe.file import RecipeLoader
 
 
 @pytest.fixture(autouse=True)
@@ -198,6 +202,56 @@ def test_equal_captions_files_and_speakers_are_never_in_both_parts(column, rows,
     train, test = held_out(numbered(rows, file=copies(files), **columns), column)
     assert not train & test
     assert len(train | test) == len(set(columns.get(column, range(files))))
+
+
+def test_equal_pictures_in_a_table_are_never_in_both_parts():
+    """As in tables with a row per caption. The bytes count, not the names, which may differ."""
+    pictures = [Path("0.png").read_bytes() + bytes([i]) for i in range(60)]
+    rows = [
+        {"image": {"bytes": picture, "path": f"{i}-{caption}.png"}, "caption": f"caption {caption} of {i}"}
+        for i, picture in enumerate(pictures)
+        for caption in range(3)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), "pictures.parquet")
+    (task,) = inspect(Candidate({"path": "pictures.parquet"}), None, None)[0]
+    divided = split_task(task)
+    train, test = (
+        {cell["bytes"] for cell in open_candidate(source).column("image")} for source in (divided.train, divided.test)
+    )
+    assert not train & test
+    assert train | test == {*pictures}
+    assert divided.item == "image"
+
+
+def test_what_repeats_in_a_table_decides_what_is_a_positive():
+    def objective(**columns):
+        write(numbered(60, **columns))
+        recipe = yaml.load(draft_recipe(["data.jsonl"]).text, RecipeLoader)
+        return recipe["tasks"]["data"]["objectives"][0]
+
+    files = [*copies(59), "copy0.png"]
+    assert objective(file=files, caption=[f"finding {i}" for i in range(30)]) | {"type": ""} == {
+        "type": "", "positives_by": "file", "positives_in": "caption"
+    }  # fmt: skip
+    assert objective(file=files, caption="a caption {}").keys() == {"type", "positives_by"}
+
+
+def test_rows_that_are_not_used_are_told():
+    write(numbered(40, file=copies(40), caption="text {}", split=["train", "train", "val", "restval"]))
+    notes = draft_recipe(["data.jsonl"]).notes
+    assert [note for note in notes if "rows with restval are not used" in note]
+
+
+def test_captions_of_parts_of_a_recording_are_told():
+    rows = numbered(40, file=["0.png"], caption="text {}")
+    for i, row in enumerate(rows):
+        copy("1.wav", f"copy{i % 2}.wav")
+        row["file"] = f"copy{i % 2}.wav"
+    told = "2 files of several texts: openimp reads whole files, so cut them first"
+    write(rows)
+    assert told not in "\n".join(find_tasks(["data.jsonl"])[1])
+    write([row | {"start_time": i} for i, row in enumerate(rows)])
+    assert told in "\n".join(find_tasks(["data.jsonl"])[1])
 
 
 def test_texts_that_are_classes_are_in_both_parts():

@@ -141,6 +141,8 @@ def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
     assert Recipe.load("runs/classes/recipe.yaml").sources.keys() == {"classes", "classes_test"}
     code, out, _ = openimp("train", "classes", "--resume")
     assert (code, "all 3 steps are done" in out) == (0, True)
+    _, _, err = openimp("train", "classes", "--set", "name=other", "--set", "train.steps=0")
+    assert "the recipe goes into runs/other/recipe.yaml" in err
     Path("other").mkdir()
     Path("classes").rename("other/classes")
     code, _, err = openimp("train", "other/classes", "--resume", "auto")

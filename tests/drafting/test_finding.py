@@ -68,13 +68,13 @@ def test_subfolders_that_have_only_subfolders_are_sources_of_their_own(touch):
 def test_folders_beside_splits_and_folders_without_media_are_named(touch, folder):
     touch("a/train/cat/0.jpg", "a/train/dog/0.jpg", "a/test/cat/1.jpg", "a/annotations/x.json", "a/unlabeled/0.jpg")
     touch("b/train/cat/0.jpg", "b/test/cat/1.jpg", "b/__MACOSX/train/cat/._0.jpg")
-    (folder / "b/empty").mkdir()
+    (folder / "b/empty").mkdir()  # As is b/__MACOSX, without hidden files.
     touch("c/train/0.jpg", "c/plane/0.jpg")  # Classes of which one is called like a split.
     a_train, b_train, c, *others = find(["a", "b", "c"])
     assert (a_train.source["path"], a_train.held_out) == ("a/train", {"path": "a/test"})
     assert (b_train.source["path"], b_train.held_out) == ("b/train", {"path": "b/test"})
     assert c.source["path"] == "c"
-    assert {other.place for other in others} == {"a/annotations", "a/unlabeled", "b/__MACOSX", "b/empty"}
+    assert {other.place for other in others} == {"a/annotations", "a/unlabeled"}
     assert all(other.problem for other in others)
 
 

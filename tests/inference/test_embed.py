@@ -48,7 +48,7 @@ def test_a_folder_becomes_a_table_of_unit_vectors(tiny_model_folder, folder, tmp
     broken = [str(folder / f"broken.{end}") for end in ("png", "txt")]
     assert [skipped.split(": ")[0] for skipped in done.skipped] == broken
     assert list(done.unknown.values()) == [1]
-    assert "skipped files in folders that no modality of the model reads: ." in str(done)
+    assert "skipped files in folders, of other kinds than are read: ." in str(done)
     printed = capsys.readouterr().out
     for part in ("12 embeddings (3 image, 3 text, 3 video, 3 audio)", "2 files could not be read", broken[0]):
         assert part in printed

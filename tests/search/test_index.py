@@ -108,7 +108,7 @@ def test_a_folder_becomes_rows_for_files_segments_and_lines(build, tiny_model_fo
     for sentence in (
         "17 items, exact search; files: 14 new",
         "1 file could not be read",
-        "no modality of the model reads: .raw 2, without extension 1, .docx 1\n",
+        "of other kinds than are read: .raw 2, without extension 1, .docx 1\n",
         str(folder / "broken.png"),
     ):
         assert sentence in printed
@@ -252,6 +252,17 @@ def test_words_find_a_recording_whose_beginning_cannot_be_read(build, folder, tm
     done = build(folder)
     assert (done.moved, embedded) == (1, {"text": 1}), "long.txt is an item now"
     assert "not finite" in done.skipped[str(folder / "moved.wav")]
+
+
+def test_equal_files_that_move_together_are_moved(build, folder):
+    for name in ("a", "b"):
+        shutil.copy(folder / "0.png", folder / f"{name}.png")
+    build(folder)
+    (folder / "deep").mkdir(exist_ok=True)
+    for name in ("a", "b"):
+        (folder / f"{name}.png").rename(folder / "deep" / f"{name}.png")
+    done = build(folder)
+    assert (done.moved, done.new, done.removed) == (2, 0, 0)
 
 
 def test_captions_are_found_although_only_their_media_are_named(build, media_folder, tmp_path):

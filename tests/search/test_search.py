@@ -349,10 +349,19 @@ def test_a_query_that_cannot_be_encoded_is_refused(index, media):
             index.search(query)
 
 
-def test_a_folder_that_is_no_index_is_refused(tmp_path):
+def test_a_folder_that_is_no_index_is_refused(joint_model, media, tmp_path):
+    (tmp_path / "link.jpg").symlink_to(tmp_path)  # Of the user's, and no reason to ask for its removal.
     for folder in (tmp_path, tmp_path / "missing"):
         with refuses():
             open_index(folder)
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (".lock", "recipe.yaml"):
+        (run / name).write_text("")
+    with refuses():
+        build_index(joint_model, media, run)
+    with refuses():
+        build_index(tmp_path / "misspelled", media)
 
 
 def test_the_command_line_indexes_and_searches(openimp, joint_model, media, tmp_path):

@@ -193,6 +193,7 @@ def test_an_uploaded_file_finds_itself_by_type_content_or_choice(server: Server,
         id = json.loads(answer.body)["id"]
         assert server.items(f"file={id}")[0] == ids[name]
         assert server.ask(f"/uploads/{id}").headers["content-type"] == "image/webp"
+    assert server.upload("a" * 210 + ".png", (media_folder / "0.png").read_bytes()).status == 200
     recording = (media_folder / "2.wav").read_bytes()
     id = json.loads(server.upload("recording", recording, "audio").body)["id"]
     assert server.items(f"file={id}")[0] == ids["2.wav"]

@@ -27,6 +27,7 @@ from torch import Tensor
 from openimp.checkpoint import dcp
 from openimp.checkpoint.lift import lift_6
 from openimp.common.errors import UserError, counted, one_line
+from openimp.common.folders import is_hidden
 from openimp.common.modality import Modalities, Modality
 from openimp.common.protocols import learned_files, load_learned
 from openimp.common.safe_files import read_object, read_required, sha256
@@ -212,9 +213,9 @@ def verify(folder: Path) -> None:
 
 def _verify_share(folder: Path) -> None:
     manifest = read_object(folder / MANIFEST)
-    # File managers and network file systems add files whose names begin with a dot, which do not count.
-    paths = [path for path in folder.rglob("[!.]*") if not path.is_dir()]
-    present = {path.relative_to(folder).as_posix() for path in paths} - {MANIFEST}
+    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+    # File managers and network file systems add hidden files and folders, which do not count.
+    present = {path for path in paths if not is_hidden(path)} - {MANIFEST}
     for name in sorted(manifest.keys() | present)[rank() :: world_size()]:
         path = folder / name
         if name not in manifest:

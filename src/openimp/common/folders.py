@@ -1,7 +1,8 @@
 """Which files of a folder are read: one rule for training, `init`, `embed` and `index`.
 
 At every level below the folder, these are left out: hidden files and folders, whose names begin with a dot; folders
-that are links; folders that may not be read. A file that the user names is read even if it is hidden.
+that are links; folders that may not be read; runs and indexes of openimp, which may lie among the data that they are
+made of. A file that the user names is read even if it is hidden.
 """
 
 import os
@@ -11,19 +12,30 @@ from pathlib import Path
 
 from openimp.common.errors import UserError
 
+OWN_FOLDERS = ({"recipe.yaml", ".lock"}, {"recipe.yaml", "checkpoints"}, {"index.json", "items.lance"})
+"""What a folder of openimp's own contains: a run, also one that has saved nothing yet, and an index."""
+
 
 def visible(folder: str | Path) -> list[os.DirEntry[str]]:
-    """The files and folders in a folder that are not hidden, sorted by name; none if the folder may not be read."""
+    """The files and folders in a folder that are not hidden, sorted by name.
+
+    There are none if the folder may not be read, or is a run or an index.
+    """
     try:
-        with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=attrgetter("name"))
+        with os.scandir(folder) as scanned:
+            entries = list(scanned)
     except PermissionError:
         return []
+    names = {entry.name for entry in entries}
+    if any(own_names <= names for own_names in OWN_FOLDERS):
+        return []
+    return sorted((entry for entry in entries if not entry.name.startswith(".")), key=attrgetter("name"))
 
 
 def subfolders(folder: str | Path) -> list[str]:
-    """The names of the visible folders in a folder, sorted."""
-    return [entry.name for entry in visible(folder) if entry.is_dir(follow_symlinks=False)]
+    """The names of the visible folders in a folder that have files, sorted."""
+    folders = [entry for entry in visible(folder) if entry.is_dir(follow_symlinks=False)]
+    return [entry.name for entry in folders if next(files_below(entry.path), None)]
 
 
 def files_below(folder: str | Path) -> Iterator[os.DirEntry[str]]:

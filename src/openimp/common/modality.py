@@ -85,6 +85,7 @@ class Modality(ABC):
         reads_text: whether its raw values are strings, from a column or a template; otherwise they are media: bytes,
             a path, or an array.
         extensions: file extensions in lower case with the dot, for commands that take files.
+        other_extensions: those of files that it reads in a model without the modality to which they belong.
         decoders: installed packages that decode its raw values; evaluation results list their versions.
     """
 
@@ -93,6 +94,7 @@ class Modality(ABC):
     masked: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
     extensions: ClassVar[tuple[str, ...]] = ()
+    other_extensions: ClassVar[tuple[str, ...]] = ()
     decoders: ClassVar[tuple[str, ...]] = ()
 
     class Config(Strict):

@@ -60,7 +60,7 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
     if not files:  # The folder may be called "birds [2]".
         files = sorted(glob.glob(path.replace("[", "[[]"), recursive=True))
     if not files:
-        moved = f"; if it has moved: --set sources.{name}.path=PLACE"
+        moved = f"; if it has moved: openimp train and eval take --set sources.{name}.path=PLACE"
         hint = "; braces are no pattern, but * is" if "{" in path else moved
         raise UserError(f"source {name}: {path}: no such file or folder{hint}")
     for file in files:

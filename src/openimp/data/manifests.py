@@ -222,8 +222,11 @@ def _without_empty_end(table: pa.Table) -> pa.Table:
 def _csv_header(lines: Any, delimiter: str) -> list[str]:
     """The first line of a `csv.reader`; ValueError if it cannot be the header of a table."""
     header: list[str] = next(lines, [])
-    while header and not header[-1]:  # Spreadsheets write them for columns that were emptied.
+    is_blank = not header
+    while header and not header[-1]:  # Spreadsheets write empty names for columns that were emptied.
         header.pop()
+    if not header and not is_blank:
+        raise ValueError("its first line names no column")
     if delimiter == "," and len(header) == 1 and re.search("[;\t|]", header[0]):
         raise ValueError(f"the header {header[0]!r} has no comma; write the columns separated by commas")
     if len(set(header)) < len(header):

@@ -315,11 +315,16 @@ def item_key(value: Any) -> str | None:
     return text_key(as_text(value)) or None
 
 
+def item_content(value: Any) -> bytes:
+    """What rows of the same item have in common: the bytes of media, or else the `item_key`. b"": no value."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    return value if isinstance(value, bytes) else (item_key(value) or "").encode()
+
+
 def item_id(value: Any, row: int) -> int:
-    """A hash that rows of the same item share, see `item_key`. A row without a value is an item of its own."""
-    # Media and vectors are compared byte by byte.
-    content = value if isinstance(value, bytes) else (item_key(value) or "").encode()
-    return _hash(content or f"\nrow {row}".encode(), signed=True)  # No text's key has a line break.
+    """A hash that rows of the same item share, see `item_content`. A row without a value is an item of its own."""
+    return _hash(item_content(value) or f"\nrow {row}".encode(), signed=True)  # No text's key has a line break.
 
 
 def value_id(value: Any) -> int:
@@ -329,8 +334,7 @@ def value_id(value: Any) -> int:
 
 def part_of(value: Any, row: int, of: int) -> int:
     """The part that a row with this value is in, from 0; without a value, it follows from the number of the row."""
-    text = item_key(value) or f"row {row}"
-    return _hash(text.encode(), signed=False) % of
+    return _hash(item_content(value) or f"row {row}".encode(), signed=False) % of
 
 
 def _hash(content: bytes, signed: bool) -> int:

@@ -19,6 +19,8 @@ from openimp.recipe.training import tolerant_fraction
 
 LEAST_BAD_FRACTION = 0.1
 """The least `train.max_bad_fraction` of a draft. Ordinary folders hold some broken files."""
+DISTINCT_TEXTS = 0.9
+"""Share of distinct texts below which equal texts of different items are positives, too."""
 AUGMENTATION = ("flip", "crop", "aspect", "jitter")
 """Options of a view that evaluation ignores."""
 COMMENTS = {
@@ -26,7 +28,8 @@ COMMENTS = {
     "embedded. min_df: whole words; rare words are left out. "
     "tower: a frozen encoder, whose vectors are computed once; crops: vectors of each item.",
     "sources": "cache: media are decoded once, before training, and kept in memory.",
-    "tasks": "positives_by: rows with equal values in this column are positives of each other, and not negatives. "
+    "tasks": "positives_by: rows with equal values in this column are positives of each other, and not negatives; "
+    "positives_in: so is a text that equals the value of another row. "
     "weight: of a task, how often it is drawn; of a view, its share of the task's steps.",
     "alternation": "A task uses its views one after the other: many fast steps with a quarter of the tokens, then some "
     "with all of them.",
@@ -93,13 +96,13 @@ def assemble(
             crops = {"crops": sizing.CROPS} if kind == "image" and not mentions_sides else {}
             stem = modality_class(kind).stem
             tower = towers[kind].name
-            other_tower = modalities.get(stem, {}).get("tower", tower)
-            if other_tower != tower:
-                raise UserError(
-                    f"--tower: {other_tower} and {tower} read different modalities of the stem {stem}, which has one "
-                    "tower; name one that reads both"
-                )
-            modalities[stem] = {"tower": tower, **crops}
+            for other in kinds:
+                if modality_class(other).stem == stem and (other not in towers or towers[other].name != tower):
+                    raise UserError(
+                        f"--tower {tower}: does not read {other}, or another tower does; {kind} and {other} have the "
+                        f"same stem, {stem}, so name a tower that reads both"
+                    )
+            modalities[stem] = {**modalities.get(stem, {}), "tower": tower, **crops}
             views[kind] = {}
     text_length = 0
     if texts and "text" not in towers:
@@ -184,9 +187,13 @@ def _add(
     recipe["sources"][name] = {**split.train, "cache": "memory" if is_cached else "none"}
     if split.test:
         recipe["sources"][f"{name}_test"] = split.test
-    objectives = []
-    if task.text:
-        objectives.append({"type": "contrastive", "positives_by": split.item if task.text.distinct else task.text.name})
+    objectives: list[dict[str, Any]] = []
+    if task.text and not task.text.distinct:
+        objectives.append({"type": "contrastive", "positives_by": task.text.name})
+    elif task.text:
+        objectives.append({"type": "contrastive", "positives_by": split.item})
+        if split.item != task.text.name and task.text.distinct < DISTINCT_TEXTS * len(task.text.sample):
+            objectives[-1]["positives_in"] = task.text.name
     if task.label:
         objectives.append({"type": "classification", "label": task.label.name})
     recipe["tasks"][name] = {

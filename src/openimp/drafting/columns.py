@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from openimp.common.errors import UserError, counted
 from openimp.common.folders import subfolders
 from openimp.common.modality import BadMedia
+from openimp.common.names import is_url
 from openimp.common.schema import as_text, checked
 from openimp.data.files import folder_of_pattern, inside
 from openimp.data.sources import open_source
@@ -143,8 +144,10 @@ def inspect(
         plain_columns = [name for name in plain_columns if name != text.name]
         text = None
     if not media or not (text or label):
-        if not media and (column := _names_without_extension(table, first_rows)):
+        if not media and not candidate.kind and (column := _names_without_extension(table, first_rows)):
             notes.append(f"{shown(column)} has names of files without their extension; add it, as in cat.jpg")
+        if not media and (columns := [name for name, values in first_rows.items() if _are_urls(values)]):
+            notes.append(f"{shown(columns[0])} has URLs; download the files, and name them in this column")
         notes_explain = media and notes and (by_use["text"] or by_use["class"])
         if not notes_explain:
             notes.append(_what_to_add(candidate, media, plain_columns))
@@ -215,6 +218,10 @@ def _are_paths(values: Sequence[Any]) -> bool:
     """Whether most values are names of media files. URLs do not count."""
     endings = [Path(value).suffix.lower() for value in values if isinstance(value, str) and "://" not in value]
     return 2 * sum(ending in KIND_OF for ending in endings) > len(values)
+
+
+def _are_urls(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) and is_url(value) for value in values)
 
 
 def _are_media(values: Sequence[Any]) -> bool:
@@ -332,6 +339,8 @@ def _class_column(
 
 def _why_no_classes(cells: list[Any], rows_per_class: int) -> str:
     """Why the cells of a column are no classes."""
+    if any(isinstance(cell, list) for cell in cells):
+        return "has lists; for rows of several classes, write the task yourself, with loss: sigmoid (docs/data.md)"
     empty_rows = [row for row, cell in enumerate(cells, 1) if cell is None or cell == ""]
     if 0 < len(empty_rows) < len(cells) / 2:
         count = f"{len(empty_rows):,} of {counted(len(cells), 'row')}"

@@ -1,6 +1,7 @@
 """Drafts a recipe for data on this machine: `openimp init` and `openimp train PATH`."""
 
 import os
+import re
 import shlex
 from collections.abc import Iterable
 from contextlib import suppress
@@ -43,6 +44,8 @@ Expect {cost}, and some time to read the data. The cost depends most on train.st
 the width of the model; `openimp info mine.yaml` counts the FLOPs. Paths are relative to the folder of this file. \
 docs/init.md has the rules of this draft, and docs/recipe.md explains all keys.
 """
+TIME = re.compile(r"(?i)(^|[^a-z])(start|end|begin|onset|offset)([^a-z]|$)")
+"""In the name of a column of times: rows may be about a part of a recording."""
 MAX_NOTES = 50
 """Most lines about data that is not used."""
 
@@ -85,7 +88,11 @@ def draft_recipe(
     for tower in towers:
         if not any(tower_by_kind[kind].name == tower for kind in kinds & tower_by_kind.keys()):
             raise UserError(f"--tower {tower}: reads none of {', '.join(sorted(kinds))}, or another tower does")
-    notes += [f"{name}: {split.why}" for name, _, split in tasks if split.test is None]
+    notes += [
+        f"{name}: {split.why}"
+        for name, task, split in tasks
+        if split.test is None or split.rows + split.test_rows < len(task.table)
+    ]
     draft = assemble(recipe_name(paths[0]), tasks, machine, tower_by_kind, start)
     classes = {
         head_key(draft.recipe["tasks"][name]["source"], task.label.name): sort_classes(split.classes)
@@ -194,22 +201,25 @@ def _summary(named: NamedTask) -> str:
     if task.text and task.text.distinct:
         empty = f" (empty in {task.text.bad:.0%} of the rows)" if task.text.bad >= 0.005 else ""
         parts.append(f"text in {shown(task.text.name)}{empty}")
+        has_times = any(TIME.search(name) for name in task.table.columns)
+        if has_times and (count := _files_of_several(task.table, media.name, task.text.name)):
+            parts[-1] += f" ({counted(count, 'file')} of several texts: openimp reads whole files, so cut them first)"
     if task.label:
         alike = equal_pair(map(as_text, sort_classes(split.classes)), text_key)
         note = f" ({shown(alike[0])!r} and {shown(alike[1])!r} count as two)" if alike else ""
-        if count := _files_of_several_classes(task.table, media.name, task.label.name):
+        if count := _files_of_several(task.table, media.name, task.label.name):
             note += f" ({counted(count, 'file')} of several classes: openimp reads whole files, so cut them first)"
         parts.append(f"{len(split.classes):,} classes in {shown(task.label.name)}{note}")
     return f"found {shown(task.candidate.place)}: {', '.join(parts)}"
 
 
-def _files_of_several_classes(table: Table, media: str, label: str) -> int:
-    """The number of files that rows of different classes name, as in a table of segments of recordings."""
-    first_class: dict[str, Any] = {}
+def _files_of_several(table: Table, media: str, column: str) -> int:
+    """The number of files that rows with different values name, as in a table of segments of recordings."""
+    first_value: dict[str, Any] = {}
     conflicting = {
         path
-        for path, name in zip(table.path_of_rows(media), table.column(label))
-        if path and first_class.setdefault(path, name) != name
+        for path, value in zip(table.path_of_rows(media), table.column(column))
+        if path and first_value.setdefault(path, value) != value
     }
     return len(conflicting)
 

@@ -78,7 +78,7 @@ def stems(views: dict[str, dict[str, Any]], machine: Machine) -> dict[str, Any]:
 def text(texts: Sequence[str], rows: int, class_names: Sequence[str]) -> tuple[dict[str, Any], int]:
     """The options of the tokenizer, and the length of a text with its end token in most steps of the training.
 
-    The length is enough for 95 % of the texts or, if there are names of classes among them, for all: a class that is
+    The length is enough for 95 % of the texts and for all names of classes: a class that is
     cut could be equal to another one. Nor are words the tokens if the names of two classes have equal words, such as
     "C" and "C++". `positions` is a power of two, so that queries may be longer. The number of subwords is only
     estimated.
@@ -90,12 +90,18 @@ def text(texts: Sequence[str], rows: int, class_names: Sequence[str]) -> tuple[d
     words_differ = len({tuple(re.findall(r"\w+", name)) for name in distinct_names}) == len(distinct_names)
     if 100 <= rows <= WORD_ROWS and 3 * repeated > len(counts) and words_differ:
         options = {"vocab_size": 8192, "min_df": 2}
-        lengths = sorted(len(words) + 1 for words in words_by_text)
+
+        def length_of(text: str) -> int:
+            return len(re.findall(r"\w+", text)) + 1
     else:
         options = {"vocab_size": 2048 if rows <= WORD_ROWS else 8192 if rows <= 500_000 else 32_768}
-        # A subword has about three bytes: half of an English word, or a Chinese letter.
-        lengths = sorted(len(text.encode()) // 3 + 1 for text in texts)
-    longest = lengths[-1 if class_names else int(0.95 * (len(lengths) - 1))]
+
+        def length_of(text: str) -> int:
+            # A subword has about three bytes: half of an English word, or a Chinese letter.
+            return len(text.encode()) // 3 + 1
+
+    lengths = sorted(map(length_of, texts))
+    longest = max([lengths[int(0.95 * (len(lengths) - 1))], *map(length_of, class_names)])
     positions = next((count for count in (8, 16, 32, 64) if longest <= count), 128)
     length = min(longest, positions) if "min_df" in options else positions
     return {**options, "positions": positions}, length

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
 from openimp.common.errors import UserError
-from openimp.data.tables import Table, Unreadable, item_key
+from openimp.data.tables import Table, Unreadable, item_content, item_id, item_key
 from openimp.drafting.columns import PROBED_ROWS, TaskDraft, open_candidate, sample, with_root
 from openimp.drafting.finding import ROLES, shown
 
@@ -12,6 +12,8 @@ MIN_ITEMS = 20
 """With fewer different items, none are held out, because a test on one or two rows says nothing."""
 MIN_GROUPS = 5
 """With fewer groups, such as speakers, rows of one group may be both trained on and tested on."""
+COMPARED_ROWS = 100
+"""Rows from the first on whose media are compared. Tables of captions often repeat a picture in consecutive rows."""
 TEST_ROWS = 5000
 """Rows to hold out of a large source."""
 
@@ -40,7 +42,7 @@ def split_task(task: TaskDraft) -> Split:
             unused = f"; {place} is not used: {str(error).removeprefix('source data: ')}"
     for column in task.by_use["split"]:
         values_by_role = defaultdict(list)
-        for value in sorted({str(value) for value in task.table.column(column)}):
+        for value in sorted({"" if value is None else str(value) for value in task.table.column(column)}):
             values_by_role[ROLES.get(value.lower(), "")].append(value)
         held_out = values_by_role["val"] or values_by_role["test"]
         if not values_by_role["train"] or not held_out:
@@ -128,12 +130,20 @@ def _by_hash(task: TaskDraft) -> Split:
 def _items(task: TaskDraft) -> tuple[str | None, int]:
     """The column whose equal values mean the same item, and the number of items (of texts: in the sample).
 
-    It is the column of paths in which a path repeats, or else the text column. None: each row is an item.
+    It is the column of paths in which a path repeats, the column of media if one repeats among the first rows, or else
+    the text column. None: each row is an item.
     """
     for name in task.by_use["path"]:
         paths = _keys(task.table, name)
         if len(set(paths)) < len(paths):
             return name, len(set(paths))
+    media = task.media.name
+    if media not in task.by_use["path"]:
+        rows = range(len(task.table))
+        first_contents = [item_content(row[media]) for row in task.table.iterate([media], rows[:COMPARED_ROWS])]
+        if len(set(first_contents)) < len(first_contents):
+            ids = {item_id(cells[media], row) for row, cells in zip(rows, task.table.iterate([media], rows))}
+            return media, len(ids)
     if task.text and task.text.distinct:
         return task.text.name, task.text.distinct
     return None, len(task.table)

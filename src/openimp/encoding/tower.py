@@ -213,7 +213,7 @@ def tower_class(name: str, role: Role = "tower") -> type[Tower]:
     """The class that reads a modality with a frozen encoder. It has the modality's name, stem and types of files."""
     plain = modality_class(name)
     base = Tower if plain.reads_text else MediaTower
-    shared = ("name", "stem", "reads_text", "extensions", "decoders")
+    shared = ("name", "stem", "reads_text", "extensions", "other_extensions", "decoders")
     values = {key: getattr(plain, key) for key in shared}
     return type(f"{plain.__name__}{role.capitalize()}", (base,), {"role": role, **values})
 

@@ -17,7 +17,7 @@ from openimp.common.errors import UserError
 from openimp.common.schema import as_text
 from openimp.common.texts import text_key
 from openimp.data.batch import head_key
-from openimp.data.tables import Table, Unreadable
+from openimp.data.tables import Table, item_key
 from openimp.data.targets import find_classes, index_of, sort_classes
 from openimp.encoding.items import require_pair
 from openimp.evaluation import zero_shot
@@ -208,7 +208,7 @@ def _read_splits(column: str, error_prefix: str, table: Table) -> dict[str, list
     splits: dict[str, list[int]] = {}
     for row, value in enumerate(table.column(column)):
         names = value if isinstance(value, list) else [value]
-        if not names or any(name is None or isinstance(name, Unreadable) for name in names):
+        if not names or any(item_key(name) is None for name in names):
             place = f"column {column!r} of source {table.name}: {table.row_name(row)}"
             raise UserError(f"{error_prefix}: {place} is in no split; leave it out with where")
         for name in names:

@@ -109,6 +109,8 @@ def _by_names(model: Model, modality: str, names: Sequence[str], prompts: Sequen
     reader = next((reader for reader in model.modalities.values() if reader.reads_text), None)
     if reader is None:
         raise UserError("the model reads no texts, so it does not know classes by their names")
+    if reader.name == modality:
+        raise UserError("texts are not classified by names of classes")
     encoder = model.item_encoder(modality, reader.name, batch_size, "classify")
     scale = model.similarity_scale(modality, reader.name)
     for name in names:

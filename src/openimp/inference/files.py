@@ -11,7 +11,7 @@ import numpy as np
 
 from openimp.common.errors import UserError, by_extension, counted, escaped, nearest, one_line
 from openimp.common.folders import files_below, is_hidden
-from openimp.common.modality import BadMedia, Modalities
+from openimp.common.modality import BadMedia, Modalities, Modality
 from openimp.common.names import is_url
 from openimp.common.safe_files import read_text
 from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
@@ -32,15 +32,15 @@ def find_files(
 ) -> tuple[dict[str, list[File]], dict[str, int]]:
     """Returns the files by modality, and the number of files in folders that belong to none, by extension.
 
-    `files` are files and folders, on disk or at URLs. If two modalities share an extension, it belongs to the model's
-    first one. `only` is the modality of all files; None: their extensions decide. `hint` tells the user what to do if
+    `files` are files and folders, on disk or at URLs. `only` is the modality of the given files, and in folders the
+    only one that is read. None: the extensions decide; see `modality_by_extension`. `hint` tells the user what to do if
     the extension of a given file does not decide. UserError if there are no files of the modalities, unless `required`
     is false.
     """
     if only is not None and only not in modalities:
         raise UserError(f"the model has no modality {only!r}{nearest(only, modalities)}")
-    names = [only] if only else list(modalities)
-    modality_of = {extension: name for name in reversed(names) for extension in modalities[name].extensions}
+    readers = {only: modalities[only]} if only else modalities
+    modality_of = modality_by_extension(readers)
     # The keys of each inner dictionary are the files, each once.
     files_by_modality: dict[str, dict[File, None]] = {}
     given = [str(file) if is_url(str(file)) else Path(file).expanduser() for file in files]
@@ -66,10 +66,21 @@ def find_files(
                 files_by_modality.setdefault(name, {})[Path(path) if isinstance(file, Path) else path] = None
     if required and not files_by_modality:
         places = ", ".join(map(str, given)) or "an empty list"
-        others = f" that the model reads, only {by_extension(unknown)}" if unknown else ""
-        extensions = dict.fromkeys(extension for name in names for extension in modalities[name].extensions)
-        raise UserError(f"no files in {places}{others}; looked for {', '.join(extensions)}")
+        others = f" of the kinds that are read, only {by_extension(unknown)}" if unknown else ""
+        raise UserError(f"no files in {places}{others}; looked for {', '.join(modality_of)}")
     return {name: list(unique_files) for name, unique_files in files_by_modality.items()}, unknown
+
+
+def modality_by_extension(modalities: Mapping[str, Modality]) -> dict[str, str]:
+    """The modality that reads the files of each extension. If several can, it is the first one."""
+    modality_of: dict[str, str] = {}
+    for name, modality in modalities.items():
+        for extension in modality.extensions:
+            modality_of.setdefault(extension, name)
+    for name, modality in modalities.items():
+        for extension in modality.other_extensions:
+            modality_of.setdefault(extension, name)
+    return modality_of
 
 
 def _files_in(file: File, extensions: Container[str] | None) -> Iterator[str] | None:
@@ -146,7 +157,7 @@ def left_out(skipped: list[str], unknown: Mapping[str, int]) -> list[str]:
     """Lines about files that were not fully read: "path: reason", and about files of no modality, by extension."""
     lines = listed(skipped, f"{counted(len(skipped), 'file')} could not be read, or not completely:")
     if unknown:
-        lines.append(f"skipped files in folders that no modality of the model reads: {by_extension(unknown)}")
+        lines.append(f"skipped files in folders, of other kinds than are read: {by_extension(unknown)}")
     return [escaped(line) for line in lines]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from openimp.common.device import Precision
 from openimp.common.errors import UserError
+from openimp.inference.files import modality_by_extension
 from openimp.inference.model import Model, load
 
 if TYPE_CHECKING:
@@ -110,12 +111,14 @@ class AnyModality(nn.Module):
 
     def _names_file(self, text: str) -> bool:
         """Whether it is a file of media. The library knows fewer extensions, and takes other names for texts."""
-        modalities = self.model.modalities.values()
-        known = {extension for modality in modalities if not modality.reads_text for extension in modality.extensions}
-        return Path(text).suffix.lower() in known and os.path.isfile(text)
+        return Path(text).suffix.lower() in self._modality_by_extension() and os.path.isfile(text)
 
     def _modality_of(self, path: Path) -> str:
-        for name, modality in self.model.modalities.items():
-            if path.suffix.lower() in modality.extensions and not modality.reads_text:
-                return name
-        raise UserError(f"{path}: its extension is not that of a file that the model reads; use {{MODALITY: path}}")
+        name = self._modality_by_extension().get(path.suffix.lower())
+        if name is None:
+            raise UserError(f"{path}: its extension is not that of a file that the model reads; use {{MODALITY: path}}")
+        return name
+
+    def _modality_by_extension(self) -> dict[str, str]:
+        modalities = self.model.modalities.items()
+        return modality_by_extension({name: modality for name, modality in modalities if not modality.reads_text})

@@ -50,6 +50,7 @@ class Audio(Modality):
     stem = "audio"
     extensions = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".m4b", ".aac", ".aif", ".aiff", ".aifc",
                   ".caf", ".wma", ".mka", ".weba")  # fmt: skip
+    other_extensions = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp", ".ts", ".wmv")  # with or without video
     decoders = ("soundfile", "av")
     raw_features_name = "averaged log-mel spectra"
 
@@ -179,25 +180,20 @@ class Audio(Modality):
         """The segment's clips (clips, samples): as many as cover all of it, whatever the view's `clips`."""
         with media.decoder_errors():
             sound = self._read(value, between(start, end))
-        clips = ceil(len(sound) / self.samples(view))
+        clips = max(1, ceil((len(sound) - ROUNDING) / self.samples(view)))
         return self.transform(sound, view.model_copy(update={"clips": clips}), None)
 
     def _read(self, raw: Any, plan: ReadPlan) -> np.ndarray:
-        """Mono samples (N,) int16 of the parts of a sound that are used."""
-        rate = self.config.sample_rate
+        """Mono samples (N,) int16, at the stem's sample rate, of the parts of a sound that are used."""
+        rate = source_rate = self.config.sample_rate
         if isinstance(raw, np.ndarray):
             sound = array_samples(raw)
-            source_rate = rate
         elif isinstance(raw, dict):
             sound, source_rate = sampled_array(raw, rate)
         else:
             with media.open_media(raw) as media_file:
                 sound, source_rate = read_sound(media_file, plan)
-        return self._resampled(sound, source_rate)
-
-    def _resampled(self, sound: np.ndarray, source_rate: int) -> np.ndarray:
-        """Mono samples (N,) int16 at the stem's sample rate, of samples (N,) or (N, channels)."""
-        sound = resample(mono(sound), source_rate, self.config.sample_rate)
+        sound = resample(mono(sound), source_rate, rate)
         if not sound.size:
             raise BadMedia("no samples")
         return np.round(sound.clip(-1, 1) * 32767).astype(np.int16)

@@ -57,6 +57,7 @@ class Image(Vision):
     tensor_axes = ("B", "3", "H", "W")
     extensions = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2",
                   ".ppm", ".pgm", ".pbm", ".tga")  # fmt: skip
+    other_extensions = (".gif",)
     decoders: ClassVar[tuple[str, ...]] = ("pillow",)
     raw_features_name = "pixels"
 

@@ -189,6 +189,10 @@ def override(data: dict[str, Any], text: str, folder: Path | None = None) -> Non
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set {text}: expected KEY=VALUE, such as tasks.captions.weight=2")
+    try:
+        parsed = yaml.load(value, RecipeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError):  # Of a number with thousands of digits.
+        raise UserError(f"--set {text}: {value!r} is not valid YAML") from None
     *path, last = key.strip().split(".")
     node: Any = data
     try:
@@ -202,11 +206,9 @@ def override(data: dict[str, Any], text: str, folder: Path | None = None) -> Non
             # that are off, such as `model.moe`.
             node[place] = {} if child is None else copy(child)
             node = node[place]
-        node[_place(node, last)] = _with_folder(yaml.load(value, RecipeLoader), folder)
+        node[_place(node, last)] = _with_folder(parsed, folder)
     except (ValueError, IndexError, TypeError, AttributeError):
         raise UserError(f"--set {text}: the recipe has no such key") from None
-    except (yaml.YAMLError, RecursionError):
-        raise UserError(f"--set {text}: {value!r} is not valid YAML") from None
 
 
 def _place(node: Any, part: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from openimp.checkpoint.find import model_name
 from openimp.common.errors import UserError, counted, escaped
 from openimp.common.modality import Modalities
-from openimp.common.names import OPEN_CLIP, Name, absolute_name, is_bundled, is_url
+from openimp.common.names import OPEN_CLIP, Name, absolute_name, has_scheme, is_bundled, is_url
 from openimp.common.progress import Progress, console, notice, track
 from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
@@ -196,6 +196,8 @@ def _on_disk(path: str | Path) -> Path:
 
 def _default_folder(model: str, has_paths: bool) -> Path:
     folder = own_index(model)
+    if folder is None and not has_scheme(model) and not os.path.exists(os.path.expanduser(model)):
+        raise UserError(f"{model}: no such folder")
     # A cache may be emptied, so it holds nothing of the user's.
     if folder is None or (has_paths and is_bundled(model)):
         raise UserError(f"{model}: is not a run; name the index with --out")

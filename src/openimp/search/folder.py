@@ -61,8 +61,8 @@ def own_index(model: str) -> Path | None:
 
 
 def is_index(folder: Path) -> bool:
-    """Whether a folder holds an index. One that was interrupted at its start may have only the lock."""
-    return any((folder / name).exists() for name in (METADATA, LOCK))
+    """Whether a folder holds an index. One that was interrupted at its start has only the lock."""
+    return (folder / METADATA).exists() or [path.name for path in folder.iterdir()] == [LOCK]
 
 
 @contextmanager

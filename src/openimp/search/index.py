@@ -22,7 +22,7 @@ from openimp.data.trust import check_uses
 from openimp.encoding.engine import ItemEncoder
 from openimp.encoding.find import find_model
 from openimp.inference.model import Model, load
-from openimp.search.folder import INDEX_FILES, Metadata, built_with, own_index, read_metadata
+from openimp.search.folder import INDEX_FILES, METADATA, Metadata, built_with, own_index, read_metadata
 from openimp.search.media import media_state, row_media, source_table
 from openimp.search.parts import nfc
 from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, Space, Words
@@ -494,13 +494,14 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
     """
     path = os.path.expanduser(path)
     folder = own_index(path) or Path(path)
-    refuse_links(folder, INDEX_FILES)
-    metadata = read_metadata(folder)
-    if metadata is None:
+    if not (folder / METADATA).exists():
         if folder != Path(path):
             raise UserError(f"{path}: its data is not indexed yet: openimp index {path}")
         reason = "is not an index" if folder.exists() else "no such index"
         raise UserError(f"{folder}: {reason}; openimp index makes one")
+    refuse_links(folder, INDEX_FILES)
+    metadata = read_metadata(folder)
+    assert metadata is not None
     run = folder.parent
     is_moved = not has_scheme(metadata.model) and not Path(metadata.model).exists()
     if is_moved and own_index(str(run)) == folder:  # The run was moved with its index.

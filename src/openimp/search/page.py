@@ -19,6 +19,7 @@ from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.common.progress import clock
 from openimp.common.protocols import Pictured
+from openimp.inference.files import modality_by_extension
 from openimp.search.answers import Answer, answer
 from openimp.search.index import Index
 from openimp.search.media_types import UNKNOWN, kind_of, media_type
@@ -64,8 +65,7 @@ class Page:
         self.of_index = self._of_index()
         modalities = index.model.modalities
         files = {name: modality for name, modality in modalities.items() if not modality.reads_text}
-        # If two modalities share an extension, it belongs to the first one.
-        self.modality_of = {extension: name for name in reversed(files) for extension in files[name].extensions}
+        self.modality_of = modality_by_extension(files)
         self.shared: dict[str, Any] = {
             "folder": index.folder,
             "colors": {name: f"c{i % 6}" for i, name in enumerate(modalities)},
@@ -106,11 +106,12 @@ class Page:
 
     async def upload(self, request: Request) -> Response:
         """Encodes a file, the body of the request, and returns its id."""
-        name = Path(request.query_params.get("name", "")).name[:200] or "file"
+        filename = Path(request.query_params.get("name", "")).name
+        name = filename[:200] or "file"
         try:
             if request.headers.get("content-type", "").startswith("multipart/"):
                 raise UserError("send the bytes of the file as the body, not as a form")
-            modality = request.query_params.get("modality") or self.modality_of.get(Path(name).suffix.lower(), "")
+            modality = request.query_params.get("modality") or self.modality_of.get(Path(filename).suffix.lower(), "")
             if modality not in self.shared["readable"]:
                 raise UserError(f"choose a file of {' or '.join(self.shared['readable'])}")
             with anyio.fail_after(UPLOAD_SECONDS):

@@ -57,7 +57,7 @@ class Update:
         # duplicates, and left out.
         self.first_row: dict[tuple[str, str], str] = {}
         self.gone = {path for path in self.stored if self._is_gone(path)}
-        self.gone_hashes = {self.stored[path].sha256 for path in self.gone}
+        self.gone_hashes = Counter(self.stored[path].sha256 for path in self.gone)
         self.stored_hashes = {stored.sha256 for stored in self.stored.values()}
         self.skipped: dict[str, str] = {}  # by path, why a file, or a part of it, could not be read in this update
         self.counts: Counter[str] = Counter()
@@ -180,8 +180,8 @@ class Update:
         self.stored_hashes.add(file.sha256)
         if stored:
             self.counts["unchanged" if stored.sha256 == file.sha256 else "changed"] += 1
-        elif file.sha256 in self.gone_hashes:
-            self.gone_hashes.remove(file.sha256)
+        elif self.gone_hashes[file.sha256]:
+            self.gone_hashes[file.sha256] -= 1
             self.counts["moved"] += 1
         else:
             self.counts["new"] += 1
