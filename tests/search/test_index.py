@@ -653,7 +653,10 @@ def test_rows_of_a_source_are_read_again_by_their_number(tiny_recipe, write_tiny
     hits = index.search("one", k=5)
     with refuses():
         open_index(tmp_path / "x.index").read(hits[0].id)
-    assert {hit.path: hit.text for hit in hits} == {f"all/{i}/image": data["text"][i] for i in range(3)}
+    texts = ["one; one again", "two", "three"]
+    assert {hit.path: hit.text for hit in hits} == {f"all/{i}/image": text for i, text in enumerate(texts)}
+    build(allow_sources=True)
+    assert [hit.text for hit in reopen().search("again", by="words")] == texts[:1]
     for hit in hits:
         assert index.read(hit.id) == pictures[int(hit.path.split("/")[1])]
     assert [hit.path for hit in index.search("one", under="all/1/image")] == ["all/1/image"]

@@ -3,6 +3,7 @@
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
 from openimp.inference.model import Model
 from openimp.search.media import Media, joined, media_state
 from openimp.search.parts import IndexedFile, open_file, read_part
-from openimp.search.table import Items
+from openimp.search.table import Items, chunks
 
 WRITTEN_BATCHES = 4
 """Files are embedded and written in groups with about this many batches of parts."""
@@ -53,9 +54,10 @@ class Update:
         # Folders that had files and have none now, with the number of these files. Their items are kept, because the
         # disk of such a folder may not be mounted. A folder inside of another one that has files is not among them.
         self.absent = {path: count for path, count in absent.items() if not self._is_below_roots(named[path])}
-        # By hash and modality, the path of the first row of any source that has this content. Later rows with it are
-        # duplicates, and left out.
+        # By hash and modality, the path of the first row of any source that has this content. Of later rows with it,
+        # only the texts are indexed.
         self.first_row: dict[tuple[str, str], str] = {}
+        self.duplicates: dict[str, list[Media]] = defaultdict(list)  # the later rows, by the path of the first
         self.gone = {path for path in self.stored if self._is_gone(path)}
         self.gone_hashes = Counter(self.stored[path].sha256 for path in self.gone)
         self.stored_hashes = {stored.sha256 for stored in self.stored.values()}
@@ -78,6 +80,7 @@ class Update:
             for group in self._groups(encoder, media_of_modality, batch_size * WRITTEN_BATCHES):
                 self._index(encoder, group, progress_bar)
             list(progress_bar)  # Ends it.
+        self._add_texts_of_duplicates()
         self.items.remove(self.gone)
         self.counts["removed"] += len(self.gone) - self.counts["moved"]
 
@@ -118,7 +121,8 @@ class Update:
         """Embeds the new content of a group of media, and replaces their rows."""
         files = []
         for file in group:
-            if self._is_duplicate(file):
+            if first := self._earlier_row(file):
+                self.duplicates[first].append(file.media)
                 if file.media.path in self.stored:
                     self.gone.add(file.media.path)
             else:
@@ -149,11 +153,28 @@ class Update:
             known_hash = stored.sha256  # Only the text of the media has changed.
         return open_file(encoder, media, known_hash)
 
-    def _is_duplicate(self, file: IndexedFile) -> bool:
-        """Whether an earlier row of a source has the same content. If not, the file becomes the first with it."""
+    def _earlier_row(self, file: IndexedFile) -> str | None:
+        """The path of an earlier row of a source with the same content. Without one, the file is the first with it."""
         if file.media.row is None or not file.sha256:
-            return False
-        return self.first_row.setdefault((file.sha256, file.media.modality), file.media.path) != file.media.path
+            return None
+        first = self.first_row.setdefault((file.sha256, file.media.modality), file.media.path)
+        return first if first != file.media.path else None
+
+    def _add_texts_of_duplicates(self) -> None:
+        """Adds the texts of rows with equal media to the text of the first of these rows."""
+        columns = self.items.table.schema.names
+        for paths in chunks(self.duplicates):
+            changed = []
+            for row in self.items.rows("path", paths, columns):
+                text = row["text"] or ""
+                for media in self.duplicates[row["path"]]:
+                    with suppress(BadMedia):
+                        more = media.text()
+                        if more and f"; {more}; " not in f"; {text}; ":
+                            text = f"{text}; {more}" if text else more
+                if text != (row["text"] or ""):
+                    changed.append(row | {"text": text})
+            self.items.replace({row["path"] for row in changed}, changed)
 
     def _copy_vectors(self, encoder: ItemEncoder, files: list[IndexedFile]) -> None:
         """Adds the vectors of parts whose content the table has. Parts that could not be read are read again."""
