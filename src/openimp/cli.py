@@ -200,7 +200,7 @@ def classify(
         list[str] | None,
         typer.Option(
             "--prompt",
-            help="A text with a place {} for the name, such as 'a photo of a {}'. Can be repeated: the mean counts.",
+            help="A text with {} for the name, such as 'a photo of a {}'. Can be repeated: the vectors are averaged.",
             show_default="{}",
         ),
     ] = None,
@@ -300,7 +300,7 @@ def search(
 
 @app.command()
 def serve(
-    what: Annotated[Path, typer.Argument(help="An index; or a run or openimp:base, then its data are indexed first.")],
+    what: Annotated[Path, typer.Argument(help="An index, or a run or openimp:base, whose data is indexed first.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0: any free port.")] = 8000,
     name: Annotated[
@@ -413,7 +413,7 @@ def study(
 
 
 def _has_workers(name: str, overrides: list[str]) -> bool:
-    """Whether the training of a recipe, or of data, has processes that read data; a guess if the recipe is drafted."""
+    """Whether `train` starts processes that read data; a guess if the recipe is still to be drafted."""
     from openimp.common.threads import core_count
     from openimp.recipe.file import read_recipe
 
@@ -431,8 +431,8 @@ def _has_workers(name: str, overrides: list[str]) -> bool:
 def spin_briefly() -> None:
     """Leaves cores to processes that read data while torch's threads wait for each other.
 
-    Otherwise the threads spin for milliseconds. Without such processes that is better: on two cores, a step of a small
-    model takes a quarter less time. The variable is read when torch is imported.
+    Otherwise the threads spin for milliseconds. Without such processes, spinning is better: on two cores, a step of a
+    small model takes a quarter less time. The variable is read when torch is imported.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

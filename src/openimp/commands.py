@@ -104,7 +104,7 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
         return saved_recipe
     init = changes["train"].get("init")
     if init is not None and Name.parse(str(init)).scheme == TIMM:
-        init = None  # A public ViT has no recipe. `open_warm_start` tells what must be written to start from it.
+        init = None  # A public ViT has no recipe to draft from. `open_warm_start` names the keys that the recipe needs.
     drafted = distributed.run_on_rank_zero(lambda: draft_recipe([data], init=init))
     if distributed.rank() == 0:
         for note in drafted.notes:
@@ -118,7 +118,7 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
 
 
 def _is_in(source: Source, data: str) -> bool:
-    """Whether a source of a recipe is the data that a user names, or lies in that folder."""
+    """Whether a recipe's source is `data`, or lies in the folder `data`."""
     if has_scheme(data) or is_url(data):
         return data in (source.path, f"{HUB}:{source.hub}", f"{HUB}:{source.hub}@{source.revision}")
     places = (os.path.abspath(data), os.path.realpath(data))

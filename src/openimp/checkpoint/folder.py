@@ -41,7 +41,7 @@ from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
 FORMAT = 8
-"""Version of this layout and of the meaning of the weights. Formats 6 and 7 are lifted, and others are refused."""
+"""Version of this layout and of the meaning of the weights. Formats 6 and 7 are read, too, and others are refused."""
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 RECIPE = "recipe.yaml"

@@ -46,7 +46,7 @@ POOLING = ("attn_pool.", "fc_norm.", "head.")
 
 
 class ViTWeights:
-    """The weights of a public ViT, for the encoder and for stems of patches of its height and width."""
+    """The weights of a public ViT, for the encoder, and for stems whose patches are as high and wide as the ViT's."""
 
     def __init__(self, name: str, modalities: Modalities) -> None:
         self.name = name

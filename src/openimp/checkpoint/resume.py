@@ -38,7 +38,7 @@ def only_evaluates(key: str, recipe: Recipe) -> bool:
 def require_same_run(folder: Path, recipe: Recipe, trainer: str, allow_changed_data: bool = False) -> None:
     """Raises UserError if another recipe or trainer saved the checkpoint, and names the difference.
 
-    With `allow_changed_data`, the lanes of a stream may change, because new shards may ask for others.
+    With `allow_changed_data`, the lanes of a stream may change, because new shards may need another number of them.
     """
     _, _, saved_recipe = read_config(folder, any_class=True)  # Before `read_state`, because it refuses other formats.
     saved_by = read_state(folder)["trainer"]

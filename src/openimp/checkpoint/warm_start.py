@@ -48,7 +48,7 @@ class SavedWeights:
     def may_lack(self, name: str) -> bool:
         """Whether the tensor `name` of the new model keeps its initial values if these weights lack it.
 
-        True for the experts and the own blocks of a stem that the saved model does not have.
+        True for a stem's own experts and modality-specific blocks, if the saved model lacks that stem's.
         """
         of_stem = re.search(r"\.(groups|own)\.\w+\.", name)
         return of_stem is not None and not any(of_stem[0] in saved for saved in self.shapes)

@@ -1,6 +1,6 @@
 """`Modality`, the base class of image, video, audio, text and of modalities in other packages.
 
-A modality turns raw bytes into tokens: values, coordinates and, for text, a mask. It registers through the entry point
+A modality turns raw values into tokens: values, coordinates and, for text, a mask. It registers through the entry point
 group `openimp.modalities`. docs/modalities.md shows a modality in a package of its own.
 """
 
@@ -75,8 +75,7 @@ class StemSpec:
 class Modality(ABC):
     """Base class of modalities. One instance serves a whole run, also in worker processes, so it must be picklable.
 
-    Only these methods are needed for training, evaluation and inference. `openimp.common.protocols` has those that
-    search, reports or export use if a modality has them.
+    Only these methods are needed for training, evaluation and inference. `openimp.common.protocols` has optional ones.
 
     Class attributes:
         name: its name in recipes.
@@ -111,7 +110,7 @@ class Modality(ABC):
         """Shapes that the model needs to embed the tokens."""
 
     def values(self) -> int:
-        """Values per token: those of the stem, or a divisor of them if the stem repeats a token's values."""
+        """Values per token: as many as in `stem_spec`, or a divisor of that number if the stem repeats them."""
         return self.stem_spec().values
 
     @abstractmethod

@@ -33,7 +33,7 @@ class TextReader(Protocol):
         """Converts texts to ids (B, length)."""
 
     def knows(self, value: Any, view: Any) -> bool:
-        """False for a text without a word that the model knows: it is similar to nothing."""
+        """Whether the model knows a word of a text. If not, the text's embedding is 0."""
 
 
 def is_known(reader: Any, value: Any, view: Any) -> bool:
@@ -119,7 +119,7 @@ class Dated(Protocol):
     """A modality whose files may tell when and where they were recorded, for `openimp index`."""
 
     def recorded(self, value: Any) -> Recorded:
-        """What the header of a file, or of its bytes, tells. BadMedia if it cannot be read."""
+        """What the header of a file tells, which is given by its path or bytes. BadMedia if it cannot be read."""
 
 
 @runtime_checkable
@@ -135,7 +135,7 @@ class Towered(Protocol):
 
 @runtime_checkable
 class Framed(Protocol):
-    """A modality that can be seen as pictures, for the two towers of studies."""
+    """A modality that can be seen as pictures, for studies that compare with open_clip (`study/two_towers.py`)."""
 
     def shape(self, view: Any) -> tuple[int, int, int, int]:
         """Frames, height, width and channels of an example."""

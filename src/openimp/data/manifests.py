@@ -34,8 +34,8 @@ BLOCK_BYTES = 2**24
 JSON_KINDS = {str: "a text", bool: "true or false", int | float: "a number", list: "a list", dict: "an object"}
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 CACHED_BYTES = 2**26
-"""Bytes of manifests from which on their table is kept in the cache folder. Smaller manifests are read faster than
-`datasets`, which opens a cached table, is imported."""
+"""Bytes of manifests from which on their table is kept in the cache folder. Smaller manifests are read in less time
+than the import of `datasets` takes, which opens cached tables."""
 CACHE_VERSION = 7
 """Version of the files in the cache folder. Files of another version are not read."""
 
@@ -102,7 +102,7 @@ class _Csv(NamedTuple):
     """How the cells of a CSV or TSV file are written."""
 
     delimiter: str = ","
-    is_quoted: bool = True  # Cells in quotes may contain line breaks. If not, quotes are ordinary characters.
+    is_quoted: bool = True  # Cells in quotes may contain line breaks. False: quotes are ordinary characters.
     skips_spaces: bool = False  # A space after a delimiter belongs to no cell.
 
     def reader(self, lines: Iterable[str], strict: bool = False) -> Any:
@@ -208,9 +208,8 @@ def _parsed_csv(file: str, form: _Csv) -> pa.Table:
 
 
 def _without_empty_end(table: pa.Table) -> pa.Table:
-    """Without the rows below the last one that has a value, which spreadsheets write.
-
-    Empty rows above it stay, so that the numbers of rows do not change.
+    """Without the empty rows at the end, which spreadsheets write. Other empty rows stay, so that the numbers of rows
+    do not change.
     """
     if not len(table) or any(column[-1].is_valid for column in table.columns):
         return table

@@ -38,7 +38,7 @@ BUFFER = 2**16
 MAX_MERGED = 1000
 """Maximum number of batches that are merged into one table."""
 MERGED_BYTES = 2**24
-"""Bytes of merged batches from which on they are one table. Many small tables would waste memory."""
+"""Batches that have this many bytes together become one table. Many small tables would waste memory."""
 
 
 def count_rows(name: str, file: str) -> int:
@@ -137,7 +137,8 @@ def _batches(handle: Any, row_groups: Iterable[int] | None) -> Iterator[pa.Recor
 
 
 def _longest_values(beginnings: Any, group: int, columns: list[Any], chunks: list[Any]) -> int:
-    """The bytes, over all columns, of the longest value that a row group can repeat without storing it again."""
+    """The sum over the columns of the bytes of the longest value that a row group can repeat without storing it
+    again."""
     total = 0
     with_dictionary = []
     for column, chunk in zip(columns, chunks):

@@ -27,7 +27,7 @@ Cursor = dict[str, Any]
 """Where a window of a lane begins: the `position` of its first row in the lane, the `epoch`, the number of its shard in
 the epoch's order (`shard`), and the `state` in that shard, which is None at its beginning."""
 MAX_PASSES_WITHOUT_ROWS = 20
-"""A stream counts as empty if one lane reads this many times the number of shards, and the filter keeps no row."""
+"""A stream counts as empty after a lane has read this many times the number of shards without a row that is kept."""
 
 
 class Shards(Protocol):
@@ -61,7 +61,7 @@ class Window(NamedTuple):
 
 
 class Stream(Rows):
-    """An endless sequence of rows, of which one window per lane is in memory.
+    """An endless sequence of rows, of which the windows that a step reads are in memory.
 
     A pickled copy, as a worker gets it, resumes from the cursors that were loaded last. `source` has the options of the
     recipe, and `seed` determines the order of the rows.
@@ -217,5 +217,5 @@ class Lane:
 
 
 def lane_count(limit: int, shards: int) -> int:
-    """The number of lanes: `limit` or, with fewer shards, its largest divisor that is not above their number."""
+    """The number of lanes: `limit` or, with fewer shards, the largest divisor of `limit` that is at most `shards`."""
     return max(lanes for lanes in range(1, min(limit, shards) + 1) if limit % lanes == 0)

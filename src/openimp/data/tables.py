@@ -328,7 +328,8 @@ def item_id(value: Any, row: int) -> int:
 
 
 def value_id(value: Any) -> int:
-    """A hash that equal values share, see `item_key`. It differs from `item_id`: a loss compares both in one list."""
+    """A hash that equal values share, see `item_key`. It never equals an `item_id`, because the contrastive loss
+    compares ids of both kinds."""
     return _hash(f"\nvalue {item_key(value)}".encode(), signed=True)
 
 

@@ -23,8 +23,8 @@ MAX_BYTES = 2**31
 """Largest size of a member. The size that a header claims is allocated before the member is read."""
 GZIP = b"\x1f\x8b"
 DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
-"""What tarfile raises for a damaged tar: it does not check the numbers in headers, and calls itself for each in a chain
-of headers."""
+"""What tarfile raises for a damaged tar: it does not check the numbers in headers, and calls itself for each header of
+a chain."""
 COLUMN_SAMPLES = 100
 """A stream has the columns of this many samples at its beginning, or of fewer if they exceed COLUMN_BYTES."""
 COLUMN_BYTES = 2**26

@@ -173,9 +173,9 @@ def _add(
 ) -> None:
     """Adds a task, its sources, and its evaluation sets.
 
-    Texts that are items are evaluated by retrieval, names of classes by zero-shot classification, and the trained
-    classes by their head. `text_length` is the length of texts in the first view. The last view is used after training,
-    and has room for longer queries.
+    Distinct texts are evaluated by retrieval, names of classes by zero-shot classification, and the trained classes by
+    their head. `text_length` is the length of texts in the first view; 0: as in the last view, which is used after
+    training and has room for longer queries.
     """
     name, task, split = named
     kind = task.media.kind

@@ -38,8 +38,8 @@ class Candidate(NamedTuple):
     held_out: dict[str, Any] | None = None  # its validation or test split, if that is a source of its own
     kind: str = ""  # of the media in a folder
     left_out: str = ""  # other files of the folder: their numbers by extension
-    problem: str = ""  # why it cannot be trained on, for folders beside others that can
-    folder: str = ""  # below which it was found, as the user named it
+    problem: str = ""  # why it is not trained on, although others are
+    folder: str = ""  # the folder that the user named, if it was found there
 
     @property
     def place(self) -> str:
@@ -50,7 +50,7 @@ class Candidate(NamedTuple):
 def find(paths: list[str], tables: bool = True) -> list[Candidate]:
     """The sources below files, folders, patterns, `openimp:NAME` and `hub:OWNER/NAME`.
 
-    Without `tables`, those in folders are not looked at.
+    Without `tables`, tables in folders are ignored.
 
     Raises:
         UserError: a folder has no media, or the hub cannot be read.
@@ -118,7 +118,8 @@ def _splits(folders: list[Path]) -> list[Path]:
 
 
 def _in_subfolders(folders: list[Path], tables: bool) -> list[Candidate]:
-    """The candidates in all folders. A folder without any is named, unless none has any: then this is a UserError."""
+    """The candidates in all folders. A folder without media gives a candidate with a `problem`; if no folder has media,
+    that is a UserError."""
     candidates = []
     errors = []
     for folder in folders:
@@ -140,7 +141,7 @@ def _media(folder: Path, classes: list[Path]) -> list[Candidate]:
     candidates = []
     for kind in dict.fromkeys(KIND_OF.values()):
         endings = sorted(ending for ending in extensions if KIND_OF.get(ending) == kind)
-        # A folder with other files, among which are captions, needs `where`.
+        # Other files, also captions, make `where` necessary.
         where = {"where": {"extension": [ending[1:] for ending in endings]}} if len(endings) < len(extensions) else {}
         if endings:
             candidates.append(Candidate({"path": str(folder), **where}, kind=kind))
@@ -211,7 +212,7 @@ def _is_beside_split(candidate: Candidate, folders_of_splits: Set[str | None]) -
 
 
 def _without_role(candidate: Candidate) -> tuple[str, str]:
-    """What all splits of a source have in common, and the role of this one.
+    """What all splits of a source have in common, and the role of this split.
 
     The role is in the name of the file or folder, or else in the name of its parent folder.
     """

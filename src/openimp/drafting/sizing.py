@@ -36,7 +36,7 @@ PATCHES = {32: 4, 64: 8}
 LONG_CLIP = 128
 """Frames: half of the limit up to which a cache holds all of a clip (`cache` in docs/recipe.md)."""
 LONG_SOUND = 150.0
-"""Seconds, likewise."""
+"""Seconds: half of the limit for sounds."""
 CROPS = 4
 """Vectors of each picture that a tower reads."""
 
@@ -156,7 +156,8 @@ def rounded(steps: float) -> int:
 
 
 def steps_between_evaluations(recipe: Mapping[str, Any], measured_rows: int) -> int | None:
-    """Enough for `EVALUATIONS` evaluations before the last one, or fewer if training is short or they would be slow.
+    """The interval that gives `EVALUATIONS` evaluations before the last one, or fewer if training is short or they
+    would be slow.
 
     None: there is only the last one. `measured_rows` are those of all evaluation sets together; without any set, 0.
     """
@@ -172,7 +173,7 @@ def steps_between_evaluations(recipe: Mapping[str, Any], measured_rows: int) -> 
 
 
 def decoded_bytes(sample: Sequence[MediaInfo], view: dict[str, Any], rows: int) -> float:
-    """The memory that the decoded media of a source take. Infinite if some are too long to be kept whole."""
+    """The memory that the decoded media of a source take. Infinite if some may be too long to be kept whole."""
     if "seconds" in view:
         is_long = max(probed.seconds for probed in sample) > LONG_SOUND
         size = 2 * 16_000 * mean(probed.seconds for probed in sample)

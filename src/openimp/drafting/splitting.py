@@ -26,13 +26,13 @@ class Split(NamedTuple):
     rows: int  # of training
     test_rows: int
     why: str  # how the rows were divided, in one sentence
-    item: str | None  # the column whose equal values mean the same item; None: each row is one
+    item: str | None  # the column whose equal values mean the same item; None: each row is an item
     classes: list[Any]  # of the label, in the rows of training
     trains_test_classes: bool  # all classes of the test rows are trained on
 
 
 def split_task(task: TaskDraft) -> Split:
-    """Divides the rows of a task: as the data itself does, or else by a hash of a column."""
+    """Divides the rows of a task: as the data itself does, or else by a hash."""
     unused = ""
     if test := task.candidate.held_out:
         place = shown(test.get("path") or test["split"])

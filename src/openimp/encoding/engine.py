@@ -1,6 +1,6 @@
 """The engine that embeds: it reads items of one modality ahead, and encodes them in batches.
 
-A clip is what the encoder takes at once: a picture, a text, or a window of a film or sound, which may have several.
+A clip is what the encoder takes at once: a picture, a text, or one of the windows of a film or sound.
 
 Shape suffixes: N items, M clips, D width, Z features of the shared embedding space.
 """

@@ -40,7 +40,7 @@ CROP = 0.5
 ASPECT = 1.33
 """Largest factor by which a random crop changes the aspect ratio."""
 CLIPS = 64
-"""Maximum number of clips in a forward pass. sentence-transformers has its own."""
+"""Maximum number of clips in a forward pass. sentence-transformers has its own maximum."""
 LONGEST_TEXT = 10_000
 """Maximum number of characters of a text for a library. The tokenizer of the library cuts the text further."""
 LONGEST_SIDE = 2048
@@ -59,7 +59,7 @@ class FrozenEncoder(ABC):
     Attributes:
         features: D.
         fingerprint: a hash of everything that decides on its vectors.
-        reader: openimp's modality of the items. It may have protocols that show and cut them. `read` need not use it.
+        reader: openimp's modality of the items, which may also show and cut them. `read` need not use it.
         view: the view in which `reader` reads them.
     """
 

@@ -43,7 +43,7 @@ def raw_value(table: Table, modality: Modality, spec: Input, row: int) -> Raw:
 def raw_values(
     table: Table, modality: Modality, spec: Input, rows: Sequence[int], progress: Progress | None
 ) -> Iterator[tuple[str, Raw | BadMedia]]:
-    """Yields (key, value) of each row. Equal values have the same key. One that cannot be read is a BadMedia."""
+    """Yields (key, value) of each row. Equal values have the same key. A value that cannot be read is a BadMedia."""
     all_values = table.iterate(_columns(modality, spec), rows)
     tracked_rows = progress(rows, modality.name) if progress else rows
     for row, values in zip(tracked_rows, all_values):

@@ -44,7 +44,7 @@ class OpenClipModel(NamedTuple):
 
 
 class _VisionConfig(BaseModel):
-    timm_model_name: Annotated[str, Field(pattern=r"^[\w.-]*$")] | None = None  # of timm's own: no path, no hf-hub:
+    timm_model_name: Annotated[str, Field(pattern=r"^[\w.-]*$")] | None = None  # of timm; no path
 
 
 class _TextConfig(BaseModel):

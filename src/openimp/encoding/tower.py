@@ -73,7 +73,7 @@ class Tower(Modality):
 
     @cached_property
     def encoder(self) -> FrozenEncoder:
-        """The frozen encoder, on the GPU if there is one. UserError if it is not the one of training."""
+        """The frozen encoder, on the GPU if there is one. UserError if it has changed since the model was saved."""
         try:
             encoder = open_encoder(self.config.tower, self.name, embeds=self.role == "teacher")
         except UserError as error:

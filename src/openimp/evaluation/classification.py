@@ -118,7 +118,7 @@ def read_labels(evaluator: Evaluator, options: ZeroShot | ClassHead, error_prefi
     if not rows_by_class:
         raise UserError(f"{column}: no row that can be read has a class")
     for label, row in rows_by_class.items():
-        # Raises if the model cannot choose it.
+        # UserError if the model cannot choose this class.
         index_of(as_text(label), index, f"{column}: {table.row_name(row)}", remedy)
     if isinstance(options, ClassHead):
         return Labels(classes, index, has_lists, {})

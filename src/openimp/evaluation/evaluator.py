@@ -99,9 +99,9 @@ class Evaluator:
     def encode(self, options: EvaluationSet, name: str, table: Table, towards: str | None) -> Encoded:
         """Encodes one input of an evaluation set, of the modality `name`, for all rows of a source, in order.
 
-        Media are the same item if their bytes are equal, and texts if their `text_key` is equal. Texts
-        with other keys are other items, even if the model reads the same tokens: one that does not know a word, or
-        reads only the beginning, would be right with any of them.
+        Media are the same item if their bytes are equal, and texts if their `text_key` is equal. Texts with other keys
+        are other items, even if the model reads the same tokens: a model that does not know a word, or reads only the
+        beginning, would be right with any of these texts.
 
         Each rank reads and encodes an equal part of the rows. All ranks get the result for all rows.
         """

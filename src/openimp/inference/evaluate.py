@@ -42,8 +42,8 @@ def evaluate(
         (docs/metrics.md).
 
     Raises:
-        UserError: there is no such model or evaluation set, the recipe has no evaluation sets, or a set does not
-            fit the model.
+        UserError: there is no such model or evaluation set, the recipe has no evaluation sets, or a set has an
+            untrained modality.
         NotMeasured: a set cannot be measured; its `results` are the results of the other sets.
     """
     name = Path(model_name(model)).expanduser()

@@ -196,7 +196,8 @@ class Model(nn.Module):
     def item_encoder(
         self, modality: str, towards: str | None, batch_size: int, error_prefix: str, normalize: bool = True
     ) -> ItemEncoder:
-        """The engine that encodes items of a modality. `error_prefix` begins messages; see `encode` for the others.
+        """The engine that encodes items of a modality. `error_prefix` begins messages; see `encode` for the other
+        arguments.
 
         Raises:
             UserError: the model cannot compare the two modalities, or the view does not fit.
@@ -291,7 +292,8 @@ class Model(nn.Module):
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe of its training. UserError if there is none, or if this version of openimp cannot read it."""
+        """The recipe that trained the model. UserError if there is none, or if this version of openimp cannot read
+        it."""
         return self.saved_recipe.validated()
 
     @property
@@ -372,8 +374,8 @@ def _is_open_file(value: Any) -> bool:
 
 
 def _unwrapped(value: Any) -> Any:
-    """The bytes of an open file, a value of pyarrow as Python's, and the bytes or the path in a dictionary of the
-    library `datasets`."""
+    """An input without its wrapper: of an open file its bytes, of a pyarrow scalar its Python value, of a dictionary of
+    `datasets` its bytes or path."""
     if hasattr(value, "as_py"):
         value = value.as_py()
     if _is_open_file(value):

@@ -28,7 +28,7 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
 
 METRICS = {"r1": "R@1", "top1": "top-1", "map": "mAP"}
-"""Names of the main metrics. The result of another library has the name of its score itself."""
+"""Names of the main metrics. A result of another library names its own score."""
 MARKUP = {ord(character): f"&#{ord(character)};" for character in "\\`*|[]<>"}
 """Characters that have a meaning in Markdown, and what shows them as they are."""
 
@@ -76,7 +76,7 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
         pairs=pairs,
         embedded=embedded,
         examples={name: _example(model.modalities[name]) for name in embedded},
-        # No head must be named if there is only one.
+        # `classify` needs no `head` if there is only one.
         classified={name: _example(model.modalities[name]) for name in names if len(class_heads(recipe, name)) == 1},
         sources=_sources(recipe, totals, trained_here(folder)),
         teachers=sorted({teacher.model for task in recipe.tasks.values() for teacher in task.teachers}),

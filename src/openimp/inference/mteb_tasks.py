@@ -52,7 +52,7 @@ def find_tasks(names: Sequence[str], modalities: Collection[str]) -> tuple[list[
     for name in names:
         tasks: list[AbsTask] = []
         for task in _tasks_called(name):
-            # The parts of an aggregate are in its place: it has only their mean.
+            # The tasks of an aggregate replace it, because it reports only their mean.
             tasks += task.tasks if isinstance(task, AbsTaskAggregate) else [task]
         fitting = {task.metadata.name: task for task in tasks if set(task.metadata.modalities) <= set(modalities)}
         if not fitting:
@@ -83,7 +83,7 @@ def measure(model: Model, step: int | None, tasks: Iterable[AbsTask]) -> Iterato
     Tasks that cannot be measured are named in one NotMeasured after the results of the others.
     """
     encoder = MTEBEncoder(model)
-    batch_size = model.recipe.evaluation.batch_size  # Before any data is loaded: UserError without a recipe.
+    batch_size = model.recipe.evaluation.batch_size  # Before any data is loaded: without a recipe, a UserError.
     provenance = {
         "view": {name: view.model_dump(mode="json") for name, view in model.views.items()},
         "precision": precision_of(model.device, model.precision),
@@ -134,7 +134,7 @@ def _measure(encoder: MTEBEncoder, task: AbsTask, batch_size: int) -> list[dict[
 
 
 def _result(task: AbsTask, split: str, scores: Mapping[str, Any], names_split: bool) -> dict[str, Any]:
-    """The result of a split and a subset, which `task` names with `names_split`."""
+    """The result of one split and subset. With `names_split`, its field "task" names both."""
     metadata = task.metadata
     subset = scores["hf_subset"]
     data: Any = task.dataset

@@ -75,7 +75,8 @@ class Graph(nn.Module):
 def _outputs(model: Model, name: str) -> dict[str, list[str]]:
     """The modalities with which the embeddings of each output can be compared, by name of the output.
 
-    In a disjoint space, a modality has an output per projection head. The first output is for `Model.partner`.
+    In a disjoint space, a modality has an output per projection head. The vectors of the first output are for
+    comparison with `Model.partner`.
     """
     shared = [other for other in model.modalities if model.imp.share_a_space(name, other)]
     comparable = [other for other in shared if other != name] or shared
@@ -114,7 +115,8 @@ def _export_modality(model: Model, name: str, outputs: dict[str, list[str]], fol
 
 
 def _write(graph: Graph, example: Tensor, outputs: list[str], file: Path) -> None:
-    """Traces the graph and writes it. Weights above 1.5 GiB are in a file beside it: an ONNX file holds at most 2."""
+    """Traces the graph and writes it. Weights above 1.5 GiB are in a file beside it: an ONNX file holds at most 2
+    GiB."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     # What torch's exporter logs and warns of is for its developers.
@@ -124,7 +126,7 @@ def _write(graph: Graph, example: Tensor, outputs: list[str], file: Path) -> Non
         program: Any = torch.onnx.export(
             traced, input_names=["input"], output_names=outputs, dynamic_shapes=({0: "batch"},), verbose=False
         )
-    ClearMetadataAndDocStringPass()(program.model)  # It has stack traces with the paths of this machine.
+    ClearMetadataAndDocStringPass()(program.model)  # The metadata has stack traces with the paths of this machine.
     program.save(file)
 
 

@@ -74,8 +74,8 @@ class Audio(Modality):
         patch: Pair = (16, 16)
         """Frames and bins of a patch."""
         tables: Pair = (64, 64)
-        """Rows of the position table of each axis. A patch's row is its relative place along the axis. A table must
-        have at least as many rows as the longest input has patches."""
+        """Rows of the position table of each axis. A patch's row is its relative place along the axis. Unless the axis
+        is absolute, a table must have at least as many rows as the longest input has patches."""
         absolute: dict[Literal["frames", "bins"], Count] = Field({})
         """Axes with absolute positions, and the number of frames or bins that each table spans. With `{frames: 1024}`
         the third second has the same position in a short sound as in a long one. The positions along other axes are
@@ -157,7 +157,7 @@ class Audio(Modality):
 
         `raw` is bytes, a path, an array at that rate, or {"array": array, "sampling_rate": rate}, as `datasets` decodes
         sounds. Arrays are (N,) or (N, channels), int16 or float in -1..1. With `rng`, only one random part of a file is
-        read. Without, only the clips of evaluation of a file that is longer than 300 s.
+        read. Without `rng`, a file of more than 300 s is read only where evaluation has clips.
         """
         view = views[0] if rng is not None else max(views, key=lambda view: view.seconds)
         # A clip that is played faster needs more samples.
@@ -171,7 +171,7 @@ class Audio(Modality):
         with media.decoder_errors(), media.open_media(value) as media_file:
             seconds = length_in_seconds(media_file)
             segments = media.equal_segments(media_file, seconds, view.seconds)
-        # Between the clips of the view, something could go unheard; those of a segment cover all of it.
+        # The view's clips could skip parts; the clips of `encode_segment` skip none.
         if not segments and view.clips * view.seconds < seconds < 2 * max(view.seconds, media.SEGMENT_SECONDS):
             return [(0.0, seconds)]
         return segments
@@ -249,7 +249,8 @@ class Audio(Modality):
         return ((spectrum.mean((0, 1)) - self.config.mean) / self.config.std).numpy()
 
     def from_tensor(self, batch: Tensor) -> Tokens:
-        """Converts mono samples (B, N) in -1..1 at the stem's sample rate. N must be a whole number of patches."""
+        """Converts mono samples (B, N) in -1..1 at the stem's sample rate. N is rounded to frames, which must be a
+        whole number of patches."""
         if batch.ndim != 2 or not batch.is_floating_point():
             raise TypeError(f"expected float samples (B, N) in -1..1, found {batch.dtype} {list(batch.shape)}")
         self.check(self.View(seconds=batch.shape[1] / self.config.sample_rate))
@@ -282,7 +283,7 @@ def log_mel(waves: Tensor, config: Audio.Config) -> Tensor:
     filters = mel_filters(config.sample_rate, config.window, config.bins, config.low, config.high)
     bands = [_band(filters[:, i : i + BAND], waves.device) for i in range(0, config.bins, BAND)]
     mels = []
-    # Two at a time fit into the processor's cache. A graph for export has no loop over a batch of any size.
+    # Two at a time fit into the processor's cache. An exported graph cannot loop over a batch of unknown size.
     pairs = [waves] if torch.compiler.is_exporting() else waves.split(2)
     for pair in pairs:
         padded = torch.nn.functional.pad(pair.float(), (padding // 2, padding - padding // 2))

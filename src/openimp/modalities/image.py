@@ -90,7 +90,7 @@ class Image(Vision):
         with open_media(value) as media_file:
             picture = open_picture(media_file)
             if picture.format != "TIFF" and "exif" not in picture.info:
-                return Recorded()  # Pillow would look for them elsewhere: in a PNG behind all pixels, which it decodes.
+                return Recorded()  # Otherwise Pillow would decode a whole PNG to look for EXIF data behind its pixels.
             exif = picture.getexif()
             dates = exif.get_ifd(ExifTags.IFD.Exif)
             texts = (dates.get(tag) or exif.get(tag) for tag in EXIF_DATES)

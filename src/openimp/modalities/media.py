@@ -33,8 +33,8 @@ CODECS = (
     "pcm_s8,pcm_s16le,pcm_s16be,pcm_s24le,pcm_s24be,pcm_s32le,pcm_s32be,pcm_f32le,pcm_f32be,pcm_f64le,pcm_f64be"
 )
 MAX_PIXELS = 2**26
-"""Most pixels of a picture; larger ones are refused before they take memory. A4 scans at 600 dpi and pictures of 64
-megapixels fit."""
+"""Most pixels of a picture, of a JPEG after its reduced decoding; larger ones are refused before they take memory. A4
+scans at 600 dpi and pictures of 64 megapixels fit."""
 MAX_FRAME_PIXELS = 2**24
 """Most pixels of a frame of a clip. It is lower because decoders hold several frames. 4K and 5.3K fit, 8K does not."""
 MAX_WORK = 2**34
@@ -145,8 +145,8 @@ def open_container(media_file: MediaFile, kind: Literal["video", "audio"]) -> It
     It decodes in one thread, because the workers of the loader are parallel already.
     """
     _check_info(media_file)
-    # No protocol is allowed, because the file is open already and must not name others. FFmpeg probes frames under this
-    # limit of pixels. It is higher than `MAX_FRAME_PIXELS`, because only the error for that limit names the size.
+    # No protocol is allowed, because the file is open already and must not name others. Probing has a higher limit than
+    # `MAX_FRAME_PIXELS`, so that the error of `video._check_size` can name the size of a frame.
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
     options |= {"codec_whitelist": CODECS, "max_pixels": str(4 * MAX_FRAME_PIXELS)}
     container: Any
@@ -180,7 +180,7 @@ def _check_info(media_file: MediaFile) -> None:
 
 
 def _check_length(head: bytes, size: int) -> None:
-    """Refuses a truncated WAV, AVI, WebP or AIFF file; decoders would return the rest of the sound or clip.
+    """Refuses a truncated WAV, AVI, WebP or AIFF file; decoders would return the part that is there.
 
     Programs that write to a pipe do not know the length. They write the largest number or 0.
     """

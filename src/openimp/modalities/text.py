@@ -56,8 +56,8 @@ class Text(Modality):
         """Path of a tokenizer file of the `tokenizers` library. By default a tokenizer is trained on the recipe's
         captions."""
         vocab_size: Annotated[int, Field(ge=RESERVED + 256)] = 8192
-        """Most ids of a trained tokenizer: two reserved ones, and 256 bytes with their merges, or words. Before it is
-        trained, `openimp info` and `openimp plan` count all of them."""
+        """Most ids of a trained tokenizer: two reserved ones, and 256 bytes with their merges, or words. Before
+        training, `openimp info` and `openimp plan` count this many."""
         min_df: Count | None = None
         """Train a word tokenizer: keep the words that occur in the texts of at least this many training examples
         (scikit-learn's min_df), and remove other words and punctuation. By default subwords are used. Words suit small

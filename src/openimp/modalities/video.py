@@ -40,7 +40,7 @@ class Video(Vision):
         frames: Count = 16
         """Frames per clip; a multiple of the patch's. The paper: 16, and 4 for classification."""
         stride: Count = 2
-        """Distance between frames. If a clip is too short, a smaller stride spreads `frames` over all of it; if it has
+        """Distance between frames. If a film is too short, a smaller stride spreads `frames` over all of it; if it has
         fewer, some are repeated."""
         clips: Count = 4
         """Most clips in evaluation, linearly spaced, whose embeddings are averaged. A film no longer than a clip has
@@ -51,8 +51,8 @@ class Video(Vision):
         flip: bool = False
         """Mirror half of the training clips. It is off because captions mention left and right."""
         jitter: Share = 0.0
-        """Brightness, contrast and saturation change in training by a factor of at most 1 ± this; off, as in the paper
-        for captioned clips."""
+        """Brightness, contrast and saturation change in training by a factor between 1 - jitter and 1 + jitter; off, as
+        in the paper for captioned clips."""
 
         @property
         def span(self) -> int:

@@ -67,8 +67,8 @@ class Vision(Modality):
         """Smallest share of the picture's area that a training crop shows (Inception crop; the paper: 0.5). 1: the
         largest center crop."""
         aspect: Annotated[float, Field(ge=1)] = 2.0
-        """Largest factor by which the aspect ratio of a training crop differs from the view's. 1: no distortion, with
-        which small pictures are learned faster."""
+        """Largest factor by which the aspect ratio of a training crop differs from the view's. 1: no distortion; small
+        pictures are then learned faster."""
         flip: bool = True
         """Mirror half of the training pictures. Turn it off if captions mention left and right."""
         jitter: Share = 0.2

@@ -139,8 +139,8 @@ class Encoder(nn.Module):
     """Blocks and a final LayerNorm, as in arXiv 2305.06324. All stems share them, except experts if `moe.experts` gives
     each stem its own.
 
-    For comparison with a fully shared encoder, each stem may have its own copy of the first
-    `config.modality_specific_layers` blocks. `stems` has their names.
+    Each of the stems, whose names are `stems`, may have its own copy of the first `config.modality_specific_layers`
+    blocks.
     """
 
     def __init__(self, config: Model, stems: Iterable[str] = ()) -> None:

@@ -26,11 +26,11 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 
 MAX_VALUES = 32
-"""Largest number of values of a list that `positives_in` compares with texts."""
+"""Of a list, `positives_in` compares at most this many values with texts."""
 NOBODY_OF_FIRST = -1
 """The id of the first modality's embeddings that are 0. Other ids are numbers of rows, or hashes of 64 bits."""
 NOBODY_OF_SECOND = -2
-"""The same for the second modality. It differs, so that no two of them are positives."""
+"""The same for the second modality. The ids differ, so that two embeddings that are 0 are not positives."""
 DUPLICATE_TEXT_WARNING = 0.1
 """Share of duplicate texts in a batch above which `positives_by` is suggested."""
 

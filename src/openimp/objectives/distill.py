@@ -1,4 +1,4 @@
-"""`distill`: a modality learns the vectors of a larger model.
+"""`distill`: a modality learns the vectors of another model.
 
 Shape suffixes: B examples of this rank, N embeddings, M vectors of all ranks, Z features of the embedding space.
 """

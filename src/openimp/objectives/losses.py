@@ -18,7 +18,7 @@ class Losses:
 
     total: Tensor  # the scalar to minimize
     parts: dict[str, Tensor]  # the loss of each objective without its weight, and "router", detached, by name
-    # By modality: of each sparse layer, in order, detached.
+    # By modality: the statistics of each sparse layer, in order, detached.
     usage: dict[str, list[RouterStats]]
 
 

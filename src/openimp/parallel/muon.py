@@ -123,7 +123,7 @@ def _stack_shape(weight: Tensor, count: int) -> tuple[int, int, int]:
 def orthogonalize(x_NRC: Tensor) -> Tensor:
     """Brings the singular values of bf16 matrices to between about 0.73 and 1.27.
 
-    One below 0.01 of the Frobenius norm becomes about 78 times its share of the norm.
+    A singular value below 0.01 of the Frobenius norm becomes about 78 times its share of the norm.
     """
     x_NRC = x_NRC / (MARGIN * x_NRC.norm(dim=(1, 2), keepdim=True)).clamp(min=1e-7)
     is_wide = x_NRC.shape[1] <= x_NRC.shape[2]

@@ -125,7 +125,7 @@ def _count_passes(recipe: Recipe, modalities: Modalities, classes: Classes, mode
 
 
 def _fewest_chunks(batch: Batch, chunk_size: int | None) -> int | None:
-    """A chunk size with which encoding `batch` takes as many FLOPs as with `chunk_size`, but at most two chunks.
+    """A chunk size that gives at most two chunks, and as many FLOPs for encoding `batch` as `chunk_size`.
 
     Each example takes the same FLOPs in any chunk. What counts is whether there are several chunks, which are encoded
     again in the backward pass. Counting 64 of them would take minutes.

@@ -105,8 +105,8 @@ def step_memory(
     bf16.
     """
     gathered_in_bf16 = gpus > 1 and precision_of(CPU, precision) == "bf16"
-    # Without CUDA, torch cannot differentiate CUDA's fake tensors. So the tensors are on the CPU, and modules with
-    # other kernels on a GPU are changed to use those.
+    # Without CUDA, torch cannot differentiate CUDA's fake tensors. So the tensors are on the CPU, and modules that have
+    # other kernels on a GPU get the GPU's.
     model = meta_model(recipe, modalities, classes).train()
     if gathered_in_bf16:
         model.bfloat16()

@@ -199,7 +199,7 @@ def override(data: dict[str, Any], text: str, folder: Path | None = None) -> Non
         for depth, part in enumerate(path):
             place = _place(node, part)
             child = node[place] if isinstance(node, list) else node.get(place)
-            # The old data would be measured if a misspelled name began a new source or set.
+            # If a misspelled name began a new source or set, the old one would stay and be used.
             if child is None and node and tuple(path[:depth]) in COLLECTIONS:
                 raise UserError(f"--set {text}: {'.'.join(path[:depth])} has no {part}{nearest(part, node)}")
             # A copy, because other parts of the recipe may be aliases of this one. Saved recipes have null for options
@@ -212,7 +212,7 @@ def override(data: dict[str, Any], text: str, folder: Path | None = None) -> Non
 
 
 def _place(node: Any, part: str) -> Any:
-    """What a part of a dotted key is in its mapping or list."""
+    """A part of a dotted key as a key or as the index of a list."""
     return int(part) if isinstance(node, list) else part
 
 

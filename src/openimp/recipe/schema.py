@@ -200,12 +200,13 @@ class Recipe(Strict):
         return columns[options.label]
 
     def inference_view(self, modality: str) -> Any:
-        """The view of a modality for inference, of the first task that reads it and is trained.
+        """The view of a modality for inference, of the first trained task that reads it, or else of the first task that
+        does.
 
         It is the task's first view or, if the task trains its views one after the other, the last.
         """
         index = -1 if self.alternation.views == "sequence" else 0
-        tasks = sorted(self.tasks.values(), key=lambda task: task.weight == 0)  # Without changing the order otherwise.
+        tasks = sorted(self.tasks.values(), key=lambda task: task.weight == 0)  # Trained tasks first.
         return next(task.views[index][modality] for task in tasks if modality in task.inputs)
 
     def to_config(self, classes: Classes) -> ModelConfig:

@@ -82,7 +82,7 @@ class Source(Strict):
     With fewer shards than lanes, the stream has the largest divisor of `lanes` that is not above the number of
     shards."""
     window: Count = 1024
-    """Number of rows that are shuffled together, only for streams: each lane shuffles its share of consecutive rows."""
+    """Only for streams: number of rows that are shuffled together. Each lane shuffles its share of them."""
     limit: Count | None = None
     """Selects at most this many evenly spaced rows, for a quick trial. Streams have no limit."""
     cache: Literal["none", "memory", "disk"] = "none"

@@ -21,7 +21,7 @@ COLORS = 8
 MAX_POINTS = 240
 """Maximum number of points per curve. In longer curves, neighboring points are averaged."""
 MAX_DOTS = 60
-"""Maximum number of points up to which each has a tooltip."""
+"""Maximum number of points of a curve whose points have tooltips."""
 MAX_VALUE = 1e300
 """Larger values are left out, like infinite ones: the arithmetic for the axes would overflow."""
 
@@ -101,7 +101,7 @@ def line_chart(title: str, curves: list[Curve], shares: bool = False) -> dict[st
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """Two to seven evenly spaced round numbers that span the values; if `low` equals `high`, a range around it."""
+    """Two to six evenly spaced round numbers that span the values; if `low` equals `high`, a range around it."""
     size = max(abs(low), abs(high))
     if size < 1e-200:
         low = 0.0

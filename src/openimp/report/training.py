@@ -59,7 +59,7 @@ def optimization(metrics: list[MetricsLine]) -> list[dict[str, Any]]:
 def experts(metrics: list[MetricsLine]) -> dict[str, Any] | None:
     """How each modality uses the experts of each sparse layer, averaged over the last lines.
 
-    The maps are of the gate weights, because experts that choose have equal loads.
+    The maps are of the gate weights, because all loads are equal if experts choose tokens (expert choice).
     """
     # Those that end in the last quarter of the steps.
     last_lines = [line for line in metrics if line.step > 0.75 * metrics[-1].step]

@@ -34,7 +34,7 @@ from openimp.report.page import TEMPLATES
 from openimp.training.metrics_file import read_metrics
 
 PICTURE_SIDE = 128
-"""Most pixels of the sides of a picture on the page."""
+"""Maximum width and height of a picture on the page, in pixels."""
 
 
 def write_report(

@@ -14,7 +14,8 @@ from openimp.search.state import MAX_RESULTS, PAGE_RESULTS, State
 from openimp.search.uploads import Uploads
 
 LESS_WEIGHT = -0.5
-"""Weight of an item that results should be less like. With -1, most results would resemble neither."""
+"""Weight of an item that results should be less like. With -1, most results would resemble neither this item nor the
+other parts of the query."""
 EXAMPLES = 12
 """Items that are shown while the query is empty, unless the URL has `k`."""
 NO_MATCH = "Nothing is indexed that matches these filters"

@@ -74,10 +74,10 @@ def build_index(
 ) -> IndexResult:
     """Embeds media into an index, or updates an index, and prints a summary. Also named `openimp.index`.
 
-    Only new and changed files are embedded. Files that were moved are recognized by their hash. Each call
-    tries again to read files without items. Items are removed if their file is gone from `paths`; items of other
-    folders stay, and so do all items of a folder that has no files any more, because its disk may not be mounted. If a
-    call is interrupted, the next call continues.
+    Only new and changed files are embedded. Files that were moved are recognized by their hash. Each call tries again
+    to read files that could not be read. Items are removed if their file is gone from `paths`; items of other folders
+    stay, and so do all items of a folder that has no files any more, because its disk may not be mounted. If a call is
+    interrupted, the next call continues.
 
     Args:
         model: a run, a model folder, `openimp:base` or a model on the Hugging Face Hub, as `openimp.load` takes it.
@@ -229,7 +229,7 @@ def _write_metadata(folder: Path, metadata: Metadata, model: Model, replace: boo
                 f"{folder}: was built with other weights or views than {metadata.model} has; name a new folder"
             )
         old_files: Iterable[Stored] = ()
-        with suppress(UserError):  # Damage is replaced, too.
+        with suppress(UserError):  # A damaged index is replaced, too.
             old_files = Items(folder, model.imp.config.embed_dim).stored().values()
         if count := sum(file.source is None for file in old_files):
             notice(f"{folder}: {counted(count, 'file')} of folders had other weights; index these folders again")

@@ -35,7 +35,7 @@ class Media:
     modality: str
     # Of a row: the source's fingerprint. Of a file: "FILE_STATE", or "FILE_STATE TEXT_STATE" if it has a text.
     # TEXT_STATE is the caption's FILE_STATE, or the fingerprint of the source that names the file, or, if several
-    # sources name it, a hash.
+    # sources name it, a hash of the states of all.
     state: str
     raw: Callable[[], bytes | Path | np.ndarray]  # raises BadMedia if the media cannot be read
     text: ReadText = lambda: None  # its caption or the text of its row
@@ -77,8 +77,8 @@ def media_of_files(
 
 
 def media_of_recipe(recipe: Recipe, modalities: Modalities) -> Iterator[Media]:
-    """The media in the sources that the tasks and evaluation sets read. Streamed sources are skipped,
-    because their rows have no numbers. So are media that are in no `modalities`."""
+    """The media in the sources that the tasks and evaluation sets read. Streamed sources are skipped, because their
+    rows have no numbers. Media of other modalities than `modalities` are skipped, too."""
     open_table = cache(partial(source_table, recipe))
     seen = set()
     users = [
@@ -162,7 +162,8 @@ def _checked(path: str, roots: Roots | None) -> Path:
 
 
 def _path_as_text(path: str, folders: Set[str]) -> str:
-    """The path of a file in the outermost of the folders that it is in, or else its name, without the extension."""
+    """The path of a file, without its extension, relative to the outermost of `folders` around it; its name if there is
+    none."""
     parents = [str(parent) for parent in Path(path).parents]
     folder = next((parent for parent in reversed(parents) if parent in folders), parents[0])
     return os.path.splitext(os.path.relpath(path, folder))[0]
@@ -176,7 +177,7 @@ def _caption(path: str, roots: Roots) -> str:
 
 
 def _rows(table: Table, modality: str, column: str, text: Callable[[int], str | None]) -> Iterator[Media]:
-    # Only if paths are stored can a row's value be read here: bytes would be the whole data set.
+    # Values are read here only if they are paths: bytes would be the whole data set.
     values = table.column(column) if table.paths(column) else [None] * len(table)
     for row, value in enumerate(values):
         row_text = partial(text, row)

@@ -41,7 +41,7 @@ PUBLISHED = ("id", "modality", "path", "text", "start", "end", "part", "parts", 
              "longitude", "score", "found_by")  # fmt: skip
 """What programs are told of an item."""
 RECEIVED_AT_ONCE = 4
-"""Uploads that are received or encoded at once. Others wait."""
+"""Maximum number of uploads that are received or encoded at once. Others wait."""
 UPLOAD_SECONDS = 90
 """Maximum number of seconds for an upload to wait, to arrive and to be encoded."""
 
@@ -85,7 +85,7 @@ class Page:
         page = await self._answer(request)
         if page.code != 200:
             return JSONResponse({"error": page.status}, page.code)
-        if page.is_incomplete:  # A program would take results of the rest of the query for those of the query.
+        if page.is_incomplete:  # A program would not notice that parts of the query are missing.
             return JSONResponse({"error": " ".join(page.notes)}, 404)
         results = [self._described(item.hit) for item in page.items]
         return JSONResponse({"status": page.status, "notes": page.notes, "results": results})
@@ -169,7 +169,7 @@ class Page:
         # Only files are served in ranges, which browsers need to play sounds and clips.
         with tempfile.NamedTemporaryFile(dir=self.temporary_folder.name, delete=False) as file:
             file.write(media)
-        os.utime(file.name, (0, 0))  # The same ETag for each range.
+        os.utime(file.name, (0, 0))  # All ranges need the same ETag.
         return TemporaryResponse(file.name, headers=headers, media_type=displayed_type, filename=name)
 
     def _thumbnail(self, id: str) -> bytes | None:

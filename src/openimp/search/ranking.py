@@ -40,7 +40,8 @@ class Spread(NamedTuple):
         if others == 0:
             return 0.0
         above_others = (cosine - self.mean) * self.items / others
-        squares = self.items * self.variance - above_others * (cosine - self.mean)  # Of the other items.
+        # The sum of the squared deviations of the other items.
+        squares = self.items * self.variance - above_others * (cosine - self.mean)
         variance = (max(squares, 0.0) + PRIOR * usual_variance) / (others + PRIOR)
         return above_others / (variance + 1e-12) ** 0.5
 

@@ -171,8 +171,8 @@ class Items:
     def with_words(
         self, words: Words, all_words: bool, vectors: Mapping[str, np.ndarray], k: int, where: str
     ) -> list[dict[str, Any]]:
-        """At most `k` rows, the best by BM25 first, with their cosine with the unit vector (Z,) of their modality as
-        `score`; None if there is none.
+        """At most `k` rows, the best by BM25 first, each with its cosine with the unit vector (Z,) that `vectors` has
+        for its modality as `score`; None if either vector is missing.
 
         Their texts have a wanted word or, if `all_words`, all wanted words, and no unwanted word. Rows with equal BM25
         are ordered by their cosine.
@@ -224,7 +224,8 @@ class Items:
     @_write_errors()
     def compact(self) -> None:
         """Merges the small files that many writes leave, builds the indexes or adds new rows to them, and removes
-        versions that are more than `KEEP_VERSIONS` old. An index that reads one of them is opened again.
+        versions that are more than `KEEP_VERSIONS` old. An open `Index` that reads such a version then opens the
+        newest.
         """
         from lancedb.index import FTS, BTree, IvfSq
 

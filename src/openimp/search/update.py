@@ -49,10 +49,10 @@ class Update:
             for path, root in named.items()
             if root in without_files and not path.is_file()
         }
-        # Items in these files and folders are removed if they are not wanted. None: items of sources are.
+        # Unwanted items in these files and folders are removed. None: unwanted items of sources are removed.
         self.roots = None if given is None else forgotten | {named[path] for path in named.keys() - absent.keys()}
         # Folders that had files and have none now, with the number of these files. Their items are kept, because the
-        # disk of such a folder may not be mounted. A folder inside of another one that has files is not among them.
+        # disk of such a folder may not be mounted. A folder does not count if a named folder around it still has files.
         self.absent = {path: count for path, count in absent.items() if not self._is_below_roots(named[path])}
         # By hash and modality, the path of the first row of any source that has this content. Of later rows with it,
         # only the texts are indexed.
@@ -104,7 +104,8 @@ class Update:
         return stored is not None and (stored.state, stored.modality) == (media.state, media.modality)
 
     def _groups(self, encoder: ItemEncoder, media: list[Media], size: int) -> Iterator[list[IndexedFile]]:
-        """Opens media, and yields groups with at most `size` files and about `size` parts: a film has thousands."""
+        """Opens media, and yields groups with at most `size` files and about `size` parts: a film has thousands of
+        parts."""
         group: list[IndexedFile] = []
         part_count = 0
         for file in map_ahead(partial(self._open, encoder), media):

@@ -18,7 +18,7 @@ from openimp.study.variants import CONFLICT, SUMMED
 from openimp.training.setup import Variant
 
 SAVES = 5
-"""Checkpoints per training, so that a crash costs little."""
+"""Number of checkpoints per training, so that a crash costs little."""
 DERIVED = {"train.steps", "train.save_every", "optimizer.warmup_steps", "seed"}
 """Keys that follow from the study's FLOPs and seeds."""
 SMOKE_ROWS = 48

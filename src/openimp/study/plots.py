@@ -58,7 +58,7 @@ def draw_scores(outcomes: Outcomes, score: str) -> Figure:
 def draw_against_flops(outcomes: Outcomes, curves: Sequence[Sequence[str]], score: str) -> Figure:
     """The mean score of each arm against its training FLOPs on a logarithmic axis, with the standard deviation.
 
-    A line connects the arms of each of the `curves`. Its label has the parts that the names of its arms begin with.
+    A line connects the arms of each of the `curves`. The line's label is the common beginning of its arms' names.
     """
     figure = Figure(figsize=(9, 4.4))
     axis = figure.subplots()

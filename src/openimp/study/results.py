@@ -129,7 +129,7 @@ def _spread(scores: Sequence[float]) -> str:
 
 
 def _teraflops(flops: float) -> str:
-    """FLOPs in TFLOPs, with two decimals or, for little studies, more: at least three significant digits."""
+    """FLOPs in TFLOPs, with at least two decimals and three significant digits."""
     decimals = max(2, 14 - math.floor(math.log10(flops)))
     return f"{flops / 1e12:.{decimals}f}"
 

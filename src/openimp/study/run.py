@@ -37,9 +37,9 @@ class Training(NamedTuple):
 def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     """Trains the models of a study that are not trained yet, then writes NAME.md and its plots into the folder `out`.
 
-    `name` is a study file, or the name of a bundled study. Its run directories are in a subfolder of `runs`. `smoke`
-    trains one seed with a small part of the FLOPs and data, to check that the study works. Returns False if a signal
-    stopped a training. The same command then resumes the study.
+    `name` is a study file, or the name of a bundled study. The study's run directories are in a subfolder of `runs`.
+    `smoke` trains one seed with a small part of the FLOPs and data, to check that the study works. Returns False if a
+    signal stopped a training. The same command then resumes the study.
     """
     if "RANK" in os.environ:
         raise UserError(f"{name}: a study trains on one rank; start it without torchrun")
@@ -100,7 +100,7 @@ def _trainings(study: Study, name: str, smoke: bool) -> list[Training]:
 
 
 def _check_evaluation(study: Study, name: str, trainings: list[Training]) -> None:
-    """Checks that the results of the arms can be compared. The trainings have one seed."""
+    """Checks that the results of the arms can be compared. `trainings` are those of one seed."""
     sets_by_arm: dict[str, set[str]] = defaultdict(set)
     for training in trainings:
         arm = training.arm

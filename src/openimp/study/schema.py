@@ -37,7 +37,7 @@ class ArmModel(Strict):
     two_towers: bool = False
     """Train open_clip's two towers on the only task, instead of openimp's model. `set` adapts the task to them."""
     flops_factor: Positive = 1.0
-    """The model trains for this many times the study's FLOPs."""
+    """The model gets this many times its share of the study's FLOPs."""
 
 
 Arm = Annotated[

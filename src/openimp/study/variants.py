@@ -22,7 +22,7 @@ MEASUREMENTS = 12
 
 def measure_conflict(trainer: Trainer, step: int) -> None:
     """Measures the cosine between the tasks' gradients on the encoder, and writes it to conflict.jsonl. It does so at
-    about `MEASUREMENTS` of the steps.
+    about `MEASUREMENTS` steps per training.
 
     For each task it computes the gradients of the task's next two batches. A task's cosine with itself compares these
     two. It shows how large a cosine can be at all, because batches of one task differ too. The measurements do not
