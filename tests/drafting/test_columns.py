@@ -236,6 +236,14 @@ def test_what_repeats_in_a_table_decides_what_is_a_positive():
     assert objective(file=files, caption="a caption {}").keys() == {"type", "positives_by"}
 
 
+def test_columns_of_captions_that_differ_in_a_number_are_all_trained_on():
+    write(numbered(30, file=copies(30), **{f"caption_{i}": f"caption {i} of {{}}" for i in range(3)}))
+    draft = draft_recipe(["data.jsonl"])
+    recipe = yaml.load(draft.text, RecipeLoader)
+    assert recipe["tasks"]["data"]["inputs"]["text"] == ["caption_0", "caption_1", "caption_2"]
+    assert not [note for note in draft.notes if "not used" in note]
+
+
 def test_rows_that_are_not_used_are_told():
     write(numbered(40, file=copies(40), caption="text {}", split=["train", "train", "val", "restval"]))
     notes = draft_recipe(["data.jsonl"]).notes

@@ -180,7 +180,9 @@ def _add(
     name, task, split = named
     kind = task.media.kind
     inputs = {kind: task.media.name}
-    text_input = {"text": task.text.name} if task.text else {}
+    text_input: dict[str, Any] = {}
+    if task.text:
+        text_input = {"text": [task.text.name, *task.text.others] if task.text.others else task.text.name}
     text_view = {"text": views["text"]} if task.text else {}
     short_text_view = {"text": {"length": text_length}} if text_view and text_length else text_view
     view = views[kind]

@@ -68,6 +68,7 @@ class TextColumn(NamedTuple):
     distinct: int  # distinct values in the sample; 0 if the texts are the names of classes
     bad: float  # share of the sampled rows without a text
     has_lists: bool  # some rows have several texts
+    others: tuple[str, ...] = ()  # more columns of texts, such as caption_1 and caption_2 beside caption_0
 
 
 class LabelColumn(NamedTuple):
@@ -136,6 +137,8 @@ def inspect(
         raise UserError(f"--label: {'; '.join(notes)}")
     # A column in `min_rows_per_class` may hold classes, so its texts are not used.
     text = next((text for text in texts if text.name not in min_rows_per_class), None)
+    if text and not chosen_text:
+        text = text._replace(others=_numbered_alike(text.name, [other.name for other in texts]))
     if text and text.bad > MAX_WITHOUT_TEXT and not chosen_text and label and not label.are_numbers:
         notes.append(
             f"{shown(text.name)}: {text.bad:.0%} of the rows have none, so the classes are the texts; "
@@ -159,7 +162,7 @@ def inspect(
     tasks = [
         TaskDraft(candidate, source, table, media=column, text=text, label=label, by_use=by_use) for column in media
     ]
-    used_columns = {*tasks[0].columns, *by_use["split"], *by_use["group"], "__key__"}
+    used_columns = {*tasks[0].columns, *(text.others if text else ()), *by_use["split"], *by_use["group"], "__key__"}
     # Columns without a name, such as the index of a table from pandas, are not listed.
     if unused := [name for name in plain_columns if name and name not in used_columns]:
         notes.append(f"columns {_listed(unused)}")
@@ -302,6 +305,15 @@ def _text_columns(table: Table, names: Sequence[str], notes: list[str]) -> list[
             has_lists = any(isinstance(value, list) for value in present)
             columns.append(TextColumn(name, texts, distinct, 1 - len(present) / len(values), has_lists))
     return columns
+
+
+def _numbered_alike(name: str, names: Sequence[str]) -> tuple[str, ...]:
+    """The other names that differ from a name only in the number at its end."""
+
+    def common_part(name: str) -> str:
+        return re.sub(r"\d+$", "", name)
+
+    return tuple(other for other in names if other != name and common_part(other) == common_part(name))
 
 
 def _items(value: Any) -> list[Any]:

@@ -200,7 +200,8 @@ def _summary(named: NamedTask) -> str:
     parts = [f"{split.rows + split.test_rows:,} rows", f"{media.kind} in {shown(media.name)}{unusable}"]
     if task.text and task.text.distinct:
         empty = f" (empty in {task.text.bad:.0%} of the rows)" if task.text.bad >= 0.005 else ""
-        parts.append(f"text in {shown(task.text.name)}{empty}")
+        columns = ", ".join(map(shown, [task.text.name, *task.text.others]))
+        parts.append(f"text in {columns}{empty}")
         has_times = any(TIME.search(name) for name in task.table.columns)
         if has_times and (count := _files_of_several(task.table, media.name, task.text.name)):
             parts[-1] += f" ({counted(count, 'file')} of several texts: openimp reads whole files, so cut them first)"
