@@ -116,7 +116,7 @@ def open_vit(name: str, weights: bool) -> Any:
 
     Without `weights`, it is on the meta device, and nothing but its configuration is downloaded.
     """
-    with timm_opens(name):
+    with opening_timm(name):
         import timm
 
         with torch.device("cpu" if weights else "meta"):
@@ -127,7 +127,7 @@ def open_vit(name: str, weights: bool) -> Any:
 
 
 @contextmanager
-def timm_opens(name: str) -> Iterator[None]:
+def opening_timm(name: str) -> Iterator[None]:
     """The block opens a model of timm. What the library raises becomes a UserError.
 
     The random numbers of the training stay as they are: timm initializes all weights at random.

@@ -24,9 +24,9 @@ from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
 SAME = (
-    *("width", "layers", "heads", "mlp_dim", "qk_norm", "bias", "gelu", "embed_dim", "modality_specific_layers"),
-    *("moe.experts", "moe.layers"),
-)
+    "width", "layers", "heads", "mlp_dim", "qk_norm", "bias", "gelu", "embed_dim", "modality_specific_layers",
+    "moe.experts", "moe.layers",
+)  # fmt: skip
 """Keys of `model` that must be the same in both models: they determine the shape or the meaning of a tensor."""
 
 MAX_LISTED = 10

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, Field
 
 from openimp.checkpoint.find import OPEN_CLIP_CONFIG, download
-from openimp.checkpoint.public_vit import timm_opens
+from openimp.checkpoint.public_vit import opening_timm
 from openimp.common.cache import stable_hash
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError, library_errors, nearest
@@ -189,7 +189,7 @@ def _refuse_code(name: str, file: Path) -> None:
 @cache
 def open_timm(name: str) -> tuple[Any, Any, str]:
     """A model of timm, its transform of pictures, and its fingerprint."""
-    with timm_opens(name):
+    with opening_timm(name):
         import timm
 
         trunk = timm.create_model(Name.parse(name).rest, pretrained=True, num_classes=0).eval().requires_grad_(False)

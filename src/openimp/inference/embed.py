@@ -70,10 +70,10 @@ def embed(
     with replacing(out) as draft, pq.ParquetWriter(draft, schema, use_dictionary=texts) as writer:
         for name, modality_files in files_by_modality.items():
             encoder = encoders[name]
-            named = [file for file in modality_files if is_utf8(str(file))]
-            unnamed = [shown_name(file) for file in modality_files if not is_utf8(str(file))]
-            skipped += [f"{file}: its name is not UTF-8, so the table cannot hold it" for file in unnamed]
-            for vectors in encoded(encoder, track(named, f"embed {name}"), skipped):
+            storable = [file for file in modality_files if is_utf8(str(file))]
+            others = [shown_name(file) for file in modality_files if not is_utf8(str(file))]
+            skipped += [f"{file}: its name is not UTF-8, so the table cannot hold it" for file in others]
+            for vectors in encoded(encoder, track(storable, f"embed {name}"), skipped):
                 row = {"modality": name, "towards": encoder.towards}
                 new_rows = [row | {"path": str(file), "embedding": vector} for file, vector in vectors.items()]
                 rows[name] += len(new_rows)

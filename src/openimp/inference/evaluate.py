@@ -51,30 +51,30 @@ def evaluate(
         raise UserError(f"recipe: expected a file or the name of a recipe, found {type(recipe).__name__}")
     folder = find_model(name)
     imp, (config, modalities, saved_recipe) = load_model(folder)
-    measured = saved_recipe.validated()
+    evaluated_recipe = saved_recipe.validated()
     overrides = [overrides] if isinstance(overrides, str) else list(overrides)
     if sets is not None:
         sets = [sets] if isinstance(sets, str) else list(sets)
     user_sources: Collection[str] = ()  # names of sources whose path the user gave
     if recipe or overrides:
-        measured, user_sources = _with_sets(measured, str(recipe) if recipe else None, overrides, sets)
-    if not measured.evaluation.sets:
+        evaluated_recipe, user_sources = _with_sets(evaluated_recipe, str(recipe) if recipe else None, overrides, sets)
+    if not evaluated_recipe.evaluation.sets:
         hint = "; name a recipe that has some with --recipe" if recipe is None else ""
         raise UserError(f"{recipe or model}: the recipe has no evaluation sets{hint}")
     if not allow_sources:
-        check_sources(name, folder, measured, sets or measured.evaluation.sets, user_sources)
+        check_sources(name, folder, evaluated_recipe, sets or evaluated_recipe.evaluation.sets, user_sources)
     imp = imp.to(pick_device())
     step = saved_step(folder)
-    return evaluate_sets(imp, measured, modalities, sets, step, progress=progress, classes=config.classes)
+    return evaluate_sets(imp, evaluated_recipe, modalities, sets, step, progress=progress, classes=config.classes)
 
 
 def _with_sets(
     recipe: Recipe, other: str | None, overrides: list[str], names: list[str] | None
 ) -> tuple[Recipe, Collection[str]]:
-    """A model's recipe with overrides, or with the sources and sets of another recipe, which has the overrides.
+    """The recipe to evaluate: the model's, with the overrides or with the sources and sets of the recipe `other`, to
+    which the overrides then apply. `names` are the sets to keep; None: all.
 
-    It has only the sets `names`; None: all. The second value has the names of the sources that the other recipe
-    defines, or that the overrides move.
+    Also returns the names of the sources that `other` defines, or that the overrides move.
     """
     for text in overrides:
         if not text.startswith(("sources.", "evaluation.")):
@@ -83,18 +83,18 @@ def _with_sets(
     if other is None:
         for text in overrides:
             override(ours, text)
-        measured = _build(ours, names)
+        evaluated_recipe = _build(ours, names)
         changed_keys = {text.partition("=")[0].strip() for text in overrides}
         moved = [
             name
-            for name, source in measured.sources.items()
+            for name, source in evaluated_recipe.sources.items()
             if f"sources.{name}" in changed_keys
             or (
                 f"sources.{name}.path" in changed_keys
                 and (source.root is None or f"sources.{name}.root" in changed_keys)
             )
         ]
-        return measured, moved
+        return evaluated_recipe, moved
     theirs, file = read_recipe(other, overrides, Path.cwd())
     # The model's own sources are kept, because its tasks name them.
     user_sources = theirs.get("sources") or {}

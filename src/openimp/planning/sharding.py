@@ -73,21 +73,21 @@ class Sharding:
             return Group(self.layout.expert_shards, stride=self.layout.expert_degree)
         return Group(self.layout.shard_degree)
 
-    def numbers(self, weight: Tensor) -> int:
+    def gathered_elements(self, weight: Tensor) -> int:
         """Number of a weight's elements that a GPU gathers. With expert parallelism, it gathers only its experts."""
         return weight.numel() // (self.layout.expert_degree if weight in self.experts else 1)
 
     def held_bytes(self, weights: Iterable[Tensor]) -> int:
         """Bytes of the GPU's shards of weights, in fp32."""
-        return sum(FP32_BYTES * self.numbers(weight) // self.shards(weight).size for weight in weights)
+        return sum(FP32_BYTES * self.gathered_elements(weight) // self.shards(weight).size for weight in weights)
 
     def gathered_bytes(self, weights: Iterable[Tensor]) -> int:
         """Bytes of gathered weights, in the type that the model computes with."""
-        return self.compute_type_bytes * sum(map(self.numbers, weights))
+        return self.compute_type_bytes * sum(map(self.gathered_elements, weights))
 
     def reduced_bytes(self, weights: Iterable[Tensor]) -> int:
         """Bytes of the gradients of gathered weights, and of their fp32 copy for the reduction."""
-        return (self.compute_type_bytes + FP32_BYTES) * sum(map(self.numbers, weights))
+        return (self.compute_type_bytes + FP32_BYTES) * sum(map(self.gathered_elements, weights))
 
     def gather(self, weights: Iterable[Tensor]) -> Traffic:
         """Traffic of an all-gather of weights."""
@@ -101,6 +101,6 @@ class Sharding:
             shards = self.shards(weight)
             replica_ranks = shards.size * shards.stride
             replicas = Group(self.layout.ranks // replica_ranks, stride=replica_ranks)
-            traffic += shards.all_gather(FP32_BYTES * self.numbers(weight))
+            traffic += shards.all_gather(FP32_BYTES * self.gathered_elements(weight))
             traffic += replicas.all_gather(2 * self.held_bytes([weight]))
         return traffic

@@ -139,16 +139,16 @@ class StepPlanner:
     def _muon_share(self, updated: Set[Tensor]) -> float:
         """The share of Muon's work that each GPU does. With expert parallelism, it updates only its experts."""
         weights = updated & self.muon_weights
-        return self._gathered_numbers(weights) / max(1, sum(weight.numel() for weight in weights))
+        return self._gathered_elements(weights) / max(1, sum(weight.numel() for weight in weights))
 
-    def _gathered_numbers(self, weights: Set[Tensor]) -> int:
-        return sum(map(self.sharding.numbers, weights))
+    def _gathered_elements(self, weights: Set[Tensor]) -> int:
+        return sum(map(self.sharding.gathered_elements, weights))
 
     def _muon_traffic(self, updated: Set[Tensor]) -> Traffic:
         """Traffic of Muon's updates, which are gathered in bf16."""
         traffic = Traffic()
         for weight in updated & self.muon_weights:
-            traffic += self.sharding.shards(weight).all_gather(BF16_BYTES * self.sharding.numbers(weight))
+            traffic += self.sharding.shards(weight).all_gather(BF16_BYTES * self.sharding.gathered_elements(weight))
         return traffic
 
     def _muon_buffer_bytes(self, updated: Set[Tensor]) -> int:
@@ -160,7 +160,7 @@ class StepPlanner:
         weights = updated & self.muon_weights
         update_bytes = BF16_BYTES * self.sharding.held_bytes(weights) // FP32_BYTES
         # Of square matrices X: X, the product of X X', a polynomial of it, and the result.
-        iteration_bytes = 4 * BF16_BYTES * min(self._gathered_numbers(weights), BATCH_ELEMENTS)
+        iteration_bytes = 4 * BF16_BYTES * min(self._gathered_elements(weights), BATCH_ELEMENTS)
         return update_bytes + max(2 * update_bytes, iteration_bytes)
 
     def _memory(self, loss_sizes: LossSizes, step_memory: StepMemory, updated: Set[Tensor]) -> GPUMemory:

@@ -85,8 +85,9 @@ def answer(index: Index, uploads: Uploads, parameters: QueryParams) -> Answer:
             _search(index, parts, page)
         else:
             total = counted(sum(index.counts.values()), "item")
-            start = "Nothing is left of this query. Start" if page.is_incomplete else f"{total}. Search them, or start"
-            page.status = f"{start} from one of these"
+            page.status = f"{total}. Search them, or start from one of these"
+            if page.is_incomplete:
+                page.status = "Nothing is left of this query. Start from one of these"
             count = state.k if parameters.get("k") else EXAMPLES
             hits = index.sample(count, state.modality, state.under or None, state.since, state.until)
             page.items = [_item(index, hit) for hit in hits]

@@ -62,7 +62,7 @@ class Page:
         self.receiving = Semaphore(RECEIVED_AT_ONCE)
         self.temporary_folder = tempfile.TemporaryDirectory(prefix="openimp-serve-")
         self.cached_thumbnail = lru_cache(maxsize=4096)(self._draw_item)
-        self.of_index = self._of_index()
+        self.index_values = self._index_values()
         modalities = index.model.modalities
         files = {name: modality for name, modality in modalities.items() if not modality.reads_text}
         self.modality_of = modality_by_extension(files)
@@ -131,12 +131,12 @@ class Page:
         def find() -> Answer:
             page = answer(self.index, self.uploads, request.query_params)
             with suppress(UserError):  # `page` tells of it.
-                self.of_index = self._of_index()
+                self.index_values = self._index_values()
             return page
 
         return await to_thread.run_sync(find, limiter=self.searching)
 
-    def _of_index(self) -> dict[str, Any]:
+    def _index_values(self) -> dict[str, Any]:
         """What all pages show of the index. It may have been opened again, and have newer items."""
         index = self.index
         return {
@@ -198,7 +198,7 @@ class Page:
         return {name: getattr(hit, name) for name in PUBLISHED} | urls
 
     def _render(self, template: str, code: int = 200, **values: Any) -> HTMLResponse:
-        page = TEMPLATES.get_template(template).render(self.shared | self.of_index | values)
+        page = TEMPLATES.get_template(template).render(self.shared | self.index_values | values)
         return HTMLResponse(page.encode(errors="replace"), code, {"Cache-Control": "no-store"})
 
     async def refuse(self, request: Request, error: Exception) -> Response:

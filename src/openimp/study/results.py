@@ -49,8 +49,7 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
         "one update allocates beyond weights, optimizer state and batch. The minutes of training were measured on a "
         "shared machine and are only a rough guide.",
     ]
-    cosines_by_arm = {arm: _pool_cosines(seeds) for arm, seeds in outcomes.items()}
-    cosines = {arm: cosines for arm, cosines in cosines_by_arm.items() if cosines}
+    cosines = {arm: pooled for arm, seeds in outcomes.items() if (pooled := _pool_cosines(seeds))}
     if cosines:
         sections += [
             "## The tasks' gradients",
