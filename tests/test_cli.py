@@ -110,6 +110,10 @@ def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, lit
     assert refused("info", "runs/nothing") == "runs/nothing: no such file or folder"
     assert "expected KEY=VALUE" in refused("train", "demo", "--set", "train.steps")
     assert "is not valid YAML" in refused("train", "demo", "--set", f"seed={'9' * 5000}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path))  # Where the shell leaves ~ as it is.
+        assert f"{tmp_path}/folder: nothing to report on" in refused("report", "~/folder")
+        assert f"{tmp_path}/none: no such file" in refused("eval", little_run, "--recipe=~/none")
     assert "folder: is a folder, expected a recipe" in refused("plan", tmp_path / "folder")
     for command in ("eval", "info"):
         assert "folder: no model here" in refused(command, tmp_path / "folder")

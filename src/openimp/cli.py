@@ -1,6 +1,5 @@
 """The command line: one function per command, whose docstring is its help. `commands` has what takes more lines."""
 
-import errno
 import inspect
 import os
 import sys
@@ -442,16 +441,26 @@ def main() -> None:
     if sys.argv[1:2] != ["train"]:  # `train` decides by its recipe.
         spin_briefly()
     try:
-        app(_with_values(sys.argv[1:]))
+        app(_with_values([_expanded(argument) for argument in sys.argv[1:]]))
     except UserError as error:
         print(f"openimp: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
+        from openimp.common.cache import FULL
+
         # If the disk is full, the error has no file name.
-        if error.filename is None and error.errno != errno.ENOSPC:
+        if error.filename is None and error.errno not in FULL:
             raise
         print(printable(f"openimp: {error.filename or 'disk'}: {error.strerror}"), file=sys.stderr)
         sys.exit(2)
+
+
+def _expanded(argument: str) -> str:
+    """Expands ~ where a shell does not: in quotes, and after --NAME=."""
+    option, equals, value = argument.partition("=")
+    if option.startswith("--") and value.startswith("~/"):
+        return option + equals + os.path.expanduser(value)
+    return os.path.expanduser(argument) if argument.startswith("~/") else argument
 
 
 def _with_values(arguments: list[str]) -> list[str]:

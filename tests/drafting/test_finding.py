@@ -44,12 +44,16 @@ def test_paths_that_differ_in_the_name_of_a_split_are_one_source(touch, test):
     touch("one/train.csv", f"one/{test}.csv", "two/train/cat/0.jpg", f"two/{test}/cat/1.jpg")
     touch("three/train-00-of-02.parquet", "three/train-01-of-02.parquet", f"three/{test}-00-of-01.parquet")
     touch("four/train/list.csv", f"four/{test}/list.csv")
-    candidates = find(["one", "two", "three", "four"])
+    touch("five/train_1.csv", "five/train_2.csv", f"five/{test}.csv")
+    touch("cv [1]/cv-valid-train-0.csv", "cv [1]/cv-valid-train-1.csv", f"cv [1]/cv-valid-{test}.csv")
+    candidates = find(["one", "two", "three", "four", "five", "cv [1]"])
     assert {candidate.source["path"]: candidate.held_out["path"] for candidate in candidates} == {
         "one/train.csv": f"one/{test}.csv",
         "two/train": f"two/{test}",
         "three/train-*-of-*.parquet": f"three/{test}-00-of-01.parquet",
         "four/train/list.csv": f"four/{test}/list.csv",
+        "five/train_*.csv": f"five/{test}.csv",
+        "cv [1]/cv-valid-train-*.csv": f"cv [1]/cv-valid-{test}.csv",
     }
 
 

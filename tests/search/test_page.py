@@ -66,6 +66,9 @@ def test_the_keyboard_alone_searches_for_texts_and_files(server, page, little_da
     api.expect(page).to_have_title(re.compile("^a red square"), timeout=SECONDS)
     assert results(page)[0] == "a red square"
     assert page.locator("#status").inner_text().startswith("39 results")
+    entries = page.evaluate("history.length")
+    page.evaluate("go(address())")
+    assert page.evaluate("history.length") == entries, "the same query is no step"
     press_until(page, "Tab", "#choose")
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
@@ -179,6 +182,12 @@ def test_a_browser_without_the_size_of_a_query_searches(server, browser):
 
 def test_the_microphone_is_searched_with(server, page):
     page.goto(server.url)
+    page.evaluate("go('/?q=noise')")
+    page.locator("#record").click()
+    page.locator("#record.recording").wait_for()
+    page.go_back()
+    page.wait_for_function("recorder === null")
+    assert "file=" not in page.url, "a recording is dropped with the form"
     page.locator("#record").click()
     page.locator("#record.recording").wait_for()
     page.evaluate("""async () => {

@@ -15,6 +15,8 @@ import soundfile
 from messages import refuses
 
 from openimp.search import Hit, Index, Like, Query, build_index, open_index
+from openimp.search.query import Words
+from openimp.search.table import Items
 
 pytest.importorskip("lancedb")
 
@@ -293,6 +295,20 @@ def test_meaning_and_words_are_merged(captioned):
     assert pictures == ["A red guitar.", "Two green Guitars and a drum", "2"], "items with more of the words come first"
     sounds = [hit.text for hit in hits if hit.modality == "audio"]
     assert sounds[0] == "the noise of a guitar"
+
+
+def test_texts_that_are_equally_relevant_are_ordered_by_meaning_however_few_are_wanted(word_model, tmp_path):
+    """As the pictures of a class."""
+    lines = [f"red {'circle ' * (i % 5)}{'square ' * (4 - i % 5)}" for i in range(40)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
+    index = open_index(build_index(word_model, [tmp_path / "lines.txt"], tmp_path / "x.index").folder)
+    items = Items(index.folder)
+    vector = index.vectors()["vector"][7].as_py()
+    wanted = {"words": Words("red", ""), "all_words": False, "vectors": {"text": np.float32(vector)}, "where": "true"}
+    best, *_ = everything = items.with_words(k=40, **wanted)
+    assert best["score"] > everything[-1]["score"]
+    for k in (1, 3, 10):
+        assert [row["score"] for row in items.with_words(k=k, **wanted)] == [row["score"] for row in everything[:k]]
 
 
 def test_items_with_all_words_come_first(word_model, tmp_path):

@@ -32,6 +32,8 @@ NAMES = {
 If words of several uses occur, the first use in this list counts. Within a use, columns with an earlier word are
 preferred.
 """
+NOT_IN_TEMPLATES = re.compile(r"[{}*]|^\s|\s$")
+"""Finds what a template cannot have in the name of a column."""
 PROBED_ROWS = 32
 """Rows that decide which columns hold media. The headers of their files are read."""
 SAMPLED_ROWS = 10_000
@@ -109,6 +111,9 @@ def inspect(
     table = open_candidate(candidate.source)
     chosen = [name for name in (chosen_text, chosen_label) if name]
     table.require(chosen)
+    for name in chosen:
+        if NOT_IN_TEMPLATES.search(name):
+            raise UserError(f"{shown(name)}: rename the column; one with braces, * or outer spaces cannot be used")
     first_rows = sample(table, table.columns, PROBED_ROWS)
     source = with_root(candidate.source, table, first_rows, candidate.folder)
     if source is not candidate.source:
@@ -281,7 +286,7 @@ def _media_columns(table: Table, first_rows: dict[str, list[Any]], notes: list[s
 
 def _by_use(names: Sequence[str]) -> dict[str, list[str]]:
     """The columns of each use, the best name first. A template cannot name columns with braces, * or outer spaces."""
-    words_of = {name: re.split(r"[^a-z0-9]+", name.lower()) for name in names if not re.search(r"[{}*]|^\s|\s$", name)}
+    words_of = {name: re.split(r"[^a-z0-9]+", name.lower()) for name in names if not NOT_IN_TEMPLATES.search(name)}
     by_use = {}
     for use, words in NAMES.items():
         by_use[use] = list(dict.fromkeys(name for word in words for name in words_of if word in words_of[name]))

@@ -169,7 +169,7 @@ def _shards(tables: list[Path]) -> list[str]:
     paths = []
     for pattern, group in groupby(sorted(tables, key=pattern_of), key=pattern_of):
         shards = sorted(map(str, group))
-        is_pattern = len(shards) > 1 and sorted(glob.glob(pattern)) == shards
+        is_pattern = len(shards) > 1 and sorted(glob.glob(pattern.replace("[", "[[]"))) == shards
         paths += [pattern] if is_pattern else shards
     return paths
 
@@ -220,11 +220,12 @@ def _without_role(candidate: Candidate) -> tuple[str, str]:
         return candidate.place, ROLES.get(candidate.source["split"].lower(), "")
     around, name = os.path.split(candidate.place)
     above, parent = os.path.split(around)
-    match = ROLE.search(name) or ROLE.search(parent)
-    if match is None:
+    matches = [*ROLE.finditer(name)] or [*ROLE.finditer(parent)]
+    if not matches:
         return f"{candidate.place} {candidate.kind}", ""
     common = re.sub(r"\d+", "*", f"{ROLE.sub('*', parent)}/{ROLE.sub('*', name)}")
-    return f"{above}/{common} {candidate.kind}", ROLES[match[0].lower()]
+    common = re.sub(r"\*([-_.](of[-_.])?\*)+", "*", common)  # Of shards, as in train_1.csv beside test.csv.
+    return f"{above}/{common} {candidate.kind}", ROLES[matches[-1][0].lower()]
 
 
 def shown(name: object, limit: int = 80) -> str:

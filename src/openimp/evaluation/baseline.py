@@ -48,14 +48,18 @@ def comparison(recipe: Recipe, results: list[dict[str, Any]], task: str) -> list
     tested = _read(recipe, options.source, options, TEST_ROWS)
     if known is None or tested is None:
         return []
-    trained = [
-        f"{percent(main_metric(result))} % {WAYS[result['type']]}" for result in results if result["set"] in labelled
-    ]
-    baselines = _baselines(known, tested)
+    measured = [result for result in results if result["set"] in labelled]
+    # The names of classes are those of the held-out rows. With few rows, they may be fewer than all classes.
+    count = max([len({*known.classes, *tested.classes}), *(result["candidates"] for result in measured)])
+    trained = []
+    for result in measured:
+        of_fewer = f" (among {result['candidates']} of them)" if result["candidates"] < count else ""
+        trained.append(f"{percent(main_metric(result))} % {WAYS[result['type']]}{of_fewer}")
+    baselines = _baselines(known, tested, count)
     return [f"{task} without an encoder: {baselines}", f"{task} trained: {', '.join(trained)}"]
 
 
-def _baselines(known: RawRows, tested: RawRows) -> str:
+def _baselines(known: RawRows, tested: RawRows, class_count: int) -> str:
     classes = sorted({*known.classes, *tested.classes})
     number_of = {name: number for number, name in enumerate(classes)}
     known_N = np.array([number_of[name] for name in known.classes])
@@ -64,7 +68,7 @@ def _baselines(known: RawRows, tested: RawRows) -> str:
     neighbors = min(NEIGHBORS, len(known_N))
     predicted_N = nearest_neighbors(known.features, known_N, tested.features, neighbors)
     shares = {
-        "by chance": 1 / len(classes),
+        "by chance": 1 / class_count,
         "with the most frequent class": np.mean(tested_N == most_frequent),
         f"by the {neighbors} nearest neighbors of {known.features_name}": np.mean(tested_N == predicted_N),
     }

@@ -380,6 +380,7 @@ class Index:
             raise UserError(f"since {first_day} is after until {last_day}")
         filters = [any_of("modality", modalities)] if modalities else []
         if under is not None:
+            under = os.path.expanduser(under)
             name = quoted(str(under))  # of a source, or a path
             filters.append(f"(source = {name} OR path = {name} OR {below(os.path.abspath(under))})")
         if first_day or last_day:
@@ -503,8 +504,7 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
     metadata = read_metadata(folder)
     assert metadata is not None
     run = folder.parent
-    is_moved = not has_scheme(metadata.model) and not Path(metadata.model).exists()
-    if is_moved and own_index(str(run)) == folder:  # The run was moved with its index.
+    if not has_scheme(metadata.model) and own_index(str(run)) == folder:  # The run may have moved with its index.
         metadata = metadata.model_copy(update={"model": str(run)})
     try:
         model = load(metadata.model, device)

@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import os
+import signal
 import socket
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -63,6 +65,8 @@ def serve(index: Index, host: str, port: int, names: Sequence[str] = ()) -> None
         timeout_graceful_shutdown=2,  # A paused clip or a sleeping phone would keep the server for ever.
     )
     logging.getLogger("uvicorn.error").addFilter(_is_an_error)
+    # After its shutdown, uvicorn raises the signal again. As an exit, it lets temporary files be removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with suppress(KeyboardInterrupt):
         uvicorn.Server(options).run([listener])
 

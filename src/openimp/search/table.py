@@ -31,6 +31,8 @@ SEARCHED_PARTITIONS = 40
 """A query is compared with the vectors of this many nearest partitions. LanceDB makes a partition per 4,096 rows."""
 REFINE_FACTOR = 2
 """After a search in quantized vectors, `REFINE_FACTOR` * k rows are compared by their exact vectors for k results."""
+MAX_TIED = 50_000
+"""Most rows that are read because the relevance of their words is equal."""
 KEEP_VERSIONS = timedelta(hours=1)
 """How long a version of the table is kept, for processes that read it."""
 ACCENTS = 200
@@ -186,18 +188,25 @@ class Items:
         if words.unwanted:
             unwanted = lance.MatchQuery(folded(words.unwanted), "folded")
             match = lance.BooleanQuery([(lance.Occur.MUST, match), (lance.Occur.MUST_NOT, unwanted)])
-        query = self.table.search(match, query_type="fts").limit(k).select([*self.hit_columns, "vector", "_score"])
-        with _read_errors():
-            hits = query.where(where).to_arrow()
+        limit = k
+        while True:
+            query = self.table.search(match, query_type="fts").select([*self.hit_columns, "vector", "_score"])
+            with _read_errors():
+                hits = query.where(where).limit(limit).to_arrow()
+            bm25 = hits["_score"].to_pylist()
+            # LanceDB cuts ties anywhere, as those of the texts of a class. So all rows that tie with the last are read.
+            if len(bm25) < limit or bm25[-1] < bm25[k - 1] or limit >= MAX_TIED:
+                break
+            limit = min(4 * limit, max(MAX_TIED, k))
         stored = hits["vector"]
         known = iter(as_matrix(stored))
         vector_of_row = [next(known) if is_known else None for is_known in stored.is_valid().to_pylist()]
-        bm25 = hits["_score"].to_pylist()
         rows = hits.drop_columns(["vector", "_score"]).to_pylist()
         for row, item in zip(rows, vector_of_row):
             query_vector = vectors.get(row["modality"])
             row["score"] = None if item is None or query_vector is None else float(item @ query_vector)
-        return [row for _, row in sorted(zip(bm25, rows), key=lambda pair: (-pair[0], -(pair[1]["score"] or 0)))]
+        ranked = sorted(zip(bm25, rows), key=lambda pair: (-pair[0], -(pair[1]["score"] or 0)))
+        return [row for _, row in ranked[:k]]
 
     def rows(self, column: str, values: Iterable[str], columns: list[str]) -> list[dict[str, Any]]:
         """The rows with one of these values in a column; vectors are lists of floats."""

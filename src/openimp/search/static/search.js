@@ -5,6 +5,7 @@
 const $ = (selector, within = document) => within.querySelector(selector);
 const RECORDED_SECONDS = 30;
 let newest = 0; // number of the newest request; answers to older ones are dropped
+let pushes = false; // whether the newest request makes a new entry of the browser's history
 let recorder = null;
 let asking = false; // for the microphone
 let entered = location.search; // the query of the current entry of the browser's history
@@ -27,6 +28,10 @@ async function ask(url, options) {
 // same entry with another URL (replace), or nothing. `whole` replaces the form, too.
 async function go(url, { entry = "push", whole = false } = {}) {
   const own = ++newest;
+  if (entry === "push" && new URL(url, location).href === location.href) entry = "replace"; // As browsers do.
+  if (entry === "replace" && pushes) entry = "push"; // The request that this one overtakes has made no entry.
+  pushes = entry === "push";
+  if (whole && recorder?.state === "recording") recorder.discard();
   document.body.classList.add("busy");
   explain();
   try {
@@ -45,7 +50,10 @@ async function go(url, { entry = "push", whole = false } = {}) {
   } catch (error) {
     if (own === newest) explain(error.message);
   } finally {
-    if (own === newest) document.body.classList.remove("busy");
+    if (own === newest) {
+      pushes = false;
+      document.body.classList.remove("busy");
+    }
   }
 }
 
@@ -67,6 +75,7 @@ async function upload(file, name, modality = "") {
     return;
   }
   explain();
+  const seen = newest;
   const status = $("#status").textContent;
   $("#status").textContent = `Reading ${name} …`;
   try {
@@ -75,7 +84,7 @@ async function upload(file, name, modality = "") {
     if (found.error) throw new Error(found.error);
     await go(address({ more: "", less: "", file: found.id }));
   } catch (error) {
-    $("#status").textContent = status;
+    if (seen === newest) $("#status").textContent = status; // Otherwise a newer search has set it.
     explain(error.message);
   }
 }
@@ -95,13 +104,18 @@ async function record(button) {
   const parts = [];
   recorder = new MediaRecorder(stream);
   recorder.ondataavailable = (event) => parts.push(event.data);
+  let isWanted = true;
+  recorder.discard = () => {
+    isWanted = false;
+    recorder.stop();
+  };
   recorder.onstop = () => {
     const sound = new Blob(parts, { type: recorder.mimeType });
     recorder = null;
     stream.getTracks().forEach((track) => track.stop());
     button.classList.remove("recording");
     button.textContent = "Record";
-    upload(sound, "recording", button.dataset.modality);
+    if (isWanted) upload(sound, "recording", button.dataset.modality);
   };
   recorder.start();
   button.classList.add("recording");
