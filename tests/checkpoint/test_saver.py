@@ -6,6 +6,7 @@ torchrun runs this very file for the work of several ranks.
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -236,8 +237,7 @@ def test_a_file_that_the_manifest_does_not_list_is_damage(little_data, tmp_path)
     verify(folder)
 
 
-def test_an_older_checkpoint_that_cannot_be_removed_is_an_error(little_data, tmp_path, monkeypatch):
-    """The new one is saved by then."""
+def test_an_older_checkpoint_that_cannot_be_removed_is_told(little_data, tmp_path, monkeypatch, capsys):
     training, replace = training_of(little_data, tmp_path / "run", "train.keep_last=1"), os.replace
 
     def refuse(source: Path, target: Path) -> None:
@@ -248,9 +248,9 @@ def test_an_older_checkpoint_that_cannot_be_removed_is_an_error(little_data, tmp
     monkeypatch.setattr(os, "replace", refuse)
     save_after(training, 1, wait=False)
     save_after(training, 1, wait=False)
+    training.checkpointing.wait()
     told = r"step-00000002: is saved, but an older one could not be removed: .*Perm"
-    with pytest.raises(CheckpointError, match=told):
-        training.checkpointing.wait()
+    assert re.search(told, capsys.readouterr().err)
     for folder in checkpoints(tmp_path / "run"):
         verify(folder)
 

@@ -178,7 +178,7 @@ def test_a_stream_must_name_all_its_classes(streamed):
     with refuses():
         opened(folder, *changes, objective % "")
     with refuses():
-        loaded(folder, *changes, objective % ", classes: [a red square, a green square, a white square]")
+        loaded(folder, *changes, objective % ", classes: [a grey square, a pink square]")
 
 
 @pytest.mark.slow

@@ -185,6 +185,13 @@ def test_folders_without_classes_and_without_files(tmp_path, capsys):
 # Parquet files
 
 
+def test_a_parquet_file_that_is_replaced_is_read_again_even_if_it_is_as_old(tmp_path):
+    for rows in (3, 5):
+        write_parquet(tmp_path, rows, shards=1)
+        os.utime(tmp_path / "part-0.parquet", ns=(10**18, 10**18))
+        assert len(opened(tmp_path / "part-0.parquet")) == rows
+
+
 def test_rows_in_any_order_of_the_given_columns(shards):
     table = opened(shards / "*.parquet")
     assert table.rows([39, 0, 0, 21]) == [DATA[i] for i in (39, 0, 0, 21)]

@@ -1,10 +1,12 @@
 """The loop: it learns, it goes on exactly where it was cut off, and it says what is wrong before it does harm."""
 
+import json
 import os
 import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -232,6 +234,10 @@ def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
         with pytest.raises(UserError):
             train(recipe_of(little_data, *LONG), tmp_path / Path(file).parts[0], "auto")
         assert copy.exists()
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "measured" / "results.jsonl").write_text('{"step": 9}\n')  # Of `openimp eval --out`.
+    with refuses():
+        train(recipe_of(little_data, *LONG), tmp_path / "measured")
     with refuses():
         train(recipe_of(little_data, *LONG), tmp_path / "nowhere", resume=True)
     assert not (tmp_path / "nowhere").exists()
@@ -293,15 +299,59 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(little_data, 
 
 
 def test_a_step_that_needs_too_much_memory_is_told_and_the_steps_before_it_are_saved(little_data, tmp_path, capsys):
+    """But not if the update itself does: some weights are then those of the next step."""
+
     def allocate(trainer: Trainer, step: int) -> None:
         if step == 2:
             torch.empty(2**50)
+
+    def allocate_in_update(trainer: Trainer, step: int) -> None:
+        if step == 2:
+            trainer.updater.queue_update = lambda step: torch.empty(2**50)
 
     recipe = recipe_of(little_data, "train.steps=4", "tasks.heard.weight=0", "evaluation={}")
     with refuses():
         train(recipe, tmp_path / "run", variant=Variant(before_step=allocate))
     assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["step-00000002"]
     assert "the learning rate only rises" in capsys.readouterr().out, "5 steps of warm-up are more than 4"
+    with pytest.raises(RuntimeError):
+        train(recipe, tmp_path / "half", variant=Variant(before_step=allocate_in_update))
+    assert not checkpoints(tmp_path / "half")
+
+
+def test_an_evaluation_that_needs_too_much_memory_costs_no_step(little_data, tmp_path, monkeypatch):
+    def allocate(*_: Any, **__: Any) -> None:
+        torch.empty(2**50)
+
+    monkeypatch.setattr("openimp.training.trainer.evaluate", allocate)
+    with refuses():
+        train(recipe_of(little_data, "train.steps=4", "evaluation.every=2", "tasks.heard.weight=0"), tmp_path / "run")
+    assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["step-00000002"]
+
+
+def test_a_run_resumes_whatever_its_columns_are_called(little_data, tmp_path):
+    files = sorted((little_data / "pictures").rglob("*.png"))
+    rows = [json.dumps({"file": str(file.relative_to(little_data)), "a|b": file.parent.name}) for file in files]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    task = "{source: rows, inputs: {image: file}, objectives: [{type: classification, label: a|b}], batch_size: 8,"
+    changes = [
+        f"sources.rows={{path: {tmp_path}/rows.jsonl, root: {little_data}}}",
+        f"tasks.classed={task} views: [{{image: {{size: 32}}}}]}}",
+        "tasks.named.weight=0",
+        "tasks.heard.weight=0",
+        "evaluation={}",
+        "train.steps=4",
+        "train.save_every=2",
+    ]
+
+    def crash(trainer: Trainer, step: int) -> None:
+        if step == 3:
+            trainer.checkpointing.wait()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        train(recipe_of(little_data, *changes), tmp_path / "run", variant=Variant(before_step=crash))
+    assert train(recipe_of(little_data, *changes), tmp_path / "run", resume=True)
 
 
 def state_of(training: Trainer) -> dict[str, torch.Tensor]:

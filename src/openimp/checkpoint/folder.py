@@ -29,6 +29,7 @@ from openimp.checkpoint.lift import lift_6
 from openimp.common.errors import UserError, counted, one_line
 from openimp.common.folders import is_hidden
 from openimp.common.modality import Modalities, Modality
+from openimp.common.progress import notice
 from openimp.common.protocols import learned_files, load_learned
 from openimp.common.safe_files import read_object, read_required, sha256
 from openimp.common.schema import checked
@@ -195,7 +196,11 @@ def mark_best(run: Path, step: int) -> None:
     if folder.exists():
         draft = folder.with_name(f".{BEST}.tmp")
         draft.unlink(missing_ok=True)
-        draft.symlink_to(folder.name)
+        try:
+            draft.symlink_to(folder.name)
+        except OSError as error:  # On some network and USB disks. A later save may remove the checkpoint.
+            notice(f"{folder}: is the best so far, but cannot be linked to: {error.strerror}")
+            return
         best = folder.with_name(BEST)
         if best.is_dir() and not best.is_symlink():  # The run was copied by a program that follows links.
             shutil.rmtree(best)
@@ -262,7 +267,7 @@ def load_training_state(
             optimizer_of |= dict.fromkeys(group["params"], optimizer)
     optimizer_tensors = {}
     for key in dcp.shapes(folder / "optimizer"):
-        name, _, field = key.partition("|")
+        name, _, field = key.rpartition("|")  # The name of a parameter may have |, as a column of classes may.
         parameter = parameters.get(name)
         if parameter not in optimizer_of:
             raise UserError(f"{folder / 'optimizer'}: does not fit the model, which trains no parameter {name}")

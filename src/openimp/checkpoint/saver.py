@@ -14,12 +14,13 @@ from torch import Tensor
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import BEST, MANIFEST, checkpoint_folder, checkpoints, manifest_entry, step_of
 from openimp.common.errors import UserError
+from openimp.common.progress import notice
 from openimp.common.safe_files import sync
 from openimp.parallel import distributed
 
 
 class CheckpointError(UserError):
-    """A checkpoint could not be written, or an older one could not be removed."""
+    """A checkpoint could not be written."""
 
 
 class Saver:
@@ -98,16 +99,17 @@ class Saver:
             if is_rank_zero:  # No rank writes to the draft anymore.
                 shutil.rmtree(draft, ignore_errors=True)
             raise CheckpointError(f"{folder}: could not be saved: {error}; older checkpoints are untouched") from None
-        try:
-            on_rank_zero(lambda: _remove_others(folder, self.keep))
-        except (UserError, OSError) as error:
-            raise CheckpointError(f"{folder}: is saved, but an older one could not be removed: {error}") from None
+        if is_rank_zero:
+            try:
+                _remove_others(folder, self.keep)
+            except OSError as error:  # For example, another process has a file of it open on a network disk.
+                notice(f"{folder}: is saved, but an older one could not be removed: {error}")
 
 
 def _begin(draft: Path, text_files: Mapping[str, str]) -> None:
     # Drafts (.tmp) and half-removed checkpoints (.old) of a process that was killed.
     for leftover in draft.parent.glob(".step-*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=leftover.suffix == ".old")
     draft.mkdir(parents=True)
     for name, text in text_files.items():
         (draft / name).write_text(text, encoding="utf-8")

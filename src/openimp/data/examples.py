@@ -19,6 +19,9 @@ from openimp.data.targets import target_columns
 from openimp.data.task_data import TaskData
 from openimp.data.templates import draw_text, fill
 
+MIN_TRIES = 100
+"""Examples in a row that are tried in place of one that is bad; the examples of a batch if they are more."""
+
 
 @dataclass
 class Example:
@@ -72,14 +75,15 @@ class ExampleReader:
         So the replacement depends neither on the ranks nor on the workers. Adds the examples that it reads to `loaded`.
         """
         stride = self.data.source_of_task[visit.task].lanes or 1
-        for candidate in range(position, position + visit.batch_size * stride, stride):
+        tries = max(visit.batch_size, MIN_TRIES)
+        for candidate in range(position, position + tries * stride, stride):
             if candidate not in loaded:
                 loaded |= self.load(visit, [candidate])
             if not loaded[candidate].bad:
                 return loaded[candidate]
         bad_example = loaded[position]
         raise UserError(
-            f"tasks.{visit.task}: {counted(visit.batch_size, 'example')} in a row could not be read in step "
+            f"tasks.{visit.task}: {counted(tries, 'example')} in a row could not be read in step "
             f"{visit.step}; first: {bad_example.name}: {bad_example.bad}"
         )
 

@@ -21,6 +21,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from openimp.common.cache import cache_folder, cached, stable_hash
 from openimp.common.errors import UserError, one_line
 from openimp.common.names import is_url
+from openimp.common.safe_files import file_state
 from openimp.data.hub import quiet
 
 MAX_EXPANSION = 100
@@ -64,8 +65,7 @@ def load(name: str, path: str, files: list[str], streaming: bool) -> Any:
             return builder(str(cache_folder("parquet"))).as_streaming_dataset(split="train")
         return cached(
             "parquet",
-            stable_hash(files),
-            # If a file has changed, the builder looks for another name in the folder, and finds nothing.
+            stable_hash([*files, *(file_state(file) for file in files if not is_url(file))]),
             lambda folder: builder(str(folder)).as_dataset(split="train"),
             lambda folder: builder(str(folder)).download_and_prepare(),
         )

@@ -201,5 +201,5 @@ def row_states(table: Table, column: str) -> list[Any]:
     If a row has a path, its other columns do not count, so that a corrected caption does not decode the media again.
     """
     paths = table.path_of_rows(column)
-    state_of = {path: table.file_digest(path) for path in paths if path}
+    state_of = {path: table.file_digest(path) for path in dict.fromkeys(paths) if path}
     return [(path, state_of[path]) if path else (table.fingerprint, column, row) for row, path in enumerate(paths)]

@@ -222,13 +222,12 @@ class Table(Rows):
         mask = None
         if _is_text(cells.type) and text_of is None:
             mask = _text_mask(cells, wanted)
-        elif pa.types.is_primitive(cells.type) or _is_text(cells.type):
+        elif (pa.types.is_primitive(cells.type) and not pa.types.is_float16(cells.type)) or _is_text(cells.type):
             text_of = text_of or (lambda value: value)
             values = [value for value in cells.unique().to_pylist() if matches(text_of(value), wanted)]
             mask = pc.is_in(cells, value_set=pa.array(values, cells.type)).to_numpy()
-        elif _is_media(cells.type) and wanted in (None, {"not": None}):  # Reading all media would take hours.
+        elif _is_media(cells.type) and wanted == {"not": None}:  # Reading all media would take hours.
             mask = _has_media(cells)
-            mask = ~mask if wanted is None else mask
         if mask is not None:
             return mask if self._kept is None else mask[self._kept]
         return np.array([matches(row[column], wanted) for row in self.iterate([column])], bool)

@@ -74,7 +74,7 @@ class Text(Modality):
     class View(Strict):
         """Length of a text."""
 
-        length: Count = 16
+        length: Annotated[int, Field(ge=2)] = 16
         """Tokens, including the end token; longer texts are cut at the end. The paper: 16."""
 
     @property

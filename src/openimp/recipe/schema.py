@@ -12,7 +12,7 @@ from pydantic import Field, ValidationInfo, model_validator
 from openimp.common.errors import UserError, nearest, one_line
 from openimp.common.modality import Classes, Modality
 from openimp.common.objective import ClassColumn
-from openimp.common.schema import FolderName, Strict, Whole, checked
+from openimp.common.schema import FolderName, Strict, checked
 from openimp.recipe.evaluation import ClassHead, Evaluation, EvaluationSet, Probe, Retrieval, ZeroShot
 from openimp.recipe.file import read_recipe, to_yaml
 from openimp.recipe.inputs import View
@@ -29,7 +29,7 @@ class Recipe(Strict):
     name: FolderName
     """The name of the experiment. Default: the name of the recipe's file without `.yaml`. By default, the run directory
     is runs/NAME."""
-    seed: Whole = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of the initial weights, the order of tasks and examples, and the augmentation."""
     model: Model = Model()
     """The shared encoder and its embedding space."""

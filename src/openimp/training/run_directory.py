@@ -67,7 +67,8 @@ class RunDirectory:
             newest = newest_intact(self.path)
             require_same_run(newest, self.recipe, trainer, allow_changed_data)
             return newest
-        has_logged = any((self.path / name).exists() for name in ("tensorboard", "logger.id", "metrics.jsonl"))
+        logs = ("tensorboard", "logger.id", "metrics.jsonl", "results.jsonl", "skipped.jsonl")
+        has_logged = any((self.path / name).exists() for name in logs)
         has_recipe = self.recipe_file.exists()
         # A run that died before its first checkpoint starts again and loses nothing. If it died before it logged
         # anything, it has left only this very recipe; any other recipe.yaml was written by the user.

@@ -58,8 +58,7 @@ def train(
     Raises:
         UserError: the run cannot start, resume or continue. If data is bad or a loss is not finite, all complete steps
             are saved. If a rank died, the steps since the last checkpoint are lost.
-        CheckpointError: a checkpoint cannot be written, or an older one cannot be removed. The steps since the last
-            complete checkpoint are lost.
+        CheckpointError: a checkpoint cannot be written. The steps since the last complete checkpoint are lost.
     """
     if isinstance(recipe, Mapping):
         recipe = Recipe.build(dict(recipe))
@@ -132,6 +131,7 @@ class Trainer(Parts):
         self._bar = StepBar(self.recipe.train.steps, self.step)
         self._begun_steps: list[PendingStep] = []
         self._queued_update: QueuedUpdate | None = None
+        self._is_updating = False  # Until all optimizers have stepped, the weights are those of no step.
 
     @property
     def steps_per_update(self) -> int:
@@ -195,7 +195,7 @@ class Trainer(Parts):
                     self.make_step(loaded)
                 except RuntimeError as error:
                     # With several ranks, the others cannot save: they wait for this one in collectives.
-                    if distributed.world_size() > 1 or not is_out_of_memory(error):
+                    if distributed.world_size() > 1 or self._is_updating or not is_out_of_memory(error):
                         raise
                     raise self._out_of_memory_error(loaded) from None
                 if self.variant.prints_warnings:
@@ -253,7 +253,9 @@ class Trainer(Parts):
         # Confirms the previous update while the device computes these gradients. If a callback raises StopTraining,
         # these steps are not applied.
         self.confirm()
+        self._is_updating = True
         grad_norm = self.updater.queue_update(steps[-1].batch_info.visit.step)
+        self._is_updating = False
         for step in steps:
             # Frees the autograd graph. The log still needs the value.
             step.losses = replace(step.losses, total=step.losses.total.detach())
@@ -379,6 +381,10 @@ class Trainer(Parts):
             except NotMeasured as error:
                 self._failure = error
                 results = error.results
+            except RuntimeError as error:
+                if distributed.world_size() > 1 or not is_out_of_memory(error):
+                    raise
+                raise UserError("evaluation: out of memory; lower evaluation.batch_size") from None
             finally:
                 reshard(self.model)  # Gathered weights are out of date once the EMA is swapped back.
         if results:
