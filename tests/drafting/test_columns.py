@@ -221,6 +221,13 @@ def test_equal_pictures_in_a_table_are_never_in_both_parts():
     assert not train & test
     assert train | test == {*pictures}
     assert divided.item == "image"
+    rows = [
+        {"image": None if i in (3, 9) else {"bytes": picture, "path": None}, "caption": f"caption {i // 2}"}
+        for i, picture in enumerate(pictures)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), "pictures.parquet")
+    (task,) = inspect(Candidate({"path": "pictures.parquet"}), None, None)[0]
+    assert split_task(task).item == "caption", "missing pictures are not equal"
 
 
 def test_what_repeats_in_a_table_decides_what_is_a_positive():
@@ -242,6 +249,9 @@ def test_columns_of_captions_that_differ_in_a_number_are_all_trained_on():
     recipe = yaml.load(draft.text, RecipeLoader)
     assert recipe["tasks"]["data"]["inputs"]["text"] == ["caption_0", "caption_1", "caption_2"]
     assert not [note for note in draft.notes if "not used" in note]
+    write(numbered(40, file=copies(40), name_1=["cat", "dog"], name_2="a text {}"))
+    recipe = yaml.load(draft_recipe(["data.jsonl"]).text, RecipeLoader)
+    assert recipe["tasks"]["data"]["inputs"]["text"] == "name_2", "the names of classes are no captions"
 
 
 def test_rows_that_are_not_used_are_told():

@@ -135,6 +135,8 @@ def test_links_are_not_followed_and_a_folder_without_media_says_what_was_looked_
         find([""])
     with refuses():
         find(["date.csv"])
+    touch("table-1.csv")
+    assert [candidate.source["path"] for candidate in find(["table-[0-9].csv"])] == ["table-[0-9].csv"]
     Image.new("RGB", (4, 4)).save(folder / "data/x.pcx")
     with refuses():
         find(["data"])

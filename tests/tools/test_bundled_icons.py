@@ -6,9 +6,29 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from icon_splits import held_out_keys, key_of
+from icon_splits import MIN_SETS, held_out_keys, key_of, mark_demo
 
 DEMO = Path(__file__).resolve().parents[2] / "src" / "openimp" / "data" / "demo"
+
+
+def test_the_demo_uses_names_of_many_sets_that_are_not_related_to_held_out_emoji():
+    def rows(name, number, set_split="train"):
+        return [{"name": name, "set": f"{set_split}{i}", "set_split": set_split} for i in range(number)]
+
+    icons = [
+        *rows("star", MIN_SETS),
+        *rows("star", 1, "test"),
+        *rows("bus", MIN_SETS, "test"),
+        *2 * rows("sea", MIN_SETS - 1),
+    ]
+    related = ["shields", "shield off", "lightbulb", "alarm light bulb"]
+    icons += [row for name in (*related, "light", "bulb") for row in rows(name, MIN_SETS)]
+    mark_demo(icons, ["shield", "bulb light"])
+    assert Counter(row["name"] for row in icons if row["demo"]) == {
+        "star": MIN_SETS + 1,
+        "light": MIN_SETS,
+        "bulb": MIN_SETS,
+    }
 
 
 @pytest.fixture(scope="module")

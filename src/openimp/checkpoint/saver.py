@@ -131,7 +131,7 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     sync(folder.parent)
     sync(run)
     if replaced:
-        shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)  # `_begin` of the next save tries again.
 
 
 def _remove_others(folder: Path, keep: int) -> None:

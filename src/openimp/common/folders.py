@@ -17,25 +17,18 @@ OWN_FOLDERS = ({"recipe.yaml", ".lock"}, {"recipe.yaml", "checkpoints"}, {"index
 
 
 def visible(folder: str | Path) -> list[os.DirEntry[str]]:
-    """The files and folders in a folder that are not hidden, sorted by name.
-
-    There are none if the folder may not be read, or is a run or an index.
-    """
+    """The files and folders in a folder that are not hidden, sorted by name; none if the folder may not be read."""
     try:
-        with os.scandir(folder) as scanned:
-            entries = list(scanned)
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=attrgetter("name"))
     except PermissionError:
         return []
-    names = {entry.name for entry in entries}
-    if any(own_names <= names for own_names in OWN_FOLDERS):
-        return []
-    return sorted((entry for entry in entries if not entry.name.startswith(".")), key=attrgetter("name"))
 
 
 def subfolders(folder: str | Path) -> list[str]:
     """The names of the visible folders in a folder that have files, sorted."""
     folders = [entry for entry in visible(folder) if entry.is_dir(follow_symlinks=False)]
-    return [entry.name for entry in folders if next(files_below(entry.path), None)]
+    return [entry.name for entry in folders if next(_files([entry]), None)]
 
 
 def files_below(folder: str | Path) -> Iterator[os.DirEntry[str]]:
@@ -43,13 +36,24 @@ def files_below(folder: str | Path) -> Iterator[os.DirEntry[str]]:
 
     Only links need a system call of their own, so a hundred thousand files are listed in a fraction of a second.
     """
-    stack = visible(folder)[::-1]
+    return _files(visible(folder))
+
+
+def _files(entries: list[os.DirEntry[str]]) -> Iterator[os.DirEntry[str]]:
+    """The files among the entries of a folder, and below them."""
+    stack = entries[::-1]
     while stack:
         entry = stack.pop()
         if entry.is_dir(follow_symlinks=False):
-            stack += reversed(visible(entry.path))
+            if not _is_own(entry.path):
+                stack += reversed(visible(entry.path))
         elif not is_folder(entry):
             yield entry
+
+
+def _is_own(folder: str) -> bool:
+    """Whether a folder is a run or an index."""
+    return any(all(os.path.exists(os.path.join(folder, name)) for name in names) for names in OWN_FOLDERS)
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

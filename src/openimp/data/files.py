@@ -60,8 +60,11 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
     if not files:  # The folder may be called "birds [2]".
         files = sorted(glob.glob(path.replace("[", "[[]"), recursive=True))
     if not files:
-        moved = f"; if it has moved: openimp train and eval take --set sources.{name}.path=PLACE"
-        hint = "; braces are no pattern, but * is" if "{" in path else moved
+        hint = f"; if it has moved: openimp train and eval take --set sources.{name}.path=PLACE"
+        if "{" in path:
+            hint = "; braces are no pattern, but * is"
+        elif glob.has_magic(path):
+            hint = ""
         raise UserError(f"source {name}: {path}: no such file or folder{hint}")
     for file in files:
         if not os.path.isfile(file):

@@ -9,6 +9,7 @@ import glob
 import os
 from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -63,12 +64,18 @@ def load(name: str, path: str, files: list[str], streaming: bool) -> Any:
         builder = partial(BoundedParquet, data_files={"train": names}, features=_common_features(files))
         if streaming:
             return builder(str(cache_folder("parquet"))).as_streaming_dataset(split="train")
-        return cached(
-            "parquet",
-            stable_hash([*files, *(file_state(file) for file in files if not is_url(file))]),
-            lambda folder: builder(str(folder)).as_dataset(split="train"),
-            lambda folder: builder(str(folder)).download_and_prepare(),
-        )
+        state = stable_hash(map(file_state, files))
+
+        def read(folder: Path) -> Any:
+            if (folder / "state").read_text() != state:
+                raise ValueError("the files have changed")
+            return builder(str(folder)).as_dataset(split="train")
+
+        def write(folder: Path) -> None:
+            builder(str(folder)).download_and_prepare()
+            (folder / "state").write_text(state)
+
+        return cached("parquet", stable_hash(files), read, write)
 
 
 def _common_features(files: list[str]) -> Any:

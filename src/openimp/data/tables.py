@@ -316,7 +316,7 @@ def item_key(value: Any) -> str | None:
 
 def item_content(value: Any) -> bytes:
     """What rows of the same item have in common: the bytes of media, or else the `item_key`. b"": no value."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
         value = value.get("bytes") or value.get("path")
     return value if isinstance(value, bytes) else (item_key(value) or "").encode()
 

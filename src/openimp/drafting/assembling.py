@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from openimp.common.errors import UserError, counted
+from openimp.common.texts import text_key
 from openimp.drafting import sizing
 from openimp.drafting.columns import TaskDraft
 from openimp.drafting.finding import ROLE
@@ -194,7 +195,8 @@ def _add(
         objectives.append({"type": "contrastive", "positives_by": task.text.name})
     elif task.text:
         objectives.append({"type": "contrastive", "positives_by": split.item})
-        if split.item != task.text.name and task.text.distinct < DISTINCT_TEXTS * len(task.text.sample):
+        distinct_texts = len({text_key(text) for text in task.text.sample})
+        if split.item != task.text.name and distinct_texts < DISTINCT_TEXTS * len(task.text.sample):
             objectives[-1]["positives_in"] = task.text.name
     if task.label:
         objectives.append({"type": "classification", "label": task.label.name})

@@ -141,9 +141,10 @@ def inspect(
     if chosen_label and label is None:
         raise UserError(f"--label: {'; '.join(notes)}")
     # A column in `min_rows_per_class` may hold classes, so its texts are not used.
-    text = next((text for text in texts if text.name not in min_rows_per_class), None)
+    usable_texts = [text for text in texts if text.name not in min_rows_per_class]
+    text = next(iter(usable_texts), None)
     if text and not chosen_text:
-        text = text._replace(others=_numbered_alike(text.name, [other.name for other in texts]))
+        text = text._replace(others=_numbered_alike(text.name, [other.name for other in usable_texts]))
     if text and text.bad > MAX_WITHOUT_TEXT and not chosen_text and label and not label.are_numbers:
         notes.append(
             f"{shown(text.name)}: {text.bad:.0%} of the rows have none, so the classes are the texts; "

@@ -69,7 +69,7 @@ def _below(path: str, tables: bool) -> list[Candidate]:
         return _hub_splits(rest)
     if os.path.isdir(path):
         return [candidate._replace(folder=path) for candidate in _in_folder(Path(path), tables)]
-    if not (scheme or "*" in path or os.path.exists(path)):
+    if not (scheme or glob.has_magic(path) or os.path.exists(path)):
         raise UserError(f"{path}: no such file or folder")
     return [Candidate({"path": path})]
 

@@ -14,6 +14,8 @@ MIN_GROUPS = 5
 """With fewer groups, such as speakers, rows of one group may be both trained on and tested on."""
 COMPARED_ROWS = 100
 """Rows from the first on whose media are compared. Tables of captions often repeat a picture in consecutive rows."""
+MAX_COMPARED_BYTES = 4e9
+"""Most bytes of media by which rows are divided."""
 TEST_ROWS = 5000
 """Rows to hold out of a large source."""
 
@@ -78,7 +80,7 @@ def _given_split(task: TaskDraft, train: dict[str, Any], test: dict[str, Any], w
         rows=len(table),
         test_rows=len(held_out),
         why=why,
-        item=_items(task)[0],
+        item=_item_column(task),
         classes=list(classes),
         trains_test_classes=test_classes <= classes,
     )
@@ -86,7 +88,7 @@ def _given_split(task: TaskDraft, train: dict[str, Any], test: dict[str, Any], w
 
 def _by_hash(task: TaskDraft) -> Split:
     rows = len(task.table)
-    item, items = _items(task)
+    item = _item_column(task)
     classes = _classes(task.table, task)
     whole = Split(
         train=task.source,
@@ -103,7 +105,7 @@ def _by_hash(task: TaskDraft) -> Split:
     parts = max(10, rows // TEST_ROWS)
     part_of_row = task.table.parts(parts, by)
     sizes = Counter(part_of_row)
-    if items < MIN_ITEMS or len(sizes) < 2:
+    if _count_items(task, item) < MIN_ITEMS or len(sizes) < 2:
         return whole
     labels = task.table.column(task.label.name) if task.label else []
     classes_of_part = defaultdict(set)
@@ -127,26 +129,34 @@ def _by_hash(task: TaskDraft) -> Split:
     )
 
 
-def _items(task: TaskDraft) -> tuple[str | None, int]:
-    """The column whose equal values mean the same item, and the number of items (of texts: in the sample).
+def _item_column(task: TaskDraft) -> str | None:
+    """The column whose equal values mean the same item. None: each row is an item.
 
     It is the column of paths in which a path repeats, the column of media if one repeats among the first rows, or else
-    the text column. None: each row is an item.
+    the text column. Media of more than `MAX_COMPARED_BYTES` are not compared, because every start would read them.
     """
     for name in task.by_use["path"]:
         paths = _keys(task.table, name)
         if len(set(paths)) < len(paths):
-            return name, len(set(paths))
+            return name
     media = task.media.name
     if media not in task.by_use["path"]:
-        rows = range(len(task.table))
-        first_contents = [item_content(row[media]) for row in task.table.iterate([media], rows[:COMPARED_ROWS])]
-        if len(set(first_contents)) < len(first_contents):
-            ids = {item_id(cells[media], row) for row, cells in zip(rows, task.table.iterate([media], rows))}
-            return media, len(ids)
-    if task.text and task.text.distinct:
-        return task.text.name, task.text.distinct
-    return None, len(task.table)
+        first_rows = range(min(COMPARED_ROWS, len(task.table)))
+        contents = [item_content(cells[media]) for cells in task.table.iterate([media], first_rows)]
+        present = [content for content in contents if content]
+        estimated_bytes = sum(map(len, present)) * len(task.table) / max(1, len(contents))
+        if len(set(present)) < len(present) and estimated_bytes <= MAX_COMPARED_BYTES:
+            return media
+    return task.text.name if task.text and task.text.distinct else None
+
+
+def _count_items(task: TaskDraft, column: str | None) -> int:
+    """The number of items, see `_item_column`; of texts, those in the sample."""
+    if column is None:
+        return len(task.table)
+    if task.text and column == task.text.name:
+        return task.text.distinct
+    return len({item_id(cells[column], row) for row, cells in enumerate(task.table.iterate([column]))})
 
 
 def _keys(table: Table, column: str) -> list[str]:

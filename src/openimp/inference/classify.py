@@ -73,7 +73,8 @@ def make_classifier(
         raise UserError("prompts need the names of the classes")
     heads = class_heads(model.recipe, modality) if model.classes else {}  # A model without heads needs no recipe.
     if not heads:
-        raise UserError(f"the model has no classification head for {modality}, so name the classes to choose from")
+        advice = "" if model.modalities[modality].reads_text else ", so name the classes to choose from"
+        raise UserError(f"the model has no classification head for {modality}{advice}")
     if head is None and len(heads) > 1:
         raise UserError(f"{modality} has several classification heads; choose the head: {', '.join(heads)}")
     head = head or next(iter(heads))

@@ -39,8 +39,9 @@ def find_files(
     """
     if only is not None and only not in modalities:
         raise UserError(f"the model has no modality {only!r}{nearest(only, modalities)}")
-    readers = {only: modalities[only]} if only else modalities
-    modality_of = modality_by_extension(readers)
+    modality_of = modality_by_extension(modalities)
+    if only is not None:
+        modality_of = {extension: name for extension, name in modality_of.items() if name == only}
     # The keys of each inner dictionary are the files, each once.
     files_by_modality: dict[str, dict[File, None]] = {}
     given = [str(file) if is_url(str(file)) else Path(file).expanduser() for file in files]

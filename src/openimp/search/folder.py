@@ -62,7 +62,8 @@ def own_index(model: str) -> Path | None:
 
 def is_index(folder: Path) -> bool:
     """Whether a folder holds an index. One that was interrupted at its start has only the lock."""
-    return (folder / METADATA).exists() or [path.name for path in folder.iterdir()] == [LOCK]
+    is_begun = (folder / LOCK).exists() and all(path.name.startswith(".") for path in folder.iterdir())
+    return (folder / METADATA).exists() or is_begun
 
 
 @contextmanager

@@ -5,7 +5,7 @@ A part is a whole file, a segment of a recording, or a line of a text file. Each
 
 import hashlib
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -41,6 +41,15 @@ class IndexedFile:
     recorded: Recorded = UNKNOWN_RECORDING  # when and where
     # Rows of the table, with "vector" once it is known. None: the part is found by its words only.
     parts: list[dict[str, Any]] = field(default_factory=list)
+
+
+def text_of_all(media: Iterable[Media]) -> str | None:
+    """The texts of several media, as far as they can be read, as one text."""
+    texts: dict[str, None] = {}
+    for one in media:
+        with suppress(BadMedia):
+            texts[nfc(one.text() or "")] = None
+    return "; ".join(filter(None, texts))[:MAX_TEXT] or None
 
 
 def open_file(encoder: ItemEncoder, media: Media, sha256: str) -> IndexedFile:

@@ -11,6 +11,7 @@ from dataclasses import fields
 from datetime import date, timedelta
 from functools import cached_property
 from itertools import islice
+from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,25 +189,33 @@ class Items:
         if words.unwanted:
             unwanted = lance.MatchQuery(folded(words.unwanted), "folded")
             match = lance.BooleanQuery([(lance.Occur.MUST, match), (lance.Occur.MUST_NOT, unwanted)])
-        limit = k
-        while True:
-            query = self.table.search(match, query_type="fts").select([*self.hit_columns, "vector", "_score"])
+        for limit in (k, max(k, MAX_TIED)):
+            query = self.table.search(match, query_type="fts").where(where).limit(limit)
+            query = query.select([*self.hit_columns, "vector", "_score"])
             with _read_errors():
-                hits = query.where(where).limit(limit).to_arrow()
-            bm25 = hits["_score"].to_pylist()
+                hits = query.to_arrow()
+            bm25 = np.array(hits["_score"], np.float32)
             # LanceDB cuts ties anywhere, as those of the texts of a class. So all rows that tie with the last are read.
-            if len(bm25) < limit or bm25[-1] < bm25[k - 1] or limit >= MAX_TIED:
+            if len(bm25) < k or bm25[-1] < bm25[k - 1]:
                 break
-            limit = min(4 * limit, max(MAX_TIED, k))
-        stored = hits["vector"]
-        known = iter(as_matrix(stored))
-        vector_of_row = [next(known) if is_known else None for is_known in stored.is_valid().to_pylist()]
-        rows = hits.drop_columns(["vector", "_score"]).to_pylist()
-        for row, item in zip(rows, vector_of_row):
-            query_vector = vectors.get(row["modality"])
-            row["score"] = None if item is None or query_vector is None else float(item @ query_vector)
-        ranked = sorted(zip(bm25, rows), key=lambda pair: (-pair[0], -(pair[1]["score"] or 0)))
-        return [row for _, row in ranked[:k]]
+        cosines = self._cosines(hits, vectors)
+        ranked = np.lexsort((-np.nan_to_num(cosines, nan=0.0), -bm25))[:k]
+        rows = hits.drop_columns(["vector", "_score"]).take(ranked).to_pylist()
+        for row, cosine in zip(rows, cosines[ranked].tolist()):
+            row["score"] = None if isnan(cosine) else cosine
+        return rows
+
+    def _cosines(self, hits: pa.Table, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The cosine of each row with the vector of its modality; NaN if one of them is missing."""
+        cosines = np.full(len(hits), np.nan, np.float32)
+        is_known = hits["vector"].is_valid().to_numpy()
+        modalities = np.array(hits["modality"].to_pylist())[is_known]
+        stored = as_matrix(hits["vector"])
+        known_cosines = np.full(len(stored), np.nan, np.float32)
+        for name, vector in vectors.items():
+            known_cosines[modalities == name] = stored[modalities == name] @ vector
+        cosines[is_known] = known_cosines
+        return cosines
 
     def rows(self, column: str, values: Iterable[str], columns: list[str]) -> list[dict[str, Any]]:
         """The rows with one of these values in a column; vectors are lists of floats."""

@@ -3,7 +3,6 @@
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,7 +16,7 @@ from openimp.common.threads import map_ahead
 from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
 from openimp.inference.model import Model
 from openimp.search.media import Media, joined, media_state
-from openimp.search.parts import IndexedFile, open_file, read_part
+from openimp.search.parts import IndexedFile, open_file, read_part, text_of_all
 from openimp.search.table import Items, chunks
 
 WRITTEN_BATCHES = 4
@@ -162,19 +161,12 @@ class Update:
         return first if first != file.media.path else None
 
     def _add_texts_of_duplicates(self) -> None:
-        """Adds the texts of rows with equal media to the text of the first of these rows."""
+        """Gives the first of several rows with equal media the texts of all of them."""
         columns = self.items.table.schema.names
-        for paths in chunks(self.duplicates):
-            changed = []
-            for row in self.items.rows("path", paths, columns):
-                text = row["text"] or ""
-                for media in self.duplicates[row["path"]]:
-                    with suppress(BadMedia):
-                        more = media.text()
-                        if more and f"; {more}; " not in f"; {text}; ":
-                            text = f"{text}; {more}" if text else more
-                if text != (row["text"] or ""):
-                    changed.append(row | {"text": text})
+        for paths in chunks(self.duplicates.keys() & self.wanted.keys()):
+            text_of = {path: text_of_all([self.wanted[path], *self.duplicates[path]]) for path in paths}
+            rows = self.items.rows("path", paths, columns)
+            changed = [row | {"text": text_of[row["path"]]} for row in rows if row["text"] != text_of[row["path"]]]
             self.items.replace({row["path"] for row in changed}, changed)
 
     def _copy_vectors(self, encoder: ItemEncoder, files: list[IndexedFile]) -> None:

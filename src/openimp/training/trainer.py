@@ -184,8 +184,11 @@ class Trainer(Parts):
         evaluate_every = self.recipe.evaluation.every
         if self.step == 0 and self.recipe.starts_from_weights:
             self.evaluate(stop.watch)  # The baseline: later results show what was forgotten.
-        if self.step and self._is_due(evaluate_every, self.step) and not self._is_measured():
-            self.evaluate(stop.watch)  # The interrupted run has saved this step, but did not evaluate it.
+        if self.step and self._is_due(evaluate_every, self.step):
+            if self._is_measured():  # The interrupted run may not have marked the step as the best so far.
+                self._keep_best([{"set": name} for name in self.recipe.evaluation.sets])
+            else:
+                self.evaluate(stop.watch)
         loaded_batches = self.log.timer.timed(load_batches(self.batches, self.step))
         try:
             # The alternation has chosen the task and the view of each batch: `loaded.visit`. With several ranks, a rank

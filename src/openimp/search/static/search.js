@@ -31,7 +31,6 @@ async function go(url, { entry = "push", whole = false } = {}) {
   if (entry === "push" && new URL(url, location).href === location.href) entry = "replace"; // As browsers do.
   if (entry === "replace" && pushes) entry = "push"; // The request that this one overtakes has made no entry.
   pushes = entry === "push";
-  if (whole && recorder?.state === "recording") recorder.discard();
   document.body.classList.add("busy");
   explain();
   try {
@@ -39,6 +38,7 @@ async function go(url, { entry = "push", whole = false } = {}) {
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     if (own !== newest) return;
     if (!$("#query", page)) throw new Error(page.body.textContent.trim() || `The server failed: ${answer.status}.`);
+    if (whole && recorder?.state === "recording") recorder.discard();
     for (const id of whole ? ["query", "results"] : ["parts", "results"]) $(`#${id}`).replaceWith($(`#${id}`, page));
     $("#status").textContent = $("#status", page).textContent;
     document.title = page.title;
@@ -101,6 +101,7 @@ async function record(button) {
   } finally {
     asking = false;
   }
+  if (!button.isConnected) return stream.getTracks().forEach((track) => track.stop()); // The form was replaced.
   const parts = [];
   recorder = new MediaRecorder(stream);
   recorder.ondataavailable = (event) => parts.push(event.data);
