@@ -71,7 +71,7 @@ def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
     changes = sets("tasks.named.weight=0", "train.num_workers=1")
     done = subprocess.run([*command, *changes], capture_output=True, text=True)
     assert done.returncode == 2
-    told = "openimp: tasks.heard: 100 examples in a row could not be read in step 0; first: sounds.jsonl["
+    told = "openimp: tasks.heard: 10 examples in a row could not be read in step 0; first: sounds.jsonl["
     assert re.fullmatch(f"{re.escape(told)}.*\n", done.stderr)
     code = "import sys, openimp.cli; print('torch' in sys.modules)"
     quick = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -19,7 +19,7 @@ from openimp.data.targets import target_columns
 from openimp.data.task_data import TaskData
 from openimp.data.templates import draw_text, fill
 
-MIN_TRIES = 100
+MIN_TRIES = 10
 """Examples in a row that are tried in place of one that is bad; the examples of a batch if they are more."""
 
 
