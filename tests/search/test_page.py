@@ -186,8 +186,8 @@ def test_the_microphone_is_searched_with(server, page):
     page.locator("#record").click()
     page.locator("#record.recording").wait_for()
     page.go_back()
-    page.wait_for_function("recorder === null")
-    assert "file=" not in page.url, "a recording is dropped with the form"
+    page.locator("#record:not(.recording)").wait_for()
+    assert page.evaluate("recorder === null"), "a recording is dropped with the form"
     page.locator("#record").click()
     page.locator("#record.recording").wait_for()
     page.evaluate("""async () => {

@@ -38,7 +38,7 @@ async function go(url, { entry = "push", whole = false } = {}) {
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     if (own !== newest) return;
     if (!$("#query", page)) throw new Error(page.body.textContent.trim() || `The server failed: ${answer.status}.`);
-    if (whole && recorder?.state === "recording") recorder.discard();
+    if (whole && recorder) discard();
     for (const id of whole ? ["query", "results"] : ["parts", "results"]) $(`#${id}`).replaceWith($(`#${id}`, page));
     $("#status").textContent = $("#status", page).textContent;
     document.title = page.title;
@@ -89,6 +89,13 @@ async function upload(file, name, modality = "") {
   }
 }
 
+// Ends a recording that is not wanted any more.
+function discard() {
+  const own = recorder;
+  recorder = null;
+  own.stop();
+}
+
 async function record(button) {
   if (recorder) return recorder.stop();
   if (asking) return; // Otherwise a second click would start a recording that nothing ends.
@@ -103,25 +110,21 @@ async function record(button) {
   }
   if (!button.isConnected) return stream.getTracks().forEach((track) => track.stop()); // The form was replaced.
   const parts = [];
-  recorder = new MediaRecorder(stream);
-  recorder.ondataavailable = (event) => parts.push(event.data);
-  let isWanted = true;
-  recorder.discard = () => {
-    isWanted = false;
-    recorder.stop();
-  };
-  recorder.onstop = () => {
-    const sound = new Blob(parts, { type: recorder.mimeType });
-    recorder = null;
+  const own = new MediaRecorder(stream);
+  recorder = own;
+  own.ondataavailable = (event) => parts.push(event.data);
+  own.onstop = () => {
     stream.getTracks().forEach((track) => track.stop());
+    if (recorder !== own) return; // It was discarded.
+    recorder = null;
     button.classList.remove("recording");
     button.textContent = "Record";
-    if (isWanted) upload(sound, "recording", button.dataset.modality);
+    upload(new Blob(parts, { type: own.mimeType }), "recording", button.dataset.modality);
   };
   recorder.start();
   button.classList.add("recording");
   button.textContent = "Stop and search";
-  setTimeout((own) => own === recorder && own.stop(), RECORDED_SECONDS * 1000, recorder);
+  setTimeout(() => own === recorder && own.stop(), RECORDED_SECONDS * 1000);
 }
 
 function play(button, on) {
