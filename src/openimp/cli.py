@@ -299,7 +299,7 @@ def search(
 
 @app.command()
 def serve(
-    what: Annotated[Path, typer.Argument(help="An index, or a run or openimp:base, whose data is indexed first.")],
+    what: Annotated[Path, typer.Argument(help="An index. Or a run or openimp:base: their data is indexed first.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0: any free port.")] = 8000,
     name: Annotated[

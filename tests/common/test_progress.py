@@ -4,6 +4,7 @@ import io
 import time
 
 from openimp.common import progress
+from openimp.training.step_timer import StepTimer
 
 
 def test_without_a_terminal_long_work_prints_lines_before_its_end(monkeypatch, capsys):
@@ -32,8 +33,9 @@ def test_the_time_of_evaluations_does_not_make_the_remaining_steps_longer(monkey
     now = 0.0
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
     bar = progress.StepBar(total=100, done=0)
-    with bar.paused():
+    timer = StepTimer()
+    with timer.paused():
         now += 90
     now += 10
-    bar.report(10, {}, "")
+    bar.report(10, {}, "", timer.paused_seconds)
     assert capsys.readouterr().out.rstrip().endswith("1:40 of 3:10")

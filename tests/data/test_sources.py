@@ -172,7 +172,7 @@ def test_folders_without_classes_and_without_files(tmp_path, capsys):
     row = {"file": "a.png", "name": "a", "prefix": "a", "extension": "png", "text": "a picture"}
     assert all_rows(opened(tmp_path)) == [row]
     (tmp_path / "cat").mkdir()
-    assert all_rows(opened(tmp_path)) == [row], "an empty folder is no class"
+    assert all_rows(opened(tmp_path)) == [row], "a folder without files is not taken for a class"
     fails(path=str(tmp_path), stream=True)
     (tmp_path / "cat" / os.fsdecode(b"\xff.png")).write_bytes(png(0))
     (tmp_path / "cat" / "loop.png").symlink_to("loop.png")

@@ -79,7 +79,6 @@ class StepBar(ProgressBar):
         self.total = total
         self.first_step = done
         self.start_time = time.perf_counter()
-        self.paused_seconds = 0.0
         self.note = ""
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
                    TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
@@ -94,15 +93,6 @@ class StepBar(ProgressBar):
     def step(self, done: int) -> None:
         self.update(self.task, completed=done)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The time of the block, such as an evaluation, does not tell how long the remaining steps take."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.paused_seconds += time.perf_counter() - start
-
     def track_evaluation(self, rows: Iterable[T], description: str) -> Iterator[T]:
         """Yields the rows while a bar below the bar of the steps shows their progress."""
         bar = self.add_task(f"evaluate {description}", total=len(rows) if isinstance(rows, Sized) else None)
@@ -113,14 +103,17 @@ class StepBar(ProgressBar):
         finally:
             self.remove_task(bar)
 
-    def report(self, done: int, losses: Mapping[str, float], speed: str) -> None:
-        """Shows a line of metrics below the bar, or prints it if there is no terminal."""
+    def report(self, done: int, losses: Mapping[str, float], speed: str, paused_seconds: float = 0.0) -> None:
+        """Shows a line of metrics below the bar, or prints it if there is no terminal.
+
+        `paused_seconds`, as of evaluations, do not tell how long the remaining steps take.
+        """
         note = "  ".join([*(f"{name} {loss:.3f}" for name, loss in losses.items()), speed])
         if console.is_terminal:
             self.note = note
             return
         elapsed = time.perf_counter() - self.start_time
-        seconds_per_step = (elapsed - self.paused_seconds) / max(1, done - self.first_step)
+        seconds_per_step = (elapsed - paused_seconds) / max(1, done - self.first_step)
         expected = elapsed + seconds_per_step * (self.total - done)
         step = f"step {done}/{self.total}".ljust(len(f"step {self.total}/{self.total}"))
         console.print(f"{step}  {note}  {clock(elapsed)} of {clock(expected)}", soft_wrap=True)

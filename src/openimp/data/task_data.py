@@ -157,7 +157,7 @@ class TaskData:
     def fit(self, fitted_stems: Collection[str] = ()) -> None:
         """Fits the modalities that learn from the training texts, as a tokenizer does. Rank 0 learns for all ranks.
 
-        Modalities whose stem is in `fitted_stems` stay as they are. Rank 0 warns if they know no word of many texts.
+        A modality with a stem in `fitted_stems` stays as it is. If it knows no word of many texts, rank 0 warns.
         """
         for name, modality in self.modalities.items():
             if modality.stem in fitted_stems and isinstance(modality, TextReader) and rank() == 0:

@@ -13,7 +13,7 @@ MIN_ITEMS = 20
 MIN_GROUPS = 5
 """With fewer groups, such as speakers, rows of one group may be both trained on and tested on."""
 COMPARED_ROWS = 100
-"""Rows from the first on whose media are compared. Tables of captions often repeat a picture in consecutive rows."""
+"""The media of this many first rows are compared. Tables of captions often repeat a picture in consecutive rows."""
 MAX_COMPARED_BYTES = 4e9
 """Most bytes of media by which rows are divided."""
 TEST_ROWS = 5000
@@ -28,7 +28,7 @@ class Split(NamedTuple):
     rows: int  # of training
     test_rows: int
     why: str  # how the rows were divided, in one sentence
-    item: str | None  # the column whose equal values mean the same item; None: each row is an item
+    item: str | None  # see `_item_column`; None: each row is an item
     classes: list[Any]  # of the label, in the rows of training
     trains_test_classes: bool  # all classes of the test rows are trained on
 
@@ -130,10 +130,10 @@ def _by_hash(task: TaskDraft) -> Split:
 
 
 def _item_column(task: TaskDraft) -> str | None:
-    """The column whose equal values mean the same item. None: each row is an item.
+    """The column that tells the item of a row: rows with equal values have the same item. None: each row is an item.
 
-    It is the column of paths in which a path repeats, the column of media if one repeats among the first rows, or else
-    the text column. Media of more than `MAX_COMPARED_BYTES` are not compared, because every start would read them.
+    It is the column of paths if a path repeats, the column of media if a picture or sound repeats among the first rows,
+    or else the text column. Media of more than `MAX_COMPARED_BYTES` are not compared: every start would read them.
     """
     for name in task.by_use["path"]:
         paths = _keys(task.table, name)

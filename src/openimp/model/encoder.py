@@ -139,8 +139,7 @@ class Encoder(nn.Module):
     """Blocks and a final LayerNorm, as in arXiv 2305.06324. All stems share them, except experts if `moe.experts` gives
     each stem its own.
 
-    Each of the stems, whose names are `stems`, may have its own copy of the first `config.modality_specific_layers`
-    blocks.
+    Each stem may have its own copy of the first `config.modality_specific_layers` blocks. `stems` are their names.
     """
 
     def __init__(self, config: Model, stems: Iterable[str] = ()) -> None:

@@ -419,7 +419,7 @@ class Index:
             sample = self._from_table(lambda items: items.sample(SAMPLE, any_of("modality", names), ["vector"]))
             self._samples[key] = as_matrix(sample["vector"])
         cosines = self._samples[key] @ vector
-        if not len(cosines):  # Of texts of which the model knows hardly any, and none in the sample.
+        if not len(cosines):  # The model knows no word of the texts in the sample.
             return Spread(0.0, 0.0, 1)
         return Spread(float(cosines.mean()), float(cosines.var()), sum(self.counts[name] for name in names))
 

@@ -46,9 +46,9 @@ class IndexedFile:
 def text_of_all(media: Iterable[Media]) -> str | None:
     """The texts of several media, as far as they can be read, as one text."""
     texts: dict[str, None] = {}
-    for one in media:
+    for medium in media:
         with suppress(BadMedia):
-            texts[nfc(one.text() or "")] = None
+            texts[nfc(medium.text() or "")] = None
     return "; ".join(filter(None, texts))[:MAX_TEXT] or None
 
 

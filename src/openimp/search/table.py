@@ -189,14 +189,14 @@ class Items:
         if words.unwanted:
             unwanted = lance.MatchQuery(folded(words.unwanted), "folded")
             match = lance.BooleanQuery([(lance.Occur.MUST, match), (lance.Occur.MUST_NOT, unwanted)])
-        for limit in (k, max(k, MAX_TIED)):
+        # LanceDB cuts ties anywhere, as those of the texts of a class. So if row k + 1 ties with row k, more are read.
+        for limit in (k + 1, max(k + 1, MAX_TIED)):
             query = self.table.search(match, query_type="fts").where(where).limit(limit)
             query = query.select([*self.hit_columns, "vector", "_score"])
             with _read_errors():
                 hits = query.to_arrow()
             bm25 = np.array(hits["_score"], np.float32)
-            # LanceDB cuts ties anywhere, as those of the texts of a class. So all rows that tie with the last are read.
-            if len(bm25) < k or bm25[-1] < bm25[k - 1]:
+            if len(bm25) <= k or bm25[-1] < bm25[k - 1]:
                 break
         cosines = self._cosines(hits, vectors)
         ranked = np.lexsort((-np.nan_to_num(cosines, nan=0.0), -bm25))[:k]

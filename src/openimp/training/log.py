@@ -130,7 +130,7 @@ class Log:
         for logger in self.loggers:
             logger.log(_scalars(line), steps_done)
         losses = {task: line["tasks"][task]["loss"] for task in self.recipe.tasks if task in line["tasks"]}
-        bar.report(steps_done, losses, speed_text(line))
+        bar.report(steps_done, losses, speed_text(line), self.timer.paused_seconds)
         if warning := self.timer.warning(line):
             console.print(warning, soft_wrap=True)
         return line

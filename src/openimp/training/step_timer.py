@@ -26,6 +26,7 @@ class StepTimer:
         self.warned = False
         self.step_start = time.perf_counter()
         self.step_wait = 0.0
+        self.paused_seconds = 0.0  # since the start of the training
         self._reset()
 
     def _reset(self) -> None:
@@ -54,7 +55,9 @@ class StepTimer:
         try:
             yield
         finally:
-            self.record_start += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.record_start += seconds
+            self.paused_seconds += seconds
 
     def record(self) -> dict[str, Any]:
         """The times since the last record in seconds, over all ranks. Every rank must call this.

@@ -1,7 +1,7 @@
 """The training loop: alternating gradient descent. Each step trains one task with one of its views."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -186,7 +186,7 @@ class Trainer(Parts):
             self.evaluate(stop.watch)  # The baseline: later results show what was forgotten.
         if self.step and self._is_due(evaluate_every, self.step):
             if self._is_measured():  # The interrupted run may not have marked the step as the best so far.
-                self._keep_best([{"set": name} for name in self.recipe.evaluation.sets])
+                self._keep_best(self.recipe.evaluation.sets)
             else:
                 self.evaluate(stop.watch)
         loaded_batches = self.log.timer.timed(load_batches(self.batches, self.step))
@@ -351,13 +351,13 @@ class Trainer(Parts):
         self.confirm_and_gather_bad_examples()
         if not self.recipe.evaluation.sets:
             return
-        with self.log.timer.paused(), self._bar.paused():
+        with self.log.timer.paused():
             results = self._measure(watch)
         self._evaluated_step = None if self._failure else self.step
         if self._failure and not is_last:
             console.print(f"{self._failure}; training goes on", soft_wrap=True)
         self._announce_checkpoint()  # Before `_keep_best` may save: only the newest checkpoint is announced.
-        self._keep_best(results)
+        self._keep_best([result["set"] for result in results])
         self._announce_checkpoint()
         self.callbacks.call(lambda callback: callback.on_evaluation(self.step, results))
 
@@ -395,10 +395,10 @@ class Trainer(Parts):
             console.print(table(results))
         return results
 
-    def _keep_best(self, results: list[dict[str, Any]]) -> None:
-        """Saves a checkpoint if these results are the best so far, and links to the best one."""
+    def _keep_best(self, measured: Collection[str]) -> None:
+        """Saves a checkpoint if this step is the best so far, and links to the best one, if its set is measured."""
         name = self.recipe.evaluation.best
-        if name is None or all(result["set"] != name for result in results):
+        if name is None or name not in measured:
             return
         self.checkpointing.wait()
         steps = {self.step, *map(step_of, checkpoints(self.run))}
