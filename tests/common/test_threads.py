@@ -35,16 +35,19 @@ def test_an_error_comes_in_the_place_of_its_item():
 def test_work_that_nobody_waits_for_is_not_begun():
     """For example if a user interrupts an index of long films."""
     begun = []
+    second_begun = threading.Event()
     may_end = threading.Event()
 
     def work(item: int) -> int:
         begun.append(item)
         if item:
+            second_begun.set()
             may_end.wait(60)
         return item
 
     results = map_ahead(work, range(100), threads=1)
     assert next(results) == 0
+    assert second_begun.wait(60)
     threading.Timer(0.1, may_end.set).start()
     results.close()  # Waits for the work that is being done.
     assert begun == [0, 1]
