@@ -17,7 +17,7 @@ from openimp.common.modality import BadMedia
 from openimp.common.schema import Strict
 from openimp.data import store as store_module
 from openimp.data.sources import open_source
-from openimp.data.store import ITEMS_PER_FILE, DecodedStore, store_column
+from openimp.data.store import ITEMS_PER_FILE, DecodedStore, SharedStore, store_column
 from openimp.data.tables import Table
 from openimp.recipe.tasks import Source
 
@@ -92,7 +92,7 @@ def opened(path: Path, **options) -> Table:
 
 def build(
     table: Table, modality: Numbers | None = None, cache: str = "disk", sizes=(8,), progress=None
-) -> DecodedStore:
+) -> DecodedStore | SharedStore:
     views = [Numbers.View(size=size) for size in sizes]
     return store_column(table, modality or Numbers(), "file", views, cache == "disk", progress)
 
@@ -121,6 +121,27 @@ def test_arrays_come_back(folder, cache):
     store = build(opened(folder / "m.csv"), cache=cache)
     check(store)
     check(pickle.loads(pickle.dumps(store)))
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_file_that_several_rows_name_is_decoded_once(folder, cache):
+    """As a picture with five captions in five rows."""
+    (folder / "captions.csv").write_text("\n".join(["file", "0.npy", "bad.npy", "0.npy", "1.npy", "bad.npy", "0.npy"]))
+    modality = Numbers()
+    bars = []
+
+    def progress(items, description):
+        bars.append(len(items))
+        return items
+
+    store = build(opened(folder / "captions.csv"), modality, cache, progress=progress)
+    assert (modality.decoded, bars) == (3, [3])
+    for same in (store, pickle.loads(pickle.dumps(store))):
+        for row, number in {0: 0, 2: 0, 3: 1, 5: 0}.items():
+            np.testing.assert_array_equal(same[row], ARRAYS[number])
+        for row in (1, 4):
+            with pytest.raises(BadMedia, match=r"^this is no array$"):
+                same[row]
 
 
 def test_disk_is_read_again_although_the_data_has_moved_or_other_columns_have_changed(tmp_path):

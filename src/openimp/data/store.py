@@ -4,6 +4,7 @@ On disk, they are in openimp's cache, in files of `ITEMS_PER_FILE` items. If dec
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import chain, repeat
@@ -69,6 +70,18 @@ class DecodedStore:
         return (read_store, tuple(self._files)) if self._files else (DecodedStore, (self._rows,))
 
 
+@dataclass(frozen=True)
+class SharedStore:
+    """A store for a column in which several rows have the same media: `store[row]`."""
+
+    store: DecodedStore
+    number_of_row: np.ndarray  # for each row, the number of its media in `store`
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """The decoded array of a row, or BadMedia as when it was decoded."""
+        return self.store[int(self.number_of_row[row])]
+
+
 def store_column(
     table: Table,
     modality: Modality,
@@ -76,15 +89,22 @@ def store_column(
     views: list[Any],
     on_disk: bool = False,
     progress: Progress | None = None,
-) -> DecodedStore:
+) -> DecodedStore | SharedStore:
     """Decodes the media in a table's column. A tower embeds them, and its vectors are always kept on disk.
 
-    `views` are all views that read the column: arrays are no larger than the largest of them needs.
+    A file that several rows name, with a caption each, is decoded once. `views` are all views that read the column:
+    arrays are no larger than the largest of them needs.
     """
     is_tower = isinstance(modality, Towered)
+    paths = table.path_of_rows(column)
+    first_rows: dict[str | int, int] = {}  # of each file; media that the table itself holds have a row each
+    for row, path in enumerate(paths):
+        first_rows.setdefault(path or row, row)
+    rows = list(first_rows.values())
 
-    def decode(rows: Sequence[int]) -> Iterator[Decoded]:
-        reads = (partial(table.media, cells[column]) for cells in table.iterate([column], rows))
+    def decode(numbers: range) -> Iterator[Decoded]:
+        cells_of_rows = table.iterate([column], rows[numbers.start : numbers.stop])
+        reads = (partial(table.media, cells[column]) for cells in cells_of_rows)
         if isinstance(modality, Towered):
             return modality.embed_all(reads)
         # In threads, because decoders release Python's global lock.
@@ -92,11 +112,17 @@ def store_column(
 
     description = f"{'embedding' if is_tower else 'decoding'} {table.name}.{column}"
     if on_disk or is_tower:
-        return store_on_disk(decoding_key(modality, views), row_states(table, column), decode, description, progress)
-    rows = range(len(table))
-    progress_bar = progress(rows, description) if progress else rows
-    decoded = (array for _, array in zip(progress_bar, decode(rows)))
-    return DecodedStore(pa.Table.from_batches(_batches(decoded), SCHEMA))
+        states = [media_state(table, column, row, paths[row]) for row in rows]
+        store = store_on_disk(decoding_key(modality, views), states, decode, description, progress)
+    else:
+        numbers = range(len(rows))
+        progress_bar = progress(numbers, description) if progress else numbers
+        decoded = (array for _, array in zip(progress_bar, decode(numbers)))
+        store = DecodedStore(pa.Table.from_batches(_batches(decoded), SCHEMA))
+    if len(rows) == len(table):
+        return store
+    number_of = {path: number for number, path in enumerate(first_rows)}
+    return SharedStore(store, np.array([number_of[path or row] for row, path in enumerate(paths)]))
 
 
 def _decode(modality: Modality, views: list[Any], read: Callable[[], Any]) -> Decoded:
@@ -195,11 +221,10 @@ def decoding_of(modality: Any) -> list[Any]:
     return [*code, modality.config.model_dump_json(), sorted(learned_files([modality]).items())]
 
 
-def row_states(table: Table, column: str) -> list[Any]:
-    """For each row, a value that changes if the row's media change.
+def media_state(table: Table, column: str, row: int, path: str | None) -> Any:
+    """A value that changes if the media in a row change. `path`: of their file.
 
-    If a row has a path, its other columns do not count, so that a corrected caption does not decode the media again.
+    If there is a path, the row's other columns do not count, so that a corrected caption does not decode the media
+    again.
     """
-    paths = table.path_of_rows(column)
-    state_of = {path: table.file_digest(path) for path in dict.fromkeys(paths) if path}
-    return [(path, state_of[path]) if path else (table.fingerprint, column, row) for row, path in enumerate(paths)]
+    return (path, table.file_digest(path)) if path else (table.fingerprint, column, row)

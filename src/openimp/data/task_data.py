@@ -20,7 +20,7 @@ from openimp.data.embedded import EmbeddedRows, EmbeddedTexts
 from openimp.data.order import permute, seed_key
 from openimp.data.readable import require_readable
 from openimp.data.sources import open_source
-from openimp.data.store import DecodedStore, store_column
+from openimp.data.store import DecodedStore, SharedStore, store_column
 from openimp.data.streams import Cursor, Stream
 from openimp.data.tables import Table
 from openimp.data.targets import classes_of, target_columns, target_sizes
@@ -69,9 +69,9 @@ class TaskData:
         """
         self.recipe = recipe
         self.modalities = modalities
-        self.stores: dict[tuple[str, str, str], DecodedStore] = {}
+        self.stores: dict[tuple[str, str, str], DecodedStore | SharedStore] = {}
         self.text_vectors: dict[str, EmbeddedTexts] = {}
-        self.teacher_vectors: dict[str, dict[Teacher, DecodedStore | EmbeddedRows]] = {}
+        self.teacher_vectors: dict[str, dict[Teacher, DecodedStore | SharedStore | EmbeddedRows]] = {}
         self.source_of_task: dict[str, Table | Stream] = {}
         self.classes: dict[str, list[Any]] = {}
         self.world_size = world_size
@@ -228,7 +228,7 @@ class TaskData:
                 )
         for task_name, source in self.source_of_task.items():
             task = self.recipe.tasks[task_name]
-            vectors: dict[Teacher, DecodedStore | EmbeddedRows] = {}
+            vectors: dict[Teacher, DecodedStore | SharedStore | EmbeddedRows] = {}
             for teacher in task.teachers:
                 assert isinstance(source, Table)
                 tower = teachers[teacher]
