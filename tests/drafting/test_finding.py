@@ -107,6 +107,17 @@ def test_a_table_beside_those_of_a_split_is_not_trained_on(touch):
     assert named == ["train.tsv", "validated.tsv"], "tables that are named are meant"
 
 
+def test_a_split_for_evaluation_whose_training_split_is_not_found_is_not_trained_on(touch):
+    touch("a/labels_train.csv", "a/test_data.csv", "b/test.csv", "c/test/cat/0.jpg")
+    *used, test = find(["a", "b", "c"])
+    assert [candidate.place for candidate in used] == ["a/labels_train.csv", "b/test.csv", "c/test"]
+    assert (test.place, test.problem) == (
+        "a/test_data.csv",
+        "is a split of no training data: their names differ in more than the split",
+    )
+    assert paths("a/labels_train.csv", "a/test_data.csv") == ["a/labels_train.csv", "a/test_data.csv"]
+
+
 def test_further_splits_are_neither_trained_on_nor_measured(touch):
     for name in ("train", "val", "valid", "test", "eval"):
         touch(f"a/{name}/cat/0.jpg", f"a/{name}/dog/0.jpg")

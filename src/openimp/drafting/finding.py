@@ -178,9 +178,12 @@ def _join_splits(candidates: list[Candidate]) -> list[Candidate]:
     """Joins the splits of a source. If it has both, the validation split is held out, so that the test stays unseen."""
     groups: dict[str, dict[str, list[Candidate]]] = {}  # by what the splits have in common, and by role
     folders_of_splits = set()
+    folders_with_training = set()
     for candidate in candidates:
         key, role = _without_role(candidate)
         groups.setdefault(key, {}).setdefault(role, []).append(candidate)
+        if role == "train" and candidate.folder:
+            folders_with_training.add(candidate.folder)
     joined = []
     for by_role in groups.values():
         held_out = [*by_role.get("val", []), *by_role.get("test", [])]
@@ -191,7 +194,15 @@ def _join_splits(candidates: list[Candidate]) -> list[Candidate]:
                 split = f"split {candidate.source['split']} " if "hub" in candidate.source else ""
                 joined.append(candidate._replace(problem=f"{split}is left for a last test"))
         else:
-            joined += chain.from_iterable(by_role.values())
+            unmatched = "is a split of no training data: their names differ in more than the split"
+            for role, candidates_of_role in by_role.items():
+                is_unmatched = role in ("val", "test")
+                joined += [
+                    candidate._replace(problem=unmatched)
+                    if is_unmatched and candidate.folder in folders_with_training
+                    else candidate
+                    for candidate in candidates_of_role
+                ]
     folders_of_splits.discard(None)
     beside = "is beside the tables of a split"  # So it may have the same rows.
     return [
