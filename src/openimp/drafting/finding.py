@@ -5,7 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Set
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
