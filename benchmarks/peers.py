@@ -51,7 +51,8 @@ The first row is the recipe `photos_and_speech` with its task `photos` alone. Th
 nearest embedding; without texts, the classification head tells it. In each of the next rows, up to `classification loss
 alone`, one option is changed, or four. The last rows are other training programs, with a ViT of the same size as
 openimp's. The learning rates of openimp, of AdamW and of the other programs are the best of two or three candidates in
-trainings of 1.5 minutes on nine tenths of the training rows, measured on the rest (`--tune`).""",
+trainings of 1.5 minutes on nine tenths of the training rows, measured on the rest (`--tune`). open_clip's loss takes
+other pictures of a batch with the same text as negatives; openimp's does not (`positives_by`).""",
     "speech": """\
 openimp is the recipe `photos_and_speech` with its task `digits` alone. The predicted digit is the name with the nearest
 embedding. The peer is a convolutional network on log-mel spectrograms. In the official split, the speakers of the test

@@ -16,9 +16,9 @@ from openimp.checkpoint.resume import common_checkpoints
 from openimp.common.errors import UserError, escaped
 from openimp.common.json_lines import append
 from openimp.common.names import HUB, TIMM, Name, has_scheme, is_bundled, is_url
+from openimp.common.objective import head_key
 from openimp.common.progress import clock, console, notice, number_table, track
 from openimp.common.safe_files import refuse_links
-from openimp.data.batch import head_key
 from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
 from openimp.drafting.draft import draft_recipe, is_data, recipe_name

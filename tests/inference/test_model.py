@@ -108,6 +108,7 @@ def test_tokenizer_batches_are_the_texts_and_padding_changes_no_embedding(model)
     assert ids.shape == (2, 8)
     torch.testing.assert_close(model.encode_text(ids), model.encode_text(texts), rtol=0, atol=1e-5)
     assert torch.equal(model.tokenizer("noise"), ids[1:])
+    assert model.encode_text(model.tokenizer([])).shape == model.encode_text([]).shape
     ids = model.tokenizer("a")
     assert (ids[0, 3:] == 0).all()
     for length in (3, 5):

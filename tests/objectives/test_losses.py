@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from made_models import FixedStem, model_config
 
 from openimp.common.modality import StemSpec, Tokens
-from openimp.common.objective import Objective, TargetSizes
-from openimp.data.batch import Batch, head_key
+from openimp.common.objective import Objective, TargetSizes, head_key
+from openimp.data.batch import Batch
 from openimp.model.imp import IMP, Encoded
 from openimp.objectives.classification import Classification, sigmoid_classification
 from openimp.objectives.contrastive import Contrastive

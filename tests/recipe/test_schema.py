@@ -135,6 +135,11 @@ REFUSED = [
     "tasks.nammed.weight=2",
     "sources.picture.path=elsewhere",
     "evaluation.sets.tone.label=x",
+    # Names of heads have a slash for a dot.
+    (
+        "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: classification, label: a.b}, "
+        "{type: classification, label: a/b}]}"
+    ),
 ]
 
 

@@ -143,3 +143,8 @@ class Objective(Strict, ABC):
     def warning(self, task: Task, tokens: Mapping[str, Tokens], targets: Tensors) -> str | None:
         """A sentence for the user if the task's first batch does not suit the objective. All ranks call it."""
         return None
+
+
+def head_key(source: str, label: str) -> str:
+    """The name of the classification head of a source's column. Module names must not contain a dot."""
+    return f"{source}:{label}".replace(".", "/")

@@ -33,8 +33,3 @@ class Batch(NamedTuple):
     def share_memory(self) -> "Batch":
         """Moves the tensors to memory that other processes can read. RuntimeError if there is not enough of it."""
         return tree_map_only(Tensor, Tensor.share_memory_, self)
-
-
-def head_key(source: str, label: str) -> str:
-    """The name of the classification head of a source's column. Module names must not contain a dot."""
-    return f"{source}:{label}".replace(".", "/")

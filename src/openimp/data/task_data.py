@@ -12,10 +12,9 @@ import numpy as np
 
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality
-from openimp.common.objective import TargetSizes, Teacher
+from openimp.common.objective import TargetSizes, Teacher, head_key
 from openimp.common.progress import Progress, notice
 from openimp.common.protocols import Learned, TextReader, Towered
-from openimp.data.batch import head_key
 from openimp.data.embedded import EmbeddedRows, EmbeddedTexts
 from openimp.data.order import permute, seed_key
 from openimp.data.readable import require_readable

@@ -13,9 +13,9 @@ from openimp.checkpoint.folder import read_config
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import Classes
 from openimp.common.names import BUNDLED, HUB, Name
+from openimp.common.objective import head_key
 from openimp.common.schema import as_text
 from openimp.common.texts import equal_pair, text_key
-from openimp.data.batch import head_key
 from openimp.data.files import is_utf8
 from openimp.data.sources import FORMATS
 from openimp.data.tables import Table

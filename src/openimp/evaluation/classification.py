@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openimp.common.errors import UserError
+from openimp.common.objective import head_key
 from openimp.common.schema import as_text
 from openimp.common.texts import text_key
-from openimp.data.batch import head_key
 from openimp.data.tables import Table, item_key
 from openimp.data.targets import find_classes, index_of, sort_classes
 from openimp.encoding.items import require_pair

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openimp.common.errors import UserError, counted, escaped, nearest
+from openimp.common.objective import head_key
 from openimp.common.progress import notice
 from openimp.common.protocols import is_known
 from openimp.common.texts import text_key
-from openimp.data.batch import head_key
 from openimp.encoding.engine import ItemEncoder
 from openimp.evaluation.zero_shot import check_prompt, names_with_equal_tokens
 from openimp.inference.files import File, encoded, find_files, left_out, shown_name

@@ -169,7 +169,8 @@ class Text(Modality):
         """Tokenizes texts to ids (B, length) padded with 0, like open_clip's tokenizers. Default length: `View`'s."""
         view = self.View() if length is None else self.View(length=length)
         texts = [texts] if isinstance(texts, str) else texts
-        return torch.from_numpy(np.concatenate([self.encode_input(text, view) for text in texts]))
+        no_texts = np.empty((0, view.length), np.int64)
+        return torch.from_numpy(np.concatenate([no_texts, *(self.encode_input(text, view) for text in texts)]))
 
     def _check_length(self, length: int) -> None:
         if length > self.config.positions:

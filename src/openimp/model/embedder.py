@@ -58,12 +58,15 @@ def in_chunks(encode_all: EncodeAll, chunk_size: int | None) -> EncodeAll:
 
 def _join(parts: list[Tokens], encoded: list[Encoded]) -> Encoded:
     """The result for one modality from those for the parts of its batch."""
+    features = torch.cat([part.features for part in encoded])
+    if not encoded[0].routing:
+        return Encoded(features, [])
     # Averaged over all ranks, because the routers' statistics are.
     mean_token_counts = all_reduce_mean(torch.stack([tokens.valid().sum().float() for tokens in parts]))
     token_shares = (mean_token_counts / mean_token_counts.sum().clamp(min=1)).unbind()
     by_layer = zip(*(part.routing for part in encoded))
     routing = [RouterStats.mean(stats, token_shares) for stats in by_layer]
-    return Encoded(torch.cat([part.features for part in encoded]), routing)
+    return Encoded(features, routing)
 
 
 def pass_sizes(examples: Mapping[str, int], chunk_size: int | None) -> list[dict[str, int]]:

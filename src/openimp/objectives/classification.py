@@ -14,9 +14,8 @@ from torch import Tensor
 from openimp.common.device import full_precision
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
-from openimp.common.objective import ClassColumn, Objective, Row, TargetSizes, Tensors
+from openimp.common.objective import ClassColumn, Objective, Row, TargetSizes, Tensors, head_key
 from openimp.common.schema import PartialShare, as_text
-from openimp.data.batch import head_key
 from openimp.data.targets import row_classes
 from openimp.model.embedder import Embedder, EncodedAll
 from openimp.recipe.registry import modality_class

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from openimp.common.errors import UserError, nearest, one_line
 from openimp.common.modality import Classes, Modality
-from openimp.common.objective import ClassColumn
+from openimp.common.objective import ClassColumn, head_key
 from openimp.common.schema import FolderName, Strict, checked
 from openimp.recipe.evaluation import ClassHead, Evaluation, EvaluationSet, Probe, Retrieval, ZeroShot
 from openimp.recipe.file import read_recipe, to_yaml
@@ -27,8 +27,8 @@ class Recipe(Strict):
     """The complete description of an experiment."""
 
     name: FolderName
-    """The name of the experiment. Default: the name of the recipe's file without `.yaml`. By default, the run directory
-    is runs/NAME."""
+    """The name of the experiment. In a file it may be missing: then it is the file's name without `.yaml`. By default,
+    the run directory is runs/NAME."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of the initial weights, the order of tasks and examples, and the augmentation."""
     model: Model = Model()
@@ -102,6 +102,7 @@ class Recipe(Strict):
 
     def _check_tasks(self) -> None:
         heads: dict[tuple[str, str], tuple[str, ClassColumn]] = {}
+        columns_by_key: dict[str, tuple[str, str]] = {}
         for task_name, task in self.tasks.items():
             key = f"tasks.{task_name}"
             views = {f"{key}.views[{i}]": view for i, view in enumerate(task.views)}
@@ -116,7 +117,14 @@ class Recipe(Strict):
                 )
             self._check_objectives(key, task)
             for column in task.class_columns:
-                first_task, first_column = heads.setdefault((task.source, column.name), (task_name, column))
+                this_column = (task.source, column.name)
+                other = columns_by_key.setdefault(head_key(*this_column), this_column)
+                if other != this_column:
+                    raise UserError(
+                        f"{key}: the heads of columns {column.name!r} of {task.source} and {other[1]!r} of {other[0]} "
+                        "would have the same name, in which a dot becomes a slash; rename one of the columns"
+                    )
+                first_task, first_column = heads.setdefault(this_column, (task_name, column))
                 if column != first_column:
                     raise UserError(
                         f"{key}: tasks.{first_task} classifies {column.name!r} of {task.source} too, by the same head, "

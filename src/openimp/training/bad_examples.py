@@ -27,7 +27,7 @@ class BadExamples:
             forget_after(self.file, step - 1)  # Its lines count steps from 0.
         self.state = state
         self._added: list[dict[str, int | str]] = []  # on this rank, since the last `gather`
-        self._unchecked: dict[str, list[str]] = {}  # on all ranks, since the last `check`
+        self._unchecked: dict[str, list[str]] = {}  # on all ranks, since the last `raise_if_too_many`
 
     def add(self, step: int, task: str, read: int, bad: list[tuple[str, str]]) -> None:
         """Adds one step: the number of examples that all ranks read, and (name, reason) of this rank's bad examples."""

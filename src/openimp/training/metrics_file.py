@@ -1,4 +1,4 @@
-"""Reads metrics.jsonl, which `Metrics` writes."""
+"""Reads metrics.jsonl, which `Log` writes."""
 
 from math import nan
 from pathlib import Path
