@@ -119,6 +119,20 @@ def test_a_run_in_format_6_resumes_and_goes_on_in_format_8(fixtures):
     assert openimp.load("run").recipe.train.steps == 5
 
 
+def test_a_folder_of_another_library_and_a_revision_of_a_folder_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with refuses():
+        openimp.load(tmp_path)
+    with refuses():
+        Model.from_pretrained(tmp_path, revision="main")
+
+
+def test_evaluation_has_one_process(fixtures, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with refuses():
+        run_eval(fixtures / "checkpoint", None, None, None)
+
+
 def test_a_model_without_a_recipe_is_used_and_says_what_is_missing(fixtures):
     (fixtures / "pushed" / "recipe.yaml").unlink()
     model = openimp.load("pushed", "cpu", "fp32")

@@ -77,6 +77,18 @@ def test_the_tokenizer_is_the_checkpoints(little_run, pictures_only, tmp_path):
     assert torch.equal(ids, wanted)
 
 
+def test_a_tokenizer_file_may_move(little_run, pictures_only, tmp_path):
+    """Models have a copy, and two files with the same tokenizer are equal."""
+    file = tmp_path / "words.json"
+    shutil.copy(checkpoints(little_run)[-1] / "tokenizer.json", file)
+    train(recipe_of(pictures_only, little_run, "train.steps=2", f"modalities.text.tokenizer={file}"), tmp_path / "run")
+    file.unlink()
+    model = openimp.load(tmp_path / "run")
+    assert model.config.modalities["text"].tokenizer == str(checkpoints(tmp_path / "run")[-1] / "tokenizer.json")
+    training = Trainer(set_up(recipe_of(pictures_only, tmp_path / "run"), tmp_path / "next"))
+    assert training.data.modalities["text"].state() == model.modalities["text"].state()
+
+
 def test_texts_without_a_word_that_the_tokenizer_knows_are_told(little_data, capsys):
     recipe = Recipe.load(little_data / "recipe.yaml", ["modalities.text.min_df=1"])
     for known_word in ("a", "tone"):
@@ -144,7 +156,7 @@ def test_a_modality_that_is_new_starts_anew(own_data, tmp_path, capsys, by_stem)
     ],
 )
 def test_what_does_not_fit_is_told_in_one_sentence(little_run, pictures_only, tmp_path, change):
-    Tokenizer(models.BPE()).save(str(pictures_only / "other.json"))
+    Tokenizer(models.WordLevel({"a": 0}, "a")).save(str(pictures_only / "other.json"))
     with refuses():
         Trainer(set_up(recipe_of(pictures_only, little_run, change), tmp_path / "run"))
     assert not (tmp_path / "run").exists()

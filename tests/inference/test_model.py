@@ -175,6 +175,19 @@ def test_vectors_can_be_trained_on_and_tensors_through(model, media_folder):
     assert sound.grad.abs().sum() > 0
 
 
+def test_tensors_that_cannot_be_read_are_told(model):
+    for modality, tensor in (
+        ("image", torch.zeros(3, 32, 32)),
+        ("image", torch.zeros(1, 3, 33, 32)),
+        ("audio", torch.zeros(1, 8092)),  # not a whole number of patches
+        ("audio", torch.zeros(1, 0)),
+        ("text", torch.zeros(1, 300, dtype=torch.int64)),
+        ("text", torch.full((1, 8), 9999)),
+    ):
+        with refuses():
+            model.encode(modality, tensor)
+
+
 def test_each_modality_is_encoded_towards_a_sensible_partner(model, tiny_recipe, model_of):
     partners = {"image": "text", "video": "text", "audio": "text", "text": "image"}
     assert {name: model.partner(name) for name in model.modalities} == partners

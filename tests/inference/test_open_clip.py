@@ -113,6 +113,18 @@ def test_a_changed_model_is_opened_again(tmp_path):
     assert openimp.load(name).encode_text(TEXTS).shape == (5, 24)
 
 
+def test_a_relative_name_means_the_folder_below_the_current_one(tmp_path, monkeypatch):
+    """Although the folders of two models have equal names and contents."""
+    for current in ("a", "b"):
+        (tmp_path / current).mkdir()
+        public.write("clip", tmp_path / current / "clip")
+        monkeypatch.chdir(tmp_path / current)
+        vectors = openimp.load("open_clip:local-dir:clip").encode_text(TEXTS)
+        shutil.rmtree(tmp_path / current)
+        release_encoders()
+    assert vectors.shape == (5, 24)
+
+
 def test_a_model_is_the_same_in_another_cache(clip, tmp_path, monkeypatch):
     here = openimp.load(clip)
     release_encoders()

@@ -88,6 +88,8 @@ def test_what_the_model_cannot_encode_is_said_in_one_sentence(theirs, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             theirs.encode([value])
+    with refuses():
+        theirs.save(str(tmp_path / "saved"))
 
 
 def test_the_library_is_optional(tiny_model_folder, monkeypatch):

@@ -45,6 +45,7 @@ FORMAT = 8
 """Version of this layout and of the meaning of the weights. Formats 6 and 7 are read, too, and others are refused."""
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
 RECIPE = "recipe.yaml"
 MANIFEST = "manifest.json"
 BEST = "best"
@@ -90,8 +91,17 @@ def text_files(
 ) -> dict[str, str]:
     """The text files of a model's folder, by name."""
     data = {"format": FORMAT, "class": type(model).__name__, **config.model_dump(mode="json")}
+    name_own_tokenizer(data)
     files = {CONFIG: json.dumps(data, indent=1, ensure_ascii=False), **learned_files(modalities.values())}
     return files if recipe is None else {**files, RECIPE: recipe}
+
+
+def name_own_tokenizer(data: dict[str, Any]) -> None:
+    """Changes a model's configuration or recipe as plain data: a tokenizer file is the copy in the model's folder,
+    because the file that was named may move."""
+    for options in data["modalities"].values():
+        if options.get("tokenizer"):
+            options["tokenizer"] = TOKENIZER
 
 
 def load_model(folder: Path) -> tuple[Embedder, SavedModel]:
@@ -147,7 +157,12 @@ def read_config(folder: Path, any_class: bool = False) -> tuple[ModelConfig, dic
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{file}: damaged: it cannot be read: {error!r}") from None
     # Format 7 had more keys, which the schemas list as `removed`.
-    if (version := data.pop("format", None)) not in (7, FORMAT):
+    version = data.pop("format", None)
+    if version is None:
+        raise UserError(
+            f"{folder}: is not a model of openimp; docs/names.md tells how models of other libraries are named"
+        )
+    if version not in (7, FORMAT):
         raise UserError(
             f"{file}: the model is in format {version}, and this version of openimp reads formats 6, 7 and 8 "
             "only; use the version that saved it, or train the model again"

@@ -57,7 +57,10 @@ def require_same_run(folder: Path, recipe: Recipe, trainer: str, allow_changed_d
         if not (is_location or is_free or key.startswith("parallel.") or only_evaluates(key, recipe)):
             advice = "change it back, or use a new directory"
             if key == "train.steps" and ours > theirs:
-                advice = "a run cannot be made longer, but train.init starts another one from its weights"
+                advice = (
+                    "a run cannot be made longer: change it back, or use a new directory, where train.init can start "
+                    "from this run's weights"
+                )
             raise UserError(f"{folder}: made by another recipe: {key} is {theirs!r} there, {ours!r} here; {advice}")
 
 

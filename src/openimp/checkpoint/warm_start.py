@@ -15,8 +15,8 @@ from openimp.checkpoint.folder import RECIPE, read_config, weights_folder
 from openimp.checkpoint.public_vit import RGB, ViTWeights
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
-from openimp.common.names import OPEN_CLIP, TIMM, Name
-from openimp.common.protocols import load_learned
+from openimp.common.names import OPEN_CLIP, SENTENCE_TRANSFORMERS, TIMM, Name
+from openimp.common.protocols import Learned, load_learned
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.file import differences, flat
@@ -121,10 +121,10 @@ def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
         scheme = Name.parse(init).scheme
         if scheme == TIMM:
             return _open_vit(init, recipe, modalities)
-        if scheme == OPEN_CLIP:
+        if scheme in (OPEN_CLIP, SENTENCE_TRANSFORMERS):
             raise UserError(
-                f"{init}: the encoder can start from a model of timm, not of open_clip; expected timm:NAME, such as "
-                "timm:vit_base_patch16_siglip_224.v2_webli. A model of open_clip can be a tower of the recipe's "
+                f"{init}: the encoder can start from a model of timm, not of {scheme}; expected timm:NAME, such as "
+                f"timm:vit_base_patch16_siglip_224.v2_webli. A model of {scheme} can be a tower of the recipe's "
                 "modalities"
             )
         return _open_saved(init, recipe, modalities)
@@ -144,7 +144,15 @@ def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
         more = f", and {len(differing) - MAX_LISTED} more" if len(differing) > MAX_LISTED else ""
         advice = f"copy model and modalities from {folder / RECIPE}"
         raise UserError(f"{folder}: {_listed(differing[:MAX_LISTED])}{more}; {advice}")
-    load_learned((modality for modality in modalities.values() if modality.stem in stems), learned)
+    shared = [modality for modality in modalities.values() if modality.stem in stems]
+    for modality in shared:
+        if isinstance(modality, Learned) and getattr(modality.config, "tokenizer", None):
+            modality.fit(())  # Reads the tokenizer file that the recipe names.
+            if any(learned.get(name) != content for name, content in modality.state().items()):
+                raise UserError(
+                    f"{folder}: has another tokenizer than modalities.{modality.stem}.tokenizer; leave that out"
+                )
+    load_learned(shared, learned)
     weights = SavedWeights(folder, str(folder) if Name.parse(init).scheme is None else init)
     return WarmStart(weights, saved_config.classes, stems)
 
@@ -183,7 +191,8 @@ def _identity(config: Recipe | ModelConfig, stems: Iterable[str]) -> dict[str, A
         # Only the groups of these stems must agree. Other groups stay new, or are left behind.
         by_stem = config.model.moe.experts_by_stem
         model["moe.experts"] = ", ".join(f"{stem}: {by_stem[stem]}" for stem in sorted(stems))
-    configs = {stem: config.modalities[stem].model_dump(mode="json") for stem in stems}
+    # Tokenizers are compared by their content, because the same file may be in several places.
+    configs = {stem: config.modalities[stem].model_dump(mode="json", exclude={"tokenizer"}) for stem in stems}
     return {f"model.{key}": model.get(key) for key in SAME} | flat({"modalities": configs})
 
 

@@ -15,7 +15,7 @@ from typing import IO
 import fsspec
 
 from openimp.common.cache import stable_hash
-from openimp.common.errors import UserError, nearest
+from openimp.common.errors import UserError, nearest, one_line
 from openimp.common.folders import is_hidden
 from openimp.common.modality import BadMedia
 from openimp.common.names import BUNDLED, Name, is_url
@@ -103,7 +103,19 @@ def open_forward(file: str) -> IO[bytes]:
         return open(file, "rb", buffering=BLOCK)
     system, path = fsspec.core.url_to_fs(file)
     opened = system.open(path, "rb", block_size=READ_AHEAD)
-    return io.BufferedReader(opened, BLOCK)
+    return _RemoteFile(opened, BLOCK)
+
+
+class _RemoteFile(io.BufferedReader):
+    """A file at a URL. All errors of its file system are OSErrors: a ValueError would mean a damaged tar."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        try:
+            return super().read(size)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(one_line(error)) from error
 
 
 _real_folder = lru_cache(maxsize=64)(os.path.realpath)

@@ -96,12 +96,15 @@ class BoundedParquet(Parquet):
 
     def _generate_tables(self, files: list[str], row_groups_list: list[Any]) -> Iterator[tuple[Key, pa.Table]]:
         for i, (file, groups) in enumerate(zip(files, row_groups_list)):
-            with open(file, "rb") as handle:  # `datasets` replaces `open` with a version that reads URLs.
-                for j, table in enumerate(_tables(file, handle, groups)):
-                    yield Key(i, j), self._cast_table(table)
+            try:
+                with open(file, "rb") as handle:  # `datasets` replaces `open` with a version that reads URLs.
+                    for j, table in enumerate(_tables(handle, groups)):
+                        yield Key(i, j), self._cast_table(table)
+            except (OSError, ValueError) as error:  # Of pyarrow, too. They do not name the file.
+                raise ValueError(f"{os.path.basename(file)}: {one_line(error)}") from None
 
 
-def _tables(file: str, handle: Any, row_groups: Iterable[int] | None) -> Iterator[pa.Table]:
+def _tables(handle: Any, row_groups: Iterable[int] | None) -> Iterator[pa.Table]:
     limit = max(MIN_LIMIT, MAX_EXPANSION * handle.seek(0, os.SEEK_END))
     unpacked_bytes = 0
     merged = []
@@ -110,8 +113,8 @@ def _tables(file: str, handle: Any, row_groups: Iterable[int] | None) -> Iterato
         unpacked_bytes += batch.nbytes
         if unpacked_bytes > limit:
             raise ValueError(
-                f"{os.path.basename(file)} unpacks to more than {limit:,} bytes, the limit for its size; if you trust "
-                "the file, split it into smaller ones"
+                f"unpacks to more than {limit:,} bytes, the limit for its size; if you trust the file, split it into "
+                "smaller ones"
             )
         merged.append(batch)
         merged_bytes += batch.nbytes

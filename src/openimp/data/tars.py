@@ -37,6 +37,7 @@ class TarShards:
         self._name = name
         self._files = files
         self.columns: list[str] = []
+        self._damage = ""  # of the first damaged shard
         readable: set[str] = set()
         for row in islice(self._first_rows(), COLUMN_SAMPLES):
             self.columns += [column for column in row if column not in self.columns]
@@ -47,6 +48,8 @@ class TarShards:
             for column in self.columns
             if column in readable or not any(other.startswith(f"{column}.") for other in readable)
         ]
+        if self._damage and not self.columns:
+            raise UserError(f"source {name}: {self._damage}")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -70,15 +73,15 @@ class TarShards:
         try:
             with open_forward(file) as handle:
                 handle.seek(state or 0)
+                end = state or 0
                 try:
                     for key, members, end in _samples(handle):
                         yield (f"{label}[{key}]", _row(key, members)), end
                 except DAMAGE as error:
-                    rest = UnreadableRest(f"not a readable tar from here on: {error}")
-                    if not self.columns:
-                        raise UserError(f"source {self._name}: {file}: {rest.reason}") from None
-                    end = handle.seek(0, os.SEEK_END)
-                    yield (f"{label}[the rest]", dict.fromkeys(self.columns, rest)), end
+                    size = handle.seek(0, os.SEEK_END)
+                    reason = f"not a readable tar from byte {end:,} of {size:,} on: {error}"
+                    self._damage = self._damage or f"{file}: {reason}"
+                    yield (f"{label}[the rest]", dict.fromkeys(self.columns, UnreadableRest(reason))), size
         except (OSError, ImportError) as error:  # fsspec imports the package that a URL needs.
             raise UserError(f"source {self._name}: {file}: not a readable tar: {error}") from None
 

@@ -10,7 +10,7 @@ import torch
 from openimp.checkpoint.find import bundled_names, find_own_model
 from openimp.checkpoint.folder import FORMAT, describe_model, save_model
 from openimp.common.cache import cached, stable_hash
-from openimp.common.names import BUNDLED, OPEN_CLIP, Name
+from openimp.common.names import BUNDLED, OPEN_CLIP, Name, absolute_name
 from openimp.encoding.libraries import open_clip_names, open_open_clip
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
@@ -29,7 +29,7 @@ def find_model(name: str | Path) -> Path:
     """
     if not isinstance(name, str | Path) or Name.parse(name).scheme != OPEN_CLIP:
         return find_own_model(name)
-    public_name = str(name)
+    public_name = absolute_name(str(name), Path.cwd())  # The folder in the cache serves all current folders.
 
     def checked(folder: Path) -> Path:
         describe_model(folder).recipe.validated()  # An error if an older version of openimp has written it.

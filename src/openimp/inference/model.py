@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from openimp.checkpoint.folder import CONFIG, NO_RECIPE, SavedRecipe, load_model, save_model
 from openimp.common.device import Precision, pick_device, precision_of
-from openimp.common.errors import UserError, counted, nearest
+from openimp.common.errors import UserError, counted, nearest, one_line
 from openimp.common.folders import require_empty
 from openimp.common.modality import BadMedia, Modalities, Modality
-from openimp.common.names import HUB, HubName
+from openimp.common.names import HUB, HubName, Name
 from openimp.common.progress import notice
 from openimp.common.protocols import PictureReader, TensorReader, TextReader, is_known
 from openimp.common.schema import checked
@@ -98,10 +98,12 @@ class Model(nn.Module):
     ) -> "Model":
         """`load`, as users of Hugging Face call it: OWNER/NAME is a model on the Hub, unless there is such a folder.
 
-        `revision` is a commit, tag or branch on the Hub.
+        `revision` is a commit, tag or branch on the Hub. A private model needs `hf auth login`, or a token in HF_TOKEN.
         """
         if not Path(name).exists() and HubName.parse(str(name)):
             name = f"{HUB}:{name}"
+        if revision is not None and Name.parse(name).scheme != HUB:
+            raise UserError(f"{name}: only a model on the Hugging Face Hub has a revision")
         return load(name if revision is None else f"{name}@{revision}", device, precision)
 
     def encode(
@@ -171,7 +173,12 @@ class Model(nn.Module):
             if len(inputs) == 0:
                 return encoder.stack([])
             parts = inputs.to(self.device).split(batch_size)
-            return torch.cat([encoder.encode_tokens(reader.from_tensor(part)) for part in parts])
+            try:
+                return torch.cat([encoder.encode_tokens(reader.from_tensor(part)) for part in parts])
+            except (TypeError, ValueError) as error:
+                raise UserError(f"the tensor cannot be read as {modality}: {one_line(error)}") from None
+            except IndexError:
+                raise UserError(f"the tensor cannot be read as {modality}: an id is not in the tokenizer") from None
         inputs = _as_list(inputs)
         # Two threads cannot load the same Pillow picture at once, so an object that is given twice is read once.
         distinct = {id(value): value for value in inputs}

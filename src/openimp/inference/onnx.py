@@ -42,9 +42,16 @@ def export(run: str | Path, folder: Path) -> None:
     if not any(outputs_by_modality.values()):
         raise UserError(f"{run}: no task trains two modalities together, so there are no embeddings to export")
     folder.mkdir(parents=True, exist_ok=True)
-    graphs = {
-        name: _export_modality(model, name, outputs, folder) for name, outputs in outputs_by_modality.items() if outputs
-    }
+    try:
+        graphs = {
+            name: _export_modality(model, name, outputs, folder)
+            for name, outputs in outputs_by_modality.items()
+            if outputs
+        }
+    except BaseException:
+        for file in folder.glob("*.onnx*"):  # They may be wrong, and the next export needs an empty folder.
+            file.unlink()
+        raise
     description = {"recipe": model.config.name, "embed_dim": model.imp.config.embed_dim, "graphs": graphs}
     for name, text in learned_files(model.modalities.values()).items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -61,6 +61,10 @@ class AnyModality(nn.Module):
         """The modalities of the model, and "message", because otherwise the library refuses mixed batches."""
         return [*self.model.modalities, "message"]
 
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Raises UserError: the library could not load the module again."""
+        raise UserError("a SentenceTransformer cannot save a model of openimp; use openimp.load(...).save(FOLDER)")
+
     def get_embedding_dimension(self) -> int:
         return self.model.imp.config.embed_dim
 

@@ -249,11 +249,14 @@ class Audio(Modality):
         return ((spectrum.mean((0, 1)) - self.config.mean) / self.config.std).numpy()
 
     def from_tensor(self, batch: Tensor) -> Tokens:
-        """Converts mono samples (B, N) in -1..1 at the stem's sample rate. N is rounded to frames, which must be a
-        whole number of patches."""
+        """Converts mono samples (B, N) in -1..1 at the stem's sample rate. The N // hop whole frames must be a whole
+        number of patches."""
         if batch.ndim != 2 or not batch.is_floating_point():
             raise TypeError(f"expected float samples (B, N) in -1..1, found {batch.dtype} {list(batch.shape)}")
-        self.check(self.View(seconds=batch.shape[1] / self.config.sample_rate))
+        frames = batch.shape[1] // self.config.hop
+        if not frames:
+            raise ValueError(f"{batch.shape[1]} samples are less than a frame of {self.config.hop}")
+        self.check(self.View(seconds=frames * self.config.hop / self.config.sample_rate))
         return self._normalized_patches(log_mel(batch, self.config), 0.0, None)
 
     def tensor_input(self, view: Any) -> TensorInput:

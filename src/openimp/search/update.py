@@ -107,7 +107,8 @@ class Update:
         parts."""
         group: list[IndexedFile] = []
         part_count = 0
-        for file in map_ahead(partial(self._open, encoder), media):
+        # While a group is embedded, the files of the next one are opened.
+        for file in map_ahead(partial(self._open, encoder), media, ahead=size):
             group.append(file)
             part_count += len(file.parts)
             if max(len(group), part_count) >= size:

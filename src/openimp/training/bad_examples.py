@@ -44,6 +44,11 @@ class BadExamples:
             self._unchecked.setdefault(task, []).append(f"{line['where']}: {line['why']}")
             if rank() == 0:
                 append(self.file, line)
+                if self.state[task]["bad"] == 1:
+                    console.print(
+                        f"task {task}: skipped {line['where']}: {line['why']}; {self.file} lists all such examples",
+                        soft_wrap=True,
+                    )
 
     def report(self) -> None:
         """Prints how many examples could not be read in the whole run, and the file that lists them."""
