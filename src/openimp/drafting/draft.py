@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +61,7 @@ def draft_recipe(
     paths: list[str],
     text: str | None = None,
     label: str | None = None,
-    towers: Iterable[str] = (),
+    towers: Sequence[str] = (),
     init: str | None = None,
 ) -> DraftedRecipe:
     """Drafts a recipe for the data at `paths`. Paths in the recipe are relative to the current folder.
