@@ -742,6 +742,14 @@ def pax(record: str) -> bytes:
     return forged(tarfile.XHDTYPE, len(record), record.encode().ljust(tarfile.BLOCKSIZE, b"\0"))
 
 
+def refuses_negative_sizes() -> bool:
+    try:
+        tarfile.TarInfo()._block(-1)
+    except tarfile.TarError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize(
     ("headers", "good"),
     [
@@ -750,7 +758,12 @@ def pax(record: str) -> bytes:
         (forged(tarfile.GNUTYPE_LONGNAME, 2**40), 1),
         (3000 * pax("12 path=abc\n"), 1),
         (pax("20 GNU.sparse.map=x\n"), 1),
-        (pax("14 size=-1536\n"), 1),
+        pytest.param(
+            pax("14 size=-1536\n"),
+            1,
+            # Patch releases after August 2025 refuse such a size, and take the tar for complete (CVE-2025-8194).
+            marks=pytest.mark.skipif(refuses_negative_sizes(), reason="for tarfile, the tar ends there"),
+        ),
         (pax(f"32 size={10**22}\n"), 2),
     ],
     ids=["a file", "more of a file", "a name", "chained", "no number", "negative", "huge"],
