@@ -140,7 +140,7 @@ def run_eval(
 
     If sets cannot be measured, the results of the others are printed and written before NotMeasured is raised.
     """
-    if "RANK" in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"{path}: openimp eval has one process; start it without torchrun")
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"{out}: --out needs a file, in a directory that is there")

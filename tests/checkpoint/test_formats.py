@@ -128,7 +128,7 @@ def test_a_folder_of_another_library_and_a_revision_of_a_folder_are_refused(tmp_
 
 
 def test_evaluation_has_one_process(fixtures, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with refuses():
         run_eval(fixtures / "checkpoint", None, None, None)
 

@@ -17,6 +17,7 @@ from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints
 from openimp.data.loader import load_batches
 from openimp.data.task_data import TaskData
+from openimp.inference.publish import push
 from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
@@ -83,10 +84,14 @@ def test_a_tokenizer_file_may_move(little_run, pictures_only, tmp_path):
     shutil.copy(checkpoints(little_run)[-1] / "tokenizer.json", file)
     train(recipe_of(pictures_only, little_run, "train.steps=2", f"modalities.text.tokenizer={file}"), tmp_path / "run")
     file.unlink()
+    push(tmp_path / "run", "me/model", tmp_path / "pushed")
     model = openimp.load(tmp_path / "run")
     assert model.config.modalities["text"].tokenizer == str(checkpoints(tmp_path / "run")[-1] / "tokenizer.json")
-    training = Trainer(set_up(recipe_of(pictures_only, tmp_path / "run"), tmp_path / "next"))
-    assert training.data.modalities["text"].state() == model.modalities["text"].state()
+    for init, changes in (("run", []), ("pushed", []), ("run", [f"modalities.text.tokenizer={file}"])):
+        training = Trainer(
+            set_up(recipe_of(pictures_only, tmp_path / init, *changes), tmp_path / f"{len(changes)}{init}")
+        )
+        assert training.data.modalities["text"].state() == model.modalities["text"].state()
 
 
 def test_texts_without_a_word_that_the_tokenizer_knows_are_told(little_data, capsys):

@@ -512,7 +512,7 @@ def test_sources_at_a_url(shards, url, kind, file, monkeypatch):
         names(stream, 0, 10)
         names(stream, 6, 2)
         stream.load_cursors(stream.cursors())
-        with pytest.raises(UserError, match=r"not a readable tar: .*range requests"):
+        with pytest.raises(UserError, match=r"cannot be read: .*range requests"):
             names(stream, 6, 2)
     if kind == "parquet":
         table = opened(f"{url}/{file}")
@@ -780,6 +780,16 @@ def test_a_header_that_claims_a_terabyte_or_leads_astray(tmp_path, headers, good
     assert [stream.media(row["png"]) for row in rows] == [png(1), png(2)][:good]
     with refuses(BadMedia):
         stream.media(rest["png"])
+
+
+def test_the_first_of_several_tars_may_be_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "COLUMN_BYTES", 2**12)
+    (tmp_path / "0.tar").write_bytes(b"x" * 2**13)
+    write_tar(tmp_path / "1.tar", {"0.txt": b"zero"})
+    stream = opened(tmp_path / "*.tar", **in_order(stream=True))
+    assert set(stream.columns) == {"__key__", "txt"}
+    rest, row = first_rows(stream, 2)
+    assert (type(rest["txt"]).__name__, row["txt"]) == ("UnreadableRest", "zero")
 
 
 def test_a_compressed_tar_is_told(tmp_path):

@@ -116,6 +116,11 @@ def test_a_split_for_evaluation_whose_training_split_is_not_found_is_not_trained
         "is a split of no training data: their names differ in more than the split",
     )
     assert paths("a/labels_train.csv", "a/test_data.csv") == ["a/labels_train.csv", "a/test_data.csv"]
+    touch("dev/train.csv", "dev/captions.csv", "two/train.csv", "two/training.csv", "two/test.csv")
+    assert {*paths("dev")} == {"dev/train.csv", "dev/captions.csv"}
+    *used, test = find(["two"])
+    assert [candidate.place for candidate in used] == ["two/train.csv", "two/training.csv"]
+    assert test.problem == "could be a split of each of 2 training sets"
 
 
 def test_further_splits_are_neither_trained_on_nor_measured(touch):

@@ -12,6 +12,8 @@ from messages import refuses
 from tokenizers import Tokenizer
 
 import openimp
+from openimp.common.errors import UserError
+from openimp.inference import onnx
 from openimp.inference.onnx import export
 
 pytestmark = pytest.mark.slow
@@ -116,6 +118,10 @@ def test_what_cannot_be_exported_is_said_in_one_sentence(tiny_model_folder, tmp_
         export(tiny_model_folder, tmp_path)
     with refuses():
         export(tmp_path, tmp_path / "onnx")
+    monkeypatch.setattr(onnx, "TOLERANCE", -1)
+    with pytest.raises(UserError, match="differs"):
+        export(tiny_model_folder, tmp_path / "graphs")
+    assert not [*(tmp_path / "graphs").iterdir()]
     monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
     with refuses():
         export(tiny_model_folder, tmp_path / "onnx")

@@ -14,9 +14,9 @@ from openimp.checkpoint.find import find_own_model
 from openimp.checkpoint.folder import RECIPE, read_config, weights_folder
 from openimp.checkpoint.public_vit import RGB, ViTWeights
 from openimp.common.errors import UserError
-from openimp.common.modality import Classes, Modalities
+from openimp.common.modality import Classes, Modalities, Modality
 from openimp.common.names import OPEN_CLIP, SENTENCE_TRANSFORMERS, TIMM, Name
-from openimp.common.protocols import Learned, load_learned
+from openimp.common.protocols import kept_files, load_learned
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.file import differences, flat
@@ -139,22 +139,32 @@ def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
         folder = find_own_model(init)
     saved_config, learned, _ = read_config(folder)
     stems = frozenset(recipe.modalities) & frozenset(saved_config.modalities)
-    differing = differences(_identity(saved_config, stems), _identity(recipe, stems))
+    shared = [modality for modality in modalities.values() if modality.stem in stems]
+    differing = differences(_identity(saved_config, shared), _identity(recipe, shared))
     if differing:
         more = f", and {len(differing) - MAX_LISTED} more" if len(differing) > MAX_LISTED else ""
         advice = f"copy model and modalities from {folder / RECIPE}"
         raise UserError(f"{folder}: {_listed(differing[:MAX_LISTED])}{more}; {advice}")
-    shared = [modality for modality in modalities.values() if modality.stem in stems]
     for modality in shared:
-        if isinstance(modality, Learned) and getattr(modality.config, "tokenizer", None):
-            modality.fit(())  # Reads the tokenizer file that the recipe names.
-            if any(learned.get(name) != content for name, content in modality.state().items()):
-                raise UserError(
-                    f"{folder}: has another tokenizer than modalities.{modality.stem}.tokenizer; leave that out"
-                )
+        for option in kept_files(modality):
+            _check_kept_file(folder, modality, option, learned)
     load_learned(shared, learned)
     weights = SavedWeights(folder, str(folder) if Name.parse(init).scheme is None else init)
     return WarmStart(weights, saved_config.classes, stems)
+
+
+def _check_kept_file(folder: Path, modality: Any, option: str, learned: Mapping[str, str]) -> None:
+    """Checks that a file that the recipe names, such as a tokenizer, has the content that the model was trained with.
+
+    A file that is not there any more is not needed.
+    """
+    file = getattr(modality.config, option)
+    if file and Path(file).exists():
+        modality.fit(())
+        ours = modality.state()
+        modality.load_state(learned)
+        if modality.state() != ours:
+            raise UserError(f"{folder}: modalities.{modality.stem}.{option} is another one there; leave it out")
 
 
 def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
@@ -184,15 +194,19 @@ def _listed(differing: Iterable[tuple[str, Any, Any]]) -> str:
     return ", ".join(f"{key} is {theirs!r} there, {ours!r} here" for key, theirs, ours in differing)
 
 
-def _identity(config: Recipe | ModelConfig, stems: Iterable[str]) -> dict[str, Any]:
-    """The options that must be the same in two models for their weights to mean the same."""
+def _identity(config: Recipe | ModelConfig, modalities: Iterable[Modality]) -> dict[str, Any]:
+    """The options that must be the same in two models for their weights to mean the same, with those of the stems of
+    these modalities."""
+    kept_options = {modality.stem: {*kept_files(modality)} for modality in modalities}
     model = flat(config.model.model_dump(mode="json"))
     if config.model.moe and config.model.moe.experts_by_stem:
         # Only the groups of these stems must agree. Other groups stay new, or are left behind.
         by_stem = config.model.moe.experts_by_stem
-        model["moe.experts"] = ", ".join(f"{stem}: {by_stem[stem]}" for stem in sorted(stems))
-    # Tokenizers are compared by their content, because the same file may be in several places.
-    configs = {stem: config.modalities[stem].model_dump(mode="json", exclude={"tokenizer"}) for stem in stems}
+        model["moe.experts"] = ", ".join(f"{stem}: {by_stem[stem]}" for stem in sorted(kept_options))
+    # Without files that are compared by their content, because they may be in several places.
+    configs = {
+        stem: config.modalities[stem].model_dump(mode="json", exclude=options) for stem, options in kept_options.items()
+    }
     return {f"model.{key}": model.get(key) for key in SAME} | flat({"modalities": configs})
 
 

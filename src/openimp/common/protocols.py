@@ -147,6 +147,11 @@ def learned_files(modalities: Iterable[Modality]) -> dict[str, str]:
     return {name: text for state in learned for name, text in state.items()}
 
 
+def kept_files(modality: Any) -> dict[str, str]:
+    """For each option of a `Learned` modality that names a file, the name of the copy that `state` returns."""
+    return getattr(modality, "kept_files", {})
+
+
 def load_learned(modalities: Iterable[Modality], files: Mapping[str, str]) -> None:
     """Restores what the modalities learned from `learned_files`."""
     for modality in modalities:

@@ -74,8 +74,7 @@ class ExampleReader:
 
         So the replacement depends neither on the ranks nor on the workers. Adds the examples that it reads to `loaded`.
         """
-        lanes = self.data.source_of_task[visit.task].lanes
-        stride = lanes or 1
+        stride = self.data.source_of_task[visit.task].lanes or 1
         tries = max(visit.batch_size, MIN_TRIES)
         for candidate in range(position, position + tries * stride, stride):
             if candidate not in loaded:
@@ -86,7 +85,6 @@ class ExampleReader:
         raise UserError(
             f"tasks.{visit.task}: {counted(tries, 'example')} in a row could not be read in step "
             f"{visit.step}; first: {bad_example.name}: {bad_example.bad}"
-            + ("; if only a shard is broken, remove it and resume with --allow-changed-data" if lanes else "")
         )
 
     def _decode(self, visit: Visit, modality_name: str, examples: Iterable[Example]) -> None:

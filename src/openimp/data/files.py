@@ -7,7 +7,8 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
@@ -101,21 +102,33 @@ def open_forward(file: str) -> IO[bytes]:
     """Opens a local file or a URL to read it forward, so that each of its bytes is fetched once."""
     if not is_url(file):
         return open(file, "rb", buffering=BLOCK)
-    system, path = fsspec.core.url_to_fs(file)
-    opened = system.open(path, "rb", block_size=READ_AHEAD)
-    return _RemoteFile(opened, BLOCK)
+    with _os_errors():
+        system, path = fsspec.core.url_to_fs(file)
+        opened = system.open(path, "rb", block_size=READ_AHEAD)
+        return _RemoteFile(opened, BLOCK)
 
 
 class _RemoteFile(io.BufferedReader):
-    """A file at a URL. All errors of its file system are OSErrors: a ValueError would mean a damaged tar."""
+    """A file at a URL."""
 
     def read(self, size: int | None = -1) -> bytes:
-        try:
+        with _os_errors():
             return super().read(size)
-        except OSError:
-            raise
-        except Exception as error:
-            raise OSError(one_line(error)) from error
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with _os_errors():
+            return super().seek(offset, whence)
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Converts all errors of a file system to OSErrors. A ValueError, for example, would mean a damaged tar."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {one_line(error)}") from error
 
 
 _real_folder = lru_cache(maxsize=64)(os.path.realpath)

@@ -100,7 +100,7 @@ class BoundedParquet(Parquet):
                 with open(file, "rb") as handle:  # `datasets` replaces `open` with a version that reads URLs.
                     for j, table in enumerate(_tables(handle, groups)):
                         yield Key(i, j), self._cast_table(table)
-            except (OSError, ValueError) as error:  # Of pyarrow, too. They do not name the file.
+            except (pa.ArrowException, OSError, ValueError) as error:  # They do not name the file.
                 raise ValueError(f"{os.path.basename(file)}: {one_line(error)}") from None
 
 

@@ -97,13 +97,18 @@ def store_column(
     """
     is_tower = isinstance(modality, Towered)
     paths = table.path_of_rows(column)
-    first_rows: dict[str | int, int] = {}  # of each file; media that the table itself holds have a row each
-    for row, path in enumerate(paths):
-        first_rows.setdefault(path or row, row)
-    rows = list(first_rows.values())
+    rows: Sequence[int] = range(len(table))  # Their media are decoded.
+    number_of_row: list[int] | None = None  # for each row of the table, the number of its media; None: the row itself
+    if len({*paths}) < len(paths) and any(paths):
+        first_rows: dict[str | int, int] = {}  # by path, or by row if the table itself holds the media
+        for row, path in enumerate(paths):
+            first_rows.setdefault(path or row, row)
+        rows = list(first_rows.values())
+        numbers = {path: number for number, path in enumerate(first_rows)}
+        number_of_row = [numbers[path or row] for row, path in enumerate(paths)]
 
-    def decode(numbers: range) -> Iterator[Decoded]:
-        cells_of_rows = table.iterate([column], rows[numbers.start : numbers.stop])
+    def decode(items: range) -> Iterator[Decoded]:
+        cells_of_rows = table.iterate([column], rows[items.start : items.stop])
         reads = (partial(table.media, cells[column]) for cells in cells_of_rows)
         if isinstance(modality, Towered):
             return modality.embed_all(reads)
@@ -112,17 +117,14 @@ def store_column(
 
     description = f"{'embedding' if is_tower else 'decoding'} {table.name}.{column}"
     if on_disk or is_tower:
-        states = [media_state(table, column, row, paths[row]) for row in rows]
+        states = [_content_state(table, column, row, paths[row]) for row in rows]
         store = store_on_disk(decoding_key(modality, views), states, decode, description, progress)
     else:
-        numbers = range(len(rows))
-        progress_bar = progress(numbers, description) if progress else numbers
-        decoded = (array for _, array in zip(progress_bar, decode(numbers)))
+        items = range(len(rows))
+        progress_bar = progress(items, description) if progress else items
+        decoded = (array for _, array in zip(progress_bar, decode(items)))
         store = DecodedStore(pa.Table.from_batches(_batches(decoded), SCHEMA))
-    if len(rows) == len(table):
-        return store
-    number_of = {path: number for number, path in enumerate(first_rows)}
-    return SharedStore(store, np.array([number_of[path or row] for row, path in enumerate(paths)]))
+    return store if number_of_row is None else SharedStore(store, np.array(number_of_row))
 
 
 def _decode(modality: Modality, views: list[Any], read: Callable[[], Any]) -> Decoded:
@@ -221,7 +223,7 @@ def decoding_of(modality: Any) -> list[Any]:
     return [*code, modality.config.model_dump_json(), sorted(learned_files([modality]).items())]
 
 
-def media_state(table: Table, column: str, row: int, path: str | None) -> Any:
+def _content_state(table: Table, column: str, row: int, path: str | None) -> Any:
     """A value that changes if the media in a row change. `path`: of their file.
 
     If there is a path, the row's other columns do not count, so that a corrected caption does not decode the media

@@ -17,6 +17,8 @@ from openimp.data.files import open_forward
 from openimp.data.streams import NamedRow
 from openimp.data.tables import Unreadable, UnreadableRest
 
+KEY = "__key__"
+"""The column with the key of a sample, as WebDataset calls it."""
 INTEGERS = {"cls", "cls2", "id", "index", "inx"}
 """Extensions that hold one integer, by the convention of WebDataset."""
 MAX_BYTES = 2**31
@@ -37,30 +39,34 @@ class TarShards:
         self._name = name
         self._files = files
         self.columns: list[str] = []
-        self._damage = ""  # of the first damaged shard
+        damage = ""
         readable: set[str] = set()
-        for row in islice(self._first_rows(), COLUMN_SAMPLES):
+        for row_name, row in islice(self._first_rows(), COLUMN_SAMPLES):
             self.columns += [column for column in row if column not in self.columns]
             readable.update(column for column, value in row.items() if not isinstance(value, Unreadable))
+            if isinstance(row[KEY], Unreadable):
+                damage = damage or f"{row_name}: {row[KEY].reason}"
         # The JSON member of one sample is read as columns `json.KEY`, that of another cannot be read.
         self.columns = [
             column
             for column in self.columns
             if column in readable or not any(other.startswith(f"{column}.") for other in readable)
         ]
-        if self._damage and not self.columns:
-            raise UserError(f"source {name}: {self._damage}")
+        if damage and not readable:
+            raise UserError(f"source {name}: {damage}")
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def _first_rows(self) -> Iterator[dict[str, Any]]:
+    def _first_rows(self) -> Iterator[NamedRow]:
         """The rows of the first `COLUMN_BYTES`, shard by shard."""
         bytes_before = 0
         for shard in range(len(self._files)):
             end = 0
-            for (_, row), end in self.rows(shard, None):
-                yield row
+            for named_row, position in self.rows(shard, None):
+                yield named_row
+                if not isinstance(named_row[1][KEY], Unreadable):  # The unreadable rest of a shard was not read.
+                    end = position
                 if bytes_before + end >= COLUMN_BYTES:
                     return
             bytes_before += end
@@ -79,11 +85,10 @@ class TarShards:
                         yield (f"{label}[{key}]", _row(key, members)), end
                 except DAMAGE as error:
                     size = handle.seek(0, os.SEEK_END)
-                    reason = f"not a readable tar from byte {end:,} of {size:,} on: {error}"
-                    self._damage = self._damage or f"{file}: {reason}"
-                    yield (f"{label}[the rest]", dict.fromkeys(self.columns, UnreadableRest(reason))), size
+                    rest = UnreadableRest(f"not a readable tar from byte {end:,} of {size:,} on: {error}")
+                    yield (f"{label}[the rest]", dict.fromkeys([KEY, *self.columns], rest)), size
         except (OSError, ImportError) as error:  # fsspec imports the package that a URL needs.
-            raise UserError(f"source {self._name}: {file}: not a readable tar: {error}") from None
+            raise UserError(f"source {self._name}: {file}: cannot be read: {error}") from None
 
 
 def _samples(file: IO[bytes]) -> Iterator[tuple[str, dict[str, Any], int]]:
@@ -118,7 +123,7 @@ def _samples(file: IO[bytes]) -> Iterator[tuple[str, dict[str, Any], int]]:
 
 def _row(key: str, members: dict[str, Any]) -> dict[str, Any]:
     """The columns of a sample: `json.KEY` for each key of a JSON object, and the extensions of the other members."""
-    row: dict[str, Any] = {"__key__": key}
+    row: dict[str, Any] = {KEY: key}
     for extension, value in members.items():
         if isinstance(value, dict):
             row |= {f"{extension}.{name}": item for name, item in value.items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from openimp.common.errors import UserError, counted
+from openimp.common.protocols import kept_files
 from openimp.common.texts import text_key
 from openimp.drafting import sizing
 from openimp.drafting.columns import TaskDraft
@@ -119,7 +120,9 @@ def assemble(
         for kind in kinds:
             stem = modality_class(kind).stem
             if stem in start.config.modalities:
-                modalities[stem] = start.config.modalities[stem].model_dump(mode="json", exclude_defaults=True)
+                modalities[stem] = start.config.modalities[stem].model_dump(
+                    mode="json", exclude_defaults=True, exclude={*kept_files(modality_class(kind))}
+                )  # `train.init` brings the tokenizer.
             if kind in start.config.views:
                 views[kind] = start.config.views[kind].model_dump(mode="json", exclude={"drop_tokens"})
     if "size" in views.get("image", {}) and mentions_sides:

@@ -194,12 +194,14 @@ def _join_splits(candidates: list[Candidate]) -> list[Candidate]:
                 split = f"split {candidate.source['split']} " if "hub" in candidate.source else ""
                 joined.append(candidate._replace(problem=f"{split}is left for a last test"))
         else:
-            unmatched = "is a split of no training data: their names differ in more than the split"
+            count = len(by_role.get("train", []))
+            problem = f"could be a split of each of {count} training sets"
+            if not count:
+                problem = "is a split of no training data: their names differ in more than the split"
             for role, candidates_of_role in by_role.items():
-                is_unmatched = role in ("val", "test")
                 joined += [
-                    candidate._replace(problem=unmatched)
-                    if is_unmatched and candidate.folder in folders_with_training
+                    candidate._replace(problem=problem)
+                    if role in ("val", "test") and _is_split_below(candidate, folders_with_training)
                     else candidate
                     for candidate in candidates_of_role
                 ]
@@ -209,6 +211,11 @@ def _join_splits(candidates: list[Candidate]) -> list[Candidate]:
         candidate._replace(problem=beside) if _is_beside_split(candidate, folders_of_splits) else candidate
         for candidate in joined
     ]
+
+
+def _is_split_below(candidate: Candidate, folders: Set[str]) -> bool:
+    """Whether a split was found in one of these folders. The name of the folder itself does not make it a split."""
+    return candidate.folder in folders and bool(ROLE.search(os.path.relpath(candidate.place, candidate.folder)))
 
 
 def _folder_of_table(candidate: Candidate) -> str | None:

@@ -169,16 +169,19 @@ class Model(nn.Module):
         batch_size = encoder.batch_size
         if isinstance(inputs, Tensor):
             if not isinstance(reader, TensorReader):
-                raise TypeError(f"{modality} takes raw values, not a tensor")
+                raise UserError(f"{modality} takes raw values, not a tensor")
+            if inputs.ndim == 0:
+                raise UserError(f"the tensor cannot be read as {modality}: it is a single number")
             if len(inputs) == 0:
                 return encoder.stack([])
-            parts = inputs.to(self.device).split(batch_size)
-            try:
-                return torch.cat([encoder.encode_tokens(reader.from_tensor(part)) for part in parts])
-            except (TypeError, ValueError) as error:
-                raise UserError(f"the tensor cannot be read as {modality}: {one_line(error)}") from None
-            except IndexError:
-                raise UserError(f"the tensor cannot be read as {modality}: an id is not in the tokenizer") from None
+            encoded = []
+            for part in inputs.to(self.device).split(batch_size):
+                try:
+                    tokens = reader.from_tensor(part)
+                except (TypeError, ValueError) as error:
+                    raise UserError(f"the tensor cannot be read as {modality}: {one_line(error)}") from None
+                encoded.append(encoder.encode_tokens(tokens))
+            return torch.cat(encoded)
         inputs = _as_list(inputs)
         # Two threads cannot load the same Pillow picture at once, so an object that is given twice is read once.
         distinct = {id(value): value for value in inputs}

@@ -22,6 +22,8 @@ from openimp.modalities.tokenizer_file import open_tokenizer
 
 PAD = 0
 END = 1
+TOKENIZER_FILE = "tokenizer.json"
+"""The tokenizer in the folder of a model."""
 UNKNOWN = "[UNK]"
 """The token of all words that a word tokenizer does not know. It is removed from texts."""
 RESERVED = 2
@@ -47,6 +49,7 @@ class Text(Modality):
     reads_text = True
     extensions = (".txt",)
     decoders: ClassVar[tuple[str, ...]] = ("tokenizers",)
+    kept_files: ClassVar[dict[str, str]] = {"tokenizer": TOKENIZER_FILE}
     _tokenizer: Tokenizer | None = None
 
     class Config(Strict):
@@ -115,10 +118,10 @@ class Text(Modality):
             self._tokenizer = _train_subwords(corpus, self.config.vocab_size - RESERVED)
 
     def state(self) -> dict[str, str]:
-        return {"tokenizer.json": self.tokenizer.to_str()}
+        return {TOKENIZER_FILE: self.tokenizer.to_str()}
 
     def load_state(self, state: Mapping[str, str]) -> None:
-        self._tokenizer = open_tokenizer("tokenizer.json", lambda: state["tokenizer.json"])
+        self._tokenizer = open_tokenizer(TOKENIZER_FILE, lambda: state[TOKENIZER_FILE])
 
     def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
         """Tokenizes a string, or the first of a list, to ids (n,) int64, as many as the longest view takes."""

@@ -10,6 +10,8 @@ from openimp.common.progress import console
 from openimp.parallel.distributed import all_gather_object, rank
 from openimp.recipe.training import tolerant_fraction
 
+REST = "[the rest]"
+"""End of the name of the row that stands for the unreadable rest of a tar."""
 MIN_EXAMPLES = 100
 """`train.max_bad_fraction` applies once a task has read this many examples."""
 
@@ -44,7 +46,8 @@ class BadExamples:
             self._unchecked.setdefault(task, []).append(f"{line['where']}: {line['why']}")
             if rank() == 0:
                 append(self.file, line)
-                if self.state[task]["bad"] == 1:
+                # Not all, because there may be thousands. The rest of a shard may hold many examples.
+                if self.state[task]["bad"] == 1 or str(line["where"]).endswith(REST):
                     console.print(
                         f"task {task}: skipped {line['where']}: {line['why']}; {self.file} lists all such examples",
                         soft_wrap=True,
