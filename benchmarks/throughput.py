@@ -37,8 +37,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.common.device import autocast, keep_freed_memory, product_speed
+from openimp.common.objective import head_key
 from openimp.common.progress import console
-from openimp.data.batch import Batch, head_key
+from openimp.data.batch import Batch
 from openimp.data.loaded_batch import LoadedBatch
 from openimp.model.imp import IMP
 from openimp.objectives.losses import task_losses

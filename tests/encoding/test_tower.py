@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 import openimp
 from openimp.checkpoint.folder import checkpoints, read_weights
 from openimp.cli import app
+from openimp.common.errors import UserError
 from openimp.data.step_batches import StepBatches
 from openimp.data.task_data import TaskData
 from openimp.drafting.draft import draft_recipe
@@ -181,7 +182,7 @@ def test_a_model_without_an_encoder_starts_with_the_cosines_of_its_tower(data, c
     torch.testing.assert_close(cosines, images @ text_vectors.T, atol=1e-5, rtol=1e-5)
     of_vectors = model.encode_image(7 * images, normalize=True) @ model.encode_text(text_vectors, normalize=True).T
     torch.testing.assert_close(of_vectors, images @ text_vectors.T, atol=1e-5, rtol=1e-5)
-    with pytest.raises(TypeError, match="expected float vectors"):
+    with pytest.raises(UserError, match="expected float vectors"):
         model.encode_image(torch.zeros(2, 3))
     sized = "{type: zero_shot, source: pictures, inputs: {image: file}, label: label, view: {image: {size: 32}}}"
     other = tmp_path / "other.yaml"  # The size is for other models, as in recipes/evaluation.
