@@ -20,18 +20,14 @@ THREADS = min(4, core_count())
 """Threads that decode while a model computes. Pillow, FFmpeg and libsndfile release Python's lock."""
 
 
-def map_ahead(
-    function: Callable[[T], R], items: Iterable[T], threads: int = THREADS, ahead: int | None = None
-) -> Iterator[R]:
-    """`map` in threads, in order, and at most `ahead` items ahead. By default a few, because a long clip takes much
-    memory."""
-    ahead = 2 * threads if ahead is None else ahead
+def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int = THREADS) -> Iterator[R]:
+    """`map` in threads, in order. It works only a few items ahead, because a long clip takes much memory."""
     pool = ThreadPoolExecutor(threads)
     futures: deque[Future[R]] = deque()
     try:
         for item in items:
             futures.append(pool.submit(function, item))
-            if len(futures) > ahead:
+            if len(futures) > 2 * threads:
                 yield futures.popleft().result()
         while futures:
             yield futures.popleft().result()

@@ -12,7 +12,6 @@ from openimp.common.cache import stable_hash
 from openimp.common.errors import counted
 from openimp.common.modality import BadMedia, UnknownText
 from openimp.common.progress import Progress
-from openimp.common.protocols import Segmented
 from openimp.common.threads import map_ahead
 from openimp.encoding.engine import ItemEncoder, chunks_on_cpu
 from openimp.inference.model import Model
@@ -108,10 +107,7 @@ class Update:
         parts."""
         group: list[IndexedFile] = []
         part_count = 0
-        # Files that are one part each are opened while the group before is embedded. Others may have many parts.
-        modality = encoder.modality
-        ahead = None if modality.reads_text or isinstance(modality, Segmented) else size
-        for file in map_ahead(partial(self._open, encoder), media, ahead=ahead):
+        for file in map_ahead(partial(self._open, encoder), media):
             group.append(file)
             part_count += len(file.parts)
             if max(len(group), part_count) >= size:
