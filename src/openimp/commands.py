@@ -141,7 +141,7 @@ def run_eval(
     If sets cannot be measured, the results of the others are printed and written before NotMeasured is raised.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"{path}: openimp eval has one process; start it without torchrun")
+        raise UserError(f"{path}: openimp eval runs in one process; start it without torchrun")
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"{out}: --out needs a file, in a directory that is there")
     if mteb:

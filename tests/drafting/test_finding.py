@@ -113,14 +113,14 @@ def test_a_split_for_evaluation_whose_training_split_is_not_found_is_not_trained
     assert [candidate.place for candidate in used] == ["a/labels_train.csv", "b/test.csv", "c/test"]
     assert (test.place, test.problem) == (
         "a/test_data.csv",
-        "is a split of no training data: their names differ in more than the split",
+        "no training splits have a matching name",
     )
     assert paths("a/labels_train.csv", "a/test_data.csv") == ["a/labels_train.csv", "a/test_data.csv"]
     touch("dev/train.csv", "dev/captions.csv", "two/train.csv", "two/training.csv", "two/test.csv")
     assert {*paths("dev")} == {"dev/train.csv", "dev/captions.csv"}
     *used, test = find(["two"])
     assert [candidate.place for candidate in used] == ["two/train.csv", "two/training.csv"]
-    assert test.problem == "could be a split of each of 2 training sets"
+    assert test.problem == "2 training splits have a matching name"
 
 
 def test_further_splits_are_neither_trained_on_nor_measured(touch):

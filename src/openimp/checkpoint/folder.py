@@ -30,7 +30,7 @@ from openimp.common.errors import UserError, counted, one_line
 from openimp.common.folders import is_hidden
 from openimp.common.modality import Modalities, Modality
 from openimp.common.progress import notice
-from openimp.common.protocols import kept_files, learned_files, load_learned
+from openimp.common.protocols import file_copies, learned_files, load_learned
 from openimp.common.safe_files import read_object, read_required, sha256
 from openimp.common.schema import checked
 from openimp.model.embedder import Embedder
@@ -90,17 +90,17 @@ def text_files(
 ) -> dict[str, str]:
     """The text files of a model's folder, by name."""
     data = {"format": FORMAT, "class": type(model).__name__, **config.model_dump(mode="json")}
-    name_kept_files(data, modalities)
+    name_file_copies(data, modalities)
     files = {CONFIG: json.dumps(data, indent=1, ensure_ascii=False), **learned_files(modalities.values())}
     return files if recipe is None else {**files, RECIPE: recipe}
 
 
-def name_kept_files(data: dict[str, Any], modalities: Modalities) -> None:
-    """Changes a model's configuration or recipe as plain data: the files that options name become the copies of them
-    in the model's folder, because the files themselves may move."""
+def name_file_copies(data: dict[str, Any], modalities: Modalities) -> None:
+    """Lets the options of a configuration or recipe name the copies in the model's folder instead of files, which may
+    move. `data` is changed."""
     for modality in modalities.values():
         options = data["modalities"].get(modality.stem, {})
-        options.update({option: copy for option, copy in kept_files(modality).items() if options.get(option)})
+        options.update({option: copy for option, copy in file_copies(modality).items() if options.get(option)})
 
 
 def load_model(folder: Path) -> tuple[Embedder, SavedModel]:

@@ -16,7 +16,7 @@ from openimp.checkpoint.public_vit import RGB, ViTWeights
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities, Modality
 from openimp.common.names import OPEN_CLIP, SENTENCE_TRANSFORMERS, TIMM, Name
-from openimp.common.protocols import kept_files, load_learned
+from openimp.common.protocols import file_copies, load_learned
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.file import differences, flat
@@ -146,14 +146,14 @@ def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
         advice = f"copy model and modalities from {folder / RECIPE}"
         raise UserError(f"{folder}: {_listed(differing[:MAX_LISTED])}{more}; {advice}")
     for modality in shared:
-        for option in kept_files(modality):
-            _check_kept_file(folder, modality, option, learned)
+        for option in file_copies(modality):
+            _check_file_copy(folder, modality, option, learned)
     load_learned(shared, learned)
     weights = SavedWeights(folder, str(folder) if Name.parse(init).scheme is None else init)
     return WarmStart(weights, saved_config.classes, stems)
 
 
-def _check_kept_file(folder: Path, modality: Any, option: str, learned: Mapping[str, str]) -> None:
+def _check_file_copy(folder: Path, modality: Any, option: str, learned: Mapping[str, str]) -> None:
     """Checks that a file that the recipe names, such as a tokenizer, has the content that the model was trained with.
 
     A file that is not there any more is not needed.
@@ -164,7 +164,8 @@ def _check_kept_file(folder: Path, modality: Any, option: str, learned: Mapping[
         ours = modality.state()
         modality.load_state(learned)
         if modality.state() != ours:
-            raise UserError(f"{folder}: modalities.{modality.stem}.{option} is another one there; leave it out")
+            key = f"modalities.{modality.stem}.{option}"
+            raise UserError(f"{folder}: was trained with another file than {key} names; leave that key out")
 
 
 def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
@@ -197,15 +198,16 @@ def _listed(differing: Iterable[tuple[str, Any, Any]]) -> str:
 def _identity(config: Recipe | ModelConfig, modalities: Iterable[Modality]) -> dict[str, Any]:
     """The options that must be the same in two models for their weights to mean the same, with those of the stems of
     these modalities."""
-    kept_options = {modality.stem: {*kept_files(modality)} for modality in modalities}
+    copied_options = {modality.stem: {*file_copies(modality)} for modality in modalities}
     model = flat(config.model.model_dump(mode="json"))
     if config.model.moe and config.model.moe.experts_by_stem:
         # Only the groups of these stems must agree. Other groups stay new, or are left behind.
         by_stem = config.model.moe.experts_by_stem
-        model["moe.experts"] = ", ".join(f"{stem}: {by_stem[stem]}" for stem in sorted(kept_options))
+        model["moe.experts"] = ", ".join(f"{stem}: {by_stem[stem]}" for stem in sorted(copied_options))
     # Without files that are compared by their content, because they may be in several places.
     configs = {
-        stem: config.modalities[stem].model_dump(mode="json", exclude=options) for stem, options in kept_options.items()
+        stem: config.modalities[stem].model_dump(mode="json", exclude=options)
+        for stem, options in copied_options.items()
     }
     return {f"model.{key}": model.get(key) for key in SAME} | flat({"modalities": configs})
 

@@ -147,9 +147,12 @@ def learned_files(modalities: Iterable[Modality]) -> dict[str, str]:
     return {name: text for state in learned for name, text in state.items()}
 
 
-def kept_files(modality: Any) -> dict[str, str]:
-    """For each option of a `Learned` modality that names a file, the name of the copy that `state` returns."""
-    return getattr(modality, "kept_files", {})
+def file_copies(modality: Any) -> dict[str, str]:
+    """For each option of a `Learned` modality that names a file, the name of the file's copy in the model's folder.
+
+    `state` returns the copy. The modality has these names in its attribute `file_copies`; most have none.
+    """
+    return getattr(modality, "file_copies", {})
 
 
 def load_learned(modalities: Iterable[Modality], files: Mapping[str, str]) -> None:

@@ -97,15 +97,7 @@ def store_column(
     """
     is_tower = isinstance(modality, Towered)
     paths = table.path_of_rows(column)
-    rows: Sequence[int] = range(len(table))  # Their media are decoded.
-    number_of_row: list[int] | None = None  # for each row of the table, the number of its media; None: the row itself
-    if len({*paths}) < len(paths) and any(paths):
-        first_rows: dict[str | int, int] = {}  # by path, or by row if the table itself holds the media
-        for row, path in enumerate(paths):
-            first_rows.setdefault(path or row, row)
-        rows = list(first_rows.values())
-        numbers = {path: number for number, path in enumerate(first_rows)}
-        number_of_row = [numbers[path or row] for row, path in enumerate(paths)]
+    rows, number_of_row = _rows_with_distinct_media(paths)
 
     def decode(items: range) -> Iterator[Decoded]:
         cells_of_rows = table.iterate([column], rows[items.start : items.stop])
@@ -125,6 +117,20 @@ def store_column(
         decoded = (array for _, array in zip(progress_bar, decode(items)))
         store = DecodedStore(pa.Table.from_batches(_batches(decoded), SCHEMA))
     return store if number_of_row is None else SharedStore(store, np.array(number_of_row))
+
+
+def _rows_with_distinct_media(paths: list[str | None]) -> tuple[Sequence[int], list[int] | None]:
+    """One row for each file or, if the table itself holds the media, each row; and the number of each row's media.
+
+    `paths` has the file of each row. The numbers are None if no file is named twice.
+    """
+    if len({*paths}) == len(paths) or not any(paths):
+        return range(len(paths)), None
+    first_rows: dict[str | int, int] = {}  # by path, or by row if the table itself holds the media
+    for row, path in enumerate(paths):
+        first_rows.setdefault(path or row, row)
+    numbers = {path: number for number, path in enumerate(first_rows)}
+    return list(first_rows.values()), [numbers[path or row] for row, path in enumerate(paths)]
 
 
 def _decode(modality: Modality, views: list[Any], read: Callable[[], Any]) -> Decoded:

@@ -34,6 +34,10 @@ class Unreadable:
     reason: str
 
 
+REST = "[the rest]"
+"""End of the name of the row that stands for the unreadable rest of a file."""
+
+
 class UnreadableRest(Unreadable):
     """The value of each column in the row that stands for the unreadable rest of a file. No filter drops that row."""
 

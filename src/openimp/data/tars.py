@@ -15,7 +15,7 @@ from typing import IO, Any
 from openimp.common.errors import UserError
 from openimp.data.files import open_forward
 from openimp.data.streams import NamedRow
-from openimp.data.tables import Unreadable, UnreadableRest
+from openimp.data.tables import REST, Unreadable, UnreadableRest
 
 KEY = "__key__"
 """The column with the key of a sample, as WebDataset calls it."""
@@ -86,7 +86,7 @@ class TarShards:
                 except DAMAGE as error:
                     size = handle.seek(0, os.SEEK_END)
                     rest = UnreadableRest(f"not a readable tar from byte {end:,} of {size:,} on: {error}")
-                    yield (f"{label}[the rest]", dict.fromkeys([KEY, *self.columns], rest)), size
+                    yield (f"{label}{REST}", dict.fromkeys([KEY, *self.columns], rest)), size
         except (OSError, ImportError) as error:  # fsspec imports the package that a URL needs.
             raise UserError(f"source {self._name}: {file}: cannot be read: {error}") from None
 

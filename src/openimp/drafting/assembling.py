@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from openimp.common.errors import UserError, counted
-from openimp.common.protocols import kept_files
+from openimp.common.protocols import file_copies
 from openimp.common.texts import text_key
 from openimp.drafting import sizing
 from openimp.drafting.columns import TaskDraft
@@ -121,7 +121,7 @@ def assemble(
             stem = modality_class(kind).stem
             if stem in start.config.modalities:
                 modalities[stem] = start.config.modalities[stem].model_dump(
-                    mode="json", exclude_defaults=True, exclude={*kept_files(modality_class(kind))}
+                    mode="json", exclude_defaults=True, exclude={*file_copies(modality_class(kind))}
                 )  # `train.init` brings the tokenizer.
             if kind in start.config.views:
                 views[kind] = start.config.views[kind].model_dump(mode="json", exclude={"drop_tokens"})

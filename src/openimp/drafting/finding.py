@@ -195,9 +195,7 @@ def _join_splits(candidates: list[Candidate]) -> list[Candidate]:
                 joined.append(candidate._replace(problem=f"{split}is left for a last test"))
         else:
             count = len(by_role.get("train", []))
-            problem = f"could be a split of each of {count} training sets"
-            if not count:
-                problem = "is a split of no training data: their names differ in more than the split"
+            problem = f"{count or 'no'} training splits have a matching name"
             for role, candidates_of_role in by_role.items():
                 joined += [
                     candidate._replace(problem=problem)

@@ -29,7 +29,8 @@ def find_model(name: str | Path) -> Path:
     """
     if not isinstance(name, str | Path) or Name.parse(name).scheme != OPEN_CLIP:
         return find_own_model(name)
-    public_name = absolute_name(str(name), Path.cwd())  # It is kept in the cache.
+    # The model in the cache must not depend on the current folder.
+    public_name = absolute_name(str(name), Path.cwd())
 
     def checked(folder: Path) -> Path:
         describe_model(folder).recipe.validated()  # An error if an older version of openimp has written it.

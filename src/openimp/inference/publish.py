@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
 
-from openimp.checkpoint.folder import CONFIG, RECIPE, name_kept_files
+from openimp.checkpoint.folder import CONFIG, RECIPE, name_file_copies
 from openimp.common.errors import UserError, library_errors, nearest
 from openimp.common.names import Name, is_bundled
 from openimp.common.progress import console
@@ -93,7 +93,7 @@ def write(model: Model, name: str, license: str | None, folder: Path) -> None:
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     (folder / CONFIG).write_text(json.dumps(shorten_paths(config), indent=1, ensure_ascii=False), encoding="utf-8")
     recipe = shorten_paths(model.recipe.to_dict())
-    name_kept_files(recipe, model.modalities)
+    name_file_copies(recipe, model.modalities)
     (folder / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
     if any(is_bundled(str(source.path)) for source in training_sources(model.recipe).values()):

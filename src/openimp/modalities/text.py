@@ -49,7 +49,7 @@ class Text(Modality):
     reads_text = True
     extensions = (".txt",)
     decoders: ClassVar[tuple[str, ...]] = ("tokenizers",)
-    kept_files: ClassVar[dict[str, str]] = {"tokenizer": TOKENIZER_FILE}
+    file_copies: ClassVar[dict[str, str]] = {"tokenizer": TOKENIZER_FILE}
     _tokenizer: Tokenizer | None = None
 
     class Config(Strict):

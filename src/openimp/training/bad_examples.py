@@ -7,11 +7,10 @@ from pathlib import Path
 from openimp.common.errors import UserError, counted
 from openimp.common.json_lines import append, forget_after, own_lines
 from openimp.common.progress import console
+from openimp.data.tables import REST
 from openimp.parallel.distributed import all_gather_object, rank
 from openimp.recipe.training import tolerant_fraction
 
-REST = "[the rest]"
-"""End of the name of the row that stands for the unreadable rest of a tar."""
 MIN_EXAMPLES = 100
 """`train.max_bad_fraction` applies once a task has read this many examples."""
 
