@@ -95,16 +95,9 @@ def assemble(
     kinds = [*samples, *(["text"] if texts else [])]
     for kind in kinds:
         if kind in towers:
+            stem = _tower_stem(kind, kinds, towers)
             crops = {"crops": sizing.CROPS} if kind == "image" and not mentions_sides else {}
-            stem = modality_class(kind).stem
-            tower = towers[kind].name
-            for other in kinds:
-                if modality_class(other).stem == stem and (other not in towers or towers[other].name != tower):
-                    raise UserError(
-                        f"--tower {tower}: does not read {other}, or another tower does; {kind} and {other} have the "
-                        f"same stem, {stem}, so name a tower that reads both"
-                    )
-            modalities[stem] = {**modalities.get(stem, {}), "tower": tower, **crops}
+            modalities[stem] = {**modalities.get(stem, {}), "tower": towers[kind].name, **crops}
             views[kind] = {}
     text_length = 0
     if texts and "text" not in towers:
@@ -117,14 +110,7 @@ def assemble(
         model = start.config.model.model_dump(mode="json", exclude_defaults=True)
         optimizer |= {"lr": 3e-4, "muon_lr": 1.2e-3}
         text_length = 0
-        for kind in kinds:
-            stem = modality_class(kind).stem
-            if stem in start.config.modalities:
-                modalities[stem] = start.config.modalities[stem].model_dump(
-                    mode="json", exclude_defaults=True, exclude={*file_copies(modality_class(kind))}
-                )  # `train.init` brings the tokenizer.
-            if kind in start.config.views:
-                views[kind] = start.config.views[kind].model_dump(mode="json", exclude={"drop_tokens"})
+        _take_over(start.config, kinds, modalities, views)
     if "size" in views.get("image", {}) and mentions_sides:
         views["image"]["flip"] = False  # A mirrored picture would contradict its text.
     recipe: dict[str, Any] = {
@@ -144,17 +130,50 @@ def assemble(
         comments["optimizer"] = "Rates for a model that is trained already."
     if not any(views[kind] for kind in samples):  # Towers read all media, in one view and from openimp's cache.
         comments |= {"sources": "", "alternation": ""}
+    _add_tasks(recipe, tasks, views, machine, text_length)
+    for task_name, _, split in tasks:
+        count = f"{counted(split.rows, 'row')}, and {split.test_rows:,} for evaluation"
+        comments["sources"] += f"\n{task_name}: {count} ({split.why})."
+    comments["sources"] = comments["sources"].strip()
+    recipe["train"]["max_bad_fraction"] = max(LEAST_BAD_FRACTION, tolerant_fraction(bad_share))
+    return Draft(recipe, comments)
+
+
+def _tower_stem(kind: str, kinds: list[str], towers: Mapping[str, ChosenTower]) -> str:
+    """The stem that a modality's tower becomes. The tower must read all modalities of the data with this stem."""
+    stem = modality_class(kind).stem
+    tower = towers[kind].name
+    for other in kinds:
+        if modality_class(other).stem == stem and (other not in towers or towers[other].name != tower):
+            raise UserError(
+                f"--tower {tower}: does not read {other}, or another tower does; {kind} and {other} have the "
+                f"same stem, {stem}, so name a tower that reads both"
+            )
+    return stem
+
+
+def _take_over(config: ModelConfig, kinds: list[str], modalities: dict[str, Any], views: dict[str, Any]) -> None:
+    """Replaces stems and views by those of a trained model, where it has them."""
+    for kind in kinds:
+        stem = modality_class(kind).stem
+        if stem in config.modalities:
+            copies = file_copies(modality_class(kind))  # `train.init` brings the tokenizer.
+            modalities[stem] = config.modalities[stem].model_dump(mode="json", exclude_defaults=True, exclude={*copies})
+        if kind in config.views:
+            views[kind] = config.views[kind].model_dump(mode="json", exclude={"drop_tokens"})
+
+
+def _add_tasks(
+    recipe: dict[str, Any], tasks: list[NamedTask], views: dict[str, Any], machine: Machine, text_length: int
+) -> None:
+    """Adds all tasks, with their weights and the number of steps. Sources are cached as far as memory allows."""
     cached_bytes = 0.0
     for named in tasks:
-        split = named.split
         media = named.task.media
-        size = sizing.decoded_bytes(media.sample, views[media.kind], split.rows) if views[media.kind] else inf
+        size = sizing.decoded_bytes(media.sample, views[media.kind], named.split.rows) if views[media.kind] else inf
         is_cached = cached_bytes + size <= sizing.CACHE_SHARE * machine.host_memory
         cached_bytes += size if is_cached else 0
         _add(recipe, named, views, machine, is_cached, text_length)
-        count = f"{counted(split.rows, 'row')}, and {split.test_rows:,} for evaluation"
-        comments["sources"] += f"\n{named.name}: {count} ({split.why})."
-    comments["sources"] = comments["sources"].strip()
     steps_of_tasks = [sizing.steps(split.rows, recipe["tasks"][name]["batch_size"]) for name, _, split in tasks]
     for section, steps in zip(recipe["tasks"].values(), steps_of_tasks):
         section["weight"] = float(f"{steps / min(steps_of_tasks):.2g}")
@@ -163,8 +182,6 @@ def assemble(
     if decoded_once and machine.workers == 1 and not machine.is_gpu:
         # Preparing decoded examples is little work, and a process for it would slow the threads of few cores down.
         recipe["train"]["num_workers"] = 0
-    recipe["train"]["max_bad_fraction"] = max(LEAST_BAD_FRACTION, tolerant_fraction(bad_share))
-    return Draft(recipe, comments)
 
 
 def _add(

@@ -101,54 +101,35 @@ def build_index(
     name = model_name(model)
     if paths is None and Name.parse(name).scheme == OPEN_CLIP:
         raise UserError(f"{name}: comes without media; name files or folders, and the index with --out")
-    given = None if paths is None else [_on_disk(path) for path in paths]
+    roots = None if paths is None else [_on_disk(path) for path in paths]
     forgotten = [Path(os.path.expanduser(path)) for path in forget]
-    for root in forgotten:
-        if root.exists() and any(root.resolve().is_relative_to(other.resolve()) for other in given or ()):
-            raise UserError(f"--forget {root}: is among the files that are indexed; name it without them")
+    _refuse_forgetting_what_is_indexed(forgotten, roots or [])
     folder = Path(os.path.expanduser(out)) if out else _default_folder(name, has_paths=paths is not None)
+    is_index = read_metadata(folder) is not None
+    if forgotten and not is_index:
+        raise UserError(f"--forget: {folder} is not an index")
+
     opened = load(name)
-    modalities = {
-        modality_name: modality
-        for modality_name, modality in opened.modalities.items()
-        if any(opened.imp.share_a_space(modality_name, other) for other in opened.modalities)
-    }
-    if not modalities:
-        raise UserError(
-            f"{name}: no task compares two modalities, so there is nothing to search by; see openimp classify"
-        )
-    if given is None:
+    modalities = _searchable_modalities(name, opened)
+    unknown: dict[str, int] = {}
+    if roots is None:
         media = _recipe_media(name, opened, modalities, allow_sources)
-        unknown: dict[str, int] = {}
     else:
         # An index may still have items of files and folders that are gone.
-        is_update = read_metadata(folder) is not None
-        present = [path for path in given if path.exists() or not is_update]
-        files_by_modality, unknown = find_files(present, modalities, required=not (is_update or forgotten))
-        media = list(media_of_files(files_by_modality, given, modalities))
+        present = [root for root in roots if root.exists() or not is_index]
+        files_by_modality, unknown = find_files(present, modalities, required=not is_index)
+        media = list(media_of_files(files_by_modality, roots, modalities))
     metadata = Metadata(
         format=FORMAT,
         model=absolute_name(name, "."),
         fingerprint=fingerprint(opened),
         towards={modality: opened.partner(modality) for modality in modalities},
     )
-    if forgotten and read_metadata(folder) is None:
-        raise UserError(f"--forget: {folder} is not an index")
     with locked(folder):
-        _write_metadata(folder, metadata, opened, replace=given is None)
+        _write_metadata(folder, metadata, opened, replace=roots is None)
         items = Items(folder, opened.imp.config.embed_dim)
-        update = Update(opened, items, media, given, forgotten)
-        for root in given or ():
-            if not root.exists() and not update.has_items_in(root):
-                raise UserError(f"{root}: no such file or folder")
-        for root in forgotten:
-            if not update.has_items_in(root):
-                raise UserError(f"--forget {root}: the index has no items of it")
-        for root, count in update.absent.items():
-            notice(
-                f"{root}: has no files now, and its disk may not be mounted, so what the index has of its "
-                f"{counted(count, 'file')} is kept; --forget {root} removes it"
-            )
+        update = Update(opened, items, media, roots, forgotten)
+        _check_items_of_roots(update, roots or [], forgotten)
         try:
             update.run(metadata.towards, batch_size, progress)
         except KeyboardInterrupt:
@@ -204,6 +185,26 @@ def _default_folder(model: str, has_paths: bool) -> Path:
     return folder
 
 
+def _refuse_forgetting_what_is_indexed(forgotten: list[Path], roots: list[Path]) -> None:
+    for root in forgotten:
+        if root.exists() and any(root.resolve().is_relative_to(other.resolve()) for other in roots):
+            raise UserError(f"--forget {root}: is among the files that are indexed; name it without them")
+
+
+def _searchable_modalities(name: str, model: Model) -> Modalities:
+    """The modalities that share a space with themselves or with another one."""
+    modalities = {
+        modality_name: modality
+        for modality_name, modality in model.modalities.items()
+        if any(model.imp.share_a_space(modality_name, other) for other in model.modalities)
+    }
+    if not modalities:
+        raise UserError(
+            f"{name}: no task compares two modalities, so there is nothing to search by; see openimp classify"
+        )
+    return modalities
+
+
 def _recipe_media(name: str, model: Model, modalities: Modalities, allow_sources: bool) -> list[Media]:
     """The media in the sources of the model's recipe."""
     recipe = model.recipe
@@ -218,6 +219,21 @@ def _recipe_media(name: str, model: Model, modalities: Modalities, allow_sources
             "folders"
         )
     return media
+
+
+def _check_items_of_roots(update: Update, roots: list[Path], forgotten: list[Path]) -> None:
+    """Refuses paths of which there are neither files nor items, and tells of roots that have items but no files."""
+    for root in roots:
+        if not root.exists() and not update.has_items_in(root):
+            raise UserError(f"{root}: no such file or folder")
+    for root in forgotten:
+        if not update.has_items_in(root):
+            raise UserError(f"--forget {root}: the index has no items of it")
+    for root, count in update.absent.items():
+        notice(
+            f"{root}: has no files now, and its disk may not be mounted, so what the index has of its "
+            f"{counted(count, 'file')} is kept; --forget {root} removes it"
+        )
 
 
 def _write_metadata(folder: Path, metadata: Metadata, model: Model, replace: bool) -> None:
