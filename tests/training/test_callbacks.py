@@ -1,6 +1,5 @@
 """Callbacks of `openimp.train`."""
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -61,27 +60,6 @@ def test_callbacks_are_told_of_steps_evaluations_and_checkpoints(recipe, tmp_pat
     assert recorded.steps == [(step, step % 2 == 0) for step in range(1, 7)]
     assert recorded.evaluations == [2, 4, 6]
     assert {2, 4, 6} <= {*recorded.checkpoints}  # The evaluation after step 2 is the best so far.
-
-
-def test_the_weights_that_a_run_starts_from_can_be_its_best_checkpoint(recipe, tmp_path):
-    openimp.train(recipe, tmp_path / "first")
-    data = recipe.to_dict()
-    data["train"] |= {"init": str(tmp_path / "first"), "steps": 2}
-    data["evaluation"] |= {"best": "colours"}
-    data["optimizer"] |= {"lr": 1.0, "muon_lr": 1.0}
-    worse = openimp.Recipe.build(data)
-    recorded = Recorded()
-    assert openimp.train(worse, tmp_path / "second", callbacks=[recorded])
-    checkpoints = tmp_path / "second" / "checkpoints"
-    assert (checkpoints / "best").resolve().name == "step-00000000"
-    assert recorded.checkpoints == [0, 2]
-
-    shutil.rmtree(checkpoints / "step-00000002")
-    again = Recorded()
-    assert openimp.train(worse, tmp_path / "second", resume=True, callbacks=[again])
-    assert recorded.evaluations == [0, 2]
-    assert again.evaluations == [2]  # Step 0 is not measured again.
-    assert (checkpoints / "best").resolve().name == "step-00000000"
 
 
 def test_a_training_in_a_thread_with_workers_runs_like_one_in_the_main_thread(recipe, tmp_path):

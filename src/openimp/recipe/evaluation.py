@@ -128,6 +128,6 @@ class Evaluation(Strict):
     best: str | None = None
     """The name of a set. When its result is the best so far, a checkpoint is saved and kept in addition to the last
     ones; `checkpoints/best` links to it. The best result has the highest R@1 (mean of both directions), top-1 or
-    mAP."""
+    mAP. The weights of `train.init` do not count: they are measured, but not saved again."""
     sets: dict[str, Annotated[EvaluationSet, Field(discriminator="type")]] = {}
     """Evaluation sets by name."""

@@ -22,7 +22,7 @@ class Checkpointing:
     model: Embedder
     updater: Updater
     text_files: Mapping[str, str]  # configuration, recipe and tokenizer by file name (`checkpoint.folder.text_files`)
-    newest_step: int | None = None  # of the newest checkpoint, which may still be being written
+    newest_step: int = 0  # of the newest checkpoint, which may still be being written; 0 if there is none
     _has_old_recipe: bool = False  # whether the newest checkpoint has another recipe than this run, as it may on resume
 
     def load(self, folder: Path) -> dict[str, Any]:

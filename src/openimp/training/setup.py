@@ -155,7 +155,7 @@ def set_up(
     directory.begin(model_files[CONFIG], model_files[RECIPE])
 
     log = Log(run, recipe, step_costs, device, state)
-    log.print_start(model, device, checkpointing.newest_step or 0)
+    log.print_start(model, device, checkpointing.newest_step)
     return Parts(
         recipe=recipe,
         run=run,

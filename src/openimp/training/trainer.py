@@ -126,7 +126,7 @@ class Trainer(Parts):
         self._failure: NotMeasured | None = None  # of the last evaluation
         self._callback_stops = False  # Whether a callback has raised StopTraining in `on_checkpoint`.
         self.encode_all = in_chunks(self.model.encode_all, self.recipe.memory.chunk_size)
-        self.step = self.checkpointing.newest_step or 0
+        self.step = self.checkpointing.newest_step
         self.grad_norm = 0.0
         self._bar = StepBar(self.recipe.train.steps, self.step)
         self._begun_steps: list[PendingStep] = []
@@ -182,9 +182,9 @@ class Trainer(Parts):
         """Makes the remaining steps, with the checkpoints and evaluations that are due between them."""
         save_every = self.recipe.train.save_every
         evaluate_every = self.recipe.evaluation.every
-        # The baseline: later results show what was forgotten.
-        is_baseline = self.step == 0 and self.recipe.starts_from_weights
-        if is_baseline or (self.step and self._is_due(evaluate_every, self.step)):
+        if self.step == 0 and self.recipe.starts_from_weights:
+            self.evaluate(stop.watch)  # The baseline: later results show what was forgotten.
+        if self.step and self._is_due(evaluate_every, self.step):
             if self._is_measured():  # The interrupted run may not have marked the step as the best so far.
                 self._keep_best(self.recipe.evaluation.sets)
             else:
@@ -314,8 +314,7 @@ class Trainer(Parts):
         """Starts saving the confirmed steps, unless they are saved; with `wait`, returns when the files are written."""
         self.confirm_and_gather_bad_examples()
         self._announce_checkpoint()  # Now, because `checkpointing.save` changes `newest_step`.
-        if self.step > 0:  # Otherwise the run is begun again rather than resumed.
-            self.checkpointing.save(self.state())
+        self.checkpointing.save(self.state())
         if wait:
             self.checkpointing.wait()
             self._announce_checkpoint()
@@ -323,7 +322,7 @@ class Trainer(Parts):
     def _announce_checkpoint(self) -> None:
         """Waits for the newest checkpoint and tells the callbacks of it, unless they know it."""
         step = self.checkpointing.newest_step
-        if self.callbacks.callbacks and step is not None and step != self._announced_step:
+        if self.callbacks.callbacks and step != self._announced_step:
             self.checkpointing.wait()
             self._announced_step = step
             try:
