@@ -112,4 +112,5 @@ def stop_signals(must_stop: Callable[[], bool]) -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == request_stop:  # Not if `report_dead_ranks` ignores the signal since.
+                signal.signal(number, handler)

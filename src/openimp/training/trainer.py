@@ -143,7 +143,13 @@ class Trainer(Parts):
     def train(self) -> bool:
         """Runs the training to its end. Returns False if a signal stopped it; then all complete steps are saved."""
         # The run stops after a signal, or if a checkpoint could not be written.
-        with stop_signals(self.checkpointing.saver.failed) as stop, self._bar, closing(self.log):
+        with (
+            stop_signals(self.checkpointing.saver.failed) as stop,
+            # Not only around the whole run: torchrun's SIGTERM may arrive after `stop_signals` has ended.
+            distributed.report_dead_ranks(),
+            self._bar,
+            closing(self.log),
+        ):
             try:
                 self._complete_run(stop)
                 return True
