@@ -80,7 +80,7 @@ def run_train(name: str, overrides: list[str], run: Path | None, resume: str | N
         console.print(f"Next:  {'   |   '.join([*commands, f'openimp report {run}'])}", soft_wrap=True)
 
 
-@distributed.report_dead_ranks()
+@distributed.leave_after_errors()
 def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str | None) -> Recipe:
     """The recipe that `init` writes for data. A run with a checkpoint keeps its own, because a draft depends on the
     machine."""

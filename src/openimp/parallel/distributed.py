@@ -73,6 +73,17 @@ def shut_down() -> None:
 
 
 @contextmanager
+def leave_after_errors() -> Iterator[None]:
+    """For all that a process does with other ranks: `report_dead_ranks`, and a UserError ends the process group."""
+    try:
+        with report_dead_ranks():
+            yield
+    except UserError:
+        _leave()
+        raise
+
+
+@contextmanager
 def report_dead_ranks() -> Iterator[None]:
     """Turns a failed collective into a UserError that tells how to resume: a rank died, or did not answer in time.
 
@@ -80,9 +91,6 @@ def report_dead_ranks() -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
-        _leave()
-        raise
     except RuntimeError as error:
         # gloo's errors have no class of their own.
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):

@@ -34,7 +34,7 @@ from openimp.training.setup import ORDINARY, Parts, Variant, set_up
 from openimp.training.stopping import Interrupted, Stop, raise_if_any_rank_stops, stop_signals
 
 
-@distributed.report_dead_ranks()
+@distributed.leave_after_errors()
 def train(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     run: str | Path | None = None,
