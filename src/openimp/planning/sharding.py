@@ -73,25 +73,31 @@ class Sharding:
             return Group(self.layout.expert_shards, stride=self.layout.expert_degree)
         return Group(self.layout.shard_degree)
 
-    def gathered_elements(self, weight: Tensor) -> int:
-        """Number of a weight's elements that a GPU gathers. With expert parallelism, it gathers only its experts."""
-        return weight.numel() // (self.layout.expert_degree if weight in self.experts else 1)
+    def gathered_elements(self, weights: Iterable[Tensor]) -> int:
+        """Number of elements that a GPU gathers of weights. With expert parallelism, it gathers only its experts."""
+        return sum(
+            weight.numel() // self.layout.expert_degree if weight in self.experts else weight.numel()
+            for weight in weights
+        )
 
     def held_bytes(self, weights: Iterable[Tensor]) -> int:
         """Bytes of the GPU's shards of weights, in fp32."""
-        return sum(FP32_BYTES * self.gathered_elements(weight) // self.shards(weight).size for weight in weights)
+        return sum(FP32_BYTES * self.gathered_elements([weight]) // self.shards(weight).size for weight in weights)
 
     def gathered_bytes(self, weights: Iterable[Tensor]) -> int:
         """Bytes of gathered weights, in the type that the model computes with."""
-        return self.compute_type_bytes * sum(map(self.gathered_elements, weights))
+        return self.compute_type_bytes * self.gathered_elements(weights)
 
     def reduced_bytes(self, weights: Iterable[Tensor]) -> int:
         """Bytes of the gradients of gathered weights, and of their fp32 copy for the reduction."""
-        return (self.compute_type_bytes + FP32_BYTES) * sum(map(self.gathered_elements, weights))
+        return (self.compute_type_bytes + FP32_BYTES) * self.gathered_elements(weights)
 
-    def gather(self, weights: Iterable[Tensor]) -> Traffic:
-        """Traffic of an all-gather of weights."""
-        return sum((self.shards(weight).all_gather(self.gathered_bytes([weight])) for weight in weights), Traffic())
+    def gather(self, weights: Iterable[Tensor], element_bytes: int) -> Traffic:
+        """Traffic of an all-gather of weights, or of their updates, with `element_bytes` per element."""
+        traffic = Traffic()
+        for weight in weights:
+            traffic += self.shards(weight).all_gather(element_bytes * self.gathered_elements([weight]))
+        return traffic
 
     def reduce(self, weights: Iterable[Tensor]) -> Traffic:
         """Traffic of the reduction of fp32 gradients: a reduce-scatter between shards, and an all-reduce between
@@ -101,6 +107,6 @@ class Sharding:
             shards = self.shards(weight)
             replica_ranks = shards.size * shards.stride
             replicas = Group(self.layout.ranks // replica_ranks, stride=replica_ranks)
-            traffic += shards.all_gather(FP32_BYTES * self.gathered_elements(weight))
+            traffic += shards.all_gather(FP32_BYTES * self.gathered_elements([weight]))
             traffic += replicas.all_gather(2 * self.held_bytes([weight]))
         return traffic

@@ -75,7 +75,9 @@ class StepPlanner:
         updated = self.trained if self.recipe.optimizer.zero_missing_grads else with_grad
         by_objective = [objective.loss_sizes(task, cost.examples) for objective in task.objectives]
         loss_sizes = LossSizes(*map(sum, zip(*by_objective)))  # Sums each field.
-        layout = self.sharding.layout
+        sharding = self.sharding
+        layout = sharding.layout
+        weight_bytes = sharding.compute_type_bytes
         # `draw` inputs per example.
         local_examples = {name: cost.examples * spec.draw // layout.ranks for name, spec in task.inputs.items()}
         sizes_of_passes = pass_sizes(local_examples, self.recipe.memory.chunk_size)
@@ -85,21 +87,21 @@ class StepPlanner:
         # Weights are gathered while other blocks compute. If the backward pass encodes a chunk again, they are gathered
         # once for this second forward pass and for its backward pass.
         if layout.reshard_after_forward:
-            forward_traffic = self.sharding.gather(weights_per_pass)
+            forward_traffic = sharding.gather(weights_per_pass, weight_bytes)
             regather_traffic = forward_traffic
         else:
-            forward_traffic = self.sharding.gather(distinct_weights)
+            forward_traffic = sharding.gather(distinct_weights, weight_bytes)
             regather_traffic = Traffic()
         # With one pass, the reduction of gradients overlaps with computation, too. With several passes (chunks),
         # gradients are reduced after the last one.
         overlapped = with_grad & distinct_weights if len(passes) == 1 else set()
-        backward_traffic = regather_traffic + self.sharding.reduce(overlapped)
+        backward_traffic = regather_traffic + sharding.reduce(overlapped)
         # No computation hides this traffic.
-        exposed_traffic = self.sharding.reduce(with_grad - overlapped)
-        exposed_traffic += self._muon_traffic(updated)
+        exposed_traffic = sharding.reduce(with_grad - overlapped)
+        exposed_traffic += sharding.gather(updated & self.muon_weights, BF16_BYTES)
         exposed_traffic += self._expert_traffic(cost, is_chunked=len(passes) > 1)
         for _ in range(1 + loss_sizes.heads):  # FSDP2 gathers the weights outside of blocks again for each head.
-            exposed_traffic += self.sharding.gather(self.outside_blocks)
+            exposed_traffic += sharding.gather(self.outside_blocks, weight_bytes)
         exposed_traffic += Group(layout.ranks).all_gather(self._vector_bytes(loss_sizes))
 
         forward_seconds = self._seconds(cost.forward_flops / layout.ranks)
@@ -139,17 +141,7 @@ class StepPlanner:
     def _muon_share(self, updated: Set[Tensor]) -> float:
         """The share of Muon's work that each GPU does. With expert parallelism, it updates only its experts."""
         weights = updated & self.muon_weights
-        return self._gathered_elements(weights) / max(1, sum(weight.numel() for weight in weights))
-
-    def _gathered_elements(self, weights: Set[Tensor]) -> int:
-        return sum(map(self.sharding.gathered_elements, weights))
-
-    def _muon_traffic(self, updated: Set[Tensor]) -> Traffic:
-        """Traffic of Muon's updates, which are gathered in bf16."""
-        traffic = Traffic()
-        for weight in updated & self.muon_weights:
-            traffic += self.sharding.shards(weight).all_gather(BF16_BYTES * self.sharding.gathered_elements(weight))
-        return traffic
+        return self.sharding.gathered_elements(weights) / max(1, sum(weight.numel() for weight in weights))
 
     def _muon_buffer_bytes(self, updated: Set[Tensor]) -> int:
         """Most bytes that Muon holds during an update besides the momentum.
@@ -160,7 +152,7 @@ class StepPlanner:
         weights = updated & self.muon_weights
         update_bytes = BF16_BYTES * self.sharding.held_bytes(weights) // FP32_BYTES
         # Of square matrices X: X, the product of X X', a polynomial of it, and the result.
-        iteration_bytes = 4 * BF16_BYTES * min(self._gathered_elements(weights), BATCH_ELEMENTS)
+        iteration_bytes = 4 * BF16_BYTES * min(self.sharding.gathered_elements(weights), BATCH_ELEMENTS)
         return update_bytes + max(2 * update_bytes, iteration_bytes)
 
     def _memory(self, loss_sizes: LossSizes, step_memory: StepMemory, updated: Set[Tensor]) -> GPUMemory:
