@@ -61,7 +61,7 @@ class Log:
         self.unlogged_steps: Counter[str] = Counter()  # by task
         self.loss_sums: dict[str, dict[str, Tensor]] = defaultdict(dict)  # by task and name of the loss
         self.passes: Counter[str] = Counter()  # by modality
-        self.usage_sums: dict[str, list[Tensor]] = {}  # by modality: per sparse layer, load, gate and dropped
+        self.usage_sums: dict[str, Tensor] = {}  # by modality: load, gate and dropped of each sparse layer (row)
 
     def print_start(self, model: Embedder, device: torch.device, step: int) -> None:
         """Prints the tasks, the size of the model, the device, the precision and the directory of the run."""
@@ -112,13 +112,10 @@ class Log:
         for name, value in {"loss": losses.total.detach(), **losses.parts}.items():
             loss_sums[name] = loss_sums.get(name, 0) + value
         for modality, layers in losses.usage.items():
-            if not layers:
-                continue
-            self.passes[modality] += 1
-            usages = [torch.cat([layer.load_E, layer.gate_E, layer.dropped[None]]) for layer in layers]
-            if modality in self.usage_sums:
-                usages = [total + usage for total, usage in zip(self.usage_sums[modality], usages)]
-            self.usage_sums[modality] = usages
+            if layers:
+                self.passes[modality] += 1
+                usage = torch.stack([torch.cat([layer.load_E, layer.gate_E, layer.dropped[None]]) for layer in layers])
+                self.usage_sums[modality] = self.usage_sums.get(modality, 0) + usage
 
     def write(self, steps_done: int, lr_factor: float, grad_norm: float, bar: StepBar) -> dict[str, Any]:
         """Writes, prints and returns a line after `steps_done` steps, with the learning rate and norm of the last
@@ -165,9 +162,9 @@ class Log:
 
     def _mean_usage(self, modality: str) -> list[dict[str, Any]]:
         """How each sparse layer used its experts, averaged over the passes of a modality on all ranks."""
+        usage = distributed.all_reduce_mean(self.usage_sums[modality]) / self.passes[modality]
         layers = []
-        for usage_sum in self.usage_sums[modality]:
-            *shares, dropped = (distributed.all_reduce_mean(usage_sum) / self.passes[modality]).tolist()
+        for *shares, dropped in usage.tolist():
             experts = len(shares) // 2
             layers.append({"load": shares[:experts], "gate": shares[experts:], "dropped": dropped})
         return layers
