@@ -18,6 +18,8 @@ COEFFICIENTS = (8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, 
 
 They are chosen for singular values from 0.01 to 1. Each iteration moves the values as close to 1 as such a polynomial
 can (Polar Express, arXiv 2505.16932). After the third, all are between 0.73 and 1.27."""
+MOMENTUM = 0.95
+"""Share of the momentum that a step keeps."""
 MARGIN = 1.01
 """bf16 rounds a norm and a quotient by up to 0.4 %. A singular value above 1, as a matrix of rank 1 could then have,
 would explode: 1.004 would become 56."""
@@ -43,13 +45,12 @@ class Muon(torch.optim.Optimizer):
         stacks: Mapping[Tensor, int],
         lr: float,
         weight_decay: float = 0.0,
-        momentum: float = 0.95,
         lr_factors: Mapping[Tensor, float] | None = None,
     ) -> None:
         self.shapes = {weight: _stack_shape(weight, count) for weight, count in stacks.items()}
         self.lr_factors = lr_factors or dict.fromkeys(stacks, 1.0)
         # All matrices may be frozen. The optimizer accepts an empty group, but not an empty list.
-        super().__init__([{"params": [*stacks]}], {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__([{"params": [*stacks]}], {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -58,7 +59,7 @@ class Muon(torch.optim.Optimizer):
         with_gradient = [weight for weight in group["params"] if weight.grad is not None]
         if not with_gradient:
             return
-        updates = self._updates(with_gradient, group["momentum"])
+        updates = self._updates(with_gradient)
 
         @cache
         def decay_factor(decay: float) -> Tensor:
@@ -94,7 +95,7 @@ class Muon(torch.optim.Optimizer):
         shards = [shard_matrices(x.view(-1, *weight.shape[1:]), weight) for weight, x in zip(batch, results)]
         torch._foreach_copy_([updates[weight] for weight in batch], shards)
 
-    def _updates(self, weights: Sequence[Tensor], momentum: float) -> dict[Tensor, Tensor]:
+    def _updates(self, weights: Sequence[Tensor]) -> dict[Tensor, Tensor]:
         """Moves the momentum of weights towards their gradients. Returns the updates of the local shards in bf16."""
         grads = [cast(Tensor, weight.grad) for weight in weights]
         for weight, grad in zip(weights, grads):
@@ -106,8 +107,8 @@ class Muon(torch.optim.Optimizer):
         for gradient, buffer in zip(gradients, buffers):
             # A gradient that equals the momentum buffer leaves it as it is.
             torch.where(self.found_inf.bool(), buffer, gradient, out=gradient)
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        updates = torch._foreach_lerp(gradients, buffers, momentum)
+        torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
+        updates = torch._foreach_lerp(gradients, buffers, MOMENTUM)
         torch._foreach_mul_(updates, 1 - self.found_inf)
         return {weight: update.bfloat16() for weight, update in zip(weights, updates)}
 
