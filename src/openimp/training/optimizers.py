@@ -51,20 +51,16 @@ def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Opt
     return optimizers
 
 
-def lr_schedule(recipe: Recipe, step: int, cumulative_flops: np.ndarray | None = None) -> float:
+def lr_schedule(recipe: Recipe, step: int, work: np.ndarray | range) -> float:
     """Factor of the peak learning rate at a step: linear warm-up, then a cosine until the last step.
 
-    The cosine follows the share of the steps that are done or, if `cumulative_flops` is given, the share of the FLOPs.
-    `cumulative_flops[i]` is the sum of the FLOPs of all steps before step i; the last entry is that of the whole run.
+    The cosine follows the share of the work that is done. `work[i]` is the number of steps before step i, or the sum of
+    their FLOPs. The last entry is that of the whole run.
     """
     options = recipe.optimizer
     steps = recipe.train.steps
     warmup = steps // 20 if options.warmup_steps is None else options.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
-    if cumulative_flops is None:
-        progress = (step - warmup) / max(1, steps - warmup)
-    else:
-        flops_to_do = cumulative_flops[steps] - cumulative_flops[warmup]
-        progress = float((cumulative_flops[step] - cumulative_flops[warmup]) / flops_to_do)
+    progress = float((work[step] - work[warmup]) / (work[steps] - work[warmup]))
     return options.min_lr_ratio + (1 - options.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

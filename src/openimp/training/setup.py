@@ -148,7 +148,7 @@ def set_up(
         report = warm_start.load(model, data.classes)
         console.print(report, soft_wrap=True)
     _distribute(recipe, model, device)
-    updater = Updater(recipe, model, _cumulative_flops(batches, step_costs))
+    updater = Updater(recipe, model, _work(batches, step_costs))
     checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, model_files)
     state = checkpointing.load(checkpoint) if checkpoint else {}
     cursors = data.load_cursors(state.get("cursors", {}), changed_source_names)
@@ -184,14 +184,14 @@ def _prepare(recipe: Recipe, data: TaskData, checkpoint: Path | None) -> dict[st
     return teacher_states
 
 
-def _cumulative_flops(batches: StepBatches, step_costs: Costs) -> np.ndarray | None:
-    """The FLOPs of all steps before each step, if the learning rate shall follow them; see `lr_schedule`.
+def _work(batches: StepBatches, step_costs: Costs) -> np.ndarray | range:
+    """The number of steps before each step or, if views are in a sequence, their FLOPs; see `lr_schedule`.
 
     With views in a sequence, the last steps cost several times as many FLOPs as the first. By the number of steps, the
     learning rate would be near zero for a large share of the FLOPs.
     """
     if batches.data.recipe.alternation.views != "sequence":
-        return None
+        return range(len(batches) + 1)
     # Without passes that are repeated to save memory, which may change when the run is resumed.
     flops_of = {task_view: cost.flops - cost.repeated_flops for task_view, cost in step_costs.items()}
     flops = [flops_of[visit.task, visit.view] for visit in batches.schedule]

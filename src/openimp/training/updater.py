@@ -22,22 +22,18 @@ class Updater:
     device leaves weights and optimizer state as they are.
     """
 
-    def __init__(self, recipe: Recipe, model: Embedder, cumulative_flops: np.ndarray | None = None) -> None:
-        """Makes the optimizers and the EMA.
-
-        If `cumulative_flops` is given, the learning rate follows the share of the FLOPs that are done, instead of the
-        share of the steps (`lr_schedule`).
-        """
+    def __init__(self, recipe: Recipe, model: Embedder, work: np.ndarray | range) -> None:
+        """Makes the optimizers and the EMA. For `work`, see `lr_schedule`."""
         options = recipe.optimizer
         self.recipe = recipe
         self.model = model
-        self.cumulative_flops = cumulative_flops
+        self.work = work
         self.optimizers = make_optimizers(options, model)
         self.ema = EMA(model, options.ema_decay) if options.ema_decay else None
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a step, as a share of the peak."""
-        return lr_schedule(self.recipe, step, self.cumulative_flops)
+        return lr_schedule(self.recipe, step, self.work)
 
     def queue_update(self, step: int) -> HostCopy:
         """Queues the update of step `step`, which counts from 0, and drops the gradients.
