@@ -23,6 +23,7 @@ from ranks import COMMON
 from safetensors.torch import load_file, save_file
 from saved import assert_equal
 from torch import Tensor
+from trained import trainer_of
 
 import openimp
 from openimp.checkpoint import dcp
@@ -30,15 +31,13 @@ from openimp.checkpoint.folder import checkpoints, optimizer_state, verify
 from openimp.checkpoint.saver import CheckpointError
 from openimp.parallel import distributed
 from openimp.parallel.layout import full_tensor
-from openimp.recipe.schema import Recipe
-from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
 CHANGES = [*COMMON, "evaluation={}", "train.keep_last=2"]
 
 
 def training_of(folder: Path, run: Path, *changes: str, resume: bool = False) -> Trainer:
-    return Trainer(set_up(Recipe.load(folder / "recipe.yaml", [*CHANGES, *changes]), run, resume))
+    return trainer_of(folder, run, *CHANGES, *changes, resume=resume)
 
 
 def save_after(training: Trainer, steps: int, wait: bool = True) -> None:
@@ -147,7 +146,7 @@ def test_a_failure_is_raised_by_the_next_save(little_data, tmp_path, disk):
 def test_the_end_of_a_training_waits_for_its_checkpoint(little_data, tmp_path, disk):
     """The disk lets it be written only when the evaluation after the last step has ended."""
     run = tmp_path / "run"
-    training = Trainer(set_up(Recipe.load(little_data / "recipe.yaml", ["train.steps=2"]), run))
+    training = trainer_of(little_data, run, "train.steps=2")
     really_evaluate = training.evaluate
 
     def evaluate(*arguments, **options):

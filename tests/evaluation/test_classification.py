@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from little import png
 from messages import refuses
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, top_k_accuracy_score
+from trained import recipe_of
 
 import openimp
 from openimp.checkpoint.folder import load_model
@@ -18,7 +19,6 @@ from openimp.evaluation.classification import Classified
 from openimp.evaluation.evaluate import check_sets, evaluate
 from openimp.evaluation.metrics import average_precision
 from openimp.model.imp import IMP
-from openimp.recipe.schema import Recipe
 from openimp.training.callbacks import Callback, EarlyStopping
 from openimp.training.trainer import train
 
@@ -228,7 +228,7 @@ def test_a_training_keeps_the_results_of_the_sets_that_can_be_measured(own_data,
     (own_data / "lost.jsonl").write_text('{"file": "x.png", "label": "red"}')
     lost = f"evaluation.sets.lost={{type: zero_shot, source: lost, {OPTIONS}}}"
     changes = ["train.steps=2", "evaluation.every=1", "sources.lost={path: lost.jsonl}", lost, "evaluation.best=tones"]
-    recipe = Recipe.load(own_data / "recipe.yaml", changes)
+    recipe = recipe_of(own_data, *changes)
 
     evaluated = []
 

@@ -19,6 +19,7 @@ from mixture import LARGEST_TASK
 from ranks import COMMON, facts, on
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from trained import recipe_of, trainer_of
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import optimizer_state
@@ -220,8 +221,8 @@ def test_a_run_on_two_ranks_resumes_on_one_and_on_four(little_data, two_ranks, f
     shutil.copytree(two_ranks / "stopped", two)
     (saved,) = [path.name for path in (two / "checkpoints").iterdir() if path.name > "step-00000005"]
     assert saved < "step-00000024"
-    assert train(Recipe.load(little_data / "recipe.yaml", COMMON), one)
-    assert train(Recipe.load(little_data / "recipe.yaml", COMMON), two, resume=True)
+    assert train(recipe_of(little_data, *COMMON), one)
+    assert train(recipe_of(little_data, *COMMON), two, resume=True)
 
     lines = read_lines(one / "metrics.jsonl")
     for folder in (two, four):
@@ -246,7 +247,7 @@ def test_a_streamed_run_on_two_ranks_resumes_on_one(little_data, two_ranks, tmp_
     resumed = Path(shutil.copytree(two_ranks / "streamed", tmp_path / "run"))
     for saved in sorted((resumed / "checkpoints").glob("step-*"))[1:]:
         shutil.rmtree(saved)
-    assert train(Recipe.load(little_data / "recipe.yaml", changes), resumed, resume=True)
+    assert train(recipe_of(little_data, *changes), resumed, resume=True)
     ours, theirs = (read_lines(run / "metrics.jsonl") for run in (resumed, two_ranks / "streamed"))
     assert [line["samples"] for line in ours] == [line["samples"] for line in theirs]
     last = [run / "checkpoints/step-00000024/state.json" for run in (resumed, two_ranks / "streamed")]
@@ -265,9 +266,9 @@ def test_an_environment_in_which_ranks_would_not_find_each_other_is_refused(monk
         distributed.start()
 
 
-def recipe(folder: Path, *changes: str) -> Recipe:
+def trainer_without_sets(folder: Path, run: Path, *changes: str) -> Trainer:
     """Its first two steps are of both tasks."""
-    return Recipe.load(folder / "recipe.yaml", [*COMMON, "evaluation={}", "alternation.kind=intervals", *changes])
+    return trainer_of(folder, run, *COMMON, "evaluation={}", "alternation.kind=intervals", *changes)
 
 
 def compute(folder: Path, out: Path) -> dict[str, Any]:
@@ -282,7 +283,7 @@ def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
     vectors = f"sources.pictures={{path: {out / 'vectors.jsonl'}, root: {folder / 'pictures'}}}"
     for name in CASES if distributed.world_size() < 4 else FOUR:
         changes = [*CASES[name], *([vectors] if "distillation" in name else [])]
-        trainer = Trainer(set_up(recipe(folder, *changes), out / f"run {name}"))
+        trainer = trainer_without_sets(folder, out / f"run {name}", *changes)
         tensors = gradients_of(trainer)
         states[name] = sorted(optimizer_state(trainer.model, trainer.updater.optimizers))
         if name == "replicas, chunks, Muon":
@@ -350,8 +351,7 @@ def evaluations(folder: Path, out: Path) -> dict[str, Any]:
     for name, layout in EVALUATED.items():
         run = out / f"evaluated {name}"
         decoded: list[Any] = []
-        options = Recipe.load(folder / "recipe.yaml", [*COMMON, "alternation.kind=intervals", *changes, *layout])
-        trainer = Trainer(set_up(options, run))
+        trainer = trainer_of(folder, run, *COMMON, "alternation.kind=intervals", *changes, *layout)
         assert trainer.updater.ema
         for average in trainer.updater.ema.weights.values():
             local_shard(average).mul_(1.5)
@@ -367,8 +367,7 @@ def evaluations(folder: Path, out: Path) -> dict[str, Any]:
     with pytest.raises(Interrupted):
         trainer.evaluate(stop.watch)
     found["training after a stop"] = distributed.all_gather_object(trainer.model.training)
-    options = Recipe.load(folder / "recipe.yaml", [*COMMON, *changes, "train.precision=bf16"])
-    Trainer(set_up(options, out / "in bf16")).evaluate()
+    trainer_of(folder, out / "in bf16", *COMMON, *changes, "train.precision=bf16").evaluate()
     found["in bf16"] = len(read_lines(out / "in bf16" / "results.jsonl"))
     return found
 
@@ -404,10 +403,10 @@ def prepared(folder: Path, out: Path) -> list[Any]:
     decoded: list[Any] = []
     fitted: list[Any] = []
     with counted_calls(Image, "decode", decoded), counted_calls(Text, "fit", fitted):
-        trainer = Trainer(set_up(recipe(folder, "sources.pictures.cache=memory"), out / "cached"))
+        trainer = trainer_without_sets(folder, out / "cached", "sources.pictures.cache=memory")
     next(iter(load_batches(trainer.batches, 0, 1)))
     saved = out / "run replicas, chunks, Muon" / "checkpoints" / "step-00000002"
-    warm = Trainer(set_up(recipe(folder, f"train.init={saved}"), out / "warm"))
+    warm = trainer_without_sets(folder, out / "warm", f"train.init={saved}")
     weights = dcp.read(saved / "model")
     same = all(torch.equal(full_tensor(x), weights[name]) for name, x in warm.model.state_dict().items())
     tokenizer = trainer.data.modalities["text"].state()
@@ -419,7 +418,7 @@ def prepared(folder: Path, out: Path) -> list[Any]:
 def train_streamed(folder: Path, out: Path) -> None:
     """A run whose pictures are streamed, with checkpoints after 10, 20 and 24 steps."""
     changes = distributed.run_on_rank_zero(lambda: little.write_tars(folder, out))
-    Trainer(set_up(Recipe.load(folder / "recipe.yaml", [*COMMON, *changes, *STREAMED]), out / "streamed")).train()
+    trainer_of(folder, out / "streamed", *COMMON, *changes, *STREAMED).train()
 
 
 def failed_evaluation(folder: Path, out: Path) -> list[str]:
@@ -429,7 +428,7 @@ def failed_evaluation(folder: Path, out: Path) -> list[str]:
     distributed.barrier()
     others = f"sources.others={{path: {out / 'others'}}}"
     changes = [*COMMON, "train.steps=2", others, "evaluation.sets.colours.source=others"]
-    trainer = Trainer(set_up(Recipe.load(folder / "recipe.yaml", changes), out / "evaluated"))
+    trainer = trainer_of(folder, out / "evaluated", *changes)
     if distributed.rank() == 0:
         for file in (out / "others").rglob("*.png"):
             file.write_bytes(b"no picture")
@@ -440,7 +439,7 @@ def failed_evaluation(folder: Path, out: Path) -> list[str]:
 
 def train_until_a_signal(folder: Path, run: Path) -> None:
     """A run of replicas that a signal to one of them stops."""
-    trainer = Trainer(set_up(Recipe.load(folder / "recipe.yaml", [*COMMON, "parallel.shard_degree=1"]), run))
+    trainer = trainer_of(folder, run, *COMMON, "parallel.shard_degree=1")
     make_step = trainer.make_step
 
     def make_step_and_send(loaded: Any) -> Any:
@@ -468,5 +467,5 @@ def on_four_ranks(folder: Path, out: Path) -> dict[str, Any]:
         peak = peak_memory(Trainer(set_up(Recipe.load("mixture", [*MEASURED, *changes]), out / name)))
         found["memory"][name] = max(distributed.all_gather_object(peak))
     changes = [*COMMON, "parallel={shard_degree: 2, expert_degree: 2}"]
-    assert train(Recipe.load(folder / "recipe.yaml", changes), out / "resumed", resume=True)
+    assert train(recipe_of(folder, *changes), out / "resumed", resume=True)
     return found

@@ -9,12 +9,11 @@ import ranks
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.func import functional_call
+from trained import trainer_of
 
 from openimp.data.loader import load_batches
 from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel import distributed
-from openimp.recipe.schema import Recipe
-from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -62,8 +61,8 @@ def test_blocks_are_compiled_once_per_signature_and_class_on_each_rank(two_ranks
     assert compiled["losses"] == pytest.approx(eager["losses"], rel=1e-2)
 
 
-def recipe(folder: Path, *changes: str) -> Recipe:
-    return Recipe.load(folder / "recipe.yaml", [*ranks.COMMON, "evaluation={}", f"train.steps={STEPS}", *changes])
+def trainer(folder: Path, run: Path, *changes: str) -> Trainer:
+    return trainer_of(folder, run, *ranks.COMMON, "evaluation={}", f"train.steps={STEPS}", *changes)
 
 
 class Step(nn.Module):
@@ -78,15 +77,15 @@ class Step(nn.Module):
 
 
 def losses_by_hand(folder: Path, out: Path) -> list[float]:
-    trainer = Trainer(set_up(recipe(folder, *SMOOTH), out))
-    step = Step(trainer.model)
+    training = trainer(folder, out, *SMOOTH)
+    step = Step(training.model)
     found = []
-    kept = {weight for module in trainer.model.fp32_modules() for weight in module.parameters()}
-    for loaded in load_batches(trainer.batches, 0):
+    kept = {weight for module in training.model.fp32_modules() for weight in module.parameters()}
+    for loaded in load_batches(training.batches, 0):
         weights = {name: w if w in kept else w.bfloat16() for name, w in step.named_parameters()}
-        losses = functional_call(step, weights, (trainer.recipe.tasks[loaded.visit.task], loaded.batch))
+        losses = functional_call(step, weights, (training.recipe.tasks[loaded.visit.task], loaded.batch))
         losses.total.backward()
-        trainer.updater.queue_update(loaded.visit.step)
+        training.updater.queue_update(loaded.visit.step)
         found.append(float(losses.total.detach()))
     return found
 
@@ -100,15 +99,14 @@ def losses_of(trainer: Trainer) -> list[float]:
 def compute(folder: Path, out: Path) -> dict[str, Any]:
     bf16 = "train.precision=bf16"
     losses = {
-        name: losses_of(Trainer(set_up(recipe(folder, bf16, *SMOOTH, *changes), out / name)))
-        for name, changes in LAYOUTS.items()
+        name: losses_of(trainer(folder, out / name, bf16, *SMOOTH, *changes)) for name, changes in LAYOUTS.items()
     }
     found = {"losses": losses, "compiled": []}
     for value in ("false", "true"):
         changes = [bf16, *COMPILED, "train.steps=3", f"train.compile={value}"]
-        trainer = Trainer(set_up(recipe(folder, *changes), out / f"compile {value}"))
+        training = trainer(folder, out / f"compile {value}", *changes)
         counters.clear()
-        compiled = {"losses": losses_of(trainer)}
+        compiled = {"losses": losses_of(training)}
         compiled["graphs"] = distributed.all_gather_object(counters["stats"]["unique_graphs"])
         found["compiled"].append(compiled)
     return found

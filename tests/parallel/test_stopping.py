@@ -13,14 +13,13 @@ import pytest
 import ranks
 from saved import assert_equal
 from torch.utils._python_dispatch import TorchDispatchMode
+from trained import trainer_of
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.parallel import distributed
-from openimp.recipe.schema import Recipe
-from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -111,7 +110,7 @@ class Collectives(TorchDispatchMode):
 
 def trained(folder: Path, run: Path, resume: bool = False, what: str = "") -> tuple[int, str]:
     """Trains, and returns the step at which it ended and how. On the last rank, `what` happens in a step."""
-    trainer = Trainer(set_up(Recipe.load(folder / "recipe.yaml", CHANGES), run, resume))
+    trainer = trainer_of(folder, run, *CHANGES, resume=resume)
     make_step = trainer.make_step
 
     def disturbed_step(loaded: Any) -> Any:
@@ -131,7 +130,7 @@ def trained(folder: Path, run: Path, resume: bool = False, what: str = "") -> tu
 
 
 def compute(folder: Path, out: Path) -> dict[str, Any]:
-    trainer = Trainer(set_up(Recipe.load(folder / "recipe.yaml", CHANGES), out / "whole"))
+    trainer = trainer_of(folder, out / "whole", *CHANGES)
     with Collectives(trainer) as collectives:
         trainer.train()
     found: dict[str, Any] = {"gathered": collectives.gathered, "in updates": collectives.in_updates}

@@ -5,12 +5,10 @@ from math import prod
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from trained import trainer_of
 
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
-from openimp.recipe.schema import Recipe
-from openimp.training.setup import set_up
-from openimp.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -25,9 +23,9 @@ def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path, moe
     """Counted on the real steps in fp32, where nothing chooses another attention. Repeated passes count in HFU only."""
     changes = ["train={steps: 6, log_every: 6, num_workers: 0, precision: fp32}", "optimizer.muon_lr=1e-2"]
     changes += [f"memory={memory}", "tasks.named.inputs.text={column: label, draw: 3}"]
-    recipe = Recipe.load(little_data / "recipe.yaml", [*changes, "model.bias=true", f"model.moe={moe}"])
-    training = Trainer(set_up(recipe, tmp_path / "run"))
-    computed, tokens = dict.fromkeys(recipe.tasks, 0), dict.fromkeys(recipe.tasks, 0)
+    training = trainer_of(little_data, tmp_path / "run", *changes, "model.bias=true", f"model.moe={moe}")
+    computed = dict.fromkeys(training.recipe.tasks, 0)
+    tokens = dict.fromkeys(training.recipe.tasks, 0)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         for loaded in load_batches(training.batches, 0):
             with FlopCounterMode(display=False) as counter:

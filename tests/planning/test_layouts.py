@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from trained import recipe_of
 
 from openimp.model.imp import build_for_training
 from openimp.parallel.layout import Layout
@@ -11,13 +12,12 @@ from openimp.planning.gpus import GPUS, USABLE
 from openimp.planning.layouts import STATE_SHARE, alternatives, default_layout, state_bytes
 from openimp.planning.plan import plans, recommended
 from openimp.planning.sharding import BANDWIDTH_SHARE, Group
-from openimp.recipe.schema import Recipe
 
 
 @pytest.mark.parametrize("muon", ["null", "0.02"])
 def test_the_default_layout_shards_no_more_than_it_must(little_data, muon):
     changes = ["parallel.shard_degree=null", f"optimizer.muon_lr={muon}", "model.width=128", "model.moe.experts=4"]
-    recipe = Recipe.load(little_data / "recipe.yaml", changes)
+    recipe = recipe_of(little_data, *changes)
     with torch.device("meta"):
         model = build_for_training(recipe, recipe.make_modalities(), {"pictures:label": [1, 2, 3, 4]})
     held = [state_bytes(recipe, model, Layout(16, shards, 1)) for shards in (1, 4, 16)]
@@ -38,7 +38,7 @@ def test_the_default_layout_shards_no_more_than_it_must(little_data, muon):
 
 
 def test_layouts_that_the_gpus_cannot_form_are_no_alternatives(little_data):
-    recipe = Recipe.load(little_data / "recipe.yaml")
+    recipe = recipe_of(little_data)
     assert alternatives(recipe, 1) == [Layout(1, 1, 1)]
     assert alternatives(recipe, 3) == [Layout(3, 1, 1), Layout(3, 3, 1)]
     assert alternatives(recipe, 16) == [Layout(16, shards, owners) for owners in (1, 2) for shards in (1, 8, 16)]
@@ -68,7 +68,7 @@ def test_the_fastest_layout_that_fits_is_recommended(little_data):
         "tasks.heard.batch_size=16",
         "model={width: 4096, mlp_dim: 16384, layers: 3, heads: 32}",
     ]
-    recipe = Recipe.load(little_data / "recipe.yaml", changes)
+    recipe = recipe_of(little_data, *changes)
     replicas, node, everyone = plans(
         recipe, recipe.make_modalities(), {"pictures:label": [1, 2]}, gpus=16, gpu="h100", utilization=0.4
     )
@@ -93,7 +93,7 @@ def test_the_fastest_layout_that_fits_is_recommended(little_data):
 def test_a_gain_of_microseconds_is_no_reason_for_another_layout(little_data):
     """The latencies of collectives, which are not counted, take longer."""
     changes = ["tasks.named.weight=0", "tasks.heard.batch_size=64", "model.moe.experts=4"]
-    recipe = Recipe.load(little_data / "recipe.yaml", changes)
+    recipe = recipe_of(little_data, *changes)
     found = [*plans(recipe, recipe.make_modalities(), {}, gpus=8, gpu="h100", utilization=0.4)]
     assert found[0].seconds > 1.1 * min(plan.seconds for plan in found)
     assert recommended(found) is found[0]

@@ -12,6 +12,7 @@ from mixture import LARGEST_TASK
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from trained import recipe_of, trainer_of
 
 from openimp.commands import run_plan
 from openimp.common.json_lines import read_lines
@@ -41,7 +42,7 @@ def plan_of(recipe: Recipe, gpus: int = 1, gpu: str = "h100", mfu: float = 0.4, 
 
 
 def test_flops_are_those_that_the_run_records(little_data, little_run):
-    recipe = Recipe.load(little_data / "recipe.yaml")
+    recipe = recipe_of(little_data)
     found = plan_of(recipe)
     totals = read_lines(little_run / "metrics.jsonl")[-1]["totals"]
     assert found.flops == sum(units["flops"] for units in totals.values())
@@ -77,7 +78,7 @@ def test_what_stays_between_steps_is_counted_to_the_byte(little_data, tmp_path):
     """Weights, both kinds of moments, averaged weights, once every task has had a step."""
     changes = ["optimizer.muon_lr=1e-2", "alternation.kind=intervals", "modalities.text.vocab_size=258"]
     changes += ["model.bias=true", "modalities.vision={patch: [2, 8, 8], positions: grid, tables: [2, 4, 4]}"]
-    training = Trainer(set_up(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / "run"))
+    training = trainer_of(little_data, tmp_path / "run", *changes)
     for step in range(2):
         training.make_step(training.batches[step])
     training.log.close()
@@ -115,7 +116,7 @@ def test_several_gpus_divide_a_step(little_data):
     changes = ["tasks.named.weight=0", "tasks.heard.batch_size=64", "model.moe={experts: 4, layers: 1}"]
 
     def planned(gpus: int, parallel: str) -> Plan:
-        return plan_of(Recipe.load(little_data / "recipe.yaml", [*changes, f"parallel={parallel}"]), gpus)
+        return plan_of(recipe_of(little_data, *changes, f"parallel={parallel}"), gpus)
 
     def memory(plan: Plan) -> GPUMemory:
         return plan.step_needs["heard", 0].memory
@@ -240,14 +241,14 @@ def test_what_cannot_be_planned_is_refused(little_data):
         ({"gpus": 4}, [experts, "parallel.expert_degree=2", "model.mlp_dim=63"]),
     ):
         with refuses():
-            plan_of(Recipe.load(little_data / "recipe.yaml", changes), **options)
+            plan_of(recipe_of(little_data, *changes), **options)
 
 
 def test_the_command_prints_the_plan(little_data, capsys):
     changes = ["train.steps=7", "tasks.heard.weight=0", "parallel.shard_degree=2"]
     run_plan(str(little_data / "recipe.yaml"), changes, 2, "a100", 0.5)
     printed = capsys.readouterr().out
-    recipe = Recipe.load(little_data / "recipe.yaml", changes)
+    recipe = recipe_of(little_data, *changes)
     first = plan_of(recipe, gpus=2, gpu="a100", mfu=0.5)
     task, view = first.peak_task_view
     step = first.step_needs[task, view]

@@ -7,13 +7,11 @@ import pytest
 import torch
 from messages import refuses
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-from trained import recipe_of
+from trained import trainer_of
 
 from openimp.common.modality import Tokens
 from openimp.data.loader import load_batches
 from openimp.training.compilation import compile_blocks
-from openimp.training.setup import set_up
-from openimp.training.trainer import Trainer
 
 QUICK = ["tasks.heard.weight=0", "evaluation={}", "model.layers=2", "model.moe=null", "train.precision=fp32",
          "tasks.named.views=[{image: {size: 16}, text: {length: 8}}]", "train.steps=6"]  # fmt: skip
@@ -47,8 +45,7 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, c
     for compiled, memory in (("false", "{}"), ("true", "{chunk_size: 4, activation_checkpointing: true}")):
         changes = [*QUICK, f"train.compile={compiled}", f"memory={memory}", f"optimizer.lr_scale={frozen}"]
         changes.append(f"model.moe={moe}")
-        recipe = recipe_of(little_data, *changes)
-        training = Trainer(set_up(recipe, tmp_path / compiled))
+        training = trainer_of(little_data, tmp_path / compiled, *changes)
         losses[compiled] = [
             float(training.make_step(loaded).total.detach()) for loaded in load_batches(training.batches, 0)
         ]

@@ -4,6 +4,7 @@ import time
 
 import PIL.Image
 import pytest
+from trained import recipe_of
 
 import openimp
 from openimp.common.json_lines import read_lines
@@ -15,7 +16,7 @@ def test_waiting_for_data_is_told_once_with_what_could_be_done(own_data, tmp_pat
     for i, file in enumerate(sorted((own_data / "pictures").rglob("*.png"))):
         PIL.Image.new("RGB", (900 + i, 900), (i, 9 * i, 90)).save(file)
     changes = ["evaluation={}", "train.log_every=4", "train.save_every=100"]
-    openimp.train(openimp.Recipe.load(own_data / "recipe.yaml", changes), tmp_path / "run")
+    openimp.train(recipe_of(own_data, *changes), tmp_path / "run")
     *_, first, second, warning, third = capsys.readouterr().out.splitlines()
     assert all(line.startswith(f"step {4 * i}/12") for i, line in enumerate((first, second, third), 1))
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")

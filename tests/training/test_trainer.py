@@ -13,7 +13,7 @@ import torch
 from messages import refuses
 from processes import Process
 from saved import assert_equal, copies, hashes
-from trained import recipe_of, trainer_of
+from trained import figures, recipe_of, trainer_of
 
 from openimp.checkpoint.folder import checkpoints, optimizer_state
 from openimp.common.errors import UserError
@@ -28,19 +28,11 @@ from openimp.training.trainer import Trainer, train
 STEPS = 120
 LONG = [f"train.steps={STEPS}", "train.save_every=10", "train.keep_last=3", "evaluation.every=50", "optimizer.lr=1e-3",
         "optimizer.muon_lr=4e-3"]  # fmt: skip
-CLOCK = ("examples_per_s", "tokens_per_s", "mfu", "data_wait", "waits", "step_p50", "step_p95", "seconds")
-"""Figures of a metrics line that no two runs share."""
 
 
 def last_step(run: Path) -> int:
     found = checkpoints(run)
     return int(found[-1].name.removeprefix("step-")) if found else 0
-
-
-def figures(run: Path) -> list[dict]:
-    return [
-        {key: value for key, value in line.items() if key not in CLOCK} for line in read_lines(run / "metrics.jsonl")
-    ]
 
 
 @pytest.fixture(scope="module")
