@@ -60,21 +60,6 @@ def test_each_matrix_of_a_stack_is_updated_as_if_it_were_alone(shape):
     torch.testing.assert_close(stack.reshape(3, -1, shape[-1]), torch.stack(alone))
 
 
-def test_a_parameter_without_a_gradient_keeps_its_value_and_its_state():
-    a, b = weights((ROWS, COLUMNS), (ROWS, COLUMNS))
-    start = b.detach().clone()
-    optimizer = Muon({a: 1, b: 1}, lr=0.1, weight_decay=0.1)
-    train(optimizer, [a])
-    assert torch.equal(b, start)
-    assert b not in optimizer.state
-
-
-def test_all_matrices_may_be_frozen():
-    optimizer = Muon({}, lr=0.1)
-    optimizer.step()
-    assert not optimizer.state
-
-
 def test_singular_values_of_any_scale_come_close_to_one():
     generator = torch.Generator().manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(2, 64, 96, generator=generator), full_matrices=False)

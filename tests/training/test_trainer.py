@@ -358,7 +358,7 @@ def moments_of(training: Trainer) -> dict[str, torch.Tensor]:
 
 def test_unused_parameters_keep_their_value_and_optimizer_state(little_data, tmp_path):
     """No weight decay, no decay of moments, no count: the gradient is None, not zero."""
-    changes = ["alternation.kind=intervals", "optimizer.weight_decay=0.5"]
+    changes = ["alternation.kind=intervals", "optimizer.weight_decay=0.5", "optimizer.muon_lr=0.01"]
     training = trainer_of(little_data, tmp_path / "run", *changes)
     own = {
         "named": ("stems.vision", "projections.vision", "projections.text-to-vision", "classifiers",
