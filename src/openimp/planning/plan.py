@@ -156,9 +156,9 @@ def recommended(all_plans: Sequence[Plan]) -> Plan:
     return fastest
 
 
-def parameter_count(module: nn.Module) -> int:
-    """Number of parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
+def parameter_count(module: nn.Module, frozen: bool = False) -> int:
+    """Number of parameters of a module; with `frozen`, only of those that are not trained."""
+    return sum(weight.numel() for weight in module.parameters() if not (frozen and weight.requires_grad))
 
 
 def active_parameters(model: IMP) -> int:

@@ -107,7 +107,6 @@ def _print_parameters(model: Embedder) -> None:
     totals = [("in all", f"{parameter_count(model):,}")]
     if isinstance(model, IMP):
         totals.append(("used by a token on average, after its embedding", f"{active_parameters(model):,}"))
-    frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
-    if frozen:
+    if frozen := parameter_count(model, frozen=True):
         totals.append(("frozen", f"{frozen:,}"))
     console.print(number_table("parameters", ("part", "parameters"), rows, totals))

@@ -17,6 +17,7 @@ from openimp.objectives.losses import Losses
 from openimp.parallel import distributed
 from openimp.planning.costs import Cost, Costs, mixture_table
 from openimp.planning.gpus import peak_flops
+from openimp.planning.plan import parameter_count
 from openimp.recipe.schema import Recipe
 from openimp.training.bad_examples import BadExamples
 from openimp.training.loggers import open_loggers
@@ -66,11 +67,9 @@ class Log:
     def print_start(self, model: Embedder, device: torch.device, step: int) -> None:
         """Prints the tasks, the size of the model, the device, the precision and the directory of the run."""
         console.print(mixture_table(self.recipe, self.step_costs))
-        parameter_count = sum(parameter.numel() for parameter in model.parameters())
-        frozen_count = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
-        size = f"{parameter_count / 1e6:.2f}M parameters"
-        if frozen_count:
-            size += f", {frozen_count / 1e6:.2f}M of them frozen,"
+        size = f"{parameter_count(model) / 1e6:.2f}M parameters"
+        if frozen := parameter_count(model, frozen=True):
+            size += f", {frozen / 1e6:.2f}M of them frozen,"
         execution: str = precision_of(device, self.recipe.train.precision)
         if distributed.world_size() > 1:
             execution += f", {distributed.world_size()} ranks"
