@@ -35,7 +35,7 @@ def only_evaluates(key: str, recipe: Recipe) -> bool:
     return key.startswith("evaluation.") or (key.startswith("sources.") and not key.startswith(trained_sources))
 
 
-def require_same_run(folder: Path, recipe: Recipe, trainer: str, allow_changed_data: bool = False) -> None:
+def require_same_run(folder: Path, recipe: Recipe, trainer: str, allow_changed_data: bool) -> None:
     """Raises UserError if another recipe or trainer saved the checkpoint, and names the difference.
 
     With `allow_changed_data`, the lanes of a stream may change, because new shards may need another number of them.

@@ -60,7 +60,7 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
         seed = training.seed
         outcome = outcomes[arm][seed]
         variant = variant_of(study, training.arm_model)
-        run = _run(runs, title, training)
+        run = runs / title / f"{file_name(arm)}-{training.model_number}-seed{seed}"
         console.print(f"\n{title}, training {number} of {len(trainings)}: {arm}, seed {seed}", style="bold")
         if not train(training.recipe, run, "auto", variant):
             return False
@@ -119,8 +119,3 @@ def _check_evaluation(study: Study, name: str, trainings: list[Training]) -> Non
         raise UserError(f"{name}: recipe {study.recipe} has no evaluation set{kind}, which studies compare")
     if not all(sets <= most_sets for sets in sets_by_arm.values()):
         raise UserError(f"{name}: at least one arm must have all evaluation sets, so that there is a mean over them")
-
-
-def _run(runs: Path, title: str, training: Training) -> Path:
-    """The run directory of a training of the study `title`."""
-    return runs / title / f"{file_name(training.arm)}-{training.model_number}-seed{training.seed}"

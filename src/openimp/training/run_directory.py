@@ -56,7 +56,7 @@ class RunDirectory:
         self.recipe = recipe
         self.recipe_file = path / "recipe.yaml"
 
-    def checkpoint(self, resume: bool | Literal["auto"], trainer: str, allow_changed_data: bool = False) -> Path | None:
+    def checkpoint(self, resume: bool | Literal["auto"], trainer: str, allow_changed_data: bool) -> Path | None:
         """The checkpoint to resume from, or None for a training run that starts at step 0.
 
         With `resume`, True requires a checkpoint, "auto" uses one if there is one, and False refuses a directory with a
@@ -84,7 +84,7 @@ class RunDirectory:
             )
         return None
 
-    def finished(self, trainer: str, allow_changed_data: bool = False) -> bool:
+    def finished(self, trainer: str, allow_changed_data: bool) -> bool:
         """Whether the run has made all steps and has been evaluated, so that resuming would do nothing."""
         checkpoints = common_checkpoints(self.path)
         if not checkpoints or step_of(checkpoints[-1]) < self.recipe.train.steps:
