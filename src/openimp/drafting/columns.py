@@ -390,9 +390,9 @@ def _what_to_add(candidate: Candidate, media: list[MediaColumn], others: list[st
     if Path(media[0].name).suffix.lower() in KIND_OF:
         return f"its first line looks like a row ({shown(media[0].name)}); write a line with names of columns above it"
     return (
-        f"{shown(media[0].name)} has {media[0].kind}, but no other column ({_listed(others)}) has a name like "
-        f"{', '.join(NAMES['text'][:3])} or {', '.join(NAMES['class'][:2])} (docs/init.md has all); name one with "
-        "openimp init --text COLUMN or --label COLUMN"
+        f"{shown(media[0].name)} has {media[0].kind}, but no other column ({_listed(others)}) has texts or classes and "
+        f"a name like {', '.join(NAMES['text'][:3])} or {', '.join(NAMES['class'][:2])} (docs/init.md has all); name "
+        "one with openimp init --text COLUMN or --label COLUMN"
     )
 
 
