@@ -1,6 +1,5 @@
 """The learning rate of each parameter relative to the recipe's, by part of the model and by depth; frozen parts."""
 
-from collections.abc import Collection
 from itertools import accumulate
 
 from torch import Tensor
@@ -21,15 +20,18 @@ def freeze(model: Embedder, options: Optimizer) -> None:
 
 def lr_factors(model: Embedder, options: Optimizer) -> dict[Tensor, float]:
     """The factor of each parameter's learning rate; 0 if the parameter is frozen."""
-    scales = options.lr_scale
-    parameters = dict(model.named_parameters())
-    _require_parts(scales, parameters)
     depths = model.depths() if options.layer_decay < 1 else {}
     factors: dict[Tensor, float] = {}
-    for name, parameter in parameters.items():
-        parts = [part for part in scales if _belongs_to(name, part)]
-        scale = scales[max(parts, key=len)] if parts else 1.0
+    known_parts = set()
+    for name, parameter in model.named_parameters():
+        scale = 1.0
+        for part in accumulate(name.split("."), "{}.{}".format):  # The longest part of `lr_scale` counts.
+            known_parts.add(part)
+            scale = options.lr_scale.get(part, scale)
         factors[parameter] = scale * options.layer_decay ** depths.get(parameter, 0)
+    for part in options.lr_scale:
+        if part not in known_parts:
+            raise UserError(f"optimizer.lr_scale: the model has no part {part!r}{nearest(part, known_parts)}")
     return factors
 
 
@@ -37,15 +39,3 @@ def muon_stacks(model: Embedder, options: Optimizer) -> dict[Tensor, int]:
     """The parameters that Muon updates, with the number of matrices that each stacks; none without a `muon_lr`."""
     hidden = model.hidden_matrices() if options.muon_lr else {}
     return {weight: count for weight, count in hidden.items() if weight.requires_grad}
-
-
-def _belongs_to(name: str, part: str) -> bool:
-    return f"{name}.".startswith(f"{part}.")
-
-
-def _require_parts(parts: Collection[str], names: Collection[str]) -> None:
-    """Checks that each part is a parameter or a module of a model, given the names of its parameters."""
-    known = {prefix for name in names for prefix in accumulate(name.split("."), "{}.{}".format)}
-    for part in parts:
-        if part not in known:
-            raise UserError(f"optimizer.lr_scale: the model has no part {part!r}{nearest(part, known)}")
