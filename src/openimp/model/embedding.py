@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openimp.common.modality import CONV_KERNEL, CONV_MARGIN, CONV_STRIDE, StemSpec, Tokens
-from openimp.model.init import identity_, lecun_normal_, linear
+from openimp.model.init import lecun_normal_, linear
 from openimp.model.kernels import gelu
 
 GELU_SCALE = 2**0.5
@@ -104,7 +104,8 @@ class VectorStem(nn.Module):
         super().__init__()
         self.embed = nn.Linear(spec.values, width)
         if spec.values <= width:
-            identity_(self.embed.weight)
+            with torch.no_grad():
+                self.embed.weight.zero_().fill_diagonal_(1)
         else:
             lecun_normal_(self.embed.weight, spec.values)
         nn.init.zeros_(self.embed.bias)

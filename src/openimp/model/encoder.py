@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from openimp.model.init import lecun_normal_, linear, mimetic_keys_, mimetic_output_
+from openimp.model.init import lecun_normal_, linear, mimetic_
 from openimp.model.kernels import attend, gelu
 from openimp.model.moe import ExpertGroups, RouterStats, SparseMLP, split_tokens, valid_tokens_per_rank
 from openimp.recipe.model import Model
@@ -44,8 +44,7 @@ class Attention(nn.Module):
         if config.bias:
             nn.init.zeros_(self.qkv.bias)
         if config.attention_init == "mimetic":
-            mimetic_keys_(self.qkv.weight)
-            mimetic_output_(self.out.weight, self.qkv.weight)
+            mimetic_(self.qkv.weight, self.out.weight)
 
     def forward(self, x_TD: Tensor, shapes: Shapes, masks: Masks) -> Tensor:
         qkv = split_tokens(self.qkv(x_TD), shapes)

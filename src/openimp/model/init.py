@@ -28,30 +28,16 @@ def lecun_normal_(weight: Tensor, fan_in: int) -> None:
 
 
 @torch.no_grad()
-def mimetic_keys_(qkv_weight: Tensor) -> None:
-    """Copies the queries' weights of an attention layer (3 D, D) to the keys (arXiv 2305.09828).
+def mimetic_(qkv_weight: Tensor, out_weight: Tensor) -> None:
+    """Changes random weights of an attention layer, (3 D, D) and (D, D), as arXiv 2305.09828 proposes.
 
-    So each token first attends to tokens that are similar to it, as in trained vision Transformers.
+    The keys' weights become the queries', so each token first attends to tokens that are similar to it. The output
+    layer becomes minus the transpose of the values' weights: their product is then about minus the identity, divided by
+    the number of heads. Both are so in trained vision Transformers.
     """
-    queries, keys, _ = qkv_weight.chunk(3)
+    queries, keys, values = qkv_weight.chunk(3)
     keys.copy_(queries)
-
-
-@torch.no_grad()
-def mimetic_output_(out_weight: Tensor, qkv_weight: Tensor) -> None:
-    """Makes the output layer of an attention layer minus the transpose of its values' weights.
-
-    Their product is then about minus the identity, divided by the number of heads. In trained vision Transformers, it
-    is also a negative multiple of the identity (arXiv 2305.09828).
-    """
-    _, _, values = qkv_weight.chunk(3)
     out_weight.copy_(values.T).neg_()  # Not `-values.T`, which imports torch's compiler on the meta device.
-
-
-@torch.no_grad()
-def identity_(weight: Tensor) -> None:
-    """Makes a linear layer with at least as many outputs as inputs keep its inputs, and append zeros."""
-    weight.zero_().fill_diagonal_(1)
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
