@@ -213,13 +213,13 @@ def test_overrides_reach_everything(file, tmp_path):
 
 
 def test_what_only_old_yaml_reads_as_another_value_is_text(file):
-    """no was false, 12:30 was 750, 010 was 8, and a date was no text."""
+    """no was false, 12:30 was 750, 010 was 8, 1e-3 was a text, and a date was none."""
     wanted = ["no", "on", "12:30", "010", "2024-01-31", "1_0:00", "0x1F", "=", "~a"]
     recipe = Recipe.load(file, [f"sources.pictures.where={{label: [{', '.join(wanted)}]}}"])
     assert recipe.sources["pictures"].where == {"label": wanted}
     assert yaml.load(recipe.to_yaml(), RecipeLoader)["sources"]["pictures"]["where"] == {"label": wanted}
-    values = "[true, False, 10, -1_000, 1.5, .5, 1e-3, -2E+5, .inf, null, ~]"
-    expected = [True, False, 10, -1000, 1.5, 0.5, 0.001, -200000.0, math.inf, None, None]
+    values = "[true, False, 10, -1_000, 1.5, .5, 1e-3, 1.0e-3, +1E-3, -2E+5, .inf, null, ~]"
+    expected = [True, False, 10, -1000, 1.5, 0.5, 0.001, 0.001, 0.001, -200000.0, math.inf, None, None]
     assert yaml.load(values, RecipeLoader) == yaml.load(to_yaml(expected), RecipeLoader) == expected
 
 
@@ -263,12 +263,6 @@ def test_a_model_sees_its_inputs_in_the_first_view_or_in_the_last_of_a_sequence(
 def test_an_override_that_changes_nothing_is_refused(file, text):
     with refuses():
         Recipe.load(file, [text])
-
-
-@pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.0e-3", "0.001", "+1e-3", ".001"])
-def test_a_number_is_a_number_however_it_is_written(file, number):
-    """YAML 1.1 takes 1e-3 for a word."""
-    assert Recipe.load(file, [f"optimizer.lr={number}"]).optimizer.lr == 0.001
 
 
 @pytest.mark.parametrize("name", [None, *BUNDLED])
@@ -371,7 +365,7 @@ def test_a_mistake_in_keywords_is_told_in_the_same_words(little_data):
     "text",
     [
         *["1e5", "4190e10", "12E3", "1_0e2", "e-3", "1e", "1e3x", "null", "yes", "0x1f", "1.5", "~"],
-        *["a: b", "", "é", "a\x85b"],
+        *["a: b", "", "é", "a\x85b", "two\nlines", "\u2028", "x" * 200],
     ],
 )
 def test_texts_survive_being_saved_as_yaml(text):
