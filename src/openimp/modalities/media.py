@@ -327,10 +327,6 @@ class PatchGrid(Strict):
         """The values of a token with a patch of this size."""
         return frames * (height + 2 * self.margin) * (width + 2 * self.margin) * channels
 
-    def limit(self, axis: int) -> int:
-        """The longest input along an axis: its absolute span, or one patch per row of its table."""
-        return self.absolute.get(self.axes[axis], self.tables[axis] * self.patch[axis])
-
     def check(self, axis: int, size: int, beginning: str, scale: float = 1, unit: str = "") -> None:
         """Raises ValueError if an input of this size along an axis is not a whole number of patches, or too long.
 
@@ -338,7 +334,8 @@ class PatchGrid(Strict):
         `unit`.
         """
         side = self.patch[axis]
-        limit = self.limit(axis)
+        # An axis is as long as its absolute span, or has one patch per row of its table.
+        limit = self.absolute.get(self.axes[axis], self.tables[axis] * side)
         if 0 < size <= limit and size % side == 0:
             return
         below = min(max(side, size - size % side), limit)
