@@ -675,6 +675,15 @@ def test_rows_of_a_source_are_read_again_by_their_number(tiny_recipe, write_tiny
     assert [index.read(hit.id) for hit in sorted(index.search("one"), key=lambda hit: hit.path)] == shifted
 
 
+def test_rows_without_vectors_make_no_index_approximate(tmp_path, monkeypatch):
+    """LanceDB cannot divide no vectors into partitions."""
+    monkeypatch.setattr("openimp.search.table.APPROXIMATE_ROWS", 10)
+    items = Items(tmp_path, 16)
+    items.replace([], [{"id": str(i), "vector": None, "text": "unknown"} for i in range(20)])
+    items.compact()
+    assert not items.approximate
+
+
 def test_a_large_index_is_searched_approximately(tmp_path):
     """60,000 items of two modalities with a gap between them."""
     rng = np.random.default_rng(0)

@@ -27,7 +27,7 @@ HIT_COLUMNS = [field.name for field in fields(Hit) if field.name not in ("score"
 BATCH = 8192
 """Rows that are read into memory at once."""
 APPROXIMATE_ROWS = 50_000
-"""Number of rows from which on the vectors have an index."""
+"""Number of vectors from which on they have an index."""
 SEARCHED_PARTITIONS = 40
 """A query is compared with the vectors of this many nearest partitions. LanceDB makes a partition per 4,096 rows."""
 REFINE_FACTOR = 2
@@ -254,7 +254,7 @@ class Items:
         if "folded" not in indexed and "folded" in self.table.schema.names:  # Older versions have no such column.
             words = FTS(base_tokenizer=TOKENIZER, custom_stop_words=STOP_WORDS)
             self.table.create_index("folded", config=words)
-        if "vector" not in indexed and self.table.count_rows() >= APPROXIMATE_ROWS:
+        if "vector" not in indexed and self.count("vector IS NOT NULL") >= APPROXIMATE_ROWS:
             self.table.create_index("vector", config=IvfSq(distance_type="cosine"))
         self.table.optimize(cleanup_older_than=KEEP_VERSIONS)
 
