@@ -82,7 +82,7 @@ def test_what_the_model_cannot_encode_is_said_in_one_sentence(theirs, tmp_path):
     for value, message in (
         ({"text": "a", "image": np.zeros((9, 9, 3), np.uint8)}, "an input is image and text, but the model encodes "),
         ({"role": "user", "content": "a"}, "an input is message, but the model encodes one of image, text"),
-        (tmp_path / "notes.docx", "its extension is not that of a file that the model reads"),
+        (tmp_path / "notes.docx", "the model reads no .docx files"),
         (tmp_path / "missing.png", "cannot be read as image"),
         (7, "Unsupported input type: int"),
     ):

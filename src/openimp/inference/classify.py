@@ -175,12 +175,10 @@ def classify_files(
             if vectors:
                 z_NZ = torch.from_numpy(np.stack([*vectors.values()])).to(model.device)
                 _print_lines(list(vectors), classifier.predict(z_NZ), k)
-    if not count:
-        if unknown:
-            notice("\n".join(left_out([], unknown)))
-        raise UserError(f"no file can be read; the first: {escaped(skipped[0])}")
     if skipped or unknown:
         notice("\n".join(left_out(skipped, unknown)))
+    if not count:
+        raise UserError(f"no file can be read; the first: {escaped(skipped[0])}")
 
 
 def _print_lines(files: list[File], predictions: Predictions, k: int) -> None:

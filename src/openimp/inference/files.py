@@ -48,23 +48,20 @@ def find_files(
     unknown = Counter[str]()
     for file in given:
         files_in_folder = _files_in(file, None if only else modality_of)
-        if files_in_folder is None:
-            extension = os.path.splitext(file)[1].lower()
-            name = only or modality_of.get(extension)
-            if name is None:
-                reason = "no extension says whether it is"
-                if extension:
-                    reason = f"the model reads no {extension} files, only"
-                raise UserError(f"{file}: {reason} {' or '.join(modalities)}{hint}")
-            files_by_modality.setdefault(name, {})[file] = None
-            continue
-        for path in files_in_folder:
+        for path in [file] if files_in_folder is None else files_in_folder:
             extension = os.path.splitext(path)[1].lower()
             name = modality_of.get(extension)
-            if name is None:
+            if files_in_folder is None:
+                name = only or name
+            if name is not None:
+                files_by_modality.setdefault(name, {})[path] = None
+            elif files_in_folder is not None:
                 unknown[extension] += 1
             else:
-                files_by_modality.setdefault(name, {})[Path(path) if isinstance(file, Path) else path] = None
+                reason = (
+                    f"the model reads no {extension} files, only" if extension else "no extension says whether it is"
+                )
+                raise UserError(f"{file}: {reason} {' or '.join(modalities)}{hint}")
     if required and not files_by_modality:
         places = ", ".join(map(str, given)) or "an empty list"
         others = f" of the kinds that are read, only {by_extension(unknown)}" if unknown else ""
@@ -84,7 +81,7 @@ def modality_by_extension(modalities: Mapping[str, Modality]) -> dict[str, str]:
     return modality_of
 
 
-def _files_in(file: File, extensions: Container[str] | None) -> Iterator[str] | None:
+def _files_in(file: File, extensions: Container[str] | None) -> Iterator[File] | None:
     """The paths of the files in a folder and its subfolders, sorted; see `common/folders.py`. None for a file.
 
     A URL that ends with one of `extensions` is looked up as a file first, and then as a folder. None: all extensions.
@@ -92,7 +89,7 @@ def _files_in(file: File, extensions: Container[str] | None) -> Iterator[str] | 
     if isinstance(file, Path):
         if not file.exists():
             raise UserError(f"{file}: no such file or folder")
-        return (entry.path for entry in files_below(file)) if file.is_dir() else None
+        return (Path(entry.path) for entry in files_below(file)) if file.is_dir() else None
     try:
         system, path = fsspec.core.url_to_fs(file)
         # Over HTTP, `find` would download the file, and `isfile` takes a folder for one.

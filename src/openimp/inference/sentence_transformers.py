@@ -55,6 +55,8 @@ class AnyModality(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
+        media = {name: modality for name, modality in model.modalities.items() if not modality.reads_text}
+        self.modality_of = modality_by_extension(media)
 
     @property
     def modalities(self) -> list[str]:
@@ -98,7 +100,10 @@ class AnyModality(nn.Module):
         if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in self.model.modalities:
             ((name, value),) = value.items()
         elif isinstance(value, Path) or (isinstance(value, str) and self._names_file(value)):
-            name = self._modality_of(Path(value))
+            extension = Path(value).suffix.lower()
+            if extension not in self.modality_of:
+                raise UserError(f"{value}: the model reads no {extension} files; use {{MODALITY: path}}")
+            name = self.modality_of[extension]
         else:
             try:
                 name = infer_modality(value, supported_modalities=supported)
@@ -115,14 +120,4 @@ class AnyModality(nn.Module):
 
     def _names_file(self, text: str) -> bool:
         """Whether it is a file of media. The library knows fewer extensions, and takes other names for texts."""
-        return Path(text).suffix.lower() in self._modality_by_extension() and os.path.isfile(text)
-
-    def _modality_of(self, path: Path) -> str:
-        name = self._modality_by_extension().get(path.suffix.lower())
-        if name is None:
-            raise UserError(f"{path}: its extension is not that of a file that the model reads; use {{MODALITY: path}}")
-        return name
-
-    def _modality_by_extension(self) -> dict[str, str]:
-        modalities = self.model.modalities.items()
-        return modality_by_extension({name: modality for name, modality in modalities if not modality.reads_text})
+        return Path(text).suffix.lower() in self.modality_of and os.path.isfile(text)
