@@ -111,8 +111,8 @@ def _build(
 ) -> Recipe:
     """The recipe with the sets in `names`; None: all. `Recipe.build` explains the other arguments."""
     evaluation = data["evaluation"]
-    known = evaluation.get("sets") if isinstance(evaluation, dict) else None
-    if names is not None and isinstance(known, dict):
+    known = _mapping(evaluation, "sets")
+    if names is not None and known:
         check_names(names, known)
         # `best` is for training, and may name a set that is not chosen.
         evaluation = {**evaluation, "best": None, "sets": {name: known[name] for name in names}}
@@ -121,15 +121,16 @@ def _build(
 
 def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
     """Removes from views what a tower decides itself, such as the size of pictures."""
-    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
-    if not isinstance(sets, dict):
-        return
-    for options in sets.values():
-        view = options.get("view") if isinstance(options, dict) else None
-        if not isinstance(view, dict):
-            continue
+    for options in _mapping(evaluation, "sets").values():
+        view = _mapping(options, "view")
         for name in recipe.modality_names:
-            if isinstance(view.get(name), dict):
-                fields = class_for(name, recipe.modalities).View.model_fields
-                decided = modality_class(name).View.model_fields.keys() - fields
-                view[name] = {key: value for key, value in view[name].items() if key not in decided}
+            fields = class_for(name, recipe.modalities).View.model_fields
+            decided = modality_class(name).View.model_fields.keys() - fields
+            for key in decided & _mapping(view, name).keys():
+                del view[name][key]
+
+
+def _mapping(data: Any, key: str) -> dict[str, Any]:
+    """The mapping under a key of data that were not checked yet; empty if there is none."""
+    value = data.get(key) if isinstance(data, dict) else None
+    return value if isinstance(value, dict) else {}
