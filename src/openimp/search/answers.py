@@ -101,30 +101,26 @@ def answer(index: Index, uploads: Uploads, parameters: QueryParams) -> Answer:
 
 def _parts(index: Index, uploads: Uploads, page: Answer) -> list[QueryPart]:
     """The parts of the query. Adds the chips that show them, and removes parts that no longer exist from the state."""
-    state = page.state
-    parts: list[QueryPart] = [index.text_query(state.q)] if state.q else []
-    for id in state.file:
-        if upload := uploads.get(id):
-            page.chips.append(Chip("file", id, upload.name, f"/uploads/{id}" if upload.thumbnail else None))
-            parts.append(upload.encoded)
-    if len(page.chips) < len(state.file):
-        page.is_incomplete = True
+    asked = page.state
+    files = {id: upload for id in asked.file if (upload := uploads.get(id))}
+    hits = index.hits({*asked.more, *asked.less})
+    if len(files) < len(asked.file):
         page.notes.append("A file of this query is no longer kept. Choose it again.")
-    hits = index.hits({*state.more, *state.less})
-    for kind, weight in (("more", 1.0), ("less", LESS_WEIGHT)):
-        for id in getattr(state, kind):
-            if hit := hits.get(id):
-                item = _item(index, hit)
-                thumbnail = None if item.kind == "text" else item.thumbnail
-                page.chips.append(Chip(kind, id, item.name, thumbnail))
-                parts.append(Like(id, weight))
-    if len(hits) < len({*state.more, *state.less}):
-        page.is_incomplete = True
+    if len(hits) < len({*asked.more, *asked.less}):
         page.notes.append("An item of this query is no longer indexed.")
-    ids_by_kind = {
-        kind: tuple(chip.id for chip in page.chips if chip.kind == kind) for kind in ("file", "more", "less")
-    }
-    page.state = state.model_copy(update=ids_by_kind)
+    page.is_incomplete = bool(page.notes)
+    more = tuple(id for id in asked.more if id in hits)
+    less = tuple(id for id in asked.less if id in hits)
+    page.state = asked.model_copy(update={"file": tuple(files), "more": more, "less": less})
+    parts: list[QueryPart] = [index.text_query(asked.q)] if asked.q else []
+    for id, upload in files.items():
+        page.chips.append(Chip("file", id, upload.name, f"/uploads/{id}" if upload.thumbnail else None))
+        parts.append(upload.encoded)
+    for kind, ids, weight in (("more", more, 1.0), ("less", less, LESS_WEIGHT)):
+        for id in ids:
+            item = _item(index, hits[id])
+            page.chips.append(Chip(kind, id, item.name, None if item.kind == "text" else item.thumbnail))
+            parts.append(Like(id, weight))
     return parts
 
 
