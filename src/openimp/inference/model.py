@@ -164,24 +164,9 @@ class Model(nn.Module):
 
     def _encode(self, encoder: ItemEncoder, inputs: Any) -> Tensor:
         """The vectors (B, Z) or (B, D) of inputs; see `encode`."""
-        reader = encoder.modality
-        modality = reader.name
-        batch_size = encoder.batch_size
         if isinstance(inputs, Tensor):
-            if not isinstance(reader, TensorReader):
-                raise UserError(f"{modality} takes raw values, not a tensor")
-            if inputs.ndim == 0:
-                raise UserError(f"the tensor cannot be read as {modality}: it is a single number")
-            if len(inputs) == 0:
-                return encoder.stack([])
-            encoded = []
-            for part in inputs.to(self.device).split(batch_size):
-                try:
-                    tokens = reader.from_tensor(part)
-                except (TypeError, ValueError) as error:
-                    raise UserError(f"the tensor cannot be read as {modality}: {one_line(error)}") from None
-                encoded.append(encoder.encode_tokens(tokens))
-            return torch.cat(encoded)
+            return self._encode_tensor(encoder, inputs)
+        reader = encoder.modality
         inputs = _as_list(inputs)
         # Two threads cannot load the same Pillow picture at once, so an object that is given twice is read once.
         distinct = {id(value): value for value in inputs}
@@ -194,7 +179,7 @@ class Model(nn.Module):
                 number = next(i for i, other in enumerate(inputs) if other is value)
                 name = str(value) if is_path else f"input {number}"
                 hint = "; make one tensor of them with torch.stack" if isinstance(value, Tensor) else ""
-                raise UserError(f"{name}: cannot be read as {modality}: {vector}{hint}")
+                raise UserError(f"{name}: cannot be read as {reader.name}: {vector}{hint}")
             if not is_known(reader, value, encoder.view):
                 unknown_texts.append(value)
             vectors[key] = vector
@@ -202,6 +187,24 @@ class Model(nn.Module):
             texts = counted(len(unknown_texts), "text")
             notice(f"{texts} with no word that the model knows (the vector is 0); the first: {unknown_texts[0]!r:.100}")
         return encoder.stack([vectors[id(value)] for value in inputs])
+
+    def _encode_tensor(self, encoder: ItemEncoder, inputs: Tensor) -> Tensor:
+        """The vectors (B, Z) or (B, D) of a batch; see `encode`."""
+        reader = encoder.modality
+        if not isinstance(reader, TensorReader):
+            raise UserError(f"{reader.name} takes raw values, not a tensor")
+        if inputs.ndim == 0:
+            raise UserError(f"the tensor cannot be read as {reader.name}: it is a single number")
+        if len(inputs) == 0:
+            return encoder.stack([])
+        encoded = []
+        for part in inputs.to(self.device).split(encoder.batch_size):
+            try:
+                tokens = reader.from_tensor(part)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"the tensor cannot be read as {encoder.modality.name}: {one_line(error)}") from None
+            encoded.append(encoder.encode_tokens(tokens))
+        return torch.cat(encoded)
 
     def item_encoder(
         self, modality: str, towards: str | None, batch_size: int, error_prefix: str, normalize: bool = True
