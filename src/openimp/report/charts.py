@@ -66,17 +66,12 @@ def line_chart(title: str, curves: list[Curve], shares: bool = False) -> dict[st
     high = all_values.max()
     ticks = nice_ticks(0.0 if 0 < low <= high / 2 else low, high)
 
-    def x_of(steps: np.ndarray) -> np.ndarray:
-        if last_step > first_step:
-            return WIDTH * ((steps - first_step) / (last_step - first_step))
-        return WIDTH * (0 * steps + 0.5)
-
     def y_of(values: Any) -> Any:
         return HEIGHT * (1 - (values - ticks[0]) / (ticks[-1] - ticks[0]))
 
     drawn = []
     for color, curve in colored:
-        x = x_of(np.asarray(curve.steps))
+        x = WIDTH * (np.asarray(curve.steps) - first_step) / max(last_step - first_step, 1)
         values = np.asarray(curve.values)
         tips = [f"{curve.name}, step {step:,.0f}: {form(value)}" for step, value in zip(curve.steps, values)]
         start = f"{form(values[0])} at step {curve.steps[0]:,.0f}"
