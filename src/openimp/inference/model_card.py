@@ -50,7 +50,8 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
     that of the model, if known.
     """
     recipe = model.recipe
-    totals = _totals(folder, recipe)
+    step = saved_step(folder)
+    totals = {} if step is None else read_state(folder)["totals"]  # what training has used, by task
     names = list(model.modalities)
     pairs = [pair for pair in combinations(names, 2) if model.imp.share_a_space(*pair)]
     embedded = [name for name in names if any(model.imp.share_a_space(name, other) for other in names)]
@@ -82,7 +83,7 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
         teachers=sorted({teacher.model for task in recipe.tasks.values() for teacher in task.teachers}),
         results=_results(model, folder),
         license=license,
-        step=saved_step(folder),
+        step=step,
         flops=sum(used["flops"] for used in totals.values()),
         openimp=openimp_version(),
         torch=torch.__version__,
@@ -98,20 +99,6 @@ def training_sources(recipe: Recipe) -> dict[str, Source]:
 def _example(modality: Modality) -> str:
     """An input for the code on the card."""
     return "a red bicycle" if modality.reads_text else "FILE" + "".join(modality.extensions[:1])
-
-
-def _totals(folder: Path, recipe: Recipe) -> dict[str, dict[str, int]]:
-    """What a checkpoint's training has used, by task: examples and FLOPs. Empty for other folders."""
-    totals: dict[str, dict[str, int]] = {}
-    if saved_step(folder) is None:
-        return totals
-    try:
-        for task, used in read_state(folder)["totals"].items():
-            recipe.tasks[task]  # LookupError if there is no such task.
-            totals[task] = {unit: int(used[unit]) for unit in ("examples", "flops")}
-    except (AttributeError, LookupError, TypeError, ValueError):
-        raise UserError(f"{folder / 'state.json'}: damaged: it has no totals of the recipe's tasks") from None
-    return totals
 
 
 def _sources(recipe: Recipe, totals: dict[str, dict[str, int]], is_trusted: bool) -> list[dict[str, Any]]:
