@@ -17,7 +17,7 @@ from openimp.common.modality import BadMedia
 from openimp.common.schema import Strict
 from openimp.data import store as store_module
 from openimp.data.sources import open_source
-from openimp.data.store import ITEMS_PER_FILE, DecodedStore, SharedStore, store_column
+from openimp.data.store import ITEMS_PER_FILE, DecodedStore, store_column
 from openimp.data.tables import Table
 from openimp.recipe.tasks import Source
 
@@ -92,13 +92,13 @@ def opened(path: Path, **options) -> Table:
 
 def build(
     table: Table, modality: Numbers | None = None, cache: str = "disk", sizes=(8,), progress=None
-) -> DecodedStore | SharedStore:
+) -> DecodedStore:
     views = [Numbers.View(size=size) for size in sizes]
     return store_column(table, modality or Numbers(), "file", views, cache == "disk", progress)
 
 
 def check(store: DecodedStore) -> None:
-    assert store._rows.num_rows == len(ARRAYS) + 2
+    assert store.items.num_rows == len(ARRAYS) + 2
     for i, expected in enumerate(ARRAYS):
         found = store[i]
         assert found.dtype == expected.dtype
@@ -194,7 +194,7 @@ def test_damaged_offsets_make_it_anew(folder, cache):
     """NumPy would read other memory."""
     store = build(opened(folder / "m.csv"))
     (file,) = cache.glob("decoded/*/rows.arrow")
-    offsets = np.frombuffer(store._rows["data"].chunk(0).buffers()[1], np.int64)[: len(ARRAYS) + 3].tobytes()
+    offsets = np.frombuffer(store.items["data"].chunk(0).buffers()[1], np.int64)[: len(ARRAYS) + 3].tobytes()
     content = file.read_bytes()
     assert content.count(offsets) == 1
     file.write_bytes(content.replace(offsets, offsets[:-8] + np.int64(2**40).tobytes()))

@@ -12,6 +12,7 @@ from openimp.alternation import Visit
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia
 from openimp.common.objective import Tensors
+from openimp.data.embedded import EmbeddedTexts
 from openimp.data.order import example_rng, rows_at, seed_key
 from openimp.data.streams import Stream
 from openimp.data.tables import Unreadable
@@ -131,7 +132,11 @@ class ExampleReader:
         task = self.data.recipe.tasks[task_name]
         try:
             for teacher, vectors in self.data.teacher_vectors.get(task_name, {}).items():
-                example.values[teacher.column] = vectors[example.row][0]  # A teacher has one vector per item.
+                if isinstance(vectors, EmbeddedTexts):
+                    vectors_of_item = vectors[fill(task.inputs[teacher.modality].columns, example.values)]
+                else:
+                    vectors_of_item = vectors[example.row]
+                example.values[teacher.column] = vectors_of_item[0]  # A teacher has one vector per item.
             for column in sorted(target_columns(task)):
                 if isinstance(cell := example.values[column], Unreadable):
                     raise BadMedia(cell.reason)

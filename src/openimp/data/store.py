@@ -4,7 +4,7 @@ On disk, they are in openimp's cache, in files of `ITEMS_PER_FILE` items. If dec
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import chain, repeat
@@ -45,21 +45,22 @@ Decoded = np.ndarray | BadMedia
 """What an item was decoded to: an array, or the reason why it cannot be read."""
 
 
+@dataclass(frozen=True)
 class DecodedStore:
     """Decoded arrays, of a table's column or of other items: `store[row]`, read-only.
 
     They are an Arrow table, which processes share: forked workers inherit it, and a file is memory-mapped. A store on
-    disk pickles only its path.
+    disk pickles its paths instead of its arrays.
     """
 
-    def __init__(self, rows: pa.Table, files: Sequence[Path] = ()) -> None:
-        """`rows` has the columns of `SCHEMA`. If it is on disk, `files` have its parts, in order."""
-        self._rows = rows
-        self._files = files
+    items: pa.Table  # with the columns of `SCHEMA`
+    files: Sequence[Path] = ()  # with the parts of `items`, in order, if the store is on disk
+    item_of_row: np.ndarray | None = None  # for each row, the number of its item; None: row i is item i
 
     def __getitem__(self, row: int) -> np.ndarray:
         """The decoded array of a row, or BadMedia as when it was decoded."""
-        data, shape, dtype, error = (column[row] for column in self._rows.columns)
+        item = row if self.item_of_row is None else int(self.item_of_row[row])
+        data, shape, dtype, error = (column[item] for column in self.items.columns)
         if error.is_valid:
             raise BadMedia(error.as_py())
         array = np.ndarray(shape.as_py(), dtype.as_py(), data.as_buffer())
@@ -67,19 +68,9 @@ class DecodedStore:
         return array
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (read_store, tuple(self._files)) if self._files else (DecodedStore, (self._rows,))
-
-
-@dataclass(frozen=True)
-class SharedStore:
-    """A store for a column in which several rows have the same media: `store[row]`."""
-
-    store: DecodedStore
-    number_of_row: np.ndarray  # for each row, the number of its media in `store`
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        """The decoded array of a row, or BadMedia as when it was decoded."""
-        return self.store[int(self.number_of_row[row])]
+        if self.files:
+            return _reopened, (self.files, self.item_of_row)
+        return DecodedStore, (self.items, (), self.item_of_row)
 
 
 def store_column(
@@ -89,7 +80,7 @@ def store_column(
     views: list[Any],
     on_disk: bool = False,
     progress: Progress | None = None,
-) -> DecodedStore | SharedStore:
+) -> DecodedStore:
     """Decodes the media in a table's column. A tower embeds them, and its vectors are always kept on disk.
 
     A file that several rows name, with a caption each, is decoded once. `views` are all views that read the column:
@@ -97,7 +88,11 @@ def store_column(
     """
     is_tower = isinstance(modality, Towered)
     paths = table.path_of_rows(column)
-    rows, number_of_row = _rows_with_distinct_media(paths)
+    item_of_media: dict[str | int, int] = {}  # by path, or by row if the table itself holds the media
+    item_of_row = np.array(
+        [item_of_media.setdefault(path or row, len(item_of_media)) for row, path in enumerate(paths)]
+    )
+    rows = np.unique(item_of_row, return_index=True)[1].tolist()  # the first row of each item
 
     def decode(items: range) -> Iterator[Decoded]:
         cells_of_rows = table.iterate([column], rows[items.start : items.stop])
@@ -116,21 +111,7 @@ def store_column(
         progress_bar = progress(items, description) if progress else items
         decoded = (array for _, array in zip(progress_bar, decode(items)))
         store = DecodedStore(pa.Table.from_batches(_batches(decoded), SCHEMA))
-    return store if number_of_row is None else SharedStore(store, np.array(number_of_row))
-
-
-def _rows_with_distinct_media(paths: list[str | None]) -> tuple[Sequence[int], list[int] | None]:
-    """One row for each file or, if the table itself holds the media, each row; and the number of each row's media.
-
-    `paths` has the file of each row. The numbers are None if no file is named twice.
-    """
-    if len({*paths}) == len(paths) or not any(paths):
-        return range(len(paths)), None
-    first_rows: dict[str | int, int] = {}  # by path, or by row if the table itself holds the media
-    for row, path in enumerate(paths):
-        first_rows.setdefault(path or row, row)
-    numbers = {path: number for number, path in enumerate(first_rows)}
-    return list(first_rows.values()), [numbers[path or row] for row, path in enumerate(paths)]
+    return replace(store, item_of_row=item_of_row)
 
 
 def _decode(modality: Modality, views: list[Any], read: Callable[[], Any]) -> Decoded:
@@ -163,19 +144,34 @@ def store_on_disk(
     missing = sum(len(part) for part, key in key_of.items() if not is_cached(KIND, key))
     ticks = iter(progress(range(missing), description) if progress and missing else range(missing))
 
+    def read(folder: Path) -> Path:
+        _read_part(folder / ROWS_FILE)
+        return folder / ROWS_FILE
+
     def write(folder: Path, part: range) -> None:
         # One tick per item. `repeat`, because a damaged file is written again without ticks.
-        write_store(folder, (array for array, _ in zip(decode(part), chain(ticks, repeat(None)))))
+        decoded = (array for array, _ in zip(decode(part), chain(ticks, repeat(None))))
+        with pa.ipc.new_file(folder / ROWS_FILE, SCHEMA) as writer:
+            for batch in _batches(decoded):
+                writer.write_batch(batch)
 
-    files = [cached(KIND, key, _checked_file, partial(write, part=part)) for part, key in key_of.items()]
+    files = [cached(KIND, key, read, partial(write, part=part)) for part, key in key_of.items()]
     for _ in ticks:  # Another process may have decoded the others.
         pass
-    return read_store(*files)
+    return _reopened(files)
 
 
-def _checked_file(folder: Path) -> Path:
-    read_part(folder / ROWS_FILE)
-    return folder / ROWS_FILE
+def _reopened(files: Sequence[Path], item_of_row: np.ndarray | None = None) -> DecodedStore:
+    """Opens a store on disk, from the files of its parts."""
+    items = pa.concat_tables(map(_read_part, files)) if files else SCHEMA.empty_table()
+    return DecodedStore(items, files, item_of_row)
+
+
+def _read_part(file: Path) -> pa.Table:
+    """Opens a file of a store. Raises OSError or ValueError if it is damaged."""
+    rows = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    rows.validate(full=True)  # Otherwise, damaged offsets would make NumPy read other memory.
+    return rows
 
 
 def _batches(decoded: Iterable[Decoded]) -> Iterator[pa.RecordBatch]:
@@ -197,36 +193,12 @@ def _batches(decoded: Iterable[Decoded]) -> Iterator[pa.RecordBatch]:
         yield pa.RecordBatch.from_pylist(batch, SCHEMA)
 
 
-def write_store(folder: Path, decoded: Iterator[Decoded]) -> None:
-    """Writes a part of a store to an empty folder."""
-    with pa.ipc.new_file(folder / ROWS_FILE, SCHEMA) as writer:
-        for batch in _batches(decoded):
-            writer.write_batch(batch)
-
-
-def read_store(*files: Path) -> DecodedStore:
-    """Opens a store on disk, from the files of its parts."""
-    rows = pa.concat_tables(map(read_part, files)) if files else SCHEMA.empty_table()
-    return DecodedStore(rows, files)
-
-
-def read_part(file: Path) -> pa.Table:
-    """Opens a file of a store. Raises OSError or ValueError if it is damaged."""
-    rows = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    rows.validate(full=True)  # Otherwise, damaged offsets would make NumPy read other memory.
-    return rows
-
-
-def decoding_key(modality: Modality, views: list[Any]) -> list[Any]:
-    """What determines how a column is decoded, besides its rows: the modality, and the views that read the column."""
-    return [*decoding_of(modality), sorted({view.model_dump_json() for view in views})]
-
-
-def decoding_of(modality: Any) -> list[Any]:
-    """What decides on how a modality decodes: its code, its options, and what it learned."""
+def decoding_key(modality: Any, views: list[Any]) -> list[Any]:
+    """What decides how a modality decodes items: its code, its options, what it learned, and the views."""
     modality_class = type(modality)
     code = [LAYOUT, version("openimp"), modality_class.__module__, modality_class.__qualname__]
-    return [*code, modality.config.model_dump_json(), sorted(learned_files([modality]).items())]
+    learned = sorted(learned_files([modality]).items())
+    return [*code, modality.config.model_dump_json(), learned, sorted({view.model_dump_json() for view in views})]
 
 
 def _content_state(table: Table, column: str, row: int, path: str | None) -> Any:

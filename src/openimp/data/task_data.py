@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property, partial
 from itertools import chain, islice
 from typing import Any
@@ -11,19 +12,19 @@ from typing import Any
 import numpy as np
 
 from openimp.common.errors import UserError
-from openimp.common.modality import Modality
+from openimp.common.modality import BadMedia, Modality
 from openimp.common.objective import TargetSizes, Teacher, head_key
 from openimp.common.progress import Progress, notice
 from openimp.common.protocols import Learned, TextReader, Towered
-from openimp.data.embedded import EmbeddedRows, EmbeddedTexts
+from openimp.data.embedded import EmbeddedTexts
 from openimp.data.order import permute, seed_key
 from openimp.data.readable import require_readable
 from openimp.data.sources import open_source
-from openimp.data.store import DecodedStore, SharedStore, store_column
+from openimp.data.store import DecodedStore, store_column
 from openimp.data.streams import Cursor, Stream
 from openimp.data.tables import Table
 from openimp.data.targets import classes_of, target_columns, target_sizes
-from openimp.data.templates import all_texts, columns_of
+from openimp.data.templates import all_texts, columns_of, fill
 from openimp.parallel.distributed import rank, ranks_on_node, run_on_rank_zero
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
@@ -45,7 +46,7 @@ class TaskData:
         stores: the decoded media of each cached column, by (source, modality, column), and the vectors of each column
             that a tower (the frozen encoder of a modality) reads.
         text_vectors: the vectors of all texts that a tower reads, by modality.
-        teacher_vectors: the vectors of a task's rows, by task and teacher.
+        teacher_vectors: by task and teacher, the vectors of a task's rows or, of a teacher for texts, of their texts.
 
     `prepare` adds the decoded media and the vectors.
     """
@@ -68,9 +69,9 @@ class TaskData:
         """
         self.recipe = recipe
         self.modalities = modalities
-        self.stores: dict[tuple[str, str, str], DecodedStore | SharedStore] = {}
+        self.stores: dict[tuple[str, str, str], DecodedStore] = {}
         self.text_vectors: dict[str, EmbeddedTexts] = {}
-        self.teacher_vectors: dict[str, dict[Teacher, DecodedStore | SharedStore | EmbeddedRows]] = {}
+        self.teacher_vectors: dict[str, dict[Teacher, DecodedStore | EmbeddedTexts]] = {}
         self.source_of_task: dict[str, Table | Stream] = {}
         self.classes: dict[str, list[Any]] = {}
         self.world_size = world_size
@@ -227,13 +228,13 @@ class TaskData:
                 )
         for task_name, source in self.source_of_task.items():
             task = self.recipe.tasks[task_name]
-            vectors: dict[Teacher, DecodedStore | SharedStore | EmbeddedRows] = {}
+            vectors: dict[Teacher, DecodedStore | EmbeddedTexts] = {}
             for teacher in task.teachers:
                 assert isinstance(source, Table)
                 tower = teachers[teacher]
                 columns = task.inputs[teacher.modality].columns
                 if tower.reads_text:
-                    vectors[teacher] = EmbeddedRows(source, tower, columns, progress)
+                    vectors[teacher] = EmbeddedTexts(tower, _evaluation_texts(source, columns), progress)
                 else:
                     # No views: a teacher reads media in the view of its own model, not in the task's.
                     vectors[teacher] = store_column(source, tower, columns[0], views=[], progress=progress)
@@ -275,6 +276,13 @@ class TaskData:
     def target_sizes(self) -> TargetSizes:
         """The sizes on which the shapes of the targets depend."""
         return target_sizes(self.recipe, self.classes)
+
+
+def _evaluation_texts(table: Table, templates: list[str]) -> Iterator[str]:
+    """The text that evaluation reads of each row that has one."""
+    for row in table.iterate(columns_of(templates)):
+        with suppress(BadMedia):
+            yield fill(templates, row)
 
 
 def _sample(rows: int, max_rows: int, key: int) -> list[int]:
