@@ -5,7 +5,6 @@ import re
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -39,8 +38,45 @@ def open_folder(name: str, path: str) -> Table:
     os.scandir(path).close()  # Raises OSError if it may not be read. Unreadable folders below it are skipped.
     root = Path(os.path.abspath(path))  # Absolute, because paths below Path(".") would not begin with it.
     classes = subfolders(root)
+    sizes = _file_sizes(name, root, classes)
+    if not classes and not sizes:
+        raise UserError(
+            f"source {name}: {path} has no subfolders and no files; a folder source has files, or one subfolder per "
+            "class, and links to folders are not followed"
+        )
+    caption_of_stem = {}  # by path without extension
+    media_stems = set()
+    for file in sizes:
+        stem, extension = os.path.splitext(file)
+        if extension.lower() == CAPTION:
+            caption_of_stem[stem] = file
+        else:
+            media_stems.add(stem)
+    group = "label" if classes else "prefix"
+    columns: dict[str, list[str | None]] = {"file": [], group: [], "name": [], "extension": [], "text": []}
+    for file in sizes:
+        stem, extension = os.path.splitext(file)
+        caption = caption_of_stem.get(stem) if stem in media_stems else None
+        if file == caption:
+            continue
+        file_name = os.path.basename(stem)
+        columns["file"].append(file)
+        columns[group].append(file.split("/", 1)[0] if classes else PREFIX_END.split(file_name, maxsplit=1)[0])
+        columns["name"].append(file_name)
+        columns["extension"].append(extension[1:].lower())
+        columns["text"].append(caption)
+    has_captions = any(columns["text"])
+    if not has_captions:
+        del columns["text"]
+    data = pa.table({column: pa.array(values, pa.string()) for column, values in columns.items()})
+    readers = {"text": partial(_read_caption, root)} if has_captions else {}
+    return Table(name, path, data, partial(str, stable_hash(sizes.items())), root, label="file", text_functions=readers)
+
+
+def _file_sizes(name: str, root: Path, classes: list[str]) -> dict[str, int]:
+    """The size of each file in the folders of `classes`, or in `root` if there are none, by path relative to `root`."""
     start = len(os.path.join(root, ""))
-    sizes = {}  # in bytes, by path relative to `root`
+    sizes = {}
     unreadable_names = []
     for entry in chain.from_iterable(files_below(root / folder) for folder in classes or [""]):
         relative_path = entry.path[start:].replace(os.sep, "/")
@@ -52,28 +88,7 @@ def open_folder(name: str, path: str) -> Table:
         first = ascii(unreadable_names[0])
         files = counted(len(unreadable_names), "file")
         notice(f"source {name}: skipped {files} with a name that is not UTF-8; the first: {first}")
-    if not classes and not sizes:
-        raise UserError(
-            f"source {name}: {path} has no subfolders and no files; a folder source has files, or one subfolder per "
-            "class, and links to folders are not followed"
-        )
-    split_names = {file: os.path.splitext(file) for file in sizes}
-    texts = {stem: file for file, (stem, extension) in split_names.items() if extension.lower() == CAPTION}
-    media_stems = {stem for stem, extension in split_names.values() if extension.lower() != CAPTION}
-    captions = {stem: file for stem, file in texts.items() if stem in media_stems}
-    media = {file: parts for file, parts in split_names.items() if captions.get(parts[0]) != file}
-    columns: dict[str, list[Any]] = {"file": [*media]}
-    if classes:
-        columns["label"] = [file.split("/", 1)[0] for file in media]
-    columns["name"] = [os.path.basename(stem) for stem, _ in media.values()]
-    if not classes:
-        columns["prefix"] = [PREFIX_END.split(name, maxsplit=1)[0] for name in columns["name"]]
-    columns["extension"] = [extension[1:].lower() for _, extension in media.values()]
-    if captions:
-        columns["text"] = [captions.get(stem) for stem, _ in media.values()]
-    data = pa.table({column: pa.array(values, pa.string()) for column, values in columns.items()})
-    readers = {"text": partial(_read_caption, root)} if captions else {}
-    return Table(name, path, data, partial(str, stable_hash(sizes.items())), root, label="file", text_functions=readers)
+    return sizes
 
 
 def _read_caption(root: Path, path: str | None) -> str | Unreadable | None:
