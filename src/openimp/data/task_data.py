@@ -76,18 +76,18 @@ class TaskData:
         self.classes: dict[str, list[Any]] = {}
         self.world_size = world_size
         self._tables: dict[str, Table] = {}  # by the name of the source
-        tasks = {name: task for name, task in recipe.tasks.items() if task.weight}
-        for name, task in tasks.items():
+        for name, task in recipe.tasks.items():
+            if not task.weight:
+                continue
             for batch_size in task.batch_sizes:
                 if batch_size % world_size:
                     raise UserError(f"tasks.{name}: batch_size {batch_size} is not a multiple of {world_size} ranks")
-        for name, task in tasks.items():
-            self._open_source(name, task)
-        for task_name, source in self.source_of_task.items():
-            for column in tasks[task_name].class_columns:
-                self.classes[head_key(source.name, column.name)] = classes_of(source, column, f"tasks.{task_name}")
+            source = self._open_source(name, task)
+            self.source_of_task[name] = source
+            for column in task.class_columns:
+                self.classes[head_key(source.name, column.name)] = classes_of(source, column, f"tasks.{name}")
 
-    def _open_source(self, name: str, task: Task) -> None:
+    def _open_source(self, name: str, task: Task) -> Table | Stream:
         """Opens a task's source.
 
         Tasks share a table, but not a stream, in which each task has its own position.
@@ -105,7 +105,7 @@ class TaskData:
             self._tables[task.source] = source
         else:
             self._check_stream(name, task, source)
-        self.source_of_task[name] = source
+        return source
 
     def _check_stream(self, name: str, task: Task, stream: Stream) -> None:
         """Raises UserError if a frozen encoder reads a stream, or its lanes do not divide one of the task's batches."""
