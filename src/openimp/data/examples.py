@@ -12,8 +12,8 @@ from openimp.alternation import Visit
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia
 from openimp.common.objective import Tensors
-from openimp.data.embedded import EmbeddedTexts
 from openimp.data.order import example_rng, rows_at, seed_key
+from openimp.data.store import EmbeddedTexts
 from openimp.data.streams import Stream
 from openimp.data.tables import Unreadable
 from openimp.data.targets import target_columns

@@ -73,6 +73,23 @@ class DecodedStore:
         return DecodedStore, (self.items, (), self.item_of_row)
 
 
+class EmbeddedTexts:
+    """The vectors of the texts that a tower or a teacher embeds before the training: `texts[text]`."""
+
+    def __init__(self, modality: Towered, texts: Iterable[str], progress: Progress | None) -> None:
+        distinct = list(dict.fromkeys(texts))
+
+        def embed(numbers: range) -> Iterator[Decoded]:
+            return modality.embed_all(partial(str, distinct[number]) for number in numbers)
+
+        self._store = store_on_disk(decoding_key(modality, []), distinct, embed, "embedding texts", progress)
+        self._number = {text: number for number, text in enumerate(distinct)}
+
+    def __getitem__(self, text: str) -> np.ndarray:
+        """The vectors (crops, features) of a text. BadMedia if it could not be embedded."""
+        return self._store[self._number[text]]
+
+
 def store_column(
     table: Table,
     modality: Modality,

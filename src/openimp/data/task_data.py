@@ -16,11 +16,10 @@ from openimp.common.modality import BadMedia, Modality
 from openimp.common.objective import TargetSizes, Teacher, head_key
 from openimp.common.progress import Progress, notice
 from openimp.common.protocols import Learned, TextReader, Towered
-from openimp.data.embedded import EmbeddedTexts
 from openimp.data.order import permute, seed_key
 from openimp.data.readable import require_readable
 from openimp.data.sources import open_source
-from openimp.data.store import DecodedStore, store_column
+from openimp.data.store import DecodedStore, EmbeddedTexts, store_column
 from openimp.data.streams import Cursor, Stream
 from openimp.data.tables import Table
 from openimp.data.targets import classes_of, target_columns, target_sizes
