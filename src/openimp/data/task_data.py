@@ -227,17 +227,10 @@ class TaskData:
                 )
         for task_name, source in self.source_of_task.items():
             task = self.recipe.tasks[task_name]
-            vectors: dict[Teacher, DecodedStore | EmbeddedTexts] = {}
-            for teacher in task.teachers:
-                assert isinstance(source, Table)
-                tower = teachers[teacher]
-                columns = task.inputs[teacher.modality].columns
-                if tower.reads_text:
-                    vectors[teacher] = EmbeddedTexts(tower, _evaluation_texts(source, columns), progress)
-                else:
-                    # No views: a teacher reads media in the view of its own model, not in the task's.
-                    vectors[teacher] = store_column(source, tower, columns[0], views=[], progress=progress)
-            self.teacher_vectors[task_name] = vectors
+            self.teacher_vectors[task_name] = {
+                teacher: _teacher_vectors(source, teachers[teacher], task.inputs[teacher.modality].columns, progress)
+                for teacher in task.teachers
+            }
 
     def _check_rows(self) -> None:
         """Checks that some media of each table can be read."""
@@ -277,11 +270,21 @@ class TaskData:
         return target_sizes(self.recipe, self.classes)
 
 
-def _evaluation_texts(table: Table, templates: list[str]) -> Iterator[str]:
-    """The text that evaluation reads of each row that has one."""
-    for row in table.iterate(columns_of(templates)):
-        with suppress(BadMedia):
-            yield fill(templates, row)
+def _teacher_vectors(
+    source: Table | Stream, teacher: Any, columns: list[str], progress: Progress | None
+) -> DecodedStore | EmbeddedTexts:
+    """The vectors of what evaluation reads of each row."""
+    assert isinstance(source, Table)
+    if not teacher.reads_text:
+        # No views: a teacher reads media in the view of its own model, not in the task's.
+        return store_column(source, teacher, columns[0], views=[], progress=progress)
+
+    def texts() -> Iterator[str]:
+        for row in source.iterate(columns_of(columns)):
+            with suppress(BadMedia):
+                yield fill(columns, row)
+
+    return EmbeddedTexts(teacher, texts(), progress)
 
 
 def _sample(rows: int, max_rows: int, key: int) -> list[int]:
