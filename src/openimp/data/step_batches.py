@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 from openimp.alternation import Schedule, Visit
@@ -56,10 +57,8 @@ class StepBatches(Dataset[LoadedBatch]):
             # the same tokens twice.
             rngs = [loaded[position].rng for position in positions for _ in range(spec.draw)]
             tokens[name] = self.data.modalities[name].tokens(items, task.views[visit.view][name], rngs)
-        targets = []
-        for example_targets in zip(*(example.targets for example in examples)):  # of one objective
-            names_of_targets = example_targets[0].keys()
-            targets.append({key: torch.stack([target[key] for target in example_targets]) for key in names_of_targets})
+        # For each objective of the task, its targets by name.
+        targets = tree_map(lambda *tensors: torch.stack(tensors), *(example.targets for example in examples))
         names = [example.name for example in examples]
         # A bad example counts in the part that has its position, not in one that tried it as a replacement.
         at_positions = [loaded[position] for position in positions]
