@@ -1,4 +1,4 @@
-"""`StepBatches`: the data set that holds one batch for each step of a recipe.
+"""`StepBatches`: one batch for each step of a recipe.
 
 The alternation and the order of examples are pure functions of the recipe. So a worker needs only the number of a step
 to make its part of the batch, and communicates with no other worker or rank.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map
-from torch.utils.data import Dataset
 
 from openimp.alternation import Schedule, Visit
 from openimp.data.batch import Batch
@@ -20,11 +19,11 @@ from openimp.data.streams import Stream
 from openimp.data.task_data import TaskData
 
 
-class StepBatches(Dataset[LoadedBatch]):
-    """`dataset[step]` makes this rank's part of the batch of a step, and `part` a worker's part of that."""
+class StepBatches:
+    """`batches[step]` is this rank's part of the batch of a step, and `part` a worker's part of that."""
 
     def __init__(self, data: TaskData, rank: int = 0) -> None:
-        """Each batch is divided into `data.world_size` equal parts. This data set makes part `rank`."""
+        """Each batch is divided into `data.world_size` equal parts. These are the parts of `rank`."""
         self.data = data
         self.schedule = Schedule(data.recipe)
         self.rank = rank
