@@ -89,7 +89,7 @@ class Rows:
             if not {"bytes", "path"} & value.keys():
                 raise BadMedia(f"expected bytes or a path, found the keys {', '.join(map(str, value)):.200}")
             value = value.get("bytes") or value.get("path")
-        if value is None or value in (b"", "", []):
+        if _is_missing(value):
             raise BadMedia("the column is empty here")
         if isinstance(value, bytes):
             return value
@@ -167,10 +167,6 @@ class Table(Rows):
         file, rows = self._files[file_number]
         return f"{file}[{stored - (self._ends[file_number] - rows)}]"
 
-    def paths(self, column: str) -> list[str]:
-        """The paths of media files in a column of the selected rows. Media that the table itself holds have no path."""
-        return [path for path in self.path_of_rows(column) if path]
-
     def path_of_rows(self, column: str) -> list[str | None]:
         """The path of the media file of each selected row. None for media that the table itself holds."""
         values = self._data.column(column)
@@ -193,7 +189,7 @@ class Table(Rows):
 
     def fingerprint_with_files(self, columns: Iterable[str]) -> str:
         """Hash of `fingerprint` and of the media files in these columns: all or, of more than 10,000, every n-th."""
-        paths = list(dict.fromkeys(path for column in columns for path in self.paths(column)))
+        paths = list(dict.fromkeys(path for column in columns for path in self.path_of_rows(column) if path))
         checked = paths[:: max(1, -(-len(paths) // MAX_CHECKED_FILES))]
         return stable_hash([self.fingerprint, *((path, self.file_digest(path)) for path in checked)])
 
@@ -216,7 +212,7 @@ class Table(Rows):
                 raise UserError(
                     f"source {self.name} ({self.path}): no row has {column} {condition}; it holds {', '.join(values)}"
                 )
-            self._keep(np.flatnonzero(mask).tolist())
+            self._keep(np.flatnonzero(mask))
         return self
 
     def _matching(self, column: str, wanted: Any) -> np.ndarray:
@@ -259,10 +255,10 @@ class Table(Rows):
         """Drops all but `limit` evenly spaced rows. Returns this table."""
         if limit is None or limit >= len(self):
             return self
-        return self._keep((np.arange(limit) * len(self) // limit).tolist())
+        return self._keep(np.arange(limit) * len(self) // limit)
 
-    def _keep(self, indices: Sequence[int]) -> "Table":
-        self._kept = np.asarray(self._stored(indices), dtype=np.int64)
+    def _keep(self, rows: np.ndarray | list[int]) -> "Table":
+        self._kept = np.asarray(rows) if self._kept is None else self._kept[rows]
         return self
 
     def _stored(self, indices: Sequence[int]) -> Sequence[int]:
@@ -313,16 +309,15 @@ def number_array(value: list[Any] | np.ndarray) -> np.ndarray:
 
 def item_key(value: Any) -> str | None:
     """The `text_key` of a value, after its conversion to text. Rows with equal keys are one item. None: no value."""
-    if value in (None, "", b"", []) or value != value or isinstance(value, Unreadable):  # NaN is not equal to itself.
+    if isinstance(value, Unreadable) or _is_missing(value):
         return None
     return text_key(as_text(value)) or None
 
 
 def item_content(value: Any) -> bytes:
     """What rows of the same item have in common: the bytes of media, or else the `item_key`. b"": no value."""
-    if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
-        value = value.get("bytes") or value.get("path")
-    return value if isinstance(value, bytes) else (item_key(value) or "").encode()
+    content = _unwrapped(value)
+    return content if isinstance(content, bytes) else (item_key(content) or "").encode()
 
 
 def item_id(value: Any, row: int) -> int:
@@ -385,7 +380,7 @@ def matches(cell: Any, wanted: Any) -> bool:
         return not matches(cell, wanted["not"])
     items = cell if isinstance(cell, list) and cell else [cell]
     texts = _as_texts(wanted)
-    if None in texts and any(map(_has_no_value, items)):
+    if None in texts and any(_is_missing(_unwrapped(item)) for item in items):
         return True
     return any(
         item is not None
@@ -394,15 +389,16 @@ def matches(cell: Any, wanted: Any) -> bool:
     )
 
 
-def _has_no_value(item: Any) -> bool:
-    """Whether an item is None, NaN, or empty, such as media of a Hugging Face data set without bytes and path."""
-    if isinstance(item, dict):
-        return item.keys() <= {"bytes", "path"} and not any(item.values())
-    return (
-        item is None
-        or (isinstance(item, str | bytes | list) and not item)
-        or (isinstance(item, float) and item != item)
-    )
+def _unwrapped(value: Any) -> Any:
+    """The bytes or the path in the `{"bytes": ..., "path": ...}` of Hugging Face data sets; other values unchanged."""
+    if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
+        return value.get("bytes") or value.get("path")
+    return value
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a value is None, NaN or empty."""
+    return value is None or value != value or (isinstance(value, str | bytes | list) and not value)
 
 
 def _as_texts(wanted: Any) -> list[str | None]:

@@ -178,7 +178,7 @@ def _caption(path: str, roots: Roots) -> str:
 
 def _rows(table: Table, modality: str, column: str, text: Callable[[int], str | None]) -> Iterator[Media]:
     # Values are read here only if they are paths: bytes would be the whole data set.
-    values = table.column(column) if table.paths(column) else [None] * len(table)
+    values = table.column(column) if any(table.path_of_rows(column)) else [None] * len(table)
     for row, value in enumerate(values):
         row_text = partial(text, row)
         if isinstance(value, str) or (isinstance(value, dict) and not value.get("bytes")):
