@@ -51,7 +51,7 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
         return Path(), _matching_urls(name, path)
     scheme, file_name = Name.parse(path)
     if scheme == BUNDLED:
-        bundled = [file.name for file in DEMO.iterdir()] if DEMO.is_dir() else []
+        bundled = [file.name for file in DEMO.iterdir()]
         if file_name not in bundled:
             raise UserError(f"source {name}: openimp has no bundled data {file_name!r}{nearest(file_name, bundled)}")
         path = str(DEMO / file_name)
