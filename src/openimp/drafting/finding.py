@@ -4,7 +4,6 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Set
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,54 +176,42 @@ def _shards(tables: list[Path]) -> list[str]:
 def _join_splits(candidates: list[Candidate]) -> list[Candidate]:
     """Joins the splits of a source. If it has both, the validation split is held out, so that the test stays unseen."""
     groups: dict[str, dict[str, list[Candidate]]] = {}  # by what the splits have in common, and by role
-    folders_of_splits = set()
-    folders_with_training = set()
     for candidate in candidates:
         key, role = _without_role(candidate)
         groups.setdefault(key, {}).setdefault(role, []).append(candidate)
-        if role == "train" and candidate.folder:
-            folders_with_training.add(candidate.folder)
+    folders_with_training = {split.folder for by_role in groups.values() for split in by_role.get("train", [])}
     joined = []
     for by_role in groups.values():
+        training = by_role.get("train", [])
         held_out = [*by_role.get("val", []), *by_role.get("test", [])]
-        if len(by_role.get("train", [])) == 1 and held_out and "" not in by_role:
-            joined.append(by_role["train"][0]._replace(held_out=held_out[0].source))
-            folders_of_splits.add(_folder_of_table(by_role["train"][0]))
+        if len(training) == 1 and held_out and "" not in by_role:
+            joined.append(training[0]._replace(held_out=held_out[0].source))
             for candidate in held_out[1:]:
                 split = f"split {candidate.source['split']} " if "hub" in candidate.source else ""
                 joined.append(candidate._replace(problem=f"{split}is left for a last test"))
-        else:
-            count = len(by_role.get("train", []))
-            problem = f"{count or 'no'} training splits have a matching name"
-            for role, candidates_of_role in by_role.items():
-                joined += [
-                    candidate._replace(problem=problem)
-                    if role in ("val", "test") and _is_split_below(candidate, folders_with_training)
-                    else candidate
-                    for candidate in candidates_of_role
-                ]
-    folders_of_splits.discard(None)
-    beside = "is beside the tables of a split"  # So it may have the same rows.
+            continue
+        problem = f"{len(training) or 'no'} training splits have a matching name"
+        joined += [*training, *by_role.get("", [])]
+        for candidate in held_out:
+            is_left_out = candidate.folder in folders_with_training and _is_named_like_a_split(candidate)
+            joined.append(candidate._replace(problem=problem) if is_left_out else candidate)
+    folders_of_splits = {_folder_of_table(candidate) for candidate in joined if candidate.held_out} - {None}
     return [
-        candidate._replace(problem=beside) if _is_beside_split(candidate, folders_of_splits) else candidate
+        candidate._replace(problem="is beside the tables of a split")  # So it may have the same rows.
+        if _folder_of_table(candidate) in folders_of_splits and not (candidate.held_out or candidate.problem)
+        else candidate
         for candidate in joined
     ]
 
 
-def _is_split_below(candidate: Candidate, folders: Set[str]) -> bool:
-    """Whether a split was found in one of these folders. The name of the folder itself does not make it a split."""
-    return candidate.folder in folders and bool(ROLE.search(os.path.relpath(candidate.place, candidate.folder)))
+def _is_named_like_a_split(candidate: Candidate) -> bool:
+    """Whether a source in a folder has the name of a split. That of the folder itself does not count."""
+    return bool(candidate.folder and ROLE.search(os.path.relpath(candidate.place, candidate.folder)))
 
 
 def _folder_of_table(candidate: Candidate) -> str | None:
     """The folder in which openimp found a table. None for media, and for a table that the user named."""
     return os.path.dirname(candidate.place) if candidate.folder and not candidate.kind else None
-
-
-def _is_beside_split(candidate: Candidate, folders_of_splits: Set[str | None]) -> bool:
-    """Whether a table that is no split itself is in the folder of a split."""
-    is_split = candidate.held_out or candidate.problem
-    return not is_split and _folder_of_table(candidate) in folders_of_splits
 
 
 def _without_role(candidate: Candidate) -> tuple[str, str]:
