@@ -299,24 +299,13 @@ class PatchGrid(Strict):
         return self
 
     def cut(self, grid: Tensor, patch: tuple[int, ...], drop: float, rngs: list[Rng] | None) -> Tokens:
-        """Cuts a batch (B, *axes, C) into tokens: one patch of `patchify` each, with the coordinates of `coordinates`.
+        """The tokens of a batch (B, *axes, C), cut into patches of the size `patch`; see `patch_tokens`.
 
-        For a picture, `patch` is one frame of `self.patch`. With `rngs`, one per example, a random share `drop` of each
-        example's tokens is left out: DropToken (VATT, arXiv 2104.11178). The others stay in order.
+        For a picture, `patch` is one frame of `self.patch`.
         """
-        counts = tuple(size // side for size, side in zip(grid.shape[1:], patch))
         # The number of patches that each absolute axis spans; 0 for a relative axis.
         spans = tuple(self.absolute.get(name, 0) // side for name, side in zip(self.axes, self.patch))
-        coords = coordinates(counts, self.tables, spans).to(grid.device)
-        total = len(coords)
-        kept_count = tokens_kept(total, drop)
-        if rngs is None or kept_count == total:
-            values = patchify(grid, patch, margin=self.margin)
-            return Tokens(values, coords.expand(grid.shape[0], -1, -1).contiguous())
-        noise = np.stack([rng.random(total, dtype=np.float32) for rng in rngs])
-        chosen = np.argpartition(noise, kept_count - 1, axis=1)[:, :kept_count]
-        kept = torch.from_numpy(np.sort(chosen, axis=1))
-        return Tokens(patchify(grid, patch, kept, self.margin), coords[kept])
+        return patch_tokens(grid, patch, self.tables, drop, rngs, spans, self.margin)
 
     @property
     def margin(self) -> int:
@@ -342,6 +331,32 @@ class PatchGrid(Strict):
         nearest_sizes = sorted({below, min(below + side, limit)})
         suggestion = " or ".join(f"{valid_size * scale:.6g}" for valid_size in nearest_sizes)
         raise ValueError(f"{beginning} not a multiple of {side} up to {limit}; use {suggestion}{unit}")
+
+
+def patch_tokens(
+    grid: Tensor,
+    patch: tuple[int, ...],
+    tables: tuple[int, ...],
+    drop: float,
+    rngs: list[Rng] | None,
+    spans: tuple[int, ...] = (),
+    margin: int = 0,
+) -> Tokens:
+    """Cuts a batch (B, *axes, C) into tokens: one patch of `patchify` each, with the coordinates of `coordinates`.
+
+    With `rngs`, one per example, a random share `drop` of each example's tokens is left out: DropToken (VATT, arXiv
+    2104.11178). The others stay in order.
+    """
+    counts = tuple(size // side for size, side in zip(grid.shape[1:], patch))
+    coords = coordinates(counts, tables, spans).to(grid.device)
+    total = len(coords)
+    kept_count = tokens_kept(total, drop)
+    if rngs is None or kept_count == total:
+        return Tokens(patchify(grid, patch, margin=margin), coords.expand(grid.shape[0], -1, -1).contiguous())
+    noise = np.stack([rng.random(total, dtype=np.float32) for rng in rngs])
+    chosen = np.argpartition(noise, kept_count - 1, axis=1)[:, :kept_count]
+    kept = torch.from_numpy(np.sort(chosen, axis=1))
+    return Tokens(patchify(grid, patch, kept, margin), coords[kept])
 
 
 def patch_count(sizes: Iterable[int], patch: Iterable[int]) -> int:
