@@ -45,7 +45,8 @@ class Saver:
     def start(self, step: int, text_files: Mapping[str, str], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Waits for the previous checkpoint, copies the tensors to CPU memory, and lets the thread write them.
 
-        Rank 0 writes the `text_files`, by file name. The tensors are by part and name, as in `_buffers`.
+        `text_files` has the content of each text file by file name; rank 0 writes them. The tensors are by part and
+        name, as in `_buffers`.
         CheckpointError if the previous checkpoint could not be written.
         """
         self.wait()
@@ -107,7 +108,8 @@ class Saver:
 
 
 def _begin(draft: Path, text_files: Mapping[str, str]) -> None:
-    # Drafts (.tmp) and half-removed checkpoints (.old) of a process that was killed.
+    # Drafts (.tmp) and half-removed checkpoints (.old) of a process that was killed. A half-removed one may stay.
+    # A draft that cannot be removed may be in the way of this one.
     for leftover in draft.parent.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=leftover.suffix == ".old")
     draft.mkdir(parents=True)

@@ -73,7 +73,7 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
     for _ in range(len(loader)):
         try:
             iterator = iterator or iter(loader)  # Inside `try`: this starts the workers and installs torch's handler.
-            # Without the handler, the wait for a part that a dying worker has half written would never end.
+            # Without the handler, `next` would wait forever if a worker died while it wrote a part.
             signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
             _error_if_any_worker_fails()  # A worker may have died before the handler was installed.
             part = next(iterator)

@@ -141,7 +141,7 @@ class Router(nn.Module):
     ) -> tuple[Routing, RouterStats]:
         z_loss = self.config.z_loss * (z_loss_BL * valid_BL).sum() / tokens_per_rank
         routing = expert_choice(probs_BLE, valid_BL, self.config.capacity_factor)
-        # Layers are compiled only for training (`compile_blocks`). `is_compiling` spares them a guard on `training`.
+        # Compiled layers always train (`compile_blocks`). They do not read `training`, so torch need not guard on it.
         if torch.compiler.is_compiling() or self.training:
             usage = _usage(routing, valid_BL, tokens_per_rank)
         else:
@@ -198,21 +198,22 @@ class SparseMLP(nn.Module):
     ) -> tuple[Tensor, list[RouterStats]]:
         """Maps (T, D) to (T, D), and returns statistics per input. The arguments are those of `Router.forward`."""
         routings, all_stats = zip(*self.router(x_TD, valid, tokens_per_rank))
-        token_indices = []  # per input, (E, B C): the token in each slot of the input, as an index into `x_TD`
+        rows_of_slots = []  # per input, (E, B C): the row of `x_TD` with the token in each slot
         gates = []  # per input, (E, B C)
-        indices = split_tokens(torch.arange(x_TD.shape[0], device=x_TD.device), [valid_BL.shape for valid_BL in valid])
-        for index_BL, routing in zip(indices, routings):
-            first_token_B11 = index_BL[:, :1, None]  # of each example, as an index into `x_TD`
-            index_BEC = routing.token_BEC + first_token_B11
-            token_indices.append(index_BEC.transpose(0, 1).flatten(1))
+        rows = torch.arange(x_TD.shape[0], device=x_TD.device)
+        rows_of_tokens = split_tokens(rows, [valid_BL.shape for valid_BL in valid])
+        for row_BL, routing in zip(rows_of_tokens, routings):
+            first_row_B11 = row_BL[:, :1, None]  # of each example
+            row_BEC = first_row_B11 + routing.token_BEC
+            rows_of_slots.append(row_BEC.transpose(0, 1).flatten(1))
             gates.append(routing.gate_BEC.transpose(0, 1).flatten(1))
-        index_ES = torch.cat(token_indices, dim=1)
-        index_U = index_ES.flatten()
+        row_ES = torch.cat(rows_of_slots, dim=1)
+        row_U = row_ES.flatten()
         gate_U1 = torch.cat(gates, dim=1).flatten()[:, None]
-        x_ESD = x_TD.index_select(0, index_U).unflatten(0, index_ES.shape)
+        x_ESD = x_TD.index_select(0, row_U).unflatten(0, row_ES.shape)
         out_UD = self.experts(x_ESD).flatten(0, 1)
         sum_TD = torch.zeros_like(x_TD, dtype=out_UD.dtype)
-        return sum_TD.index_add(0, index_U, out_UD * gate_U1.to(out_UD.dtype)), [*all_stats]
+        return sum_TD.index_add(0, row_U, out_UD * gate_U1.to(out_UD.dtype)), [*all_stats]
 
 
 class ExpertGroups(nn.Module):
@@ -248,11 +249,15 @@ class ExpertGroups(nn.Module):
         all_stats: dict[int, RouterStats] = {}  # by the index of the input
         for stem in dict.fromkeys(stems):
             indices = [i for i, other in enumerate(stems) if other == stem]
-            group_TD = torch.cat([inputs[i] for i in indices])
-            group_valid = [valid[i] for i in indices]
-            out_TD, group_stats = self.groups[stem](group_TD, group_valid, [tokens_per_rank[i] for i in indices])
-            outputs.update(zip(indices, out_TD.split([token_counts[i] for i in indices])))
-            all_stats.update(zip(indices, (self._padded_to_all_groups(stats, stem) for stats in group_stats)))
+            out_TD, group_stats = self.groups[stem](
+                torch.cat([inputs[i] for i in indices]),
+                [valid[i] for i in indices],
+                [tokens_per_rank[i] for i in indices],
+            )
+            out_by_input = out_TD.split([token_counts[i] for i in indices])
+            for i, out, stats in zip(indices, out_by_input, group_stats):
+                outputs[i] = out
+                all_stats[i] = self._padded_to_all_groups(stats, stem)
         return torch.cat([outputs[i] for i in range(len(stems))]), [all_stats[i] for i in range(len(stems))]
 
     def _padded_to_all_groups(self, stats: RouterStats, stem: str) -> RouterStats:

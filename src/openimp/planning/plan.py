@@ -40,7 +40,7 @@ class Plan:
 
     layout: Layout
     gpu: GPU
-    utilization: float  # assumed share of the GPU's bf16 peak (--mfu); an HFU if forward passes are repeated
+    utilization: float  # assumed share of the GPU's bf16 peak (--mfu), with the FLOPs of repeated passes
     model: Embedder  # on the meta device
     step_needs: dict[TaskView, StepNeeds]  # what one step of this task and view needs
     step_counts: dict[TaskView, int]  # number of steps in the whole run
@@ -98,8 +98,7 @@ def plans(
         raise UserError(f"--gpus: expected 1 or more, found {gpus}")
     if not 0 < utilization <= 1:
         raise UserError(f"--mfu: expected a share above 0 and at most 1, found {utilization:g}")
-    # Checks `shard_degree` and `expert_degree` before the slower `costs`. If the recipe has no `shard_degree`,
-    # `default_layout` below replaces this layout.
+    # Raises UserError before the slower `costs`. Without a `shard_degree`, `default_layout` replaces this layout below.
     recipe_layout = layout_of(recipe, gpus, recipe.parallel.shard_degree)
     cost_by_task_view = costs(recipe, modalities, classes)
     uneven = [

@@ -109,8 +109,8 @@ class QueuedUpdate(NamedTuple):
 class Trainer(Parts):
     """The training loop of one rank.
 
-    It inherits from `setup.Parts` only to have its attributes, such as `model`, `updater`, `log` and `checkpointing`.
-    Further attributes are:
+    It inherits from `setup.Parts` only to have its attributes, which `Parts` explains: `model`, `updater`, `cursors`,
+    `log`, `checkpointing` and others. Further attributes are:
 
     Attributes:
         step: the number of confirmed steps; a checkpoint contains no others.
@@ -145,7 +145,8 @@ class Trainer(Parts):
         # The run stops after a signal, or if a checkpoint could not be written.
         with (
             stop_signals(self.checkpointing.saver.failed) as stop,
-            # Not only around the whole run: torchrun's SIGTERM may arrive after `stop_signals` has ended.
+            # `leave_after_errors` reports dead ranks, too, but outside of `stop_signals`. Between the two, the process
+            # would end without a word at SIGTERM, which torchrun sends to all ranks when one is dead.
             distributed.report_dead_ranks(),
             self._bar,
             closing(self.log),
@@ -190,8 +191,9 @@ class Trainer(Parts):
         evaluate_every = self.recipe.evaluation.every
         if self.step == 0 and self.recipe.starts_from_weights:
             self.evaluate(stop.watch)  # The baseline: later results show what was forgotten.
+        # A resumed run: it may have been interrupted before an evaluation, or before it marked the step as the best.
         if self.step and self._is_due(evaluate_every, self.step):
-            if self._is_measured():  # The interrupted run may not have marked the step as the best so far.
+            if self._is_measured():
                 self._keep_best(self.recipe.evaluation.sets)
             else:
                 self.evaluate(stop.watch)
@@ -402,7 +404,10 @@ class Trainer(Parts):
         return results
 
     def _keep_best(self, measured: Collection[str]) -> None:
-        """Saves a checkpoint if this step is the best so far, and links to the best one, if its set is measured."""
+        """Saves a checkpoint if this step is the best so far, and links to the best one.
+
+        Does nothing unless `evaluation.best` names a set that was measured.
+        """
         name = self.recipe.evaluation.best
         if name is None or name not in measured:
             return
@@ -448,8 +453,8 @@ class Trainer(Parts):
         """The error of steps that were not applied. Every rank must call this.
 
         The error names the first step whose loss is not finite on this rank, or else the last step. In a round, ranks
-        may name different steps. The error also names up to 8 examples of each rank whose loss is not finite or, if
-        there is none, of this rank.
+        may name different steps. The error also names up to 8 examples of each rank that has such a loss. If no rank
+        has one, it names examples of this rank.
         """
         failed_step = next((step for step in steps if not step.losses.total.isfinite()), steps[-1])
         visit = failed_step.batch_info.visit

@@ -23,7 +23,7 @@ class Updater:
     """
 
     def __init__(self, recipe: Recipe, model: Embedder, work: np.ndarray | range) -> None:
-        """Makes the optimizers and the EMA. For `work`, see `lr_schedule`."""
+        """Makes the optimizers and the EMA. `work[i]` is the number of steps before step i, or their FLOPs."""
         options = recipe.optimizer
         self.recipe = recipe
         self.model = model
