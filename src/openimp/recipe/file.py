@@ -51,6 +51,8 @@ def parse_mapping(text: str, file: Path, what: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a number of 5,000 digits.
         reason = " ".join(str(error).split()).replace('in "<unicode string>", line', "at line")
         raise UserError(f"{file}: not valid YAML: {reason}") from None
+    if data is None:
+        raise UserError(f"{file}: is empty, expected a {what}")
     if not isinstance(data, dict):
         raise UserError(f"{file}: a {what} is a mapping of keys, found {type(data).__name__}")
     return data
