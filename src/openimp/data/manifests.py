@@ -226,8 +226,12 @@ def _csv_header(lines: Any, delimiter: str) -> list[str]:
         header.pop()
     if not header and not is_blank:
         raise ValueError("its first line names no column")
-    if delimiter == "," and len(header) == 1 and re.search("[;\t|]", header[0]):
-        raise ValueError(f"the header {header[0]!r} has no comma; write the columns separated by commas")
+    if delimiter == "," and len(header) == 1 and (other := re.search("[;\t|]", header[0])):
+        raise ValueError(
+            f'the header {header[0]!r} has no comma; write the columns separated by commas: python -c "import csv, '
+            f'sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={other[0]!r}))" '
+            "< OLD.csv > NEW.csv"
+        )
     if len(set(header)) < len(header):
         raise ValueError(f"the header names a column twice: {', '.join(header)}")
     return header
