@@ -174,14 +174,20 @@ def _add_tasks(
         is_cached = cached_bytes + size <= sizing.CACHE_SHARE * machine.host_memory
         cached_bytes += size if is_cached else 0
         _add(recipe, named, views, machine, is_cached, text_length)
-    steps_of_tasks = [sizing.steps(split.rows, recipe["tasks"][name]["batch_size"]) for name, _, split in tasks]
-    for section, steps in zip(recipe["tasks"].values(), steps_of_tasks):
-        section["weight"] = float(f"{steps / min(steps_of_tasks):.2g}")
-    recipe["train"]["steps"] = sizing.rounded(sum(steps_of_tasks))
+    share_steps(recipe, {name: split.rows for name, _, split in tasks})
     decoded_once = all(recipe["sources"][name]["cache"] == "memory" for name in recipe["tasks"])
     if decoded_once and machine.workers == 1 and not machine.is_gpu:
         # Preparing decoded examples is little work, and a process for it would slow the threads of few cores down.
         recipe["train"]["num_workers"] = 0
+
+
+def share_steps(recipe: dict[str, Any], rows: Mapping[str, int]) -> None:
+    """Sets the number of steps, and the weights of the tasks, from the `rows` of each task and its batch size."""
+    tasks = recipe["tasks"]
+    steps_of_tasks = {name: sizing.steps(rows[name], task["batch_size"]) for name, task in tasks.items()}
+    for name, steps in steps_of_tasks.items():
+        tasks[name]["weight"] = float(f"{steps / min(steps_of_tasks.values()):.2g}")
+    recipe["train"]["steps"] = sizing.rounded(sum(steps_of_tasks.values()))
 
 
 def _add(

@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,16 @@ from openimp.data.sources import FORMATS
 from openimp.data.tables import Table
 from openimp.data.targets import sort_classes
 from openimp.drafting import sizing
-from openimp.drafting.assembling import ChosenTower, Draft, NamedTask, Start, assemble, source_name, task_names
+from openimp.drafting.assembling import (
+    ChosenTower,
+    Draft,
+    NamedTask,
+    Start,
+    assemble,
+    share_steps,
+    source_name,
+    task_names,
+)
 from openimp.drafting.columns import TaskDraft, inspect
 from openimp.drafting.finding import Candidate, find, shown
 from openimp.drafting.machine import Machine, this_machine
@@ -98,8 +107,8 @@ def draft_recipe(
         head_key(draft.recipe["tasks"][name]["source"], task.label.name): sort_classes(split.classes)
         for name, task, split in tasks if task.label
     }  # fmt: skip
-    flops = fit(draft, classes, machine)
     rows = {name: split.rows for name, _, split in tasks}
+    flops = fit(draft, classes, rows, machine)
     rows |= {f"{name}_test": split.test_rows for name, _, split in tasks}
     measured_rows = sum(rows[options["source"]] for options in draft.recipe["evaluation"]["sets"].values())
     if every := sizing.steps_between_evaluations(draft.recipe, measured_rows):
@@ -225,10 +234,10 @@ def _files_of_several(table: Table, media: str, column: str) -> int:
     return len(conflicting)
 
 
-def fit(draft: Draft, classes: Classes, machine: Machine) -> float:
+def fit(draft: Draft, classes: Classes, rows: Mapping[str, int], machine: Machine) -> float:
     """Halves the batch sizes until each step fits into memory, and limits the steps to `machine.hours` of training.
 
-    Returns the FLOPs of the training.
+    `rows` is the number of rows of each task. Returns the FLOPs of the training.
     """
     tasks = draft.recipe["tasks"].values()
     train = draft.recipe["train"]
@@ -249,7 +258,7 @@ def fit(draft: Draft, classes: Classes, machine: Machine) -> float:
             break
         for task in tasks:
             task["batch_size"] = max(2, task["batch_size"] // 2)
-        train["steps"] *= 2  # Of half as many examples each, so training sees each row the same number of times.
+        share_steps(draft.recipe, rows)  # So that training sees each row the same number of times.
     flops = sum(row["flops"] for row in mixture(recipe, costs(recipe, modalities, classes)).values())
     train["steps"] = min(train["steps"], sizing.rounded(machine.hours * 3600 * machine.speed / flops))
     return train["steps"] * flops
