@@ -494,6 +494,12 @@ def test_a_run_indexes_the_media_of_its_recipe_and_new_texts_without_them(own_da
     assert [hit.path for hit in index.search("a tone", k=50, under=other)] == [str(other / "copy.wav")]
     assert {*index.folders} >= {"pictures", "sounds"}
 
+    named = tmp_path / "named.index"
+    assert build_index(run, [own_data / "pictures"], named).items == 23
+    (own_data / "pictures" / "red" / "1.png").unlink()
+    done = build_index(run, None, named)
+    assert (done.removed, done.items) == (1, 37), "also an item of the time when its folder was named"
+
     moved = run.rename(tmp_path / "moved")
     assert open_index(moved).search("a red square")
     assert open_index(moved / "search.index").search("a red square")

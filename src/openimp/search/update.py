@@ -40,6 +40,7 @@ class Update:
         self.stored = items.stored()
         self._stored_below = Counter(parent for path in self.stored for parent in _with_parents(path))
         wanted_below = {parent for path in self.wanted for parent in _with_parents(path)}
+        self.wanted_folders = {os.path.dirname(path) for path in self.wanted}
         forgotten = {os.path.abspath(path) for path in forget}
         named = {path: os.path.abspath(path) for path in given or ()}
         without_files = self._stored_below.keys() - wanted_below - forgotten
@@ -95,7 +96,9 @@ class Update:
         if path in self.wanted:
             return False
         if self.roots is None:
-            return self.stored[path].source is not None
+            # A file of a source has none if its folder was indexed before by name.
+            is_in_sources = os.path.dirname(path) in self.wanted_folders and not os.path.exists(path)
+            return is_in_sources or self.stored[path].source is not None
         return self._is_below_roots(path)
 
     def _is_current(self, media: Media) -> bool:
