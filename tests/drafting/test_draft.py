@@ -24,6 +24,7 @@ from openimp.drafting.draft import draft_recipe, find_tasks, fit, recipe_name
 from openimp.drafting.machine import Machine
 from openimp.drafting.sizing import steps_between_evaluations, text
 from openimp.drafting.writing import write
+from openimp.evaluation.baseline import comparison
 from openimp.evaluation.results import percent, read_results
 from openimp.model.imp import IMP
 from openimp.planning.memory import step_memory
@@ -216,6 +217,12 @@ def test_a_training_that_cannot_be_tested_says_so(media_folder, tmp_path, monkey
             shutil.copy(file, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert "too few different values of" in draft_recipe([str(tmp_path)]).notes[-1]
+    write_files("classes", by_color=True)
+    for file in Path("classes").rglob("??.png"):
+        file.unlink()
+    recipe = Recipe.build({"name": "few", **yaml.load(draft_recipe(["classes"]).text, RecipeLoader)}, tmp_path)
+    (without,) = comparison(recipe, [], "classes")
+    assert without == "classes without an encoder: not measured, because no rows are held out"
 
 
 def test_two_towers_of_one_stem_are_refused(media_folder):

@@ -36,13 +36,15 @@ class RawRows(NamedTuple):
 def comparison(recipe: Recipe, results: list[dict[str, Any]], task: str) -> list[str]:
     """Two lines about a task of a recipe that `openimp init` wrote: accuracies without an encoder, and after training.
 
-    Empty if the task has no classes, or only rows of training. `results` are the results of the run.
+    Only one line if no rows are held out, and none if the task has no classes. `results` are the results of the run.
     """
     sets = {name: recipe.evaluation.sets.get(name) for name in (task, f"{task}_classes")}
     labelled = {name: options for name, options in sets.items() if isinstance(options, ZeroShot | ClassHead)}
     training_source = recipe.tasks[task].source
-    if not labelled or any(options.source == training_source for options in labelled.values()):
+    if not labelled:
         return []
+    if any(options.source == training_source for options in labelled.values()):
+        return [f"{task} without an encoder: not measured, because no rows are held out"]
     options = next(iter(labelled.values()))
     known = _read(recipe, training_source, options, TRAINING_ROWS)
     tested = _read(recipe, options.source, options, TEST_ROWS)

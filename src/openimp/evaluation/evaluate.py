@@ -39,13 +39,14 @@ def evaluate(
     classes: Classes | None = None,
     watch: Progress | None = None,
     tables: dict[str, Table] | None = None,
+    replaced: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Measures a model on evaluation sets of a recipe. The same model and data give the same results.
 
     All ranks call this together and get the same results.
 
     Args:
-        model, recipe, modalities, classes, progress, watch, tables: see `Evaluator`.
+        model, recipe, modalities, classes, progress, watch, tables, replaced: see `Evaluator`.
         sets: names of evaluation sets. None: all of them.
         step: the training step, for the results.
 
@@ -57,7 +58,7 @@ def evaluate(
         UserError: there is no evaluation set of such a name.
         NotMeasured: a set cannot be measured. The others are measured before.
     """
-    evaluator = Evaluator(model, recipe, modalities, classes or {}, progress=progress, watch=watch, tables=tables or {})
+    evaluator = Evaluator(model, recipe, modalities, classes or {}, progress, watch, tables or {}, replaced)
     names = list(recipe.evaluation.sets if sets is None else sets)
     check_names(names, recipe.evaluation.sets)
     reasons = []
@@ -159,5 +160,7 @@ def measure(
     precision = precision_of(next(model.parameters()).device, recipe.train.precision)
     about = data_fields(recipe, table, readable) | train_fields
     about |= how_fields(recipe, evaluator.modalities, options, precision)
+    trained_sources = {task.source for task in recipe.tasks.values() if task.weight} - {*evaluator.replaced}
+    about["trained"] = len(readable.row) if options.source in trained_sources else 0
     kind = {"set": name, "type": options.type, "step": step}
     return [{**kind, "task": predicted.task, **predicted.metrics(), **about} for predicted in predictions], predictions

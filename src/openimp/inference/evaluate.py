@@ -51,7 +51,7 @@ def evaluate(
         raise UserError(f"recipe: expected a file or the name of a recipe, found {type(recipe).__name__}")
     folder = find_model(name)
     imp, (config, modalities, saved_recipe) = load_model(folder)
-    evaluated_recipe = saved_recipe.validated()
+    evaluated_recipe = own_recipe = saved_recipe.validated()
     overrides = [overrides] if isinstance(overrides, str) else list(overrides)
     if sets is not None:
         sets = [sets] if isinstance(sets, str) else list(sets)
@@ -65,7 +65,10 @@ def evaluate(
         check_sources(name, folder, evaluated_recipe, sets or evaluated_recipe.evaluation.sets, user_sources)
     imp = imp.to(pick_device())
     step = saved_step(folder)
-    return evaluate_sets(imp, evaluated_recipe, modalities, sets, step, progress=progress, classes=config.classes)
+    replaced = {name for name, source in evaluated_recipe.sources.items() if source != own_recipe.sources.get(name)}
+    return evaluate_sets(
+        imp, evaluated_recipe, modalities, sets, step, progress, classes=config.classes, replaced=replaced
+    )
 
 
 def _with_sets(
