@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from batches import assert_same
-from little import write_tar
+from little import png, write_tar
 from messages import refuses
 from recordings import animation, counting, sound_file
 
@@ -179,6 +179,15 @@ def test_a_stream_must_name_all_its_classes(streamed):
         opened(folder, *changes, objective % "")
     with refuses():
         loaded(folder, *changes, objective % ", classes: [a grey square, a pink square]")
+
+
+def test_a_tar_in_which_the_members_of_an_example_are_apart_is_told(streamed):
+    folder, changes = streamed
+    members = {f"{i}.png": png(i) for i in range(20)} | {f"{i}.txt": b"a square" for i in range(20)}
+    for shard in range(2):
+        write_tar(folder / f"{shard}.tar", members)
+    with refuses():
+        loaded(folder, *changes)
 
 
 @pytest.mark.slow

@@ -83,9 +83,12 @@ class ExampleReader:
             if not loaded[candidate].bad:
                 return loaded[candidate]
         bad_example = loaded[position]
+        advice = ""
+        if self.data.source_of_task[visit.task].path.endswith(".tar") and None in bad_example.values.values():
+            advice = "; in a tar, the members of an example must be next to each other (tar --sort=name)"
         raise UserError(
             f"tasks.{visit.task}: {counted(tries, 'example')} in a row could not be read in step "
-            f"{visit.step}; first: {bad_example.name}: {bad_example.bad}"
+            f"{visit.step}; first: {bad_example.name}: {bad_example.bad}{advice}"
         )
 
     def _decode(self, visit: Visit, modality_name: str, examples: Iterable[Example]) -> None:
