@@ -123,7 +123,9 @@ class Train(Strict):
     """Number of checkpoints that are kept."""
     max_bad_fraction: Share = 0.01
     """The run stops if more than this share of a task's examples is unreadable. It is checked with each log record,
-    from 100 examples on."""
+    from 100 examples on. With any share, the run stops if no example of 10 in a row (a batch, if larger) can be read.
+    In a stream, these are of one lane, so a shard of unreadable media stops the run: remove it. The unreadable rest of
+    a damaged tar counts as one example."""
 
 
 def tolerant_fraction(bad: float) -> float:
