@@ -216,7 +216,7 @@ def classify(
     """
     from openimp.inference.classify import classify_files
 
-    classify_files(run, files, names, prompts, head, modality, k, batch_size)
+    classify_files(run, files, names=names, prompts=prompts, head=head, modality=modality, k=k, batch_size=batch_size)
 
 
 @app.command()

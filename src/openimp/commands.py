@@ -214,7 +214,9 @@ def run_search(
     parts: list[str | Query | Like] = list(texts)
     parts += [Query(name, value) for name, values in queries.items() for value in values or ()]
     parts += [index.text_query(text, -1.0) for text in minus]
-    hits = index.search(parts, k, modalities, under, min_score, by, since, until)
+    hits = index.search(
+        parts, k, modalities=modalities, under=under, min_score=min_score, by=by, since=since, until=until
+    )
     if under and not hits and not index.search(parts, 1, modalities, under, by=by):
         raise UserError(f"--under {under}: nothing is indexed there that the query could find")
     if as_json:

@@ -136,7 +136,8 @@ class TaskData:
             for (name, column), views in self._media_views(table.name).items():
                 modality = self.modalities[name]
                 if isinstance(modality, Towered) or cache != "none":
-                    store = store_column(table, modality, column, views, cache == "disk", progress)
+                    on_disk = cache == "disk"
+                    store = store_column(table, modality, column, views, on_disk=on_disk, progress=progress)
                     self.stores[table.name, name, column] = store
 
     def _media_views(self, source: str) -> dict[tuple[str, str], list[Any]]:

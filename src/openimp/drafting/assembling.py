@@ -173,7 +173,7 @@ def _add_tasks(
         size = sizing.decoded_bytes(media.sample, views[media.kind], named.split.rows) if views[media.kind] else inf
         is_cached = cached_bytes + size <= sizing.CACHE_SHARE * machine.host_memory
         cached_bytes += size if is_cached else 0
-        _add(recipe, named, views, machine, is_cached, text_length)
+        _add(recipe, named, views, machine, is_cached=is_cached, text_length=text_length)
     share_steps(recipe, {name: split.rows for name, _, split in tasks})
     decoded_once = all(recipe["sources"][name]["cache"] == "memory" for name in recipe["tasks"])
     if decoded_once and machine.workers == 1 and not machine.is_gpu:

@@ -110,7 +110,14 @@ def _open_state(name: str, files: tuple[Any, ...]) -> OpenClipModel:
     options = [config, network.visual.preprocess_cfg, fast_tokenizer and fast_tokenizer.to_str()]
     fingerprint = stable_hash([weights_hash(network).hexdigest(), json.dumps(options, sort_keys=True)])[:16]
     network = network.eval().requires_grad_(False).to(pick_device())
-    return OpenClipModel(network, transform, tokenizer, config["embed_dim"], (height, width), fingerprint)
+    return OpenClipModel(
+        network,
+        transform,
+        tokenizer,
+        features=config["embed_dim"],
+        size=(height, width),
+        fingerprint=fingerprint,
+    )
 
 
 def _identify(name: str) -> tuple[str, str | None]:

@@ -58,7 +58,16 @@ def evaluate(
         UserError: there is no evaluation set of such a name.
         NotMeasured: a set cannot be measured. The others are measured before.
     """
-    evaluator = Evaluator(model, recipe, modalities, classes or {}, progress, watch, tables or {}, replaced)
+    evaluator = Evaluator(
+        model,
+        recipe,
+        modalities,
+        classes or {},
+        progress=progress,
+        watch=watch,
+        tables=tables or {},
+        replaced=replaced,
+    )
     names = list(recipe.evaluation.sets if sets is None else sets)
     check_names(names, recipe.evaluation.sets)
     reasons = []

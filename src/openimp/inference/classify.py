@@ -160,7 +160,7 @@ def classify_files(
     errors: dict[str, UserError] = {}
     for name in files_by_modality:
         try:
-            classifiers[name] = make_classifier(model, name, names, prompts, head, batch_size)
+            classifiers[name] = make_classifier(model, name, names, prompts, head=head, batch_size=batch_size)
         except UserError as error:
             errors[name] = error
     if not classifiers:

@@ -67,7 +67,14 @@ def evaluate(
     step = saved_step(folder)
     replaced = {name for name, source in evaluated_recipe.sources.items() if source != own_recipe.sources.get(name)}
     return evaluate_sets(
-        imp, evaluated_recipe, modalities, sets, step, progress, classes=config.classes, replaced=replaced
+        imp,
+        evaluated_recipe,
+        modalities,
+        sets,
+        step=step,
+        progress=progress,
+        classes=config.classes,
+        replaced=replaced,
     )
 
 

@@ -159,7 +159,7 @@ class Model(nn.Module):
         """
         from openimp.inference.classify import make_classifier  # That module imports this one.
 
-        classifier = make_classifier(self, modality, names, prompts, head, batch_size)
+        classifier = make_classifier(self, modality, names, prompts, head=head, batch_size=batch_size)
         return classifier.predict(self._encode(classifier.encoder, inputs))
 
     def _encode(self, encoder: ItemEncoder, inputs: Any) -> Tensor:

@@ -305,7 +305,7 @@ class PatchGrid(Strict):
         """
         # The number of patches that each absolute axis spans; 0 for a relative axis.
         spans = tuple(self.absolute.get(name, 0) // side for name, side in zip(self.axes, self.patch))
-        return patch_tokens(grid, patch, self.tables, drop, rngs, spans, self.margin)
+        return patch_tokens(grid, patch, self.tables, drop, rngs, spans=spans, margin=self.margin)
 
     @property
     def margin(self) -> int:
