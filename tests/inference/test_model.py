@@ -183,6 +183,8 @@ def test_tensors_that_cannot_be_read_are_told(model):
         ("audio", torch.zeros(1, 0)),
         ("text", torch.zeros(1, 300, dtype=torch.int64)),
         ("text", torch.tensor(3)),
+        ("text", torch.tensor([[2, model.modalities["text"].stem_spec().values]])),
+        ("text", torch.tensor([[-1]])),
     ):
         with refuses():
             model.encode(modality, tensor)

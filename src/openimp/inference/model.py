@@ -197,10 +197,13 @@ class Model(nn.Module):
             raise UserError(f"the tensor cannot be read as {reader.name}: it is a single number")
         if len(inputs) == 0:
             return encoder.stack([])
+        stem = reader.stem_spec()
         encoded = []
         for part in inputs.to(self.device).split(encoder.batch_size):
             try:
                 tokens = reader.from_tensor(part)
+                if stem.table and ((tokens.values < 0) | (tokens.values >= stem.values)).any():
+                    raise ValueError(f"ids must be at least 0 and below {stem.values}, the size of the vocabulary")
             except (TypeError, ValueError) as error:
                 raise UserError(f"the tensor cannot be read as {encoder.modality.name}: {one_line(error)}") from None
             encoded.append(encoder.encode_tokens(tokens))
