@@ -179,6 +179,9 @@ def test_tensors_that_cannot_be_read_are_told(model):
     for modality, tensor in (
         ("image", torch.zeros(3, 32, 32)),
         ("image", torch.zeros(1, 3, 33, 32)),
+        ("image", torch.full((1, 3, 32, 32), 255.0)),
+        ("video", torch.full((1, 4, 3, 16, 16), torch.nan)),
+        ("audio", torch.full((1, 8192), torch.inf)),
         ("audio", torch.zeros(1, 8092)),  # not a whole number of patches
         ("audio", torch.zeros(1, 0)),
         ("text", torch.zeros(1, 300, dtype=torch.int64)),
@@ -226,6 +229,7 @@ def test_unreadable_inputs_are_named(model, tmp_path):
         ("video", np.zeros((9, 16, 3), np.uint8), "is one picture"),
         ("audio", {"array": np.zeros(9), "sampling_rate": 7.5}, "a sampling rate of 7.5"),
         ("audio", {"path": None, "bytes": None}, "found the keys"),
+        ("audio", np.full(9, 32767.0), "expected samples in -1..1, found 32767"),
     ):
         with pytest.raises(UserError, match=message):
             model.encode(modality, value)

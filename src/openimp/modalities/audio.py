@@ -257,6 +257,7 @@ class Audio(Modality):
         if not frames:
             raise ValueError(f"{batch.shape[1]} samples are less than a frame of {self.config.hop}")
         self.check(self.View(seconds=frames * self.config.hop / self.config.sample_rate))
+        media.check_range(batch)
         return self._normalized_patches(log_mel(batch, self.config), 0.0, None)
 
     def tensor_input(self, view: Any) -> TensorInput:

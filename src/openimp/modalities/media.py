@@ -55,6 +55,8 @@ UNKNOWN_FORMAT_ERRORS = ("UnidentifiedImageError", "InvalidDataError", "Argument
 """Names of the exceptions that Pillow and FFmpeg raise for a file of a format that they do not know."""
 LENGTH_TOLERANCE = 64
 """Bytes by which common programs get the length in the header wrong."""
+LARGEST = 10
+"""Largest magnitude of samples, and of pixels of a prepared batch. They should be in -1..1, but may be noisy."""
 SEGMENT_SECONDS = 5.0
 """Least length of a segment, except for rounding. With shorter ones, one recording would fill a list of results."""
 SEGMENT_BYTES = 1024
@@ -261,6 +263,12 @@ def narrowed(numbers: np.ndarray, kind: type[np.integer[Any]]) -> np.ndarray:
     limits = np.iinfo(kind)
     fits = numbers.dtype == np.int64 and numbers.size and limits.min <= numbers.min() and numbers.max() <= limits.max
     return numbers.astype(kind) if fits else numbers
+
+
+def check_range(batch: Tensor) -> None:
+    """Raises ValueError if a value of a batch is far outside of -1..1, or not finite. An exported graph does not."""
+    if not torch.compiler.is_exporting() and not (largest := batch.abs().max()) <= LARGEST:
+        raise ValueError(f"expected values in -1..1, found {largest:g}")
 
 
 def encode_webp(pixels: np.ndarray, side: int) -> bytes:

@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 
 from openimp.common.modality import BadMedia
-from openimp.modalities.media import MediaFile, narrowed, open_container, parts_to_read
+from openimp.modalities.media import LARGEST, MediaFile, narrowed, open_container, parts_to_read
 
 MAX_SECONDS = 300
 """Longest sound that is read as a whole."""
@@ -51,10 +51,12 @@ def sampled_array(raw: dict[str, Any], target: int) -> tuple[np.ndarray, int]:
 
 
 def mono(sound: np.ndarray) -> np.ndarray:
-    """The mean over channels of samples (N,) or (N, channels). Refuses samples that are not finite."""
+    """The mean over channels of samples (N,) or (N, channels). Refuses samples that are not in about -1..1."""
     sound = sound.mean(axis=1) if sound.ndim == 2 else sound
     if not np.isfinite(sound).all():
         raise BadMedia("samples that are not finite")
+    if (largest := np.abs(sound).max(initial=0)) > LARGEST:
+        raise BadMedia(f"expected samples in -1..1, found {largest:g}")
     return sound
 
 

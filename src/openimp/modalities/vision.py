@@ -17,7 +17,7 @@ from torch import Tensor
 from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
 from openimp.common.protocols import TensorInput
 from openimp.common.schema import Count, Pair, PartialShare, PositiveShare, Share, Strict, Triple
-from openimp.modalities.media import PatchGrid, narrowed, patch_count, tokens_kept
+from openimp.modalities.media import PatchGrid, check_range, narrowed, patch_count, tokens_kept
 
 Size = tuple[int, int]
 """Height and width."""
@@ -127,6 +127,7 @@ class Vision(Modality):
         if batch.ndim == 5:
             sizes["frames"] = batch.shape[1]
         self.check(self.View(**sizes))
+        check_range(batch)
         return self._tokens(batch.movedim(-3, -1), 0.0, None)
 
     def tensor_input(self, view: Any) -> TensorInput:
