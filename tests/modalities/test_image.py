@@ -58,11 +58,14 @@ def test_pictures_of_phones_are_read_and_turned_upright(tmp_path):
         assert np.abs(decoded.astype(int) - seen).mean() < 3, path
 
 
-def test_lists_of_numbers_in_tables_become_integers_of_another_type():
+def test_pixels_may_be_integers_of_larger_types():
+    """As lists of numbers in tables become them."""
     seen = pixels()
-    np.testing.assert_array_equal(IMAGE.decode(seen.astype(np.int64), [Image.View()]), seen)
-    with refuses(BadMedia):
-        IMAGE.decode(seen.astype(np.int64) + 1, [Image.View()])
+    for kind in (np.int64, np.uint16, np.int32):
+        np.testing.assert_array_equal(IMAGE.decode(seen.astype(kind), [Image.View()]), seen)
+    for others in (seen.astype(np.int64) + 1, seen / 255):
+        with refuses(BadMedia):
+            IMAGE.decode(others, [Image.View()])
 
 
 def test_exif_data_of_a_wrong_type_do_not_make_a_picture_unreadable(tmp_path):

@@ -156,8 +156,8 @@ class Audio(Modality):
         """Decodes a sound to mono samples (N,) int16 at the stem's sample rate.
 
         `raw` is bytes, a path, an array at that rate, or {"array": array, "sampling_rate": rate}, as `datasets` decodes
-        sounds. Arrays are (N,) or (N, channels), int16 or float in -1..1. With `rng`, only one random part of a file is
-        read. Without `rng`, a file of more than 300 s is read only where evaluation has clips.
+        sounds. Arrays are (N,) or (N, channels), int16, int32 or float in -1..1. With `rng`, only one random part of a
+        file is read. Without `rng`, a file of more than 300 s is read only where evaluation has clips.
         """
         view = views[0] if rng is not None else max(views, key=lambda view: view.seconds)
         # A clip that is played faster needs more samples.

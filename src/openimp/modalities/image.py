@@ -69,7 +69,7 @@ class Image(Vision):
     def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
         """Decodes a picture to (H, W, 3) uint8, or to (H, W, 4) if any of it is transparent.
 
-        `raw` is bytes, a path, a Pillow picture, or a uint8 array (H, W) or (H, W, 1 to 4).
+        `raw` is bytes, a path, a Pillow picture, or an array of 0..255, (H, W) or (H, W, 1 to 4).
         """
         with upright(raw, views) as picture:
             return shrink(to_rgb(picture), views)

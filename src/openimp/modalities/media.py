@@ -259,9 +259,10 @@ def equal_segments(media_file: MediaFile, seconds: float, span: float) -> list[t
 
 
 def narrowed(numbers: np.ndarray, kind: type[np.integer[Any]]) -> np.ndarray:
-    """Converts int64, which lists of numbers in tables become, to a smaller type, if all of the numbers fit."""
+    """Converts a larger integer type, as that of lists in tables, to a smaller one, if all of the numbers fit."""
     limits = np.iinfo(kind)
-    fits = numbers.dtype == np.int64 and numbers.size and limits.min <= numbers.min() and numbers.max() <= limits.max
+    is_larger = numbers.dtype.kind in "iu" and numbers.itemsize > limits.dtype.itemsize
+    fits = is_larger and numbers.size and limits.min <= numbers.min() and numbers.max() <= limits.max
     return numbers.astype(kind) if fits else numbers
 
 

@@ -28,14 +28,18 @@ SOUNDFILE = re.compile(rb"RIFF|RIFX|RF64|riff|FORM|fLaC|OggS|caff|\.snd|ID3|\xff
 
 
 def array_samples(raw: np.ndarray) -> np.ndarray:
-    """Checks an array of samples, and converts it to float in -1..1. int64, as of lists in tables, must fit int16."""
+    """Checks an array of samples, and converts it to float in -1..1.
+
+    Integers that all fit into int16 are in its range. Others are int32 in full range, as soundfile returns it.
+    """
     raw = narrowed(raw, np.int16)
-    if raw.ndim not in (1, 2) or not (raw.dtype == np.int16 or np.issubdtype(raw.dtype, np.floating)):
-        raise BadMedia(f"expected int16 or float samples (N,) or (N, channels), found {raw.dtype} {list(raw.shape)}")
+    if raw.ndim not in (1, 2) or not (raw.dtype in (np.int16, np.int32) or np.issubdtype(raw.dtype, np.floating)):
+        found = f"{raw.dtype} {list(raw.shape)}"
+        raise BadMedia(f"expected int16, int32 or float samples (N,) or (N, channels), found {found}")
     if raw.ndim == 2 and raw.shape[1] > MAX_CHANNELS:
         raise BadMedia(f"expected samples (N, channels), found {raw.shape[1]} channels; transpose (channels, N)")
-    if raw.dtype == np.int16:
-        return raw.astype(np.float32) / 32767
+    if raw.dtype.kind == "i":
+        return raw.astype(np.float32) / np.iinfo(raw.dtype).max
     return raw.astype(np.float32) if raw.dtype == np.float16 else raw  # float16 cannot hold 32767.
 
 

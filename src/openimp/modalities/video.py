@@ -79,8 +79,8 @@ class Video(Vision):
     def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
         """Decodes a clip to (T, H, W, 3) uint8, or to (T, H, W, 4) if any of it is transparent.
 
-        `raw` is bytes, a path, or a uint8 array (T, H, W) or (T, H, W, 1 to 4). If a clip has more than 256 frames,
-        only those that evaluation uses are read. The times of frames do not matter.
+        `raw` is bytes, a path, or an array of 0..255, (T, H, W) or (T, H, W, 1 to 4). If a clip has more than 256
+        frames, only those that evaluation uses are read. The times of frames do not matter.
         """
         if isinstance(raw, np.ndarray):
             return np.stack([shrink(PIL.Image.fromarray(frame), views) for frame in check_pixels(raw, 3)])

@@ -257,13 +257,15 @@ def drop_opaque_alpha(pixels: np.ndarray) -> np.ndarray:
 
 
 def check_pixels(pixels: np.ndarray, axes: int) -> np.ndarray:
-    """Converts an array of 0..255 with `axes` leading axes and 0 to 4 channels to 3 or 4 channels uint8.
+    """Converts integers in 0..255 with `axes` leading axes and 0 to 4 channels to 3 or 4 channels uint8.
 
-    Refuses other arrays. Lists of numbers in tables become int64.
+    Refuses other arrays.
     """
     pixels = narrowed(pixels, np.uint8)
     if pixels.dtype != np.uint8:
-        raise BadMedia(f"expected uint8 pixels, found {pixels.dtype}")
+        is_float = pixels.dtype.kind == "f"
+        hint = "; if the pixels are in 0..1, give (255 * pixels).round().astype('uint8')" if is_float else ""
+        raise BadMedia(f"expected integer pixels in 0..255, found {pixels.dtype}{hint}")
     if axes == 3 and pixels.ndim == 3 and pixels.shape[-1] in (3, 4):
         raise BadMedia(f"an array of shape {list(pixels.shape)} is one picture; stack frames to (T, H, W, 3)")
     pixels = pixels[..., None] if pixels.ndim == axes else pixels
