@@ -94,6 +94,8 @@ def test_what_cannot_be_classified_is_refused(run, pictures, tmp_path):
         {"names": [0, 1]},
         {"names": ["red", "blue"], "prompts": ["a square"]},
         {"names": "red"},
+        {"names": {"red": "a red square", "blue": "a blue square"}},
+        {"names": ["red", "blue"], "prompts": []},
         {"prompts": ["a {}"]},
         {"names": ["red", "blue"], "head": "pictures:label"},
         {"head": "pictures:labels"},

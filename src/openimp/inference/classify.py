@@ -3,7 +3,7 @@
 Shape suffixes: N items, K classes, P prompts, D width, Z features of the shared embedding space.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,8 +68,8 @@ def make_classifier(
     if names is not None:
         if head is not None:
             raise UserError("either name the classes or choose a classification head, not both")
-        return _by_names(model, modality, names, prompts or ("{}",), batch_size)
-    if prompts:
+        return _by_names(model, modality, names, ("{}",) if prompts is None else prompts, batch_size)
+    if prompts is not None:
         raise UserError("prompts need the names of the classes")
     heads = class_heads(model.recipe, modality) if model.classes else {}  # A model without heads needs no recipe.
     if not heads:
@@ -97,7 +97,7 @@ def class_heads(recipe: Recipe, modality: str) -> dict[str, bool]:
 
 def _by_names(model: Model, modality: str, names: Sequence[str], prompts: Sequence[str], batch_size: int) -> Classifier:
     """A classifier by names (zero-shot). A class is the mean of the unit vectors of its name in each prompt."""
-    if isinstance(names, str) or isinstance(prompts, str):
+    if any(isinstance(texts, str | Mapping) for texts in (names, prompts)):
         raise UserError("names and prompts are lists of texts")
     names = list(names)
     prompts = list(prompts)
@@ -105,6 +105,8 @@ def _by_names(model: Model, modality: str, names: Sequence[str], prompts: Sequen
         raise UserError(f"names are texts, such as {str(names[0])!r}")
     if len(names) < 2 or len({text_key(name) for name in names}) < len(names):
         raise UserError("name two classes or more, each once")
+    if not prompts:
+        raise UserError("prompts is empty; leave it out to use the names alone")
     for prompt in prompts:
         check_prompt(prompt, "classify")
     reader = next((reader for reader in model.modalities.values() if reader.reads_text), None)
