@@ -101,6 +101,7 @@ def test_what_cannot_be_classified_is_refused(run, pictures, tmp_path):
         {"head": "pictures:labels"},
         {"modality": "audio", "inputs": sound},
         {"modality": "smell", "names": ["red", "blue"]},
+        {"modality": "smell"},
     ):
         with refuses():
             model.classify(**{"modality": "image", "inputs": pictures[:1]} | change)

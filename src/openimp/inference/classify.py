@@ -71,6 +71,7 @@ def make_classifier(
         return _by_names(model, modality, names, ("{}",) if prompts is None else prompts, batch_size)
     if prompts is not None:
         raise UserError("prompts need the names of the classes")
+    encoder = model.feature_encoder(modality, batch_size)
     heads = class_heads(model.recipe, modality) if model.classes else {}  # A model without heads needs no recipe.
     if not heads:
         advice = "" if model.modalities[modality].reads_text else ", so name the classes to choose from"
@@ -80,7 +81,6 @@ def make_classifier(
     head = head or next(iter(heads))
     if head not in heads:
         raise UserError(f"no classification head {head!r} was trained on {modality}{nearest(head, heads)}")
-    encoder = model.feature_encoder(modality, batch_size)
     return Classifier(model.classes[head], encoder, partial(model.imp.classify, head=head), heads[head])
 
 

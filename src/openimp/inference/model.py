@@ -38,6 +38,10 @@ METHODS = ("encode", "classify")
 """Methods of `Model` that exist for each modality."""
 
 
+class UnknownModality(UserError, AttributeError):
+    """The model lacks a modality. It is an AttributeError, too, so that `hasattr` finds only methods that exist."""
+
+
 def load(path: str | Path, device: str | torch.device | None = None, precision: Precision = "auto") -> "Model":
     """Opens a trained model.
 
@@ -357,10 +361,8 @@ class Model(nn.Module):
     def __getattr__(self, name: str) -> Any:
         method, _, modality = name.partition("_")
         if method in METHODS and modality:
-            modalities = self.__dict__.get("modalities", {})
-            if modality in modalities:
-                return partial(getattr(self, method), modality)
-            raise AttributeError(f"the model has no modality {modality!r}{nearest(modality, modalities)}")
+            self._modality(modality)  # An error if there is none.
+            return partial(getattr(self, method), modality)
         return super().__getattr__(name)
 
     def __dir__(self) -> list[str]:
@@ -368,7 +370,7 @@ class Model(nn.Module):
 
     def _modality(self, name: str) -> Modality:
         if name not in self.modalities:
-            raise UserError(f"the model has no modality {name!r}{nearest(name, self.modalities)}")
+            raise UnknownModality(f"the model has no modality {name!r}{nearest(name, self.modalities)}")
         return self.modalities[name]
 
 
