@@ -209,7 +209,9 @@ class Model(nn.Module):
                 if stem.table and ((tokens.values < 0) | (tokens.values >= stem.values)).any():
                     raise ValueError(f"ids must be at least 0 and below {stem.values}, the size of the vocabulary")
             except (TypeError, ValueError) as error:
-                raise UserError(f"the tensor cannot be read as {encoder.modality.name}: {one_line(error)}") from None
+                is_one_input = inputs.ndim == len(reader.tensor_input(encoder.view).shape)
+                hint = "; give one input as tensor[None]" if is_one_input else ""
+                raise UserError(f"the tensor cannot be read as {reader.name}: {one_line(error)}{hint}") from None
             encoded.append(encoder.encode_tokens(tokens))
         return torch.cat(encoded)
 
