@@ -257,7 +257,9 @@ def test_inputs_may_be_in_any_ordinary_container(model, media_folder):
     assert model.encode_image(torch.zeros(0, 3, 32, 32)).shape == (0, 32)
     raw = (media_folder / "0.png").read_bytes()
     expected = model.encode_image(raw)
-    for picture in (io.BytesIO(raw), [io.BytesIO(raw)], {"bytes": raw, "path": "a.png"}):
+    written = io.BytesIO()
+    written.write(raw)
+    for picture in (written, [io.BytesIO(raw)], {"bytes": raw, "path": "a.png"}):
         assert torch.equal(model.encode_image(picture), expected)
 
 

@@ -5,6 +5,7 @@ Shape suffixes: B inputs, Z features of the shared embedding space.
 
 import io
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -399,6 +400,8 @@ def _unwrapped(value: Any) -> Any:
     if hasattr(value, "as_py"):
         value = value.as_py()
     if _is_open_file(value):
+        with suppress(AttributeError, OSError):  # A pipe, for example, can only be read from where it is.
+            value.seek(0)
         return value.read()
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
         return value["bytes"] or value["path"] or value
