@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+import pydoc
 import shutil
 import subprocess
 import sys
@@ -209,6 +210,8 @@ def test_each_modality_is_encoded_towards_a_sensible_partner(model, tiny_recipe,
 
 def test_a_model_has_methods_of_its_own_modalities_only(model, tiny_recipe, model_of):
     assert not hasattr(model, "encode_smell")
+    assert repr(model.encode_image).startswith("encode(inputs: Any, normalize: bool = False")
+    assert "Pillow" in pydoc.render_doc(model.preprocess)
     assert {"encode_image", "encode_text", "encode_video", "encode_audio"} <= set(dir(model))
     tasks = {"audio": tiny_recipe().to_dict()["tasks"]["audio"]}
     listener = model_of(tiny_recipe(tasks=tasks, modalities={"audio": {"window": 512, "hop": 256, "bins": 32}}))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,16 @@ if TYPE_CHECKING:
 
 METHODS = ("encode", "classify")
 """Methods of `Model` that exist for each modality."""
+
+
+class Bound(partial[Any]):
+    """A method with some of its arguments. `help` and `repr` show the method's docstring and the other arguments."""
+
+    def __init__(self, method: Callable[..., Any], *args: Any, **options: Any) -> None:
+        self.__doc__ = method.__doc__
+
+    def __repr__(self) -> str:
+        return f"{self.func.__name__}{signature(self)}"
 
 
 class UnknownModality(UserError, AttributeError):
@@ -335,7 +346,7 @@ class Model(nn.Module):
         read pictures, or if a tower does."""
         for name, modality in self.modalities.items():
             if isinstance(modality, PictureReader):
-                return partial(modality.preprocess, view=self.checked_view(name))
+                return Bound(modality.preprocess, view=self.checked_view(name))
         return None
 
     @property
@@ -344,7 +355,7 @@ class Model(nn.Module):
         tower does."""
         for name, modality in self.modalities.items():
             if isinstance(modality, TextReader):
-                return partial(modality.tokenize, length=self.checked_view(name).length)
+                return Bound(modality.tokenize, length=self.checked_view(name).length)
         return None
 
     @property
@@ -365,7 +376,7 @@ class Model(nn.Module):
         method, _, modality = name.partition("_")
         if method in METHODS and modality:
             self._modality(modality)  # An error if there is none.
-            return partial(getattr(self, method), modality)
+            return Bound(getattr(self, method), modality)
         return super().__getattr__(name)
 
     def __dir__(self) -> list[str]:
