@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from messages import refuses
@@ -338,7 +339,7 @@ def test_a_recipe_is_made_of_keywords_and_trains(little_data, tmp_path, monkeypa
     """Its paths start at the current folder."""
     monkeypatch.chdir(little_data)
     data, _ = read_recipe("recipe.yaml")
-    recipe = openimp.Recipe(**data | {"train": {"steps": 2, "num_workers": 0}})
+    recipe = openimp.Recipe(**data | {"train": {"steps": np.int64(2), "num_workers": 0}})
     assert recipe == Recipe.load("recipe.yaml", ["train={steps: 2, num_workers: 0}"])
     assert recipe.sources["pictures"].path == str(little_data / "pictures")
     monkeypatch.chdir(tmp_path)

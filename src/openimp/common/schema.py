@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -21,7 +22,10 @@ from openimp.common.safe_files import read_text
 
 
 class Strict(BaseModel):
-    """Base of each part of the recipe. Types must match exactly. The error for an unknown key names the nearest key."""
+    """Base of each part of the recipe. Types must match exactly, except that numbers of NumPy become those of Python.
+
+    The error for an unknown key names the nearest key.
+    """
 
     model_config = ConfigDict(
         strict=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -38,7 +42,7 @@ class Strict(BaseModel):
         known = {}
         for key, value in data.items():
             if key in cls.model_fields:
-                known[key] = value
+                known[key] = value.item() if isinstance(value, np.generic) else value
             elif key not in cls.removed:
                 raise ValueError(unknown_key(str(key), cls.model_fields))
             elif value not in cls.removed[key]:
