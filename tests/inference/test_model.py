@@ -227,6 +227,8 @@ def test_unreadable_inputs_are_named(model, tmp_path):
     for modality, value, message in (
         ("image", [str(broken)], r"broken\.png: cannot be read as image"),
         ("audio", "missing.wav", r"missing\.wav: cannot be read as audio: no such file"),
+        ("image", "https://a/b.png", r"https://a/b.png: cannot be read as image: .*; download it first"),
+        ("image", "", "input 0: cannot be read as image: an empty path"),
         ("text", ["a", 7], "input 1: cannot be read as text"),
         ("image", [torch.zeros(3, 32, 32)], "torch.stack"),
         ("video", np.zeros((9, 16, 3), np.uint8), "is one picture"),

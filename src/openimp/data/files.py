@@ -140,8 +140,8 @@ def inside(root: Path, path: str) -> Path:
     Only a regular file is accepted, because reading a pipe would never end. Letters with accents may be encoded in
     another way than in the file's name: files from macOS have them decomposed.
     """
-    if path.startswith(("zip://", "hf://")):  # So `datasets` names a file in a zip, and of a streamed data set.
-        advice = "unpack the archive, leave out stream, or store bytes in Parquet files"
+    if "://" in path:  # So `datasets` names a file in a zip, and of a streamed data set.
+        advice = "download the file, unpack the archive, leave out stream, or store bytes in Parquet files"
         raise BadMedia(f"{path} is no file on this machine; {advice}")
     shown_path = f"{path:.300}"  # It may be base64.
     try:

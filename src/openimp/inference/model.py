@@ -193,7 +193,7 @@ class Model(nn.Module):
             if isinstance(vector, BadMedia):
                 is_path = isinstance(value, Path) or (isinstance(value, str) and not reader.reads_text)
                 number = next(i for i, other in enumerate(inputs) if other is value)
-                name = str(value) if is_path else f"input {number}"
+                name = str(value) if is_path and value else f"input {number}"
                 hint = "; make one tensor of them with torch.stack" if isinstance(value, Tensor) else ""
                 raise UserError(f"{name}: cannot be read as {reader.name}: {vector}{hint}")
             if not is_known(reader, value, encoder.view):

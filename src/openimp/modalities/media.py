@@ -18,6 +18,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from openimp.common.modality import CONV_MARGIN, CONV_STRIDE, BadMedia, Rng, Tokens
+from openimp.common.names import is_url
 from openimp.common.schema import Strict, Whole
 
 # The common containers and codecs, and nothing else, for FFmpeg. Playlists (hls, concat, ...) are excluded because they
@@ -104,7 +105,11 @@ def open_media(raw: Any) -> MediaFile:
     if isinstance(raw, bytes | bytearray | memoryview):
         media_file = MediaFile(io.BytesIO(raw))
     elif isinstance(raw, str | Path):
+        if not raw:
+            raise BadMedia("an empty path")
         if not Path(raw).is_file():
+            if is_url(str(raw)):
+                raise BadMedia("no file on this machine; download it first")
             raise BadMedia("not a file" if Path(raw).exists() else "no such file")
         media_file = MediaFile(open(raw, "rb", buffering=0))  # noqa: SIM115 (the caller closes it)
     else:
