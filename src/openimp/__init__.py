@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from openimp.common.errors import UserError
     from openimp.encoding.find import list_models
     from openimp.inference.embed import embed
     from openimp.inference.evaluate import evaluate
@@ -23,6 +24,7 @@ _HOME = {
     "Model": "openimp.inference.model",
     "Recipe": "openimp.recipe.schema",
     "StopTraining": "openimp.training.callbacks",
+    "UserError": "openimp.common.errors",
     "embed": "openimp.inference.embed",
     "evaluate": "openimp.inference.evaluate",
     "index": "openimp.search.build:build_index",
@@ -39,6 +41,7 @@ __all__ = [
     "Model",
     "Recipe",
     "StopTraining",
+    "UserError",
     "__version__",
     "embed",
     "evaluate",

@@ -374,7 +374,7 @@ def test_loading_imports_neither_the_compiler_nor_distributed_checkpoints(tiny_r
 
 def test_unknown_public_names_are_refused(model):
     assert all(getattr(openimp, name) is not None for name in dir(openimp))
-    with pytest.raises(UserError, match="the model has no modality 'smell'; known: audio, image, text, video"):
+    with pytest.raises(openimp.UserError, match="the model has no modality 'smell'; known: audio, image, text, video"):
         model.encode_smell("rose")
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = openimp.lode
