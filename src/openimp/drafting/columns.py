@@ -108,16 +108,8 @@ def inspect(
     Raises:
         UserError: the source cannot be read, lacks a chosen column, or has nothing to train on.
     """
-    table = open_candidate(candidate.source)
     chosen = [name for name in (chosen_text, chosen_label) if name]
-    table.require(chosen)
-    for name in chosen:
-        if NOT_IN_TEMPLATES.search(name):
-            raise UserError(f"{shown(name)}: rename the column; one with braces, * or outer spaces cannot be used")
-    first_rows = sample(table, table.columns, PROBED_ROWS)
-    source = with_root(candidate.source, table, first_rows, candidate.folder)
-    if source is not candidate.source:
-        table = open_candidate(source)
+    source, table, first_rows = _open_with_root(candidate, chosen)
     notes: list[str] = []
     media = _media_columns(table, first_rows, notes)
     plain_columns = [name for name, values in first_rows.items() if not _are_media(values)]
@@ -152,19 +144,16 @@ def inspect(
         )
         plain_columns = [name for name in plain_columns if name != text.name]
         text = None
-    if not media or not (text or label):
-        if not media and not candidate.kind and (column := _names_without_extension(table, first_rows)):
-            notes.append(f"{shown(column)} has names of files without their extension; add it, as in cat.jpg")
-        if not media and (columns := [name for name, values in first_rows.items() if _are_urls(values)]):
-            notes.append(f"{shown(columns[0])} has URLs; download the files, and name them in this column")
-        notes_explain = media and notes and (by_use["text"] or by_use["class"])
+    if not media:
+        notes += _why_no_media(candidate, table, first_rows)
+        raise UserError("; ".join([*notes, _what_to_add(candidate, media, plain_columns)]))
+    if not (text or label):
+        notes_explain = notes and (by_use["text"] or by_use["class"])
         if not notes_explain:
             notes.append(_what_to_add(candidate, media, plain_columns))
         raise UserError("; ".join(notes))
     if text is None and label and not label.are_numbers:
-        names = [as_text(name)[:MAX_LENGTH] for name in label.classes]
-        # Each name twice: `sizing` takes words for tokens if they occur in several texts, and a class has several rows.
-        text = TextColumn(label.name, [*names, *names], 0, 0.0, False)
+        text = _names_of_classes(label)
     tasks = [
         TaskDraft(candidate, source, table, media=column, text=text, label=label, by_use=by_use) for column in media
     ]
@@ -173,6 +162,40 @@ def inspect(
     if unused := [name for name in plain_columns if name and name not in used_columns]:
         notes.append(f"columns {_listed(unused)}")
     return tasks, notes
+
+
+def _open_with_root(candidate: Candidate, chosen: list[str]) -> tuple[dict[str, Any], Table, dict[str, list[Any]]]:
+    """A source with its `root` (see `with_root`), its table, and the values of its first rows.
+
+    UserError if a column of `chosen` is missing or has a name that recipes cannot use.
+    """
+    table = open_candidate(candidate.source)
+    table.require(chosen)
+    for name in chosen:
+        if NOT_IN_TEMPLATES.search(name):
+            raise UserError(f"{shown(name)}: rename the column; one with braces, * or outer spaces cannot be used")
+    first_rows = sample(table, table.columns, PROBED_ROWS)
+    source = with_root(candidate.source, table, first_rows, candidate.folder)
+    if source is not candidate.source:
+        table = open_candidate(source)
+    return source, table, first_rows
+
+
+def _names_of_classes(label: LabelColumn) -> TextColumn:
+    """The names of classes as the texts of a task."""
+    names = [as_text(name)[:MAX_LENGTH] for name in label.classes]
+    # Each name twice: `sizing` takes words for tokens if they occur in several texts, and a class has several rows.
+    return TextColumn(label.name, [*names, *names], 0, 0.0, False)
+
+
+def _why_no_media(candidate: Candidate, table: Table, first_rows: dict[str, list[Any]]) -> list[str]:
+    """Columns of a table without media that may be meant to name some, and what is wrong with them."""
+    reasons = []
+    if not candidate.kind and (column := _names_without_extension(table, first_rows)):
+        reasons.append(f"{shown(column)} has names of files without their extension; add it, as in cat.jpg")
+    if columns := [name for name, values in first_rows.items() if _are_urls(values)]:
+        reasons.append(f"{shown(columns[0])} has URLs; download the files, and name them in this column")
+    return reasons
 
 
 def open_candidate(source: dict[str, Any]) -> Table:

@@ -6,7 +6,7 @@ mesh is a DTensor.
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from openimp.common.device import Precision, autocast
 from openimp.parallel.distributed import all_reduce_mean, world_size
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Layout(NamedTuple):
@@ -82,7 +85,7 @@ def apply_parallelism(
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import Shard
 
     blocks = [*blocks]
     experts = [*experts]
@@ -97,14 +100,9 @@ def apply_parallelism(
         expert_shape = (expert_replicas, layout.expert_shards, layout.expert_degree)
         expert_mesh = init_device_mesh(device.type, expert_shape, mesh_dim_names=("replicate", "shard", "experts"))
         expert_mesh["shard", "experts"]._flatten()  # DTensor then reduces a norm over both dimensions at once.
-        experts_mesh = expert_mesh["experts"]
         modules_and_meshes = [*((module, expert_mesh) for module in experts), *modules_and_meshes]
         for module in experts:
-            for name, weight in list(module.named_parameters()):
-                own_experts = weight.detach().chunk(layout.expert_degree)[experts_mesh.get_local_rank()]
-                # A view would keep the weights of all experts in memory.
-                sharded = DTensor.from_local(own_experts.to(device, copy=True), experts_mesh, [Shard(0)])
-                setattr(module, name, nn.Parameter(sharded, requires_grad=weight.requires_grad))
+            _keep_own_experts(module, expert_mesh["experts"], device)
     # FSDP2 shards dimension 0 by default. In an expert weight, this dimension is the experts: expert parallelism has
     # sharded it already, or else FSDP2 might have to pad it. So dimension 1 is sharded instead, if it divides evenly.
     sharded_by_dim_1 = {
@@ -134,6 +132,17 @@ def apply_parallelism(
         wrapped.set_force_sum_reduction_for_comms(device.type == "cpu")
     for method in methods:
         register_fsdp_forward_method(model, method)
+
+
+def _keep_own_experts(module: nn.Module, mesh: "DeviceMesh", device: torch.device) -> None:
+    """Makes each weight of a module a DTensor that holds this rank's share of the experts, the first dimension."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    for name, weight in list(module.named_parameters()):
+        own_experts = weight.detach().chunk(mesh.size())[mesh.get_local_rank()]
+        # A view would keep the weights of all experts in memory.
+        sharded = DTensor.from_local(own_experts.to(device, copy=True), mesh, [Shard(0)])
+        setattr(module, name, nn.Parameter(sharded, requires_grad=weight.requires_grad))
 
 
 def reshard(model: nn.Module) -> None:

@@ -134,13 +134,7 @@ class Index:
             UserError: a query cannot be read, no item can be compared with it, neither the model nor an item has a word
                 of it, `since` or `until` is not a day, `since` is after `until`, or no item has a date.
         """
-        # A path is a mistake that the error below explains.
-        parts = [queries] if isinstance(queries, str | QueryPart | Path) else list(queries)
-        if not parts:
-            raise UserError("the query is empty: give a text or a file")
-        for part in parts:
-            if not isinstance(part, str | QueryPart):
-                raise UserError(f'expected a text, or a file as in Query("image", "cat.png"), found {part!r:.100}')
+        parts = _query_parts(queries)
         under = under and os.path.expanduser(under)
         if by not in get_args(By):
             raise UserError(f"by must be {' or '.join(get_args(By))}, found {by!r}")
@@ -156,11 +150,11 @@ class Index:
         unknown_texts = [part.text for part in encoded if not part.vectors]
         if words is None and unknown_texts:
             raise UserError(f"{unknown_texts[0]!r:.100} has no word that the model knows")
-        comparable = [
-            (names, vector)
-            for names in self.groups(modalities or self.counts)
-            if (vector := unit_vector(encoded, self._space(names[0]))) is not None
-        ]
+        comparable = []  # groups of modalities, each with the query's vector in their space
+        for names in self.groups(modalities or self.counts):
+            vector = unit_vector(encoded, self._space(names[0]))
+            if vector is not None:
+                comparable.append((names, vector))
         if words is None and not comparable:
             kinds = ", ".join(dict.fromkeys(part.modality for part in encoded))
             items = ", ".join(modalities or self.counts)
@@ -458,6 +452,18 @@ class Index:
             if len(best_hits) >= needed or len(rows) < count:
                 return list(best_hits.values())
             count *= 4
+
+
+def _query_parts(queries: str | QueryPart | Iterable[str | QueryPart]) -> list[str | QueryPart]:
+    """One part or several as a list. UserError if there is none, or if one is something else."""
+    # A path is a mistake that the error below explains.
+    parts = [queries] if isinstance(queries, str | QueryPart | Path) else list(queries)
+    if not parts:
+        raise UserError("the query is empty: give a text or a file")
+    for part in parts:
+        if not isinstance(part, str | QueryPart):
+            raise UserError(f'expected a text, or a file as in Query("image", "cat.png"), found {part!r:.100}')
+    return parts
 
 
 def _day(name: str, value: str | date | None) -> date | None:
