@@ -30,9 +30,9 @@ SOUNDFILE = re.compile(rb"RIFF|RIFX|RF64|riff|FORM|fLaC|OggS|caff|\.snd|ID3|\xff
 def array_samples(raw: np.ndarray) -> np.ndarray:
     """Checks an array of samples, and converts it to float in -1..1.
 
-    Integers that all fit into int16 are in its range. Others are int32 in full range, as soundfile returns it.
+    int64, as of lists in tables, must fit int16. int32 is in full range, as soundfile returns it, also if it is quiet.
     """
-    raw = narrowed(raw, np.int16)
+    raw = narrowed(raw, np.int16) if raw.dtype == np.int64 else raw
     if raw.ndim not in (1, 2) or not (raw.dtype in (np.int16, np.int32) or np.issubdtype(raw.dtype, np.floating)):
         found = f"{raw.dtype} {list(raw.shape)}"
         raise BadMedia(f"expected int16, int32 or float samples (N,) or (N, channels), found {found}")
