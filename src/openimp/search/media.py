@@ -19,6 +19,7 @@ from openimp.data.tables import Table
 from openimp.data.templates import all_texts, columns_of
 from openimp.encoding.items import require_columns
 from openimp.inference.files import File, file_text, shown_name
+from openimp.recipe.inputs import Input
 from openimp.recipe.schema import Recipe
 
 Roots = Callable[[], list[Path]]
@@ -81,12 +82,13 @@ def media_of_recipe(recipe: Recipe, modalities: Modalities) -> Iterator[Media]:
     rows have no numbers. Media of other modalities than `modalities` are skipped, too."""
     open_table = cache(partial(source_table, recipe))
     seen = set()
-    users = [
-        (user, [spec for name, spec in user.inputs.items() if name in modalities and modalities[name].reads_text])
-        for user in (*recipe.tasks.values(), *recipe.evaluation.sets.values())
-    ]
-    users.sort(key=lambda user_and_texts: not user_and_texts[1])  # Texts say more than classes.
-    for user, texts in users:
+
+    def texts_of(user: Any) -> list[Input]:
+        return [spec for name, spec in user.inputs.items() if name in modalities and modalities[name].reads_text]
+
+    users = [*recipe.tasks.values(), *recipe.evaluation.sets.values()]
+    for user in sorted(users, key=lambda user: not texts_of(user)):  # Texts say more than classes.
+        texts = texts_of(user)
         if recipe.sources[user.source].stream:
             continue
         for name, spec in user.inputs.items():
