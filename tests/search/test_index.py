@@ -421,6 +421,16 @@ def test_a_file_that_disappears_while_it_is_read_is_skipped(build, folder, tmp_p
     assert done.new == 13
 
 
+def test_named_pipes_are_skipped_and_do_not_stop_the_update(build, folder):
+    for name in ("pipe.png", "notes.txt", "0.txt"):
+        os.mkfifo(folder / name)
+    done = build(folder)
+    assert done.new == 14
+    reasons = {Path(path).name: reason for path, reason in done.skipped.items()}
+    assert reasons["pipe.png"] == reasons["notes.txt"] == "not a file"
+    assert reasons["0.png"] == "0.txt: not a file", "a caption may not be one either"
+
+
 def test_links_out_of_the_folder_are_not_followed(build, folder, tmp_path):
     (tmp_path / "private.txt").write_text("noise", encoding="utf-8")
     (folder / "link.txt").symlink_to(tmp_path / "private.txt")

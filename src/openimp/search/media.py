@@ -160,6 +160,8 @@ def _checked(path: str, roots: Roots | None) -> Path:
         target = Path(os.path.realpath(path))
         if not any(target.is_relative_to(root) for root in roots()):
             raise BadMedia("is a link out of the folders that are indexed")
+    if os.path.exists(path) and not os.path.isfile(path):  # Hashing a named pipe would wait for a writer forever.
+        raise BadMedia("not a file")
     return Path(path)
 
 
