@@ -624,6 +624,9 @@ def test_a_text_beside_media_is_their_caption_and_no_item(build, media_folder, t
     assert texts() == captions
     assert list(done.skipped) == [str(media / "2.png")]
     assert done.skipped[str(media / "2.png")].startswith("2.txt: no UTF-8 text")
+    (media / "2.txt").write_text(" \n", encoding="utf-8")
+    build(media)
+    assert texts() == captions | {"2.png": "2"}, "an empty caption is none"
     build(media)  # LanceDB merges what the update left.
     before = Items(index).table.version
     build(media)

@@ -139,7 +139,7 @@ def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
     )
     at_least = f" with a score of at least {state.min:.2f}" if state.min else ""
     if hits:
-        start = "The first " if len(hits) == state.k else ""
+        start = "The first " if len(hits) == state.k > 1 else ""
         page.status = f"{start}{counted(len(hits), 'result')}{at_least}"
     elif state.min:
         page.status = f"No result{at_least}"

@@ -36,6 +36,8 @@ RANKED = 500
 does not depend on `k`."""
 SAMPLE = 1000
 """Maximum number of a group's items from which its `Spread` is computed."""
+OUT_OF_DATE = "index it again, then open the index again"
+"""What to do if an item is not as it was indexed. An open index shows items as they were when it was opened."""
 
 
 class Wanted(NamedTuple):
@@ -208,9 +210,9 @@ class Index:
             # An index from somebody else might name any file of this machine. But it cannot have the right state, which
             # has the nanosecond of the file's last change.
             if file_state(hit.path) != media_state(hit.state):
-                raise UserError(f"{hit.path}: is gone or has changed since it was indexed; index it again")
+                raise UserError(f"{hit.path}: is gone or has changed since it was indexed; {OUT_OF_DATE}")
         elif self._source(hit.source).fingerprint != hit.state:
-            raise UserError(f"source {hit.source} has changed since it was indexed; index it again")
+            raise UserError(f"source {hit.source} has changed since it was indexed; {OUT_OF_DATE}")
 
     def read(self, id: str) -> bytes | Path:
         """The media of an indexed item: the bytes of a row, or a file that is unchanged since it was indexed.

@@ -71,7 +71,7 @@ def media_of_files(
             yield _file(path, name, roots, partial(_path_as_text, path, folders))
         else:
             used_captions.add(caption)
-            yield _file(path, name, roots, partial(_caption, caption, roots), file_state(caption))
+            yield _file(path, name, roots, partial(_caption, path, caption, roots, folders), file_state(caption))
     for path, name in texts:
         if path not in used_captions:
             yield _file(path, name, roots)
@@ -173,11 +173,13 @@ def _path_as_text(path: str, folders: Set[str]) -> str:
     return os.path.splitext(os.path.relpath(path, folder))[0]
 
 
-def _caption(path: str, roots: Roots) -> str:
+def _caption(path: str, caption: str, roots: Roots, folders: Set[str]) -> str:
+    """The text in the file `caption`, or `_path_as_text` if it has none."""
     try:
-        return file_text(_checked(path, roots)).strip()
+        text = file_text(_checked(caption, roots)).strip()
     except BadMedia as error:
-        raise BadMedia(f"{os.path.basename(path)}: {error}") from None
+        raise BadMedia(f"{os.path.basename(caption)}: {error}") from None
+    return text or _path_as_text(path, folders)
 
 
 def _rows(table: Table, modality: str, column: str, text: Callable[[int], str | None]) -> Iterator[Media]:
