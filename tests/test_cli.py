@@ -333,7 +333,7 @@ def test_train_prints_the_mixture_and_the_results(succeeded, little_data, tmp_pa
     few = "n is below 50, so results and intervals are unreliable: colours, tones"
     no_test = "rows of training, so this is no test: colours 24, tones 15"
     start = "parameters on cpu, fp32, into runs/little"
-    parts = ("mixture", "66.7%", start, "step 6/6", "colours", "chance", few, no_test)
+    parts = ("mixture", "66.7%", start, "step 6/6", "Evaluation at step 6", "colours", "chance", few, no_test)
     for part in parts:
         assert part in out
 

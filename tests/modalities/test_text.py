@@ -74,7 +74,7 @@ def test_words_of_few_examples_are_left_out():
     text.fit(corpus)
     vocabulary = {"[UNK]": 0, "a": 1, "bus": 2, "car": 3, "red": 4}
     assert text.tokenizer.get_vocab() == vocabulary
-    assert text.tokenize(["Rare: a RED, red (car)!", "rare"], length=6).tolist() == [
+    assert text.tokenize(["Rare: a RED_red (car)!", "rare"], length=6).tolist() == [
         [3, 6, 6, 5, END, PAD], [END, PAD, PAD, PAD, PAD, PAD],
     ]  # fmt: skip
     small = Text(Text.Config(min_df=1, vocab_size=2 + 256))

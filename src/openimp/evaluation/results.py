@@ -98,8 +98,11 @@ def table(results: list[dict[str, Any]]) -> Table:
     if few:
         caption += f"\nn is below {FEW}, so results and intervals are unreliable: {', '.join(few)}"
     caption = "\n".join([caption, *row_notes(results)])
+    title = "Evaluation"
+    if results and results[0].get("step") is not None:
+        title += f" at step {results[0]['step']:,}"  # A run that starts from weights also has a table at step 0.
     out = Table(
-        title="Evaluation", title_justify="left", caption=caption, caption_justify="left",
+        title=title, title_justify="left", caption=caption, caption_justify="left",
         box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False,
     )  # fmt: skip
     out.add_column("set and task", overflow="fold")

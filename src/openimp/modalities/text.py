@@ -63,8 +63,9 @@ class Text(Modality):
         training, `openimp info` and `openimp plan` count this many."""
         min_df: Count | None = None
         """Train a word tokenizer: keep the words that occur in the texts of at least this many training examples
-        (scikit-learn's min_df), and remove other words and punctuation. By default subwords are used. Words suit small
-        data sets, whose rare words do not generalize. They do not suit languages without spaces between words."""
+        (scikit-learn's min_df), and remove other words, underscores and punctuation. By default subwords are used.
+        Words suit small data sets, whose rare words do not generalize. They do not suit languages without spaces
+        between words."""
         positions: Count = 256
         """Rows of the position table, which limits the length of texts."""
 
@@ -204,7 +205,8 @@ def _train_subwords(corpus: Iterable[list[str]], size: int) -> Tokenizer:
 
 def _train_words(corpus: Iterable[list[str]], min_df: int, size: int) -> Tokenizer:
     """Makes a tokenizer of [UNK] and the `size` - 1 most frequent lower-cased words of at least `min_df` examples."""
-    splitter = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
+    # An underscore separates words, as in golden_retriever, the name of a folder.
+    splitter = pre_tokenizers.Split(Regex(r"[^\W_]+"), "removed", invert=True)
     examples_with = Counter[str]()
     for texts in corpus:
         normalized = (NORMALIZER.normalize_str(valid_text(text)) for text in texts)

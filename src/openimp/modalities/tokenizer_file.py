@@ -23,7 +23,7 @@ ONCE = {
 """Normalizers and pre-tokenizers that are accepted once each. Some lengthen a text by a bounded factor, so repeating
 them could lengthen it without bound."""
 REGEXES = {
-    *(r"\w+", r"\s+", " {2,}"),
+    *(r"\w+", r"[^\W_]+", r"\s+", " {2,}"),
     r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
     *(
