@@ -248,8 +248,8 @@ def test_eval_changes_the_sets_of_the_run_itself(succeeded, refused, little_run,
     succeeded("eval", little_run, "colours", *sets("evaluation.sets.colours.view.image.size=24"), "--out", out)
     assert read_lines(out)[0]["view"]["image"]["size"] == 24
     told = succeeded("eval", little_run, "colours", *sets("sources.pictures.limit=12"), "--out", out)
-    assert [line["trained"] for line in read_lines(out)] == [24, 0], "a source that --set changed may be a test"
-    assert "so this is no test" not in told
+    assert [line.get("trained") for line in read_lines(out)] == [24, None], "the source has changed"
+    assert "so the figures are no test" not in told
     told = refused("eval", little_run, *sets("model.width=64"))
     assert told == "--set model.width=64: a trained model allows changes of sources and evaluation only"
     told = refused("eval", little_run, *sets("evaluation.sets.colours.view.image.size=20"))
@@ -331,7 +331,7 @@ def test_train_prints_the_mixture_and_the_results(succeeded, little_data, tmp_pa
     out = succeeded("train", little_data / "recipe.yaml", *sets("train.precision=fp32", "train.steps=6"))
     assert (tmp_path / "runs" / "little" / "results.jsonl").exists()
     few = "n is below 50, so results and intervals are unreliable: colours, tones"
-    no_test = "rows of training, so this is no test: colours 24, tones 15"
+    no_test = "rows of training, so the figures are no test: colours 24, tones 15"
     start = "parameters on cpu, fp32, into runs/little"
     parts = ("mixture", "66.7%", start, "step 6/6", "Evaluation at step 6", "colours", "chance", few, no_test)
     for part in parts:

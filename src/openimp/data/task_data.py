@@ -75,12 +75,12 @@ class TaskData:
         self.classes: dict[str, list[Any]] = {}
         self.world_size = world_size
         self._tables: dict[str, Table] = {}  # by the name of the source
-        for name, task in recipe.tasks.items():
-            if not task.weight:
-                continue
+        tasks = {name: task for name, task in recipe.tasks.items() if task.weight}
+        for name, task in tasks.items():  # Before any source is opened, which may take minutes.
             for batch_size in task.batch_sizes:
                 if batch_size % world_size:
                     raise UserError(f"tasks.{name}: batch_size {batch_size} is not a multiple of {world_size} ranks")
+        for name, task in tasks.items():
             source = self._open_source(name, task)
             self.source_of_task[name] = source
             for column in task.class_columns:

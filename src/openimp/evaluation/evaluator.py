@@ -95,7 +95,7 @@ class Evaluator:
     progress: Progress | None = None  # wraps the rows that this rank reads, to show the progress
     watch: Progress | None = None  # wraps the forward passes, which all ranks make together, and may stop them
     tables: dict[str, Table] = field(default_factory=dict)  # by source; filled as sets are opened
-    replaced: Collection[str] = ()  # sources that are not those of the training
+    replaced: Collection[str] = ()  # names of sources that are not as in the training
 
     def encode(self, options: EvaluationSet, name: str, table: Table, towards: str | None) -> Encoded:
         """Encodes one input of an evaluation set, of the modality `name`, for all rows of a source, in order.

@@ -21,7 +21,7 @@ FEW = 50
 ROW_NOTES = {
     "unreadable rows left out": "skipped",
     "texts without a word that the model knows": "unknown",
-    "rows of training, so this is no test": "trained",
+    "rows of training, so the figures are no test": "trained",
 }
 """What is noted about rows that are no ordinary items, and the result's field with their number."""
 

@@ -38,7 +38,7 @@ class RetrievalResult(Predicted):
     candidate_row: np.ndarray  # (M,) int64, for each candidate, the first row of the source that has it
     query_NZ: Tensor  # unit vectors
     candidate_MZ: Tensor
-    unknown: list[str]  # names of the rows whose text (query or candidate) has no word that the model knows
+    unknown: list[str]  # names of rows, queries and candidates; the model knows no word of their texts
 
     def answers(self, query_index: int, k: int) -> list[RankedCandidate]:
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.

@@ -64,7 +64,7 @@ class Text(Modality):
         min_df: Count | None = None
         """Train a word tokenizer: keep the words that occur in the texts of at least this many training examples
         (scikit-learn's min_df), and remove other words, underscores and punctuation. By default subwords are used.
-        Words suit small data sets, whose rare words do not generalize. They do not suit languages without spaces
+        Words suit small data sets, in which rare words do not generalize. Subwords suit languages without spaces
         between words."""
         positions: Count = 256
         """Rows of the position table, which limits the length of texts."""
