@@ -183,8 +183,7 @@ def _started_again(bench: Bench, fault: str, process: Process, run: Path, how: H
 def worker_that_dies(bench: Bench) -> list[Outcome]:
     run = bench.folder / "worker"
     process = bench.start(run, changes=["train.num_workers=2"])
-    # Early, because a step takes milliseconds, and workers read batches ahead: a late kill may find no work left.
-    lines = watch(process, lambda process: os.kill(children(process.pid)[-1], signal.SIGKILL), at=1)
+    lines = watch(process, lambda process: os.kill(children(process.pid)[-1], signal.SIGKILL))
     return [bench.outcome_of_resuming("kill -9 of a loader's worker", run, told(process, lines, "a data worker died"))]
 
 

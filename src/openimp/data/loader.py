@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import TracebackType
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -145,3 +146,14 @@ def _init_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setsid"):
         os.setsid()
+    sys.excepthook = _print_unless_disconnected
+
+
+def _print_unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Keeps a traceback of a living worker away from the error about a dead worker.
+
+    When a worker dies, the training process stops at once, perhaps while it receives a part from another worker. The
+    thread of that worker that sends the part (`multiprocessing.resource_sharer`) reports the lost connection here.
+    """
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
