@@ -33,6 +33,7 @@ from trainings import (
     BATCH,
     EVERY,
     STEPS,
+    WHILE_SAVING,
     Bench,
     How,
     Outcome,
@@ -177,7 +178,10 @@ def _started_again(bench: Bench, fault: str, process: Process, run: Path, how: H
     steps = steps_of(finished(process, lines))
     again = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])
     noticed = f"torchrun: {named[0].partition('] ')[2].partition(' of binary')[0]}; started again" if named else ""
-    return bench.compared(fault, run, noticed, steps[again - 1] - steps[again] + 1, how)
+    lost = steps[again - 1] - steps[again] + 1
+    outcome = bench.compared(fault, run, noticed, lost, how)
+    # As in `outcome_of_resuming`: if the next checkpoint was due, it was being written.
+    return replace(outcome, limit=WHILE_SAVING if lost >= EVERY else EVERY)
 
 
 def worker_that_dies(bench: Bench) -> list[Outcome]:
