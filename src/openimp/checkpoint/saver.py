@@ -108,8 +108,8 @@ class Saver:
 
 
 def _begin(draft: Path, text_files: Mapping[str, str]) -> None:
-    # Drafts (.tmp) and half-removed checkpoints (.old) of a process that was killed. A half-removed one may stay.
-    # A draft that cannot be removed may be in the way of this one.
+    # Drafts (.tmp) and half-removed checkpoints (.old) of a process that was killed. A half-removed checkpoint that
+    # cannot be removed is harmless. A draft that cannot be removed is an error, because it may be in the way.
     for leftover in draft.parent.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=leftover.suffix == ".old")
     draft.mkdir(parents=True)

@@ -66,7 +66,7 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
     """Yields the loader's parts of batches, and reports a dead worker only while it waits for a part.
 
     torch's SIGCHLD handler raises wherever the training process is. In the middle of an update, that would make the
-    model unfit to be saved. So the handler is installed only during the wait.
+    model unfit to be saved. So a handler that does the same replaces torch's, only during the wait.
     """
     outer_handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL  # `getsignal` returns None for C code.
     iterator: Iterator[LoadedBatch | UserError] | None = None

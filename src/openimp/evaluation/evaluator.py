@@ -26,7 +26,7 @@ from openimp.parallel.distributed import all_gather_object, all_gather_uneven, o
 from openimp.recipe.evaluation import ClassHead, EvaluationSet, Probe, ZeroShot
 from openimp.recipe.schema import Recipe
 
-NAMED = 20
+MAX_NAMED_ROWS = 20
 """Maximum number of unreadable or unknown rows that a result names. It counts all of them."""
 
 

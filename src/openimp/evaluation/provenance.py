@@ -10,7 +10,7 @@ from openimp.common.modality import Modalities
 from openimp.common.protocols import learned_files
 from openimp.common.versions import library_version, openimp_version
 from openimp.data.tables import Table
-from openimp.evaluation.evaluator import NAMED, ReadableRows
+from openimp.evaluation.evaluator import MAX_NAMED_ROWS, ReadableRows
 from openimp.model.embedder import Embedder
 from openimp.parallel.layout import weights_hash
 from openimp.recipe.evaluation import EvaluationSet, ZeroShot
@@ -33,7 +33,7 @@ def data_fields(recipe: Recipe, table: Table, readable: ReadableRows) -> dict[st
     source = recipe.sources[table.name]
     return {
         "skipped": len(readable.skipped),
-        "skipped_rows": readable.skipped[:NAMED],
+        "skipped_rows": readable.skipped[:MAX_NAMED_ROWS],
         "source": table.name,
         "split": source.split if source.hub else None,
         "where": source.where,

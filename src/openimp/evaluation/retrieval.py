@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from openimp.data.tables import Table
-from openimp.evaluation.evaluator import NAMED, Evaluator, Predicted, ReadableRows, readable_rows
+from openimp.evaluation.evaluator import MAX_NAMED_ROWS, Evaluator, Predicted, ReadableRows, readable_rows
 from openimp.evaluation.metrics import interval
 from openimp.recipe.evaluation import Retrieval
 
@@ -38,14 +38,14 @@ class RetrievalResult(Predicted):
     candidate_row: np.ndarray  # (M,) int64, for each candidate, the first row of the source that has it
     query_NZ: Tensor  # unit vectors
     candidate_MZ: Tensor
-    unknown: list[str]  # names of rows, queries and candidates; the model knows no word of their texts
+    unknown: list[str]  # names of the rows of queries and candidates whose texts have no word that the model knows
 
     def answers(self, query_index: int, k: int) -> list[RankedCandidate]:
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.
 
-        In a tie, wrong candidates come first. NaN counts as the lowest similarity of a correct candidate, and as the
-        highest of a wrong one. So the best correct candidate is at position `rank[query_index]` of all candidates. The
-        exception is a query with several correct candidates, some with NaN: `rank` counts all wrong ones as better.
+        In a tie, wrong candidates come first. NaN counts against the model: it is the lowest similarity for a correct
+        candidate, and the highest for a wrong one. So the order agrees with `rank`, unless a query has several correct
+        candidates and some have NaN: `rank` then counts all wrong candidates as better.
         """
         similarity_M = (self.candidate_MZ @ self.query_NZ[query_index]).cpu().numpy()
         correct_candidates = self.correct_pairs[self.correct_pairs[:, 0] == query_index, 1]
@@ -73,7 +73,7 @@ class RetrievalResult(Predicted):
             # R@1 of a random order: the share of correct candidates, averaged over the queries.
             "chance": len(self.correct_pairs) / len(self.rank) / candidates,
             "unknown": len(self.unknown),
-            "unknown_rows": self.unknown[:NAMED],
+            "unknown_rows": self.unknown[:MAX_NAMED_ROWS],
         }
 
 
@@ -103,10 +103,11 @@ def retrieve(
         first_row_of_item[modality] = rows[first_index]
         item_of_row[modality] = inverse
     pairs = np.unique(np.stack([item_of_row[a], item_of_row[b]], axis=1), axis=0)
+    # Only texts without a known word have zero vectors.
     unknown = [
         table.row_name(row)
         for modality, vectors_NZ in vectors.items()
-        for row in first_row_of_item[modality][~vectors_NZ.any(1).cpu().numpy()]  # Only such a text has a zero vector.
+        for row in first_row_of_item[modality][~vectors_NZ.any(1).cpu().numpy()]
     ]
     directions = [
         RetrievalResult(

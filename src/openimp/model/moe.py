@@ -43,7 +43,7 @@ class RouterStats(NamedTuple):
     Attributes:
         z_loss: scalar, the router's z-loss times `moe.z_loss`.
         load_E: each expert's share of all filled slots, which are those that hold a valid token. The experts that read
-            this input have about equal shares, because they choose equally many tokens. Experts of other stems have 0.
+            this input have equal shares, because they choose equally many tokens. Experts of other stems have 0.
         gate_E: each expert's share of the sum of all gates. It shows which experts of a group the router prefers.
         dropped: scalar, the number of this rank's tokens that no expert took, divided by the mean number of tokens per
             rank. Its mean over ranks is the share of all tokens that no expert took.
@@ -141,7 +141,7 @@ class Router(nn.Module):
     ) -> tuple[Routing, RouterStats]:
         z_loss = self.config.z_loss * (z_loss_BL * valid_BL).sum() / tokens_per_rank
         routing = expert_choice(probs_BLE, valid_BL, self.config.capacity_factor)
-        # Compiled layers always train (`compile_blocks`). They do not read `training`, so torch need not guard on it.
+        # Only training is compiled (`compile_blocks`). Compiled code does not read `training`: torch would guard on it.
         if torch.compiler.is_compiling() or self.training:
             usage = _usage(routing, valid_BL, tokens_per_rank)
         else:

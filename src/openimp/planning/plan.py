@@ -40,7 +40,7 @@ class Plan:
 
     layout: Layout
     gpu: GPU
-    utilization: float  # assumed share of the GPU's bf16 peak (--mfu), with the FLOPs of repeated passes
+    utilization: float  # --mfu: assumed share of the GPU's bf16 peak; unlike MFU, with repeated passes and Muon
     model: Embedder  # on the meta device
     step_needs: dict[TaskView, StepNeeds]  # what one step of this task and view needs
     step_counts: dict[TaskView, int]  # number of steps in the whole run
@@ -175,7 +175,7 @@ def active_parameters(model: IMP) -> int:
     moe = model.config.moe
     if moe is None:
         return parameters
-    # `experts` lists the `Experts` of each sparse layer and group. The first is that of the first group.
+    # The first sparse layer's first group, which has `group_sizes[0]` experts.
     expert_size = parameter_count(model.experts()[0]) / moe.group_sizes[0]
     # A token uses at most all experts of its group. If the groups differ in size, the largest counts.
     experts_per_token = min(moe.capacity_factor, max(moe.group_sizes))

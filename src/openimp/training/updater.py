@@ -23,7 +23,7 @@ class Updater:
     """
 
     def __init__(self, recipe: Recipe, model: Embedder, work: np.ndarray | range) -> None:
-        """Makes the optimizers and the EMA. `work[i]` is the number of steps before step i, or their FLOPs."""
+        """Makes the optimizers and the EMA. `work` determines the learning rate; see `lr_schedule`."""
         options = recipe.optimizer
         self.recipe = recipe
         self.model = model
