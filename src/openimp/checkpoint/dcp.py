@@ -11,7 +11,7 @@ import errno
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,24 +128,11 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return saved
 
 
-def _complete(size: Sequence[int], shards: Iterable[Any]) -> bool:
-    """Whether the shards, except empty ones, are the cells of a grid that covers the tensor, as on a device mesh."""
-    boxes = []  # (start, stop) of each shard along each axis
-    for shard in shards:
-        if not len(shard.offsets) == len(shard.sizes) == len(size):
-            return False
-        if math.prod(shard.sizes):
-            sides = zip(shard.offsets, shard.sizes)
-            boxes.append(tuple((start, start + length) for start, length in sides))
-    if not boxes:
-        return math.prod(size) == 0
-    axes = [sorted(set(intervals)) for intervals in zip(*boxes)]
-    for intervals, axis_size in zip(axes, size):
-        starts = [start for start, _ in intervals]
-        stops = [stop for _, stop in intervals]
-        if [0, *stops] != [*starts, axis_size]:  # A gap or an overlap.
-            return False
-    return len(set(boxes)) == len(boxes) == math.prod(map(len, axes))
+def _complete(size: Sequence[int], shards: Sequence[Any]) -> bool:
+    """Whether the shards have as many axes as the tensor, and together as many values."""
+    if not all(len(shard.offsets) == len(shard.sizes) == len(size) for shard in shards):
+        return False
+    return sum(math.prod(shard.sizes) for shard in shards) == math.prod(size)
 
 
 def fill(folder: Path, tensors: Mapping[str, Tensor]) -> None:
