@@ -14,7 +14,6 @@ import pytest
 import torch
 from messages import refuses
 from recordings import film
-from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import openimp
@@ -102,14 +101,9 @@ def invoke(*arguments: object) -> str:
     return done.output
 
 
-def test_a_changed_model_is_opened_again(tmp_path):
-    folder = tmp_path / "clip"
-    name = public.write("clip", folder)
-    openimp.load(name)
-    weights = folder / "open_clip_model.safetensors"
-    save_file(load_file(weights) | {"logit_scale": torch.tensor(3.0)}, weights)
-    assert openimp.load(name).imp.temperature("image", "text").scale.item() == pytest.approx(np.exp(3), rel=1e-5)
-    weights.rename(folder / "any.safetensors")
+def test_the_file_of_weights_may_have_any_name(tmp_path):
+    name = public.write("clip", tmp_path / "clip")
+    (tmp_path / "clip" / "open_clip_model.safetensors").rename(tmp_path / "clip" / "any.safetensors")
     assert openimp.load(name).encode_text(TEXTS).shape == (5, 24)
 
 

@@ -20,7 +20,7 @@ from openimp.common.device import pick_device
 from openimp.common.errors import UserError, library_errors, nearest
 from openimp.common.names import LOCAL, OPEN_CLIP, SENTENCE_TRANSFORMERS, Name
 from openimp.common.progress import no_log_output
-from openimp.common.safe_files import file_state, local_folder, read_object, require_safetensors, sha256
+from openimp.common.safe_files import local_folder, read_object, require_safetensors, sha256
 from openimp.common.schema import checked
 from openimp.parallel.layout import weights_hash
 from openimp.recipe.file import flat
@@ -85,16 +85,9 @@ def open_clip_names() -> list[str]:
     ]
 
 
+@cache
 def open_open_clip(name: str) -> OpenClipModel:
     """Opens a model of open_clip: open_clip:NAME/TAG, open_clip:hf-hub:OWNER/NAME or open_clip:local-dir:FOLDER."""
-    folder = local_folder(name)
-    files = sorted(folder.glob("*")) if folder else []
-    return _open_state(name, tuple((str(file.resolve()), file_state(file)) for file in files))
-
-
-@cache
-def _open_state(name: str, files: tuple[Any, ...]) -> OpenClipModel:
-    """Opens a model. `files` is not used, but a local model is opened again if one of its files changes."""
     library = import_open_clip()
     identifier, tag = _identify(name)
     # The random numbers of the training stay as they are.
@@ -247,5 +240,5 @@ def _refuse_kernels(name: str, file: Path) -> None:
 
 def close_all() -> None:
     """Forgets all open models, so that those that nobody uses free their memory."""
-    for opened in (_open_state, open_timm, open_sentence_transformer):
+    for opened in (open_open_clip, open_timm, open_sentence_transformer):
         opened.cache_clear()
