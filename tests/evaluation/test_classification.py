@@ -186,14 +186,6 @@ def test_a_head_that_cannot_be_asked_is_told(headed, colours, options):
         check_sets(*made, known)
 
 
-def test_a_number_and_its_text_are_not_two_classes(headed):
-    """The last of them would have had the rows of both."""
-    made, known = headed({"colour": ["1"]}, classes=["1", "2"])
-    known["all:colour"][1] = 1
-    with refuses():
-        check_sets(*made, known)
-
-
 def test_rows_in_no_split_and_classes_and_splits_of_unreadable_rows_are_named(setup, headed):
     made = setup({"rows": {"colour": ["red", "blue"], "part": [[1], []]}}, **SPLITS)
     with refuses():

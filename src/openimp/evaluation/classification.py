@@ -92,7 +92,7 @@ def read_labels(evaluator: Evaluator, options: ZeroShot | ClassHead, error_prefi
     """Reads the classes and the test splits, without encoding anything.
 
     UserError if a row has no class or no split, or a class that the model cannot choose; if no row has a class; if a
-    class has no name; if two classes of a head or of `classes` are equal as text; or if the model lacks the head.
+    class has no name; or if the model lacks the head.
     """
     table.require([options.label], error_prefix)
     values = table.column(options.label)
@@ -114,7 +114,7 @@ def read_labels(evaluator: Evaluator, options: ZeroShot | ClassHead, error_prefi
     if classes is None:
         classes, index = _merge_equal_texts(sort_classes(rows_by_class))
     else:
-        index = _index_by_text(classes, column)
+        index = {as_text(label): number for number, label in enumerate(classes)}
     if not rows_by_class:
         raise UserError(f"{column}: no row that can be read has a class")
     for label, row in rows_by_class.items():
@@ -127,17 +127,6 @@ def read_labels(evaluator: Evaluator, options: ZeroShot | ClassHead, error_prefi
     splits = _read_splits(options.splits, error_prefix, table) if options.splits else {}
     names = zero_shot.class_names(classes, options, f"{error_prefix}: source {table.name}")
     return Labels(names, index, has_lists, splits)
-
-
-def _index_by_text(classes: list[Any], error_prefix: str) -> dict[str, int]:
-    """The index of each class by its label as text. UserError if two are equal."""
-    index: dict[str, int] = {}
-    for label in classes:
-        text = as_text(label)
-        if text in index:
-            raise UserError(f"{error_prefix}: class {label!r} and another one are both {text!r} as text; rename one")
-        index[text] = len(index)
-    return index
 
 
 def _merge_equal_texts(labels: list[Any]) -> tuple[list[Any], dict[str, int]]:
