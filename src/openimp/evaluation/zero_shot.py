@@ -4,7 +4,7 @@ Shape suffixes: K classes, P prompts, Z features of the shared embedding space.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from openimp.common.progress import notice
 from openimp.common.protocols import TextReader, is_known
 from openimp.common.schema import as_text
 from openimp.common.texts import equal_pair, text_key
+from openimp.encoding.engine import ItemEncoder
 from openimp.evaluation.evaluator import Evaluator
 from openimp.parallel.distributed import all_gather_uneven, own_part, rank
 from openimp.recipe.evaluation import ZeroShot
@@ -71,7 +72,7 @@ def _notice_once(message: str) -> None:
 
 
 def class_embeddings(evaluator: Evaluator, options: ZeroShot, error_prefix: str, names: list[str]) -> Tensor:
-    """(K, Z) unit vectors: for each class, the mean of the unit vectors of its name in each prompt."""
+    """(K, Z) unit vectors of classes; see `class_vectors`."""
     (seen,) = options.inputs
     encoder = evaluator.item_encoder(options.reader, evaluator.recipe.inference_view(options.reader), seen)
     if rank() == 0 and (equal_names := names_with_equal_tokens(names, encoder.modality, encoder.view)):
@@ -80,11 +81,19 @@ def class_embeddings(evaluator: Evaluator, options: ZeroShot, error_prefix: str,
     if rank() == 0 and (unknown := [name for name in names if not is_known(encoder.modality, name, encoder.view)]):
         listed = ", ".join(map(repr, unknown[:3]))
         _notice_once(f"{error_prefix}: the model knows no word of {counted(len(unknown), 'class')}: {listed}")
+    return class_vectors(encoder, names, options.prompts)
+
+
+def class_vectors(encoder: ItemEncoder, names: Sequence[str], prompts: Sequence[str]) -> Tensor:
+    """(K, Z) unit vectors: for each class, the mean of the unit vectors of its name in each prompt.
+
+    Each rank encodes a part of the classes. All ranks get all vectors.
+    """
     rank_names = [names[i] for i in own_part(len(names))]
-    texts = (prompt.format(name) for name in rank_names for prompt in options.prompts)
+    texts = (prompt.format(name) for name in rank_names for prompt in prompts)
     vectors = [vector for _, vector in encoder.encode((text, partial(encoder.read, text)) for text in texts)]
     z_NZ = encoder.stack([vector for vector in vectors if isinstance(vector, Tensor)])  # Every text can be read.
-    z_KPZ = z_NZ.unflatten(0, (len(rank_names), len(options.prompts)))
+    z_KPZ = z_NZ.unflatten(0, (len(rank_names), len(prompts)))
     return all_gather_uneven(F.normalize(z_KPZ.mean(1), dim=-1))
 
 

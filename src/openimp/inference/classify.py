@@ -1,6 +1,6 @@
 """Tells the classes of items: by a trained classification head, or by names of classes that the model reads as texts.
 
-Shape suffixes: N items, K classes, P prompts, D width, Z features of the shared embedding space.
+Shape suffixes: N items, K classes, D width, Z features of the shared embedding space.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from openimp.common.progress import notice
 from openimp.common.protocols import is_known
 from openimp.common.texts import text_key
 from openimp.encoding.engine import ItemEncoder
-from openimp.evaluation.zero_shot import check_prompt, names_with_equal_tokens
+from openimp.evaluation.zero_shot import check_prompt, class_vectors, names_with_equal_tokens
 from openimp.inference.files import File, encoded, find_files, left_out, shown_name
 from openimp.inference.model import Model, load
 from openimp.recipe.schema import Recipe
@@ -96,7 +96,7 @@ def class_heads(recipe: Recipe, modality: str) -> dict[str, bool]:
 
 
 def _by_names(model: Model, modality: str, names: Sequence[str], prompts: Sequence[str], batch_size: int) -> Classifier:
-    """A classifier by names (zero-shot). A class is the mean of the unit vectors of its name in each prompt."""
+    """A classifier by names (zero-shot)."""
     if any(isinstance(texts, str | Mapping) for texts in (names, prompts)):
         raise UserError("names and prompts are lists of texts")
     names = list(names)
@@ -122,11 +122,9 @@ def _by_names(model: Model, modality: str, names: Sequence[str], prompts: Sequen
     if equal_names := names_with_equal_tokens(names, reader, model.views[reader.name]):
         name, other = equal_names
         raise UserError(f"the model reads the classes {name!r} and {other!r} as the same text; rename one")
-    texts = [prompt.format(name) for name in names for prompt in prompts]
-    z_NZ = model.encode(reader.name, texts, normalize=True, towards=modality, batch_size=batch_size)
-    z_KPZ = z_NZ.unflatten(0, (len(names), len(prompts)))
-    class_KZ = scale * F.normalize(z_KPZ.mean(1), dim=-1)
-    return Classifier(list(names), encoder, partial(F.linear, weight=class_KZ))
+    text_encoder = model.item_encoder(reader.name, modality, batch_size, "classify")
+    class_KZ = scale * class_vectors(text_encoder, names, prompts)
+    return Classifier(names, encoder, partial(F.linear, weight=class_KZ))
 
 
 def classify_files(
