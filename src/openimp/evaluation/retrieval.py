@@ -43,17 +43,14 @@ class RetrievalResult(Predicted):
     def answers(self, query_index: int, k: int) -> list[RankedCandidate]:
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.
 
-        In a tie, wrong candidates come first. NaN counts against the model: it is the lowest similarity for a correct
-        candidate, and the highest for a wrong one. So the order agrees with `rank`, unless a query has several correct
-        candidates and some have NaN: `rank` then counts all wrong candidates as better.
+        In a tie, wrong candidates come first. So the best correct candidate is at position `rank[query_index]` of all
+        candidates, unless a similarity is NaN.
         """
         similarity_M = (self.candidate_MZ @ self.query_NZ[query_index]).cpu().numpy()
         correct_candidates = self.correct_pairs[self.correct_pairs[:, 0] == query_index, 1]
         correct_M = np.zeros(len(similarity_M), bool)
         correct_M[correct_candidates] = True
-        worst_M = np.where(correct_M, -np.inf, np.inf)
-        score_M = np.where(np.isnan(similarity_M), worst_M, similarity_M)
-        order = np.lexsort((correct_M, -score_M))  # by descending score; in a tie, wrong candidates first
+        order = np.lexsort((correct_M, -similarity_M))  # by descending similarity; in a tie, wrong candidates first
         chosen = list(order[:k])
         if not correct_M[chosen].any():
             correct_in_order = order[correct_M[order]]
