@@ -6,7 +6,6 @@ Only a ViT that IMP's encoder computes exactly is accepted. Otherwise the error 
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from openimp.common.modality import Modalities
 from openimp.common.names import Name
 from openimp.common.progress import no_log_output
 from openimp.common.safe_files import local_folder, require_safetensors
+from openimp.common.versions import require_library
 from openimp.parallel.distributed import run_first_on_node
 
 PREFERRED = ("model.safetensors",)
@@ -134,8 +134,7 @@ def opening_timm(name: str) -> Iterator[None]:
     """
     if (folder := local_folder(name)) is not None:
         require_safetensors(folder, PREFERRED)
-    if find_spec("timm") is None:
-        raise UserError(f"{name}: timm is missing: pip install 'openimp[peers]'")
+    require_library("timm", "peers")
     with torch.random.fork_rng(devices=[]), no_log_output(), library_errors(f"{name}: timm cannot open it"):
         yield
 

@@ -1,4 +1,4 @@
-"""Versions of openimp and of libraries, and the processor."""
+"""Versions of openimp and of libraries, libraries that must be installed, and the processor."""
 
 import platform
 import re
@@ -6,7 +6,10 @@ import subprocess
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import distributions, version
+from importlib.util import find_spec
 from pathlib import Path
+
+from openimp.common.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -26,6 +29,12 @@ def openimp_version() -> str:
 def library_version(name: str) -> str | None:
     """The version of a library; None if it is not installed."""
     return next((distribution.version for distribution in distributions(name=name)), None)
+
+
+def require_library(name: str, extra: str) -> None:
+    """Raises UserError if a library of one of openimp's extras is not installed. `name` is what is imported."""
+    if find_spec(name) is None:
+        raise UserError(f"{name} is not installed: pip install 'openimp[{extra}]'")
 
 
 @cache

@@ -22,6 +22,7 @@ from openimp.common.names import LOCAL, OPEN_CLIP, SENTENCE_TRANSFORMERS, Name
 from openimp.common.progress import no_log_output
 from openimp.common.safe_files import local_folder, read_object, require_safetensors, sha256
 from openimp.common.schema import checked
+from openimp.common.versions import require_library
 from openimp.parallel.layout import weights_hash
 from openimp.recipe.file import flat
 
@@ -68,10 +69,9 @@ class _Config(BaseModel):
 
 def import_open_clip() -> Any:
     """The library open_clip, or a UserError that says how to install it."""
-    try:
-        import open_clip
-    except ImportError:
-        raise UserError("open_clip is not installed: pip install 'openimp[peers]'") from None
+    require_library("open_clip", "peers")
+    import open_clip
+
     return open_clip
 
 
@@ -201,10 +201,9 @@ def open_timm(name: str) -> tuple[Any, Any, str]:
 @cache
 def open_sentence_transformer(name: str) -> tuple[Any, str]:
     """A model of sentence-transformers, and its fingerprint."""
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise UserError(f"{name}: needs sentence-transformers: pip install 'openimp[sentence-transformers]'") from None
+    require_library("sentence_transformers", "sentence-transformers")
+    from sentence_transformers import SentenceTransformer
+
     folder = _sentence_transformer_folder(name)
     files = sorted(folder.rglob("*.json"))
     for file in files:

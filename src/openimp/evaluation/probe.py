@@ -17,6 +17,7 @@ import numpy as np
 
 from openimp.common.errors import UserError, counted
 from openimp.common.schema import as_text
+from openimp.common.versions import require_library
 from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import find_classes, sort_classes
 from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows
@@ -62,10 +63,7 @@ def check(options: Probe, error_prefix: str, tables: dict[str, Table]) -> None:
     The training rows must have every class of the test rows, at least two classes, two examples of each, and `k`
     examples.
     """
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        raise UserError(f"{error_prefix}: a probe needs scikit-learn: pip install 'openimp[probe]'") from None
+    require_library("sklearn", "probe")
     labels = {}
     for name in (options.source, options.train):
         table = tables[name]

@@ -16,6 +16,7 @@ from openimp.common.folders import require_empty
 from openimp.common.modality import Modality
 from openimp.common.progress import console, no_log_output
 from openimp.common.protocols import TensorInput, TensorReader, learned_files
+from openimp.common.versions import require_library
 from openimp.encoding.find import is_public
 from openimp.inference.model import Model, load
 from openimp.model.embedder import Embedder
@@ -33,7 +34,8 @@ def export(run: str | Path, folder: Path) -> None:
 
     Each graph is run with onnxruntime and compared with the model.
     """
-    _require_packages()
+    for library in ("onnx", "onnxruntime", "onnxscript"):
+        require_library(library, "onnx")
     require_empty(folder)
     model = load(run, "cpu", "fp32")
     if model.saved_recipe.text and is_public(model.recipe):
@@ -160,12 +162,3 @@ def _difference(graph: Graph, file: Path, batch: Tensor) -> float:
     if not difference <= TOLERANCE:  # Also if it is not a number.
         raise UserError(f"{file}: differs from the model by {difference:.1e}; try other versions of onnxruntime")
     return difference
-
-
-def _require_packages() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"{error.name} is missing: pip install 'openimp[onnx]'") from None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from openimp.common.device import Precision
 from openimp.common.errors import UserError
+from openimp.common.versions import require_library
 from openimp.inference.files import modality_by_extension
 from openimp.inference.model import Model, load
 
@@ -39,10 +40,9 @@ def sentence_transformer(
     Raises:
         UserError: sentence-transformers is not installed, or the model cannot be opened.
     """
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise UserError("sentence-transformers is missing: pip install 'openimp[sentence-transformers]'") from None
+    require_library("sentence_transformers", "sentence-transformers")
+    from sentence_transformers import SentenceTransformer
+
     model = load(path, device, precision)
     return SentenceTransformer(modules=[AnyModality(model)], device=str(model.device), similarity_fn_name="cosine")
 
