@@ -40,6 +40,7 @@ class Media:
     state: str
     raw: Callable[[], bytes | Path | np.ndarray]  # raises BadMedia if the media cannot be read
     text: ReadText = lambda: None  # its caption or the text of its row
+    name_text: Callable[[], str | None] = lambda: None  # the words of its name, if it has no text that can be read
     source: str | None = None  # that names or contains the media; None for a file in a folder that was given
     row: int | None = None  # of the source, if the row contains the media itself; None for a file
     column: str | None = None
@@ -51,7 +52,7 @@ def media_of_files(
     """The files that `find_files` found in the files and folders `given`.
 
     A text file beside a medium, such as `a.txt` beside `a.jpg`, is its caption, and not an item. The text of a medium
-    without a caption is its path in the given folder, without the extension: `dog/on the beach`.
+    without a caption that can be read is its path in the given folder, without the extension: `dog/on the beach`.
     """
     folders = {os.path.abspath(path) for path in given}
     roots = cache(lambda: [Path(os.path.realpath(path)) for path in given])  # Slow; needed only if there are links.
@@ -67,11 +68,12 @@ def media_of_files(
         caption = caption_of.get(stem)
         if caption is None:  # The files may be named by a pattern such as photos/*.jpg.
             caption = next((stem + ending for ending in text_endings if os.path.isfile(stem + ending)), None)
-        if caption is None:
-            yield _file(path, name, roots, partial(_path_as_text, path, folders))
-        else:
+        media = replace(_file(path, name, roots), name_text=partial(_path_as_text, path, folders))
+        if caption is not None:
             used_captions.add(caption)
-            yield _file(path, name, roots, partial(_caption, path, caption, roots, folders), file_state(caption))
+            state = f"{media.state} {file_state(caption)}"
+            media = replace(media, state=state, text=partial(_caption, caption, roots))
+        yield media
     for path, name in texts:
         if path not in used_captions:
             yield _file(path, name, roots)
@@ -173,13 +175,12 @@ def _path_as_text(path: str, folders: Set[str]) -> str:
     return os.path.splitext(os.path.relpath(path, folder))[0]
 
 
-def _caption(path: str, caption: str, roots: Roots, folders: Set[str]) -> str:
-    """The text in the file `caption`, or `_path_as_text` if it has none."""
+def _caption(caption: str, roots: Roots) -> str:
+    """The text in the file `caption`."""
     try:
-        text = file_text(_checked(caption, roots)).strip()
+        return file_text(_checked(caption, roots)).strip()
     except BadMedia as error:
         raise BadMedia(f"{os.path.basename(caption)}: {error}") from None
-    return text or _path_as_text(path, folders)
 
 
 def _rows(table: Table, modality: str, column: str, text: Callable[[int], str | None]) -> Iterator[Media]:

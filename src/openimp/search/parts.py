@@ -7,7 +7,7 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from openimp.common.protocols import Dated, Recorded, Segmented
 from openimp.common.safe_files import sha256
 from openimp.encoding.engine import ItemEncoder
 from openimp.inference.files import file_text
-from openimp.search.media import Media
+from openimp.search.media import Media, media_state
 from openimp.search.media_types import kind_of, media_type
 
 MAX_LINES = 100_000
@@ -36,7 +36,7 @@ class IndexedFile:
 
     media: Media
     sha256: str
-    text: str | None = None  # its caption or the text of its row
+    text: str | None = None  # its caption, the text of its row, or the words of its name
     problem: str = ""  # why the file, its text or a part of it cannot be read
     recorded: Recorded = UNKNOWN_RECORDING  # when and where
     # Rows of the table, with "vector" once it is known. None: the part is found by its words only.
@@ -56,9 +56,11 @@ def open_file(encoder: ItemEncoder, media: Media, sha256: str) -> IndexedFile:
     """Reads the text of media, hashes them if `sha256` is empty, and lists their parts."""
     file = IndexedFile(media, sha256)
     try:
-        file.text = nfc(media.text() or "")[:MAX_TEXT] or None
+        file.text = media.text()
     except BadMedia as error:
         file.problem = str(error)
+        file.media = replace(media, state=media_state(media.state))  # So the next update tries to read the text again.
+    file.text = nfc(file.text or media.name_text() or "")[:MAX_TEXT] or None
     try:
         raw = media.raw()
         file.recorded = _recorded(encoder.modality, raw)
