@@ -266,7 +266,9 @@ def test_equal_files_that_move_together_are_moved(build, folder):
 
 
 def test_captions_are_found_although_only_their_media_are_named(build, media_folder, tmp_path):
-    build(*media_folder.glob("*.png"))
+    media = Path(shutil.copytree(media_folder, tmp_path / "media"))
+    (media / "1.txt").rename(media / "1.TXT")
+    build(*media.glob("*.png"))
     assert {row["text"] for row in rows(tmp_path / "x.index").values()} == {*TEXTS[:3]}
 
 

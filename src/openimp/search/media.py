@@ -61,6 +61,7 @@ def media_of_files(
     caption_of = {os.path.splitext(path)[0]: path for path, _ in texts}
     used_captions = set()
     text_endings = [ending for modality in modalities.values() if modality.reads_text for ending in modality.extensions]
+    text_endings += [ending.upper() for ending in text_endings]
     for path, name in files:
         if modalities[name].reads_text:
             continue
