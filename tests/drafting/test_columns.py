@@ -314,6 +314,15 @@ def test_few_items_are_all_trained_on(count):
     assert divided.why.startswith("too few different values of ")
 
 
+@pytest.mark.parametrize(("items", "parts"), [(36, 5), (160, 8), (500, 10)])
+def test_twenty_items_are_held_out_if_they_are_at_most_a_fifth(items, parts):
+    rows = numbered(3 * items, text=[f"text {i}" for i in range(items)])
+    for row, file in zip(rows, copies(len(rows))):
+        row["file"] = file
+    (task,) = tasks(rows)
+    assert split_task(task).test["part"]["of"] == parts
+
+
 def test_a_split_column_is_used():
     divided = split_task(*tasks(numbered(30, text="row {}", split=["Train", "val", "test"])))
     assert (divided.train["where"], divided.test["where"]) == ({"split": ["Train"]}, {"split": ["val"]})

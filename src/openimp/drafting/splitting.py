@@ -9,7 +9,8 @@ from openimp.drafting.columns import PROBED_ROWS, TaskDraft, open_candidate, sam
 from openimp.drafting.finding import ROLES, shown
 
 MIN_ITEMS = 20
-"""With fewer different items, none are held out, because a test on one or two rows says nothing."""
+"""With fewer different items, none are held out, because a test on one or two rows says nothing. The held-out part
+has about as many or more, but at most a fifth of all."""
 MIN_GROUPS = 5
 """With fewer groups, such as speakers, rows of one group may be both trained on and tested on."""
 COMPARED_ROWS = 100
@@ -102,10 +103,11 @@ def _by_hash(task: TaskDraft) -> Split:
     )
     groups = [name for name in task.by_use["group"] if len(set(_keys(task.table, name))) >= MIN_GROUPS]
     by = next(iter([*groups, *([item] if item else []), *task.by_use["path"]]), None)
-    parts = max(10, rows // TEST_ROWS)
+    items = _count_items(task, item)
+    parts = max(5, min(items // MIN_ITEMS, max(10, rows // TEST_ROWS)))
     part_of_row = task.table.parts(parts, by)
     sizes = Counter(part_of_row)
-    if _count_items(task, item) < MIN_ITEMS or len(sizes) < 2:
+    if items < MIN_ITEMS or len(sizes) < 2:
         return whole
     labels = task.table.column(task.label.name) if task.label else []
     classes_of_part = defaultdict(set)
