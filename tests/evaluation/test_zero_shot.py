@@ -109,6 +109,16 @@ def test_classes_with_equal_tokens_are_named(labelled, capsys):
     assert f"reads the classes {'sea' * 50!r} and {'sea' * 51!r} as the same text" in capsys.readouterr().err
 
 
+def test_classes_without_a_known_word_are_named_with_a_remedy(labelled, capsys):
+    stems = {"vision": {"patch": [2, 8, 8]}, "audio": {"window": 512, "hop": 256, "bins": 32}, "text": {"min_df": 1}}
+    for words in (False, True):
+        evaluate(*labelled(["RedSquare", "noise"], words=words, keys={"modalities": stems}))
+    assert capsys.readouterr().err == (
+        "evaluation.sets.things: the model knows no word of 1 class: 'RedSquare'; give other names in classes, or "
+        "split names such as BrushHair by words: true\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("labels", "options"),
     [

@@ -80,7 +80,9 @@ def class_embeddings(evaluator: Evaluator, options: ZeroShot, error_prefix: str,
         _notice_once(f"{error_prefix}: the model reads the classes {both} as the same text, so it confuses them")
     if rank() == 0 and (unknown := [name for name in names if not is_known(encoder.modality, name, encoder.view)]):
         listed = ", ".join(map(repr, unknown[:3]))
-        _notice_once(f"{error_prefix}: the model knows no word of {counted(len(unknown), 'class')}: {listed}")
+        message = f"{error_prefix}: the model knows no word of {counted(len(unknown), 'class')}: {listed}"
+        splitting = "" if options.words else ", or split names such as BrushHair by words: true"
+        _notice_once(f"{message}; give other names in classes{splitting}")
     return class_vectors(encoder, names, options.prompts)
 
 
