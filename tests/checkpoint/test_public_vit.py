@@ -78,9 +78,8 @@ def fitting_recipe(init: str, size: tuple[int, int], **model) -> Recipe:
     with refuses() as error:
         open_warm_start(recipe, recipe.make_modalities())
     lines = yaml.safe_load(str(error.value).partition("\n")[2])
-    data = recipe.to_dict()
-    modalities = {**data["modalities"], **lines["modalities"]}
-    return recipe_of(init, size, model={**data["model"], **lines["model"], **model}, modalities=modalities)
+    assert lines["model"]["embed_dim"] == 16, "the recipe's other options stay"
+    return recipe_of(init, size, model=lines["model"] | model, modalities=lines["modalities"])
 
 
 def load(recipe: Recipe) -> tuple[IMP, dict, str]:

@@ -172,18 +172,22 @@ def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
     if recipe.model.moe:
         raise UserError(f"{init}: a public vision Transformer is dense; set model.moe: null")
     weights = ViTWeights(init, modalities)
-    needed = {"model": weights.model_options()}
+    needed: dict[str, dict[str, Any]] = {"model": weights.model_options(), "modalities": {}}
     for modality in modalities.values():
         spec = modality.stem_spec()
         if spec.patch and spec.patch[-1] == RGB:
             options = weights.stem_options(recipe.modalities[modality.stem])
-            needed.setdefault("modalities", {})[modality.stem] = options
+            needed["modalities"][modality.stem] = options
     needed_values = flat(needed)
     recipe_values = flat(recipe.to_dict())
     differing = differences(needed_values, {key: recipe_values[key] for key in needed_values})
     if differing:
         lines = [f"{init}: {_listed(differing)}; write into the recipe:"]
-        for key, value in needed.items():
+        changed = recipe.model_dump(mode="json", exclude_defaults=True)  # The recipe's other options stay.
+        model = changed.get("model", {}) | needed["model"]
+        stems = {stem: options | needed["modalities"].get(stem, {}) for stem, options in changed["modalities"].items()}
+        stems = {stem: options for stem, options in stems.items() if options}
+        for key, value in {"model": model, "modalities": stems}.items():
             flow = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
             lines.append(f"{key}: {flow.strip()}")
         raise UserError("\n".join(lines))
