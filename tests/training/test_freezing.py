@@ -120,6 +120,7 @@ def test_a_step_of_a_slower_part_is_smaller(little_data, tmp_path):
 def test_what_cannot_be_frozen_is_refused(little_data, tmp_path):
     for scale in (
         "{stems.visoin: 0}",
+        "{stems.image: 0}",
         "{encoder.text: 0}",
         "{stems: 0, encoder: 0, projections: 0, temperatures: 0}",
     ):

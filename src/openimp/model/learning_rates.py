@@ -31,7 +31,9 @@ def lr_factors(model: Embedder, options: Optimizer) -> dict[Tensor, float]:
         factors[parameter] = scale * options.layer_decay ** depths.get(parameter, 0)
     for part in options.lr_scale:
         if part not in known_parts:
-            raise UserError(f"optimizer.lr_scale: the model has no part {part!r}{nearest(part, known_parts)}")
+            stem = getattr(model, "stem_of", {}).get(part.removeprefix("stems."))  # `part` may name a modality.
+            hint = nearest(f"stems.{stem}" if stem else part, known_parts)
+            raise UserError(f"optimizer.lr_scale: the model has no part {part!r}{hint}")
     return factors
 
 
