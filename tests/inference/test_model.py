@@ -242,6 +242,11 @@ def test_unreadable_inputs_are_named(model, tmp_path):
         model.encode_text("a", batch_size=0)
     with refuses():
         model.encode_text(pandas.DataFrame({"text": ["a"]}))
+    with open(broken, "rb") as binary, open(broken) as text:
+        pass
+    for closed in (binary, [binary], text):
+        with refuses():
+            model.encode_image(closed)
     with refuses():
         openimp.evaluate(model)
 

@@ -401,8 +401,12 @@ def _as_list(inputs: Any) -> list[Any]:
 
 
 def _is_open_file(value: Any) -> bool:
-    """Whether it is a file of bytes. The lines of a file of text are several inputs."""
-    return hasattr(value, "read") and not isinstance(value, io.TextIOBase)
+    """Whether it is a file of bytes. The lines of a file of text are several inputs. A closed file is a UserError."""
+    if not hasattr(value, "read"):
+        return False
+    if getattr(value, "closed", False):
+        raise UserError("an input is a closed file; open it again, or give its path")
+    return not isinstance(value, io.TextIOBase)
 
 
 def _unwrapped(value: Any) -> Any:
