@@ -21,7 +21,9 @@ from openimp.common.json_lines import read_lines
 from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
 from openimp.data.task_data import TaskData
+from openimp.evaluation.evaluate import check_sets
 from openimp.inference.onnx import export
+from openimp.planning.costs import meta_model
 from openimp.recipe.file import RecipeLoader
 from openimp.recipe.registry import modality_class, objective_class
 from openimp.recipe.schema import Recipe
@@ -125,6 +127,26 @@ def test_the_examples_of_the_data_page_are_read(tmp_path, monkeypatch):
             for name, source in recipe.sources.items():
                 assert len(open_source(name, source))
     assert read == {"photos", "songs", "birds", "shards", "stream"}
+
+
+def test_the_sets_of_the_evaluation_page_can_be_measured(media_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, labels in {"photos": ["robin", "wren"], "more_photos": ["robin", "wren", "owl"]}.items():
+        for label in labels:
+            (tmp_path / folder / label).mkdir(parents=True)
+            for i in range(10):
+                shutil.copy(media_folder / "0.png", f"{folder}/{label}/{i}.png")
+    shutil.copy(media_folder / "0.mp4", tmp_path)
+    films = [
+        {"file": "0.mp4", "caption": "a film", "label": label, "split": 1} for label in ("brush_hair", "ClimbStairs")
+    ]
+    Path("films.jsonl").write_text("".join(json.dumps(film) + "\n" for film in films), encoding="utf-8")
+    ((_, text),) = blocks(ROOT / "docs" / "evaluation.md", "yaml")
+    recipe = Recipe.build({"name": "birds", **yaml.load(text, RecipeLoader)})
+    data = TaskData(recipe, recipe.make_modalities())
+    data.fit()
+    tables = check_sets(meta_model(recipe, data.modalities, data.classes), recipe, data.modalities, data.classes)
+    assert (len(tables["more"]), len(tables["rest"])) == (20, 30)
 
 
 @pytest.fixture
