@@ -23,6 +23,7 @@ from openimp.encoding.engine import ItemEncoder
 from openimp.evaluation.zero_shot import check_prompt, class_vectors, names_with_equal_tokens
 from openimp.inference.files import File, encoded, find_files, left_out, shown_name
 from openimp.inference.model import Model, load
+from openimp.parallel.distributed import alone
 from openimp.recipe.schema import Recipe
 
 
@@ -123,7 +124,8 @@ def _by_names(model: Model, modality: str, names: Sequence[str], prompts: Sequen
         name, other = equal_names
         raise UserError(f"the model reads the classes {name!r} and {other!r} as the same text; rename one")
     text_encoder = model.item_encoder(reader.name, modality, batch_size, "classify")
-    class_KZ = scale * class_vectors(text_encoder, names, prompts)
+    with alone():  # Other ranks may not call this.
+        class_KZ = scale * class_vectors(text_encoder, names, prompts)
     return Classifier(names, encoder, partial(F.linear, weight=class_KZ))
 
 
