@@ -488,7 +488,8 @@ def test_a_run_indexes_the_media_of_its_recipe_and_new_texts_without_them(own_da
     lines[0] = json.dumps(json.loads(lines[0]) | {"caption": "a tone with another name"})
     lines.append(json.dumps(json.loads(lines[1]) | {"caption": "a second caption"}))
     (own_data / "sounds.jsonl").write_text("\n".join(lines))
-    assert (build_index(run).unchanged, embedded) == (39, {})
+    done = build_index(run)
+    assert (done.changed, done.unchanged, embedded) == (2, 37, {})
     texts = {os.path.relpath(row["path"], own_data): row["text"] for row in rows(done.folder).values()}
     assert (texts["0.wav"], texts["2.wav"]) == ("a tone with another name", "a high tone")
     assert texts["1.wav"] == "a middle tone; a second caption"
@@ -621,10 +622,13 @@ def test_a_text_beside_media_is_their_caption_and_no_item(build, media_folder, t
     (media / "2.txt").write_bytes(b"\xff\xfe")
     (media / "1 again.txt").write_text("again", encoding="utf-8")
     done = build(media)
-    assert (done.unchanged, done.items, embedded) == (6, 7, {}), "media are not embedded again"
+    assert (done.changed, done.unchanged, done.items) == (5, 1, 7), "a changed caption counts"
+    assert embedded == {}, "media are not embedded again"
     captions = {"0.png": "a new caption", "0.wav": "a new caption", "1.png": "1", "2.png": "2", "1 again.PNG": "again"}
     assert texts() == captions
-    for skipped in (done.skipped, build(media).skipped):  # An unreadable caption is named each time.
+    again = build(media)
+    assert again.unchanged == 6
+    for skipped in (done.skipped, again.skipped):  # An unreadable caption is named each time.
         assert list(skipped) == [str(media / "2.png")]
         assert skipped[str(media / "2.png")].startswith("2.txt: no UTF-8 text")
     (media / "2.txt").write_text(" \n", encoding="utf-8")

@@ -43,7 +43,7 @@ class IndexResult:
 
     folder: Path  # the index
     new: int
-    changed: int
+    changed: int  # with those of which only the caption has changed
     moved: int  # found by their hash, and not embedded again
     unchanged: int
     removed: int  # with those that cannot be read any more

@@ -144,10 +144,11 @@ class Update:
         for file in files:
             if (others := unreadable_parts[file.media.path] - 1) > 0:
                 file.problem += f", and {counted(others, 'other part')} of the file"
-        paths = {file.media.path for file in files}
-        self.items.replace(paths & self.stored.keys(), [row for file in files for row in _rows(file)])
+        stored_paths = {file.media.path for file in files} & self.stored.keys()
+        stored_texts = {row["path"]: row["text"] for row in self.items.rows("path", stored_paths, ["path", "text"])}
+        self.items.replace(stored_paths, [row for file in files for row in _rows(file)])
         for file in files:
-            self._record(file)
+            self._record(file, stored_texts.get(file.media.path))
 
     def _open(self, encoder: ItemEncoder, media: Media) -> IndexedFile:
         stored = self.stored.get(media.path)
@@ -184,7 +185,7 @@ class Update:
                 if vector := stored_vectors.get((file.sha256, _place(part))):
                     part["vector"] = vector
 
-    def _record(self, file: IndexedFile) -> None:
+    def _record(self, file: IndexedFile, stored_text: str | None) -> None:
         """Counts a file of a group that was written, and remembers its content and its problem."""
         path = file.media.path
         if file.problem:
@@ -196,7 +197,9 @@ class Update:
             return
         self.stored_hashes.add(file.sha256)
         if stored:
-            self.counts["unchanged" if stored.sha256 == file.sha256 else "changed"] += 1
+            # A stored row of a source may also have the texts of later rows, so its texts are not compared.
+            has_same_text = file.media.row is not None or file.text in (None, stored_text)
+            self.counts["unchanged" if stored.sha256 == file.sha256 and has_same_text else "changed"] += 1
         elif self.gone_hashes[file.sha256]:
             self.gone_hashes[file.sha256] -= 1
             self.counts["moved"] += 1
