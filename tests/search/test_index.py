@@ -237,6 +237,18 @@ def test_a_folder_without_files_inside_of_one_with_files_is_tidied(build, folder
     assert "has no files now" not in capsys.readouterr().err
 
 
+def test_a_named_file_is_removed_if_its_folder_has_others(build, folder, tmp_path, capsys):
+    (tmp_path / "disk").mkdir()
+    alone = Path(shutil.copy(folder / "1.png", tmp_path / "disk"))
+    build(folder / "0.png", folder / "2.png", alone)
+    (folder / "0.png").unlink()
+    alone.unlink()
+    done = build(folder / "0.png", folder / "2.png", alone)
+    assert (done.removed, done.items) == (1, 2)
+    (notice,) = capsys.readouterr().err.splitlines()
+    assert notice.startswith(f"{alone}: is gone, and its disk may not be mounted")
+
+
 def test_words_find_a_recording_whose_beginning_cannot_be_read(build, folder, tmp_path, embedded):
     """All its segments have its text, so words are looked up in the first one that can be read."""
     samples = np.sin(np.arange(12 * 8000) / 9)

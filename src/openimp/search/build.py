@@ -230,8 +230,9 @@ def _check_items_of_roots(update: Update, roots: list[Path], forgotten: list[Pat
         if not update.has_items_in(root):
             raise UserError(f"--forget {root}: the index has no items of it")
     for root, count in update.absent.items():
+        lack = "has no files now" if root.is_dir() else "is gone"
         notice(
-            f"{root}: has no files now, and its disk may not be mounted, so what the index has of its "
+            f"{root}: {lack}, and its disk may not be mounted, so what the index has of its "
             f"{counted(count, 'file')} is kept; --forget {root} removes it"
         )
 

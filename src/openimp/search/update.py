@@ -47,12 +47,13 @@ class Update:
         absent = {
             path: self._stored_below[root]
             for path, root in named.items()
-            if root in without_files and not path.is_file()
+            if root in without_files and not path.is_file() and not self._is_deleted_file(root)
         }
         # Unwanted items in these files and folders are removed. None: unwanted items of sources are removed.
         self.roots = None if given is None else forgotten | {named[path] for path in named.keys() - absent.keys()}
-        # Folders that had files and have none now, with the number of these files. Their items are kept, because the
-        # disk of such a folder may not be mounted. A folder does not count if a named folder around it still has files.
+        # Folders that had files and have none now, and files that are gone, with the number of these files. Their items
+        # are kept, because their disk may not be mounted. A folder does not count if a named folder around it still has
+        # files.
         self.absent = {path: count for path, count in absent.items() if not self._is_below_roots(named[path])}
         # By hash and modality, the path of the first row of any source that has this content. Of later rows with it,
         # only the texts are indexed.
@@ -87,6 +88,10 @@ class Update:
     def has_items_in(self, path: Path) -> bool:
         """Whether the index has a file at this path or below it."""
         return os.path.abspath(path) in self._stored_below
+
+    def _is_deleted_file(self, path: str) -> bool:
+        """Whether a stored file is gone from a folder that still has other files, so that its disk is mounted."""
+        return path in self.stored and any(Path(path).parent.glob("*"))
 
     def _is_below_roots(self, path: str) -> bool:
         return self.roots is not None and not self.roots.isdisjoint(_with_parents(path))
