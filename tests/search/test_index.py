@@ -237,6 +237,15 @@ def test_a_folder_without_files_inside_of_one_with_files_is_tidied(build, folder
     assert "has no files now" not in capsys.readouterr().err
 
 
+def test_a_folder_without_media_is_named(build, folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (folder / "0.txt").touch()  # This caption is no item, but not nothing.
+    build(folder / "0.png", folder / "0.txt")
+    assert not capsys.readouterr().err
+    assert build(folder / "1.png", tmp_path / "empty").new == 1
+    assert f"{tmp_path / 'empty'}: has no files that can be indexed" in capsys.readouterr().err
+
+
 def test_a_named_file_is_removed_if_its_folder_has_others(build, folder, tmp_path, capsys):
     (tmp_path / "disk").mkdir()
     alone = Path(shutil.copy(folder / "1.png", tmp_path / "disk"))

@@ -129,7 +129,7 @@ def build_index(
         _write_metadata(folder, metadata, opened, replace=roots is None)
         items = Items(folder, opened.imp.config.embed_dim)
         update = Update(opened, items, media, roots, forgotten)
-        _check_items_of_roots(update, roots or [], forgotten)
+        _check_items_of_roots(update, forgotten)
         try:
             update.run(metadata.towards, batch_size, progress)
         except KeyboardInterrupt:
@@ -221,11 +221,13 @@ def _recipe_media(name: str, model: Model, modalities: Modalities, allow_sources
     return media
 
 
-def _check_items_of_roots(update: Update, roots: list[Path], forgotten: list[Path]) -> None:
-    """Refuses paths of which there are neither files nor items, and tells of roots that have items but no files."""
-    for root in roots:
-        if not root.exists() and not update.has_items_in(root):
+def _check_items_of_roots(update: Update, forgotten: list[Path]) -> None:
+    """Refuses paths of which there are neither files nor items, and tells of folders without files."""
+    for root in update.unknown:
+        if not root.exists():
             raise UserError(f"{root}: no such file or folder")
+        if root.is_dir():
+            notice(f"{root}: has no files that can be indexed")
     for root in forgotten:
         if not update.has_items_in(root):
             raise UserError(f"--forget {root}: the index has no items of it")

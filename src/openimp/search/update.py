@@ -43,6 +43,10 @@ class Update:
         self.wanted_folders = {os.path.dirname(path) for path in self.wanted}
         forgotten = {os.path.abspath(path) for path in forget}
         named = {path: os.path.abspath(path) for path in given or ()}
+        # Named paths of which there are neither files nor items. A text file that is a caption may be among them.
+        self.unknown = [
+            path for path, root in named.items() if root not in wanted_below and root not in self._stored_below
+        ]
         without_files = self._stored_below.keys() - wanted_below - forgotten
         absent = {
             path: self._stored_below[root]
