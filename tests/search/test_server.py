@@ -99,6 +99,8 @@ def test_filters_apply_with_and_without_a_query(server: Server, folder: Path, id
     clips = {ids[f"{i}.mp4"] for i in range(3)}
     assert set(server.items(f"{query}modality=video&since=2001-01-01")) == clips
     assert server.items(f"{query}modality=video&until=2001-01-01") == []
+    if not query:
+        assert "3 items. Search them" in server.ask("/?modality=video&since=2001-01-01").text
     assert server.items(f"{query}under={folder / 'media' / 'named'}") == [ids["a_blue-square.png"]]
     assert "Nothing is indexed that matches these filters" in server.ask(f"/?{query}under=/nowhere").text
     assert "expected a day, such as" in server.ask(f"/?{query}since=tomorrow").text

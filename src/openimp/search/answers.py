@@ -84,12 +84,12 @@ def answer(index: Index, uploads: Uploads, parameters: QueryParams) -> Answer:
         if parts:
             _search(index, parts, page)
         else:
-            total = counted(sum(index.counts.values()), "item")
-            page.status = f"{total}. Search them, or start from one of these"
+            filters = (state.modality, state.under or None, state.since, state.until)
+            page.status = f"{counted(index.count(*filters), 'item')}. Search them, or start from one of these"
             if page.is_incomplete:
                 page.status = "Nothing is left of this query. Start from one of these"
             count = state.k if parameters.get("k") else EXAMPLES
-            hits = index.sample(count, state.modality, state.under or None, state.since, state.until)
+            hits = index.sample(count, *filters)
             page.items = [_item(index, hit) for hit in hits]
             if not hits:
                 page.status = NO_MATCH

@@ -237,6 +237,17 @@ class Index:
         """`id`, `modality` and fp16 `vector` of all items; null if the model knows no word of an item."""
         return self._from_table(Items.vectors)
 
+    def count(
+        self,
+        modalities: str | Sequence[str] | None = None,
+        under: str | Path | None = None,
+        since: str | date | None = None,
+        until: str | date | None = None,
+    ) -> int:
+        """The number of items that match the filters; see `search`."""
+        where = " AND ".join(self._filters(modalities, under, since, until)) or None
+        return self._from_table(lambda items: items.count(where))
+
     def sample(
         self,
         count: int,
@@ -246,7 +257,6 @@ class Index:
         until: str | date | None = None,
     ) -> list[Hit]:
         """At most `count` items, evenly spaced among those that match the filters; see `search`."""
-        modalities = [modalities] if isinstance(modalities, str) else modalities
         where = " AND ".join(self._filters(modalities, under, since, until)) or None
         rows = self._from_table(lambda items: items.sample(count, where, items.hit_columns)).to_pylist()
         return [Hit(**row) for row in rows]
@@ -361,12 +371,13 @@ class Index:
 
     def _filters(
         self,
-        modalities: Sequence[str] | None,
+        modalities: str | Sequence[str] | None,
         under: str | Path | None,
         since: str | date | None,
         until: str | date | None,
     ) -> list[str]:
         """SQL filters; see `search` for the arguments."""
+        modalities = [modalities] if isinstance(modalities, str) else modalities
         for name in modalities or ():
             if name not in self.counts:
                 raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")

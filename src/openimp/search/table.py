@@ -110,8 +110,8 @@ class Items:
         """The columns that have an index."""
         return {column for index in self.table.list_indices() for column in index.columns}
 
-    def count(self, where: str) -> int:
-        """The number of rows that match an SQL filter."""
+    def count(self, where: str | None) -> int:
+        """The number of rows that match an SQL filter, or of all."""
         with _read_errors():
             return int(self.table.count_rows(where))
 
