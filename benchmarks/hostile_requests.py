@@ -10,7 +10,6 @@ process must have printed no traceback, and its peak memory must be below the li
 failed. `--write` writes docs/results/serve.md.
 """
 
-import json
 import sys
 import tempfile
 import time
@@ -145,7 +144,7 @@ def main() -> int:
                 answer = upload(server, args.seed, number)
                 slowest = max(slowest, time.perf_counter() - begin)
                 outcome = {200: "encoded", 400: "refused"}.get(answer.status, f"failed: {answer.status}")
-                if outcome == "refused" and not json.loads(answer.body)["error"].endswith("."):
+                if outcome == "refused" and not answer.json["error"].endswith("."):
                     outcome = "refused without a sentence"
                 uploads[outcome] += 1
             for answer in track(requests(server, folder, known, args.seed, args.requests), "requests"):

@@ -1,11 +1,13 @@
 """A search page that is served by `openimp serve`, as a process of its own, for tests with HTTP and with a browser."""
 
 import http.client
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from processes import Process
@@ -22,6 +24,10 @@ class Answer:
     @property
     def text(self) -> str:
         return self.body.decode()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
 
 
 @dataclass(frozen=True)

