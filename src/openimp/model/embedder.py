@@ -88,15 +88,11 @@ class Embedder(nn.Module, ABC):
 
     def encode(self, modality: str, tokens: Tokens) -> Encoded:
         """Encodes the tokens of a modality."""
-        return self._encode({modality: tokens})[modality]
-
-    def encode_all(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
-        """Encodes each modality by itself. Their batch sizes may differ."""
-        return self._encode(inputs)
+        return self.encode_all({modality: tokens})[modality]
 
     @abstractmethod
-    def _encode(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
-        """What `encode` and `encode_all` do. FSDP2 gathers weights on each call of them, so neither calls the other."""
+    def encode_all(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
+        """Encodes each modality by itself. Their batch sizes may differ."""
 
     @abstractmethod
     def project(self, features_BD: Tensor, modality: str, other: str, normalize: bool = True) -> Tensor:

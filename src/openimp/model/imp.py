@@ -58,7 +58,7 @@ class IMP(Embedder):
             {head: linear(self.config.width, len(classes)) for head, classes in config.classes.items()}
         )
 
-    def _encode(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
+    def encode_all(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
         """Encodes each modality by itself, but all in one pass through the shared blocks."""
         embedded = [self.stem(name)(tokens) for name, tokens in inputs.items()]
         masks = [_attended(tokens.mask) for tokens in inputs.values()]

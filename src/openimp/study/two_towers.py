@@ -85,7 +85,7 @@ class TwoTowers(Embedder):
         self.shape = shape
         self.context_length = clip.context_length
 
-    def _encode(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
+    def encode_all(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
         return {name: Encoded(self._vectors(name, tokens), []) for name, tokens in inputs.items()}
 
     def _vectors(self, name: str, tokens: Tokens) -> Tensor:

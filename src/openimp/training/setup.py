@@ -226,7 +226,7 @@ def _distribute(recipe: Recipe, model: Embedder, device: torch.device) -> None:
         device,
         blocks=model.blocks(),
         experts=model.experts(),
-        methods=("encode", "encode_all", "project", "classify"),
+        methods=("encode_all", "project", "classify"),
         param_dtype=torch.float32 if "fp32" in precisions else torch.bfloat16,
         fp32_modules=model.fp32_modules(),
     )
