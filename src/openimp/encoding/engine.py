@@ -25,6 +25,7 @@ from openimp.parallel.distributed import in_lockstep
 from openimp.parallel.layout import mixed_precision
 
 K = TypeVar("K")
+R = TypeVar("R")
 COPIED_TOGETHER = 512
 """Vectors that are copied to the CPU together, because a copy waits for the GPU."""
 
@@ -83,7 +84,7 @@ class ItemEncoder:
 
         All ranks iterate together until the end, because they share the model. Each encodes its own items.
         """
-        results = map_ahead(_attempt, items)
+        results = map_ahead(attempt, items)
         passes: Iterable[Any] = in_lockstep(self._batches(results), lambda batch: batch.shape)
         if self.watch:
             passes = self.watch(passes, self.modality.name)
@@ -188,7 +189,8 @@ def chunks_on_cpu(results: Iterable[tuple[K, Tensor | BadMedia]]) -> Iterator[li
         yield [(key, next(vectors_on_cpu) if isinstance(result, Tensor) else result) for key, result in chunk]
 
 
-def _attempt(item: tuple[K, Callable[[], np.ndarray]]) -> tuple[K, np.ndarray | BadMedia]:
+def attempt(item: tuple[K, Callable[[], R]]) -> tuple[K, R | BadMedia]:
+    """The key of an item, and what its function returns, or why the item cannot be read."""
     key, read = item
     try:
         return key, read()

@@ -9,7 +9,7 @@ Shape suffixes: B items, M clips, D features.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import islice
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +24,7 @@ from openimp.common.objective import Teacher
 from openimp.common.protocols import Dated, Pictured, Recorded, Segmented, TensorInput
 from openimp.common.schema import Count, RecipePath, Strict
 from openimp.common.threads import map_ahead
+from openimp.encoding.engine import attempt
 from openimp.encoding.frozen import CLIPS, FrozenEncoder, open_encoder
 from openimp.recipe.registry import modality_class
 from openimp.recipe.schema import Recipe
@@ -112,7 +113,8 @@ class Tower(Modality):
         """The vectors (crops, features) fp16 of each item, or why it cannot be read. `reads` return raw values."""
         batch: list[list[np.ndarray] | BadMedia] = []
         clips = 0
-        for item in map_ahead(self._attempt, enumerate(reads)):
+        items = ((number, partial(self._crops, number, read)) for number, read in enumerate(reads))
+        for _, item in map_ahead(attempt, items):
             batch.append(item)
             clips += 0 if isinstance(item, BadMedia) else sum(map(len, item))
             if clips >= CLIPS:
@@ -128,18 +130,14 @@ class Tower(Modality):
         for item in batch:
             yield item if isinstance(item, BadMedia) else np.stack([*islice(vectors, len(item))])
 
-    def _attempt(self, numbered: tuple[int, Callable[[], Any]]) -> list[np.ndarray] | BadMedia:
+    def _crops(self, number: int, read: Callable[[], Any]) -> list[np.ndarray]:
         """The clips of each crop of an item."""
-        number, read = numbered
-        try:
-            value = read()
-            crops = [self.encoder.read(value)]
-            random_crops = 0 if self.reads_text else self.config.crops - 1
-            for crop in range(1, 1 + random_crops):
-                crops.append(self.encoder.read(value, np.random.default_rng([number, crop])))
-            return crops
-        except BadMedia as error:
-            return error
+        value = read()
+        crops = [self.encoder.read(value)]
+        random_crops = 0 if self.reads_text else self.config.crops - 1
+        for crop in range(1, 1 + random_crops):
+            crops.append(self.encoder.read(value, np.random.default_rng([number, crop])))
+        return crops
 
     def _vectors(self, crops: list[np.ndarray]) -> np.ndarray:
         """A vector, (crops, features) fp16, of each array of clips."""
