@@ -74,8 +74,6 @@ def test_the_tokenizer_is_the_checkpoints(little_run, pictures_only, tmp_path):
     train(recipe_of(pictures_only, little_run, "train.steps=2"), tmp_path / "run")
     (ours,), theirs = checkpoints(tmp_path / "run"), checkpoints(little_run)[-1]
     assert (ours / "tokenizer.json").read_text() == (theirs / "tokenizer.json").read_text()
-    ids, wanted = (openimp.load(folder).tokenizer("a red square") for folder in (ours, theirs))
-    assert torch.equal(ids, wanted)
 
 
 def test_a_tokenizer_file_may_move(little_run, pictures_only, tmp_path):

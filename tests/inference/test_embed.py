@@ -140,14 +140,3 @@ def test_bad_input_is_reported_and_the_old_table_stays(tiny_model_folder, tmp_pa
         embed(tiny_model_folder, files, **{"out": "out.parquet"} | options)
     assert (tmp_path / "out.parquet").read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.png", "empty", "empty.parquet", "out.parquet"]
-
-
-def test_an_interrupted_run_leaves_nothing_behind(tiny_model_folder, media_folder, tmp_path, monkeypatch):
-    def interrupted(items, description):
-        yield from list(items)[:2]
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("openimp.inference.embed.track", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        embed(tiny_model_folder, [media_folder], tmp_path / "out.parquet")
-    assert list(tmp_path.iterdir()) == []

@@ -69,26 +69,6 @@ def test_an_embedding_does_not_depend_on_the_rest_of_its_batch(moe, tiny_recipe,
         assert torch.pdist(together).min() > 1e-3, "or the lines above would say nothing"
 
 
-@pytest.mark.parametrize(
-    ("modality", "shapes"), [("video", [(3, 16, 24, 3), (40, 24, 24, 3)]), ("audio", [7000, 40_000])]
-)
-def test_equal_clips_of_an_item_are_encoded_once(tiny_recipe, model_of, modality, shapes):
-    """And the embedding is that of the mean of all of them."""
-    model = model_of(tiny_recipe())
-    view, noise = model.views[modality], np.random.default_rng(0)
-    view.clips = 4
-    kind, scale = (np.uint8, 255) if modality == "video" else (np.float32, 1)
-    short, long = ((noise.random(shape) * scale).astype(kind) for shape in shapes)
-    clips = list[int]()
-    model.imp.encoder.register_forward_pre_hook(lambda _, inputs: clips.append(sum(map(len, inputs[0]))))
-    once = model.encode(modality, [short, short.copy(), long])
-    assert sum(clips) == 1 + 1 + 4
-    (clip,) = model.modalities[modality].encode_input(short, view)
-    encoder = model.item_encoder(modality, "text", 4, "", normalize=False)
-    ((_, repeated),) = encoder.encode([(None, lambda: np.stack([clip] * 4))])
-    assert (once[0] - repeated).abs().max() < 1e-6
-
-
 def test_a_path_bytes_a_picture_an_array_and_a_tensor_are_the_same_input(model, media_folder):
     path = media_folder / "1.png"
     picture = PIL.Image.open(path)
