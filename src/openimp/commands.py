@@ -205,6 +205,9 @@ def run_search(
     as_json: bool,
 ) -> None:
     """Searches an index and prints the results."""
+    for text in texts:
+        if (Path(text) / METADATA).is_file():
+            raise UserError(f"{text}: is an index; name it before the query")
     index = open_index(path)
     if texts and by == "both" and not index.has_words:
         notice(f"{path}: words are not searched; run openimp index again or make a new index")

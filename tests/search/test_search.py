@@ -414,6 +414,11 @@ def test_the_command_line_refuses_in_one_sentence(openimp, index, joint_model, m
         (("serve", joint_model), f"{joint_model}: comes without media; index some {first}"),
         (("index", joint_model, "s3://bucket/photos", "--out", nowhere),
          "s3://bucket/photos: only files on disk are indexed; copy or mount them"),
+        (("index", media, "openimp:base"),
+         "openimp:base: is no file or folder; name the model first, then files and folders"),
+        (("index", media, joint_model),
+         f"{media}: no model here; expected a run with a checkpoint, or a folder with config.json"),
+        (("search", "noise", index.folder), f"{index.folder}: is an index; name it before the query"),
     ):  # fmt: skip
         assert openimp(*arguments)[::2] == (2, f"openimp: {told}\n")
     monkeypatch.setitem(sys.modules, "lancedb", None)

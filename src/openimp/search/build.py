@@ -172,13 +172,15 @@ def build_and_open(run: str | Path, allow_sources: bool) -> Index:
 def _on_disk(path: str | Path) -> Path:
     if is_url(str(path)):
         raise UserError(f"{path}: only files on disk are indexed; copy or mount them")
+    if has_scheme(path) and not os.path.exists(path):
+        raise UserError(f"{path}: is no file or folder; name the model first, then files and folders")
     return Path(os.path.expanduser(path))
 
 
 def _default_folder(model: str, has_paths: bool) -> Path:
     folder = own_index(model)
-    if folder is None and not has_scheme(model) and not os.path.exists(os.path.expanduser(model)):
-        raise UserError(f"{model}: no such folder")
+    if folder is None and not has_scheme(model):
+        find_model(model)  # There may be none.
     # A cache may be emptied, so it holds nothing of the user's.
     if folder is None or (has_paths and is_bundled(model)):
         raise UserError(f"{model}: is not a run; name the index with --out")
