@@ -24,13 +24,11 @@ from fuzz import FORMATS, mutated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import little
+from made_models import write_untrained
 from served import Answer, Server, serving
 from trainings import most_memory
 
-from openimp.checkpoint.folder import save_model
 from openimp.common.progress import track
-from openimp.common.protocols import Learned
-from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
 from openimp.search import build_index
 
@@ -52,20 +50,9 @@ def prepare(folder: Path) -> Path:
     data = folder / "data"
     data.mkdir()
     recipe = Recipe.load(little.write(data) / "recipe.yaml", CHANGES, data)
-    modalities = recipe.make_modalities()
-    for modality in modalities.values():
-        if isinstance(modality, Learned):
-            modality.fit([["a red square"]])
-    (folder / "model").mkdir()
-    save_model(
-        folder / "model",
-        IMP(recipe.to_config({}), modalities),
-        recipe.to_config({}),
-        modalities,
-        recipe.to_yaml(),
-    )
+    model = write_untrained(recipe, [["a red square"]], folder / "model")
     (folder / "secret.txt").write_bytes(SECRET)
-    build_index(folder / "model", [data], folder / "x.index")
+    build_index(model, [data], folder / "x.index")
     return folder / "x.index"
 
 

@@ -31,16 +31,14 @@ import results_page
 import torch
 from results_page import Row
 
-from openimp.checkpoint.folder import save_model
 from openimp.common.progress import console
-from openimp.common.protocols import Learned
 from openimp.inference.embed import embed
-from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
 from openimp.search import build_index, open_index
 from openimp.search.table import Items, schema
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from made_models import write_untrained
 from served import serving
 
 SIZE, LATENT = 256, 24
@@ -48,21 +46,7 @@ SIZE, LATENT = 256, 24
 
 def write_model(folder: Path) -> Path:
     """The model of the demo's recipe with random weights."""
-    recipe = Recipe.load("demo", [], Path.cwd())
-    modalities = recipe.make_modalities()
-    for modality in modalities.values():
-        if isinstance(modality, Learned):
-            modality.fit([["a word"]] * 4)
-    torch.manual_seed(0)
-    folder.mkdir()
-    save_model(
-        folder,
-        IMP(recipe.to_config({}), modalities).eval(),
-        recipe.to_config({}),
-        modalities,
-        recipe.to_yaml(),
-    )
-    return folder
+    return write_untrained(Recipe.load("demo"), [["a word"]] * 4, folder)
 
 
 def write_pictures(folder: Path, number: int) -> list[Path]:

@@ -16,13 +16,12 @@ import pytest
 import soundfile
 import torch
 from hypothesis import settings
+from made_models import untrained, write_untrained
 from playwright.sync_api import sync_playwright
 from recordings import film
 
 from openimp import cli
-from openimp.checkpoint.folder import save_model
 from openimp.common.modality import Modality
-from openimp.common.protocols import Learned
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
@@ -116,28 +115,13 @@ def tiny_recipe() -> Callable[..., Recipe]:
 def tiny_model() -> Callable[[Recipe], tuple[IMP, dict[str, Modality]]]:
     """Makes the untrained model of a recipe, in evaluation mode, and its modalities, fitted to a few texts."""
 
-    def make(recipe: Recipe) -> tuple[IMP, dict[str, Modality]]:
-        modalities = recipe.make_modalities()
-        for modality in modalities.values():
-            if isinstance(modality, Learned):
-                modality.fit([TEXTS])
-        torch.manual_seed(0)
-        return IMP(recipe.to_config({}), modalities).eval(), modalities
-
-    return make
+    return lambda recipe: untrained(recipe, [TEXTS])
 
 
 @pytest.fixture(scope="session")
-def write_tiny(tiny_model: Callable[[Recipe], tuple[IMP, dict[str, Modality]]]) -> Callable[[Recipe, Path], Path]:
+def write_tiny() -> Callable[[Recipe, Path], Path]:
     """Writes the untrained model of a recipe to a folder that `openimp.load` opens, and returns the folder."""
-
-    def write(recipe: Recipe, folder: Path) -> Path:
-        model, modalities = tiny_model(recipe)
-        folder.mkdir(exist_ok=True)
-        save_model(folder, model, recipe.to_config({}), modalities, recipe.to_yaml())
-        return folder
-
-    return write
+    return lambda recipe, folder: write_untrained(recipe, [TEXTS], folder)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from PIL import Image
 from processes import Process
 
 from openimp.alternation import Schedule
-from openimp.checkpoint.folder import save_model
 from openimp.common.json_lines import append, read_lines
 from openimp.data.files import locate
 from openimp.inference.join import embed_rows
@@ -300,14 +299,11 @@ def test_the_arms_of_other_bundled_studies_can_be_trained(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
-def test_bundled_studies_run(name, tiny_recipe, tiny_model, tmp_path, monkeypatch):
+def test_bundled_studies_run(name, tiny_recipe, write_tiny, tmp_path, monkeypatch):
     """In their --smoke setting, on a part of the bundled data."""
     if name == "distillation":
-        recipe = tiny_recipe(model={"embed_dim": 256})
-        model, modalities = tiny_model(recipe)
-        (tmp_path / "teacher").mkdir()
-        save_model(tmp_path / "teacher", model, recipe.to_config({}), modalities, recipe.to_yaml())
-        write_vectors(tmp_path / "teacher", tmp_path / "vectors")
+        teacher = write_tiny(tiny_recipe(model={"embed_dim": 256}), tmp_path / "teacher")
+        write_vectors(teacher, tmp_path / "vectors")
         monkeypatch.chdir(tmp_path)
     if name == "tower":  # The command in its head, with few steps on a few icons.
         changes = ["train.steps=2", "train.num_workers=0", "sources.icons.limit=300", "evaluation.sets={}"]
