@@ -148,21 +148,6 @@ def media_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def peak_bytes() -> Callable[[Callable[[], Any]], int]:
-    """Measures the most memory that a function's tensors hold beyond what was there, as torch's allocator sees it."""
-
-    def measure(function: Callable[[], Any]) -> int:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            function()
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-        assert len(changes) > 100, "the profiler should see every tensor"
-        return int(np.cumsum(changes).max())
-
-    return measure
-
-
-@pytest.fixture(scope="session")
 def little_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with recipe.yaml of two tasks, and their data: 24 pictures by class and 15 captioned sounds."""
     return little.write(tmp_path_factory.mktemp("little"))

@@ -14,6 +14,7 @@ from messages import refuses
 
 from openimp.evaluation.evaluate import check_sets, evaluate
 from openimp.evaluation.retrieval import RetrievalResult, ranks
+from openimp.study.variants import peak_bytes
 
 NAMES = ["red", "green", "blue", "red", "red", "green", "grey", "white"]
 PICTURES = [png(i) for i in range(8)]
@@ -93,7 +94,7 @@ def test_nan_and_one_answer_to_everything_find_nothing():
     assert ranks(z, candidates, pairs).tolist() == [2, 2, 2, 10, 2, 2, 2, 2, 2, 2]
 
 
-def test_memory_does_not_grow_with_queries_times_candidates(peak_bytes):
+def test_memory_does_not_grow_with_queries_times_candidates():
     """All similarities of 20,000 and 20,000 items would be 1.6 GB."""
     z = F.normalize(torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     found = []

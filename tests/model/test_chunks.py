@@ -12,6 +12,7 @@ from openimp.model.embedder import in_chunks
 from openimp.model.imp import build_for_training
 from openimp.objectives.losses import task_losses
 from openimp.recipe.schema import Recipe
+from openimp.study.variants import peak_bytes
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
@@ -60,7 +61,7 @@ def test_chunks_and_activation_checkpointing_change_no_gradient(little_data, cas
 
 
 @pytest.mark.slow
-def test_the_same_batch_needs_less_memory(little_data, tmp_path, peak_bytes):
+def test_the_same_batch_needs_less_memory(little_data, tmp_path):
     large = [
         "model={width: 32, heads: 2, mlp_dim: 128, layers: 4, embed_dim: 32, moe: {experts: 2, layers: 2}}",
         "tasks.named.batch_size=64",

@@ -19,7 +19,7 @@ from openimp.checkpoint.folder import checkpoints, optimizer_state
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
-from openimp.study.variants import SUMMED
+from openimp.study.variants import SUMMED, peak_bytes
 from openimp.training.callbacks import Callback
 from openimp.training.setup import Variant
 from openimp.training.stopping import stop_signals
@@ -435,7 +435,7 @@ def test_the_evaluated_weights_are_the_averaged_ones(whole_run, little_data, tmp
 
 
 @pytest.mark.slow
-def test_the_peak_memory_of_a_mixture_is_that_of_its_largest_task(little_data, tmp_path, peak_bytes):
+def test_the_peak_memory_of_a_mixture_is_that_of_its_largest_task(little_data, tmp_path):
     """Nor does a step hold on to anything of the one before: a task alone has a single step here."""
     common = ["alternation.kind=intervals", "evaluation={}", "train.precision=fp32",
               "tasks.named.batch_size=128", "tasks.named.views=[{image: {size: 32}, text: {length: 16}}]",

@@ -1,8 +1,9 @@
 """Variants of training that only studies use, and the measurement of peak memory."""
 
 import os
-from collections.abc import Iterable
-from itertools import accumulate, chain, combinations_with_replacement, islice
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import accumulate, combinations_with_replacement, islice
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +84,6 @@ def peak_memory(trainer: Trainer) -> int:
     records, so it does not depend on other programs. The trainer must not have made a step yet. It cannot be used
     afterwards, because it has made updates.
     """
-    # At lower levels kineto prints its start and end.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     first_steps: dict[tuple[str, int], int] = {}  # of each task and view
     for step, visit in enumerate(trainer.batches.schedule):
         first_steps.setdefault((visit.task, visit.view), step)
@@ -94,18 +93,24 @@ def peak_memory(trainer: Trainer) -> int:
         step_groups = [[*range(min(rounds * round_length, len(trainer.batches)))]]
     batch_groups = [[trainer.batches[step] for step in steps] for steps in step_groups]
     # The first updates create the optimizer state, which must not count.
-    for loaded in chain.from_iterable(batch_groups):
-        trainer.make_step(loaded)
-    peak = max(_peak_of(trainer, batches) for batches in batch_groups)
+    for batches in batch_groups:
+        _make_steps(trainer, batches)
+    peak = max(peak_bytes(partial(_make_steps, trainer, batches)) for batches in batch_groups)
     trainer.log.close()
     return peak
 
 
-def _peak_of(trainer: Trainer, batches: Iterable[LoadedBatch]) -> int:
-    """The most bytes that are allocated at any moment of these updates, beyond what existed before them."""
+def _make_steps(trainer: Trainer, batches: Iterable[LoadedBatch]) -> None:
+    for loaded in batches:
+        trainer.make_step(loaded)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most bytes that tensors on the CPU hold at any moment of `work`, beyond what they held before it."""
+    # At lower levels kineto prints its start and end.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        for loaded in batches:
-            trainer.make_step(loaded)
+        work()
     allocations = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     allocations.sort(key=lambda event: event.start_ns())
     return max(accumulate(event.nbytes() for event in allocations))
