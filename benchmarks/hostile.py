@@ -1,18 +1,20 @@
 """Broken and malicious media files for benchmarks/faults.py."""
 
-import io
 import json
 import shutil
 import struct
-import tarfile
+import sys
 import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import av
 import numpy as np
 import soundfile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from little import write_tar
+from recordings import film
 
 SIDES = {"large": 10_000, "huge": 40_000}
 """Claimed side lengths in pixels: 0.3 and 4.8 GB when decoded. openimp refuses the first, Pillow the second."""
@@ -38,32 +40,13 @@ def more_data(little: Path, folder: Path) -> Path:
     for i in range(24):
         file = folder / "clips" / ("dark", "light")[i % 2] / f"{i}.avi"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(_clip(rng.integers(0, 128, (5, 32, 48, 3), np.uint8) + np.uint8(120 * (i % 2))))
-    with tarfile.open(folder / "packed.tar", "w") as tar:
-        for file in sorted((folder / "pictures").rglob("*.png")):
-            _add(tar, f"{file.parent.name}-{file.stem}", file.read_bytes(), file.parent.name)
+        file.write_bytes(film(rng.integers(0, 128, (5, 32, 48, 3), np.uint8) + np.uint8(120 * (i % 2)), "avi"))
+    members = {}
+    for file in sorted((folder / "pictures").rglob("*.png")):
+        key = f"{file.parent.name}-{file.stem}"
+        members |= {f"{key}.png": file.read_bytes(), f"{key}.txt": file.parent.name.encode()}
+    write_tar(folder / "packed.tar", members)
     return folder
-
-
-def _clip(frames: np.ndarray) -> bytes:
-    """An AVI file of frames (T, H, W, 3)."""
-    file = io.BytesIO()
-    with av.open(file, "w", format="avi") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
-        container.start_encoding()
-        for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        if len(frames):
-            container.mux(stream.encode(None))
-    return file.getvalue()
-
-
-def _add(tar: tarfile.TarFile, key: str, picture: bytes, text: str) -> None:
-    for ending, content in ((".png", picture), (".txt", text.encode())):
-        member = tarfile.TarInfo(key + ending)
-        member.size = len(content)
-        tar.addfile(member, io.BytesIO(content))
 
 
 def _picture(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], str]:
@@ -88,7 +71,7 @@ def _claiming(side: int, picture: bytes) -> bytes:
 
 
 def _no_frames(data: Path) -> str:
-    (data / "clips" / "dark" / "none.avi").write_bytes(_clip(np.empty((0, 32, 48, 3), np.uint8)))
+    (data / "clips" / "dark" / "none.avi").write_bytes(film(np.empty((0, 32, 48, 3), np.uint8), "avi"))
     return "none.avi"
 
 
@@ -106,8 +89,8 @@ def _not_numbers(data: Path) -> str:
 
 
 def _outside(data: Path) -> str:
-    with tarfile.open(data / "packed.tar", "a") as tar:
-        _add(tar, "../outside", (data / "pictures" / "red" / "0.png").read_bytes(), "red")
+    picture = (data / "pictures" / "red" / "0.png").read_bytes()
+    write_tar(data / "packed.tar", {"../outside.png": picture, "../outside.txt": b"red"}, mode="a")
     return "packed.tar[../outside]"
 
 

@@ -4,7 +4,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -88,9 +88,9 @@ def write_tars(folder: Path, into: Path) -> list[str]:
     return [inputs, objectives, f"sources.pictures={{path: '{into}/*.tar', stream: true, window: 5}}", "evaluation={}"]
 
 
-def write_tar(file: Path, members: dict[str, bytes], **options: Any) -> Path:
-    """Writes a tar with the contents of its members by their names."""
-    with tarfile.open(file, "w", **options) as tar:
+def write_tar(file: Path, members: dict[str, bytes], mode: Literal["w", "a"] = "w", **options: Any) -> Path:
+    """Writes a tar with the contents of its members by their names, or appends them to one."""
+    with tarfile.open(file, mode, **options) as tar:
         for name, content in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)

@@ -63,6 +63,7 @@ def film(
         if sound is not None:
             layout = "mono" if sound.ndim == 1 else "stereo"
             noise = container.add_stream(audio, rate=rate, layout=layout)
+        container.start_encoding()  # Without it, a film of no frames would have no bytes.
         for i, pixels in enumerate(() if frames is None else frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgba" if pixels.shape[-1] == 4 else "rgb24")
             if times is not None:
