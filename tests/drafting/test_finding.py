@@ -6,6 +6,8 @@ from PIL import Image
 
 from openimp.drafting.finding import find
 
+LEFT = "is left for a last test"
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
@@ -29,6 +31,14 @@ def paths(*places):
     return [candidate.source["path"] for candidate in find([*places] or ["."])]
 
 
+def found(*places):
+    """By place, why a candidate is not used, or the path of its held-out part."""
+    return {
+        candidate.place: candidate.problem or (candidate.held_out and candidate.held_out["path"])
+        for candidate in find(places)
+    }
+
+
 def test_the_tables_of_a_folder_and_its_subfolders_are_its_sources(touch):
     touch("a.csv", "x-0.tar", "x-1.tar", "in/b.parquet", ".hidden.csv", "deep/er/c.csv", "photos/cat/0.jpg", "a.json")
     assert paths() == ["a.csv", "in/b.parquet", "x-*.tar"]
@@ -46,8 +56,7 @@ def test_paths_that_differ_in_the_name_of_a_split_are_one_source(touch, test):
     touch("four/train/list.csv", f"four/{test}/list.csv")
     touch("five/train_1.csv", "five/train_2.csv", f"five/{test}.csv")
     touch("cv [1]/cv-valid-train-0.csv", "cv [1]/cv-valid-train-1.csv", f"cv [1]/cv-valid-{test}.csv")
-    candidates = find(["one", "two", "three", "four", "five", "cv [1]"])
-    assert {candidate.source["path"]: candidate.held_out["path"] for candidate in candidates} == {
+    assert found("one", "two", "three", "four", "five", "cv [1]") == {
         "one/train.csv": f"one/{test}.csv",
         "two/train": f"two/{test}",
         "three/train-*-of-*.parquet": f"three/{test}-00-of-01.parquet",
@@ -59,9 +68,7 @@ def test_paths_that_differ_in_the_name_of_a_split_are_one_source(touch, test):
 
 def test_the_validation_split_is_evaluated_and_the_test_split_is_left(touch):
     touch("train.csv", "val.csv", "test.csv")
-    candidate, test = find(["."])
-    assert candidate.held_out == {"path": "val.csv"}
-    assert (test.place, test.problem) == ("test.csv", "is left for a last test")
+    assert found(".") == {"train.csv": "val.csv", "test.csv": LEFT}
 
 
 def test_subfolders_that_have_only_subfolders_are_sources_of_their_own(touch):
@@ -74,63 +81,64 @@ def test_folders_beside_splits_and_folders_without_media_are_named(touch, folder
     touch("b/train/cat/0.jpg", "b/test/cat/1.jpg", "b/__MACOSX/train/cat/._0.jpg")
     (folder / "b/empty").mkdir()  # As is b/__MACOSX, without hidden files.
     touch("c/train/0.jpg", "c/plane/0.jpg")  # Classes of which one is called like a split.
-    a_train, b_train, c, *others = find(["a", "b", "c"])
-    assert (a_train.source["path"], a_train.held_out) == ("a/train", {"path": "a/test"})
-    assert (b_train.source["path"], b_train.held_out) == ("b/train", {"path": "b/test"})
-    assert c.source["path"] == "c"
-    assert {other.place for other in others} == {"a/annotations", "a/unlabeled"}
-    assert all(other.problem for other in others)
+    beside = "is beside folders of splits"
+    assert found("a", "b", "c") == {
+        "a/train": "a/test",
+        "b/train": "b/test",
+        "c": None,
+        "a/annotations": beside,
+        "a/unlabeled": beside,
+    }
 
 
 def test_names_of_splits_may_have_numbers_and_other_words(touch):
     touch("coco/train2017/0.jpg", "coco/val2017/1.jpg", "coco/annotations/x.json")
     touch("mine/imgs_train/0.jpg", "mine/imgs_val/1.jpg")
     touch("classes/bullet_train/0.jpg", "classes/test tube/1.jpg")  # They differ in more than the split.
-    found = {candidate.place: candidate for candidate in find(["coco", "mine", "classes"])}
-    assert found["coco/train2017"].held_out == {"path": "coco/val2017"}
-    assert found["mine/imgs_train"].held_out == {"path": "mine/imgs_val"}
-    assert found["classes"].held_out is None
-    assert found.keys() == {"coco/train2017", "coco/annotations", "mine/imgs_train", "classes"}
+    assert found("coco", "mine", "classes") == {
+        "coco/train2017": "coco/val2017",
+        "coco/annotations": "is beside folders of splits",
+        "mine/imgs_train": "mine/imgs_val",
+        "classes": None,
+    }
 
 
 def test_a_table_beside_those_of_a_split_is_not_trained_on(touch):
     """In Common Voice, validated.tsv has the rows of all splits."""
     touch("train.tsv", "dev.tsv", "test.tsv", "validated.tsv", "other/more.csv")
-    train, more, *others = find(["."])
-    assert (train.place, train.held_out, more.place) == ("train.tsv", {"path": "dev.tsv"}, "other/more.csv")
-    beside = "is beside the tables of a split"
-    assert {other.place: other.problem for other in others} == {
-        "test.tsv": "is left for a last test",
-        "validated.tsv": beside,
+    assert found(".") == {
+        "train.tsv": "dev.tsv",
+        "other/more.csv": None,
+        "test.tsv": LEFT,
+        "validated.tsv": "is beside the tables of a split",
     }
-    named = [candidate.place for candidate in find(["train.tsv", "dev.tsv", "validated.tsv"]) if not candidate.problem]
-    assert named == ["train.tsv", "validated.tsv"], "tables that are named are meant"
+    assert [*found(".")][:2] == ["train.tsv", "other/more.csv"], "those that are used come first"
+    named = found("train.tsv", "dev.tsv", "validated.tsv")
+    assert named == {"train.tsv": "dev.tsv", "validated.tsv": None}, "tables that are named are meant"
 
 
 def test_a_split_for_evaluation_whose_training_split_is_not_found_is_not_trained_on(touch):
     touch("a/labels_train.csv", "a/test_data.csv", "b/test.csv", "c/test/cat/0.jpg")
-    *used, test = find(["a", "b", "c"])
-    assert [candidate.place for candidate in used] == ["a/labels_train.csv", "b/test.csv", "c/test"]
-    assert (test.place, test.problem) == (
-        "a/test_data.csv",
-        "no training splits have a matching name",
-    )
+    assert found("a", "b", "c") == {
+        "a/labels_train.csv": None,
+        "b/test.csv": None,
+        "c/test": None,
+        "a/test_data.csv": "no training splits have a matching name",
+    }
     assert paths("a/labels_train.csv", "a/test_data.csv") == ["a/labels_train.csv", "a/test_data.csv"]
     touch("dev/train.csv", "dev/captions.csv", "two/train.csv", "two/training.csv", "two/test.csv")
     assert {*paths("dev")} == {"dev/train.csv", "dev/captions.csv"}
-    *used, test = find(["two"])
-    assert [candidate.place for candidate in used] == ["two/train.csv", "two/training.csv"]
-    assert test.problem == "2 training splits have a matching name"
+    assert found("two") == {
+        "two/train.csv": None,
+        "two/training.csv": None,
+        "two/test.csv": "2 training splits have a matching name",
+    }
 
 
 def test_further_splits_are_neither_trained_on_nor_measured(touch):
     for name in ("train", "val", "valid", "test", "eval"):
         touch(f"a/{name}/cat/0.jpg", f"a/{name}/dog/0.jpg")
-    train, *others = find(["a"])
-    assert (train.source["path"], train.held_out) == ("a/train", {"path": "a/val"})
-    assert {other.place: other.problem for other in others} == dict.fromkeys(
-        ("a/eval", "a/test", "a/valid"), "is left for a last test"
-    )
+    assert found("a") == {"a/train": "a/val", "a/eval": LEFT, "a/test": LEFT, "a/valid": LEFT}
 
 
 def test_each_kind_of_media_in_a_folder_is_a_source_and_other_files_are_counted(touch):
