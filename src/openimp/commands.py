@@ -206,7 +206,7 @@ def run_search(
 ) -> None:
     """Searches an index and prints the results."""
     for text in texts:
-        if (Path(text) / METADATA).is_file():
+        if os.path.isfile(os.path.join(text, METADATA)):  # False for a long text, where Path raises OSError.
             raise UserError(f"{text}: is an index; name it before the query")
     index = open_index(path)
     if texts and by == "both" and not index.has_words:
