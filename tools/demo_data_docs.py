@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import soundfile
+import torch
 from PIL import Image, ImageSequence
+
+from openimp.modalities.audio import Audio, log_mel
 
 NOTICE = """\
 openimp's demo data is made from the works below, whose makers do not endorse it. License texts: LICENSES/.
@@ -133,17 +136,11 @@ def replace_counts(card: Path, numbers: str) -> None:
     card.write_text(before + start + numbers + end + after)
 
 
-def log_mel(audio: bytes, bands: int = 64) -> np.ndarray:
-    """Returns the log-mel spectrogram (bands, time) of a note, with windows of 25 ms every 10 ms."""
-    wave, rate = soundfile.read(io.BytesIO(audio), dtype="float32")
-    wave = np.pad(wave, (0, max(0, 2 * rate - len(wave))))[: 2 * rate]
-    windows = np.lib.stride_tricks.sliding_window_view(wave, 400)[::160] * np.hanning(400)
-    power = np.abs(np.fft.rfft(windows, 1024)) ** 2
-    hertz = np.linspace(0, rate / 2, power.shape[1])
-    edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + rate / 1400), bands + 2) / 2595) - 1)
-    rise = (hertz - edges[:-2, None]) / np.diff(edges)[:-1, None]
-    fall = (edges[2:, None] - hertz) / np.diff(edges)[1:, None]
-    return np.log10(np.maximum(0, np.minimum(rise, fall)) @ power.T + 1e-4)
+def spectrogram(audio: bytes) -> np.ndarray:
+    """Returns the log-mel spectrogram (64 bins, time) of the two seconds of a note, with a frame every 10 ms."""
+    modality = Audio(Audio.Config(window=400, hop=160, bins=64, patch=(8, 64)))
+    wave = modality.encode_input(audio, Audio.View(seconds=2.0, clips=1))
+    return log_mel(torch.from_numpy(wave[:1]), modality.config)[0].T.numpy()
 
 
 def write_contact_sheet(demo: Path, path: Path) -> None:
@@ -185,7 +182,7 @@ def write_contact_sheet(demo: Path, path: Path) -> None:
     for axis, instrument in zip(axes, instruments, strict=True):
         of = [r for r in notes if r["instrument"] == instrument]
         note = of[len(of) // 2]
-        axis.imshow(log_mel(note["audio"]), origin="lower", aspect="auto", cmap="magma", extent=(0, 2, 0, 64))
+        axis.imshow(spectrogram(note["audio"]), origin="lower", aspect="auto", cmap="magma", extent=(0, 2, 0, 64))
         axis.set_title(f"{instrument}\n{note['note']} ({note['split']})", fontsize=10)
         axis.set_xlabel("seconds")
     axes[0].set_ylabel("mel band")
