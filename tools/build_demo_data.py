@@ -17,7 +17,6 @@ import json
 import re
 import struct
 import subprocess
-import tarfile
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
+from archives import fetched, members
 from demo_data_docs import write_card, write_contact_sheet, write_licenses, write_sums
 from PIL import Image
 
@@ -74,28 +74,11 @@ sound effects: guitar fret noise, breath noise, seashore, bird tweet, telephone 
 
 def fetch(name: str, cache: Path) -> Path:
     """Downloads the archive into the cache if it is missing, and checks its checksum."""
-    version, _, sha256 = SOURCES[name]
-    debian = name.startswith("musescore")
+    version, _, checksum = SOURCES[name]
+    if name.startswith("musescore"):
+        return fetched(cache / f"{name}_{version}_all.deb", checksum, ["apt-get", "download", f"{name}={version}"])
     stem = name.removeprefix("@").replace("/", "-")
-    path = cache / (f"{stem}_{version}_all.deb" if debian else f"{stem}-{version}.tgz")
-    if not path.exists():
-        command = ["apt-get", "download", f"{name}={version}"] if debian else ["npm", "pack", f"{name}@{version}"]
-        subprocess.run(command, cwd=cache, check=True)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
-        raise SystemExit(f"{path} has sha256 {found}, expected {sha256}: delete it and run again")
-    return path
-
-
-def members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
-    """Yields (path, content) of the regular files of a .tgz or .deb whose path matches the pattern."""
-    packed = archive.read_bytes()
-    if archive.suffix == ".deb":
-        packed = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], check=True, capture_output=True).stdout
-    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
-        for member in tar:
-            if member.isfile() and re.search(pattern, member.name):
-                yield member.name, tar.extractfile(member).read()  # type: ignore[union-attr]
+    return fetched(cache / f"{stem}-{version}.tgz", checksum, ["npm", "pack", f"{name}@{version}"])
 
 
 def emoji_key(name: str) -> str:

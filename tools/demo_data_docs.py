@@ -3,7 +3,6 @@
 build_demo_data.py calls it. The card and the sheet are made from the built Parquet files only.
 """
 
-import hashlib
 import io
 import re
 from collections import Counter
@@ -17,6 +16,7 @@ import soundfile
 import torch
 from PIL import Image, ImageSequence
 
+from openimp.common.safe_files import sha256
 from openimp.modalities.audio import Audio, log_mel
 
 NOTICE = """\
@@ -74,8 +74,8 @@ def write_licenses(demo: Path, sources: dict[str, list[str]], read: Callable[[st
 
 def write_sums(demo: Path) -> None:
     """Writes SHA256SUMS of all Parquet files of the folder."""
-    sums = [(hashlib.sha256(file.read_bytes()).hexdigest(), file.name) for file in sorted(demo.glob("*.parquet"))]
-    (demo / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for digest, name in sums))
+    lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(demo.glob("*.parquet"))]
+    (demo / "SHA256SUMS").write_text("".join(lines))
 
 
 def markdown(head: list[str], rows: list[list[Any]]) -> str:

@@ -1,13 +1,10 @@
 """The package of icon sets: where it comes from, and which of its sets and icons are used."""
 
-import hashlib
 import json
-import re
-import subprocess
-import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from archives import fetched, members
 
 PACKAGE, VERSION = "@iconify/json", "2.2.535"
 SHA256 = "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
@@ -55,20 +52,7 @@ UNWANTED = {"alerted", "badged", *BRANDS.split()}
 def fetch(folder: Path) -> Path:
     """Downloads the package into the folder if it is missing, and checks its checksum."""
     path = folder / f"{PACKAGE.removeprefix('@').replace('/', '-')}-{VERSION}.tgz"
-    if not path.exists():
-        subprocess.run(["npm", "pack", f"{PACKAGE}@{VERSION}"], cwd=folder, check=True)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != SHA256:
-        raise SystemExit(f"{path} has sha256 {found}, expected {SHA256}: delete it and run again")
-    return path
-
-
-def members(package: Path) -> Iterator[tuple[str, bytes]]:
-    """Yields (path below package/, content) of the JSON files of the package's archive."""
-    with tarfile.open(package) as tar:
-        for member in tar:
-            if member.isfile() and re.fullmatch(r"package/(collections|json/[^/]+)\.json", member.name):
-                yield member.name.removeprefix("package/"), tar.extractfile(member).read()  # type: ignore[union-attr]
+    return fetched(path, SHA256, ["npm", "pack", f"{PACKAGE}@{VERSION}"])
 
 
 def is_used(name: str, about: dict[str, Any]) -> bool:
@@ -80,15 +64,19 @@ def is_used(name: str, about: dict[str, Any]) -> bool:
 
 def read_about(package: Path) -> dict[str, dict[str, Any]]:
     """Returns the package's collections.json: {set: name, author, license, category, palette, ...}."""
-    return json.loads(next(content for path, content in members(package) if path == "collections.json"))
+    ((_, content),) = members(package, r"^package/collections\.json$")
+    return json.loads(content)
 
 
 def read_sets(package: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Returns {set: (its entry in collections.json, its icons)} of the sets that are used, sorted."""
     abouts = read_about(package)
-    files = {f"json/{name}.json": name for name, about in abouts.items() if is_used(name, about)}
-    found = {files[path]: json.loads(content) for path, content in members(package) if path in files}
-    return {name: (abouts[name], found[name]) for name in sorted(found)}
+    found = {}
+    for path, content in members(package, r"^package/json/[^/]+\.json$"):
+        name = Path(path).stem
+        if name in abouts and is_used(name, abouts[name]):
+            found[name] = (abouts[name], json.loads(content))
+    return dict(sorted(found.items()))
 
 
 def set_split(name: str) -> str:
