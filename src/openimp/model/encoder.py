@@ -7,7 +7,6 @@ Shape suffixes: B examples, L tokens, T tokens of all inputs, D width, H heads, 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from openimp.model.init import lecun_normal_, linear, mimetic_
 from openimp.model.kernels import attend, gelu
 from openimp.model.moe import ExpertGroups, RouterStats, SparseMLP, split_tokens, valid_tokens_per_rank
-from openimp.recipe.model import Model
+from openimp.recipe.model import Model, MoE
 
 Shapes = Sequence[torch.Size]
 """The shape (B, L) of each input of a pass."""
@@ -77,19 +76,21 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then a pre-norm MLP."""
+    """Pre-norm attention, then a pre-norm MLP or, if the block is sparse, a Mixture-of-Experts."""
 
-    sparse: ClassVar[bool] = False
-
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: Model, moe: MoE | None = None) -> None:
+        """`moe` makes the block sparse."""
         super().__init__()
         self.norm1 = _norm(config.width)
         self.attention = Attention(config)
         self.norm2 = _norm(config.width)
-        self.mlp = self._make_mlp(config)
-
-    def _make_mlp(self, config: Model) -> nn.Module:
-        return MLP(config)
+        self.sparse = moe is not None
+        if moe is None:
+            self.mlp: nn.Module = MLP(config)
+        elif moe.experts_by_stem:
+            self.mlp = ExpertGroups(config, moe)
+        else:
+            self.mlp = SparseMLP(moe.group_sizes[0], config, moe)
 
     def forward(
         self, x_TD: Tensor, shapes: Shapes, masks: Masks, tokens_per_rank: Sequence[Tensor], stems: Sequence[str]
@@ -100,30 +101,8 @@ class Block(nn.Module):
         (`valid_tokens_per_rank`). If stems have their own experts, it needs `stems`: per input, the stem that made it.
         """
         x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
-        return x_TD + self.mlp(self.norm2(x_TD)), []
-
-
-class SparseBlock(Block):
-    """A block with a Mixture-of-Experts instead of the MLP.
-
-    It overrides `forward`, because torch.compile limits compilations per function, and blocks of both classes would
-    share the limit of `Block.forward`.
-    """
-
-    sparse = True
-
-    def _make_mlp(self, config: Model) -> nn.Module:
-        moe = config.moe
-        assert moe is not None
-        if moe.experts_by_stem:
-            return ExpertGroups(config, moe)
-        (experts,) = moe.group_sizes
-        return SparseMLP(experts, config, moe)
-
-    def forward(
-        self, x_TD: Tensor, shapes: Shapes, masks: Masks, tokens_per_rank: Sequence[Tensor], stems: Sequence[str]
-    ) -> tuple[Tensor, list[RouterStats]]:
-        x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
+        if not self.sparse:
+            return x_TD + self.mlp(self.norm2(x_TD)), []
         valid = [
             torch.ones(shape, dtype=torch.bool, device=x_TD.device) if mask_BL is None else mask_BL
             for shape, mask_BL in zip(shapes, masks)
@@ -147,7 +126,7 @@ class Encoder(nn.Module):
         specific_layers = config.modality_specific_layers
 
         def blocks(start: int, end: int) -> nn.ModuleList:
-            return nn.ModuleList(SparseBlock(config) if i >= first_sparse else Block(config) for i in range(start, end))
+            return nn.ModuleList(Block(config, config.moe if i >= first_sparse else None) for i in range(start, end))
 
         # The modality-specific blocks of each stem.
         self.own = nn.ModuleDict({name: blocks(0, specific_layers) for name in stems if specific_layers})

@@ -1,4 +1,4 @@
-"""torch.compile for the blocks of the encoder, once per signature and class of blocks.
+"""torch.compile for the blocks of the encoder, once per signature for dense and once for sparse blocks.
 
 The signature of a pass has the number of examples and tokens of each of its inputs, and whether they have a mask. If
 stems have their own experts, it has the stems as well. If parts are frozen, a block is compiled once per pattern of
@@ -18,14 +18,14 @@ from openimp.common.errors import UserError, one_line
 from openimp.common.safe_files import private_folder
 
 MAX_COMPILATIONS = 256
-"""Maximum number of times that each class of blocks is compiled, far more than the views of any recipe need."""
+"""Maximum number of times that blocks are compiled, far more than the views of any recipe need."""
 
 
 def compile_blocks(blocks: Sequence[nn.Module], uncompiled: Iterable[nn.Module] = ()) -> None:
     """Compiles the forward passes of a model's blocks in place, before FSDP2 shards them.
 
-    Blocks of the same class have the same code, so each class is compiled once per signature. `uncompiled` are modules
-    within the blocks that are left out.
+    All dense blocks have the same code, and so have all sparse ones, so both are compiled once per signature.
+    `uncompiled` are modules within the blocks that are left out.
     """
     if not blocks:
         raise UserError("train.compile: this model has no blocks that can be compiled; set train.compile=false")
