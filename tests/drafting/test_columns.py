@@ -126,6 +126,7 @@ def test_lists_of_captions_may_be_padded():
         numbered(3, file="gone{}.png", text="a"),
         numbered(8, file=["0.png", "0.wav"], text="a"),
         [{"1.png": "0.png", "cat": "dog"}] * 4,  # The first row was taken for the header.
+        [{"file": "0.png", "caption": {"en": "a cat"}}] * 4,
     ],
 )
 def test_what_cannot_be_trained_on_is_told(rows):
@@ -133,7 +134,7 @@ def test_what_cannot_be_trained_on_is_told(rows):
         tasks(rows)
 
 
-def test_empty_texts_and_classes_that_differ_only_in_case_are_told():
+def test_empty_texts_and_unusual_names_of_classes_are_told():
     write(numbered(60, caption=[f"a cat {i}" if i % 3 else "" for i in range(60)]))
     assert find_tasks(["data.jsonl"])[1] == [
         "found data.jsonl: 60 rows, image in file, text in caption (empty in 33% of the rows)"
@@ -141,6 +142,9 @@ def test_empty_texts_and_classes_that_differ_only_in_case_are_told():
     write(numbered(60, label=["Cat", "dog", "cat"]))
     (line,) = find_tasks(["data.jsonl"])[1]
     assert "3 classes in label ('Cat' and 'cat' count as two)" in line
+    write(numbered(60, label=["iPhone", "GoldenRetriever"]))
+    (line,) = find_tasks(["data.jsonl"])[1]
+    assert "2 classes in label ('GoldenRetriever' is one word to the model; underscores or" in line
 
 
 def test_what_is_wrong_with_files_is_told():
@@ -349,6 +353,10 @@ def test_a_source_that_cannot_be_read_does_not_hide_the_others():
         assert part in "\n".join(notes)
     with refuses():
         find_tasks(["set/broken.parquet"])
+    copy("0.png", "table/0.png")
+    Path("table/broken.csv").write_text("file;caption\n0.png;a cat\n")
+    with refuses():
+        find_tasks(["table"])
 
 
 def test_a_table_of_something_else_does_not_hide_the_media_of_a_folder():

@@ -119,7 +119,7 @@ def inspect(
     by_use["path"] = [name for name, values in first_rows.items() if _are_paths(values)]
     texts = _text_columns(table, [chosen_text] if chosen_text else by_use["text"], notes)
     if chosen_text and not texts:
-        raise UserError(f"--text {shown(chosen_text)}: the column holds no texts")
+        raise UserError("; ".join([f"--text {shown(chosen_text)}: the column holds no texts", *notes]))
     # The chosen texts are the classes only if no other column is.
     class_columns = [name for name in by_use["class"] if name != chosen_text] or by_use["class"]
     min_rows_per_class = dict.fromkeys([chosen_label] if chosen_label else class_columns, ROWS_PER_CLASS)
@@ -333,6 +333,8 @@ def _text_columns(table: Table, names: Sequence[str], notes: list[str]) -> list[
             texts = [" ".join(text[:MAX_LENGTH].split()) for text in texts]
             has_lists = any(isinstance(value, list) for value in present)
             columns.append(TextColumn(name, texts, distinct, 1 - len(present) / len(values), has_lists))
+        elif any(isinstance(text, dict) for text in texts):
+            notes.append(f"{shown(name)}: holds objects with keys, not texts; make each key a column of its own")
     return columns
 
 

@@ -55,6 +55,8 @@ docs/init.md has the rules of this draft, and docs/recipe.md explains all keys.
 """
 TIME = re.compile(r"(?i)(^|[^a-z])(start|end|begin|onset|offset)([^a-z]|$)")
 """In the name of a column of times: rows may be about a part of a recording."""
+JOINED = re.compile(r"[a-z]{2}[A-Z][a-z]")
+"""In a name of several words, such as GoldenRetriever."""
 MAX_NOTES = 50
 """Most lines about data that is not used."""
 
@@ -170,7 +172,8 @@ def find_tasks(
     if not tasks:  # A table, perhaps of expenses, may lie among media.
         with suppress(UserError):
             tasks, notes = _inspect(find(paths, tables=False), text, label)
-            unused = list(dict.fromkeys([*unused, *notes]))
+            if tasks:  # Otherwise what is wrong with the table is enough.
+                unused = list(dict.fromkeys([*unused, *notes]))
     if not tasks:
         raise UserError(f"nothing to train on: {'; '.join(unused[:5])}")
     named = [NamedTask(name, task, split_task(task)) for name, task in zip(task_names(tasks), tasks)]
@@ -217,6 +220,9 @@ def _summary(named: NamedTask) -> str:
     if task.label:
         alike = equal_pair(map(as_text, sort_classes(split.classes)), text_key)
         note = f" ({shown(alike[0])!r} and {shown(alike[1])!r} count as two)" if alike else ""
+        joined = next(filter(JOINED.search, task.text.sample if task.text else []), None)
+        if joined and joined in split.classes:
+            note += f" ({shown(joined)!r} is one word to the model; underscores or spaces separate words)"
         if count := _files_of_several(task.table, media.name, task.label.name):
             note += f" ({counted(count, 'file')} of several classes: openimp reads whole files, so cut them first)"
         parts.append(f"{len(split.classes):,} classes in {shown(task.label.name)}{note}")
