@@ -122,23 +122,18 @@ def test_early_stopping_waits_for_a_gain_and_begins_anew_in_each_training(recipe
 
 
 def test_early_stopping_that_would_never_stop_is_refused_before_the_first_step(recipe, tmp_path):
-    with refuses():
-        openimp.train(recipe, tmp_path / "run", callbacks=iter([openimp.EarlyStopping("colors")]))
-    seldom = recipe.to_dict()
-    seldom["evaluation"]["every"] = None
-    with refuses():
-        openimp.train(openimp.Recipe.build(seldom), tmp_path / "run", callbacks=openimp.EarlyStopping("colours"))
-    with refuses():
-        openimp.train(recipe, tmp_path / "run", callbacks=[openimp.EarlyStopping])
-    with refuses():
-        openimp.train(recipe, tmp_path / "run", callbacks=openimp.EarlyStopping)
-
     class NeverStarts(openimp.Callback):
         def on_start(self, recipe):
             raise openimp.StopTraining
 
+    seldom = recipe.to_dict()
+    seldom["evaluation"]["every"] = None
     with refuses():
-        openimp.train(recipe, tmp_path / "run", callbacks=NeverStarts())
+        openimp.train(openimp.Recipe.build(seldom), tmp_path / "run", callbacks=openimp.EarlyStopping("colours"))
+    unknown = iter([openimp.EarlyStopping("colors")])
+    for callbacks in (unknown, [openimp.EarlyStopping], openimp.EarlyStopping, NeverStarts()):
+        with refuses():
+            openimp.train(recipe, tmp_path / "run", callbacks=callbacks)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
