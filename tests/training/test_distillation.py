@@ -118,10 +118,7 @@ def test_a_row_without_a_vector_is_a_bad_example(data, tmp_path):
         "2": "expected a list of 24 numbers (the model's embed_dim), found None",
         "3": "a vector of length 0 has no direction",
     }
-    for value, why in ((["x"] * SIZE, "expected numbers in the list"), ([[1.0], []], "expected lists of equal length")):
-        with pytest.raises(BadMedia, match=why):
-            unit_vector(value, SIZE, "vector")
-    for value in (5.0, [[1.0]] * SIZE, "[1.0]"):
+    for value in (["x"] * SIZE, [[1.0], []], 5.0, [[1.0]] * SIZE, "[1.0]"):
         with refuses(BadMedia):
             unit_vector(value, SIZE, "vector")
 
