@@ -168,6 +168,12 @@ def little_run(little_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
+def own_run(little_run: Path, tmp_path: Path) -> Path:
+    """A copy of `little_run` that a test may spoil."""
+    return Path(shutil.copytree(little_run, tmp_path / "run", symlinks=True))
+
+
+@pytest.fixture
 def streamed(own_data: Path) -> tuple[Path, list[str]]:
     """The pictures in two tars, and the changes of the recipe that stream them."""
     return own_data, [*little.write_tars(own_data, own_data), "train.steps=20"]

@@ -80,11 +80,10 @@ def test_a_source_whose_files_are_missing_costs_only_the_sets_that_read_it(forei
     assert {line["set"] for line in read_lines(tmp_path / "results.jsonl")} == {"colours"}
 
 
-def test_the_users_own_run_may_move_and_be_measured_with_no_flag(little_run, tmp_path):
-    run = Path(shutil.copytree(little_run, tmp_path / "moved"))
-    run_eval(run, None, None, None)
-    assert "not measured again" not in write_report(run).read_text()
-    load(run).save(tmp_path / "saved")
+def test_the_users_own_run_may_move_and_be_measured_with_no_flag(own_run, tmp_path):
+    run_eval(own_run, None, None, None)
+    assert "not measured again" not in write_report(own_run).read_text()
+    load(own_run).save(tmp_path / "saved")
     run_eval(tmp_path / "saved", None, None, None)
 
 
@@ -174,14 +173,13 @@ def test_data_in_the_folder_and_bundled_data_are_read(foreign, little_data, tmp_
 
 
 @pytest.mark.parametrize("name", ["config.json", "recipe.yaml"])
-def test_a_change_of_either_file_makes_a_model_foreign(little_run, tmp_path, name):
-    run = Path(shutil.copytree(little_run, tmp_path / "run"))
-    folder = checkpoints(run)[-1]
+def test_a_change_of_either_file_makes_a_model_foreign(own_run, name):
+    folder = checkpoints(own_run)[-1]
     assert trained_here(folder)
     with (folder / name).open("a") as file:
         file.write("\n")
     assert not trained_here(folder)
     with refuses():
-        run_eval(run, None, None, None)
+        run_eval(own_run, None, None, None)
     (folder / name).unlink()
     assert not trained_here(folder)

@@ -587,9 +587,8 @@ def media_of(data: Path, tasks: str) -> list[Media]:
     return list(media_of_recipe(recipe, recipe.make_modalities()))
 
 
-def test_a_run_that_saves_while_its_media_are_indexed_can_be_searched(little_run, tmp_path, monkeypatch):
-    run = Path(shutil.copytree(little_run, tmp_path / "run"))
-    newest = checkpoints(run)[-1]
+def test_a_run_that_saves_while_its_media_are_indexed_can_be_searched(own_run, tmp_path, monkeypatch):
+    newest = checkpoints(own_run)[-1]
     hidden = newest.rename(tmp_path / "hidden")
     compact = Items.compact
 
@@ -598,8 +597,8 @@ def test_a_run_that_saves_while_its_media_are_indexed_can_be_searched(little_run
         compact(items)
 
     monkeypatch.setattr(Items, "compact", compact_after_save)
-    assert build_and_open(run, allow_sources=False).search("a red square", k=3)
-    assert checkpoints(run)[-1] == newest
+    assert build_and_open(own_run, allow_sources=False).search("a red square", k=3)
+    assert checkpoints(own_run)[-1] == newest
 
 
 def test_case_and_accents_do_not_count_whatever_the_ending(build, media_folder, tmp_path):

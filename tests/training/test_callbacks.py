@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import little
 import pytest
 from messages import refuses
+from trained import recipe_of
 
 import openimp
 from openimp.checkpoint.folder import checkpoints, verify
@@ -46,9 +46,8 @@ class StopAfter(openimp.Callback):
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> openimp.Recipe:
-    data = little.write(tmp_path_factory.mktemp("data"))
-    return openimp.Recipe.load(data / "recipe.yaml", CHANGES)
+def recipe(little_data: Path) -> openimp.Recipe:
+    return recipe_of(little_data, *CHANGES)
 
 
 def test_callbacks_are_told_of_steps_evaluations_and_checkpoints(recipe, tmp_path):

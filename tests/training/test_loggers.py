@@ -2,20 +2,14 @@
 
 from pathlib import Path
 
-import little
 import pytest
 from processes import run
+from trained import recipe_of
 
 import openimp
-from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
 
 CHANGES = ["train.steps=4", "train.save_every=2", "train.log_every=2", "tasks.heard.weight=0"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return little.write(tmp_path_factory.mktemp("data"))
 
 
 def train_with(library: str, data: Path, folder: Path, **environment: str) -> None:
@@ -25,9 +19,9 @@ def train_with(library: str, data: Path, folder: Path, **environment: str) -> No
 
 
 @pytest.mark.slow
-def test_weights_and_biases_without_a_network(data, tmp_path):
+def test_weights_and_biases_without_a_network(little_data, tmp_path):
     pytest.importorskip("wandb")
-    train_with("wandb", data, tmp_path / "run", WANDB_MODE="offline", WANDB_SILENT="true")
+    train_with("wandb", little_data, tmp_path / "run", WANDB_MODE="offline", WANDB_SILENT="true")
     (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     (file,) = folder.glob("*.wandb")
     content = file.read_bytes()
@@ -37,20 +31,20 @@ def test_weights_and_biases_without_a_network(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_trackio_on_this_machine(data, tmp_path):
+def test_trackio_on_this_machine(little_data, tmp_path):
     sqlite = pytest.importorskip("sqlite3")
     pytest.importorskip("trackio")
-    train_with("trackio", data, tmp_path / "run", TRACKIO_DIR=str(tmp_path / "trackio"))
+    train_with("trackio", little_data, tmp_path / "run", TRACKIO_DIR=str(tmp_path / "trackio"))
     (file,) = (tmp_path / "trackio").glob("*.db")
     rows = sqlite.connect(file).execute("select step, metrics from metrics order by step").fetchall()
     assert {step for step, _ in rows} == {2, 4}
     assert any("loss/named" in str(metrics) for _, metrics in rows)
 
 
-def test_tensorboard_keeps_the_figures_of_the_step_from_which_a_run_resumes(data, tmp_path):
+def test_tensorboard_keeps_the_figures_of_the_step_from_which_a_run_resumes(little_data, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    recipe = Recipe.load(str(data / "recipe.yaml"), [*CHANGES, "evaluation={}"])
+    recipe = recipe_of(little_data, *CHANGES, "evaluation={}")
 
     class StopAfter2(openimp.Callback):
         def on_step(self, step, metrics):

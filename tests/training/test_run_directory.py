@@ -30,26 +30,23 @@ def test_a_second_training_in_the_same_directory_is_refused(little_data, tmp_pat
     assert sorted(path.name for path in run.iterdir()) == [LOCK, "metrics.jsonl"]
 
 
-def test_a_finished_run_is_resumed_without_its_data(little_data, little_run, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(little_run, run, symlinks=True)
+def test_a_finished_run_is_resumed_without_its_data(little_data, own_run, tmp_path, capsys):
     data = tmp_path / "data"
     recipe = recipe_of(little_data, f"sources.pictures.path={data}", f"sources.sounds.path={data}")
-    assert train(recipe, run, resume=True)
-    assert f"{run}: all 12 steps are done and evaluated already" in capsys.readouterr().out
+    assert train(recipe, own_run, resume=True)
+    assert f"{own_run}: all 12 steps are done and evaluated already" in capsys.readouterr().out
     changed = Recipe.build(recipe.to_dict() | {"evaluation": {"sets": {}, "every": 3}})
     with pytest.raises(UserError, match=str(data)):
-        train(changed, run, resume=True)
-    (run / "results.jsonl").unlink()
+        train(changed, own_run, resume=True)
+    (own_run / "results.jsonl").unlink()
     with pytest.raises(UserError, match=str(data)):  # It was not evaluated, and for that it needs the data.
-        train(recipe, run, resume=True)
+        train(recipe, own_run, resume=True)
 
 
-def test_what_may_change_when_a_run_is_resumed(little_data, little_run, tmp_path):
+def test_what_may_change_when_a_run_is_resumed(little_data, little_run, own_run, tmp_path):
     """The list of loggers, which may be empty, and the paths of files that only the start of a run reads."""
-    run = Path(shutil.copytree(little_run, tmp_path / "run", symlinks=True))
     for changes in (["train.loggers=[]"], ["train.loggers=[tensorboard]", "train.log_every=7"]):
-        assert train(recipe_of(little_data, *changes), run, resume=True)
+        assert train(recipe_of(little_data, *changes), own_run, resume=True)
     first = Path(shutil.copytree(little_run, tmp_path / "first", symlinks=True))
     started = [f"train.init={first}", "train.steps=1", "evaluation={}", "train.loggers=[]"]
     assert train(recipe_of(little_data, *started), tmp_path / "tuned")
@@ -77,11 +74,10 @@ def test_a_set_that_is_added_to_a_finished_run_can_be_measured_again(little_data
     verify(checkpoints(run)[-1])
 
 
-def test_a_resumed_run_may_be_evaluated_on_another_source(little_data, little_run, tmp_path):
-    run = Path(shutil.copytree(little_run, tmp_path / "run", symlinks=True))
+def test_a_resumed_run_may_be_evaluated_on_another_source(little_data, own_run):
     colours = recipe_of(little_data).to_dict()["evaluation"]["sets"]["colours"]
     sets = json.dumps({"some": {**colours, "source": "some"}})
     for limit in (8, 4):
         some = f"sources.some={{path: pictures, limit: {limit}}}"
-        assert train(recipe_of(little_data, some, f"evaluation.sets={sets}"), run, resume=True)
-        assert [result["n"] for result in read_lines(run / "results.jsonl")] == [limit]
+        assert train(recipe_of(little_data, some, f"evaluation.sets={sets}"), own_run, resume=True)
+        assert [result["n"] for result in read_lines(own_run / "results.jsonl")] == [limit]
