@@ -27,7 +27,6 @@ from openimp.planning.gpus import GIB, peak_flops
 from openimp.planning.layouts import choose_layout
 from openimp.planning.memory import CPU, step_memory
 from openimp.planning.plan import Plan, plans
-from openimp.planning.step import GPUMemory
 from openimp.recipe.schema import Recipe
 from openimp.study.variants import peak_memory
 from openimp.training.setup import set_up
@@ -115,22 +114,16 @@ def test_activations_of_a_block_on_a_gpu_match_a_hand_count(tiny_recipe):
 def test_several_gpus_divide_a_step(little_data):
     changes = ["tasks.named.weight=0", "tasks.heard.batch_size=64", "model.moe={experts: 4, layers: 1}"]
 
-    def planned(gpus: int, parallel: str) -> Plan:
-        return plan_of(recipe_of(little_data, *changes, f"parallel={parallel}"), gpus)
-
-    def memory(plan: Plan) -> GPUMemory:
-        return plan.step_needs["heard", 0].memory
-
-    alone = planned(1, "{}")
-    shards = planned(4, "{shard_degree: 4}")
-    experts = planned(4, "{shard_degree: 1, expert_degree: 4}")
-    assert memory(shards).parameters == pytest.approx(memory(alone).parameters / 4, abs=64)
-    assert memory(shards).optimizer_state == pytest.approx(memory(alone).optimizer_state / 4, abs=64)
-    assert memory(experts).parameters == memory(alone).parameters - 4 * 4 * 2 * 32 * 64 * 3 // 4
-    assert memory(shards).inputs == memory(alone).inputs // 4
-    assert 0.8 < 4 * memory(shards).activations / memory(alone).activations < 1
-    assert shards.compute_seconds == pytest.approx(alone.seconds / 4, rel=1e-3)
-    assert alone.wait_seconds == 0 < shards.wait_seconds
+    layouts = ((1, "{}"), (4, "{shard_degree: 4}"), (4, "{shard_degree: 1, expert_degree: 4}"))
+    planned = [plan_of(recipe_of(little_data, *changes, f"parallel={layout}"), gpus) for gpus, layout in layouts]
+    alone, shards, experts = (plan.step_needs["heard", 0].memory for plan in planned)
+    assert shards.parameters == pytest.approx(alone.parameters / 4, abs=64)
+    assert shards.optimizer_state == pytest.approx(alone.optimizer_state / 4, abs=64)
+    assert experts.parameters == alone.parameters - 4 * 4 * 2 * 32 * 64 * 3 // 4
+    assert shards.inputs == alone.inputs // 4
+    assert 0.8 < 4 * shards.activations / alone.activations < 1
+    assert planned[1].compute_seconds == pytest.approx(planned[0].seconds / 4, rel=1e-3)
+    assert planned[0].wait_seconds == 0 < planned[1].wait_seconds
 
 
 SMALL = ["train.precision=fp32", "tasks.heard.weight=0", "tasks.named.views=[{image: {size: 16}}]"]
