@@ -18,7 +18,6 @@ from openimp.common.schema import Strict
 from openimp.data import store as store_module
 from openimp.data.sources import open_source
 from openimp.data.store import ITEMS_PER_FILE, DecodedStore, store_column
-from openimp.data.tables import Table
 from openimp.recipe.tasks import Source
 
 # NumPy parses a file's header with `ast`, which in Python 3.11 may fail in several threads at once
@@ -86,13 +85,10 @@ def folder(tmp_path_factory) -> Path:
     return write_manifest(tmp_path_factory.mktemp("arrays"))
 
 
-def opened(path: Path, **options) -> Table:
-    return open_source("numbers", Source(path=str(path), **options))
-
-
 def build(
-    table: Table, modality: Numbers | None = None, cache: str = "disk", sizes=(8,), progress=None
+    path: Path, modality: Numbers | None = None, cache: str = "disk", sizes=(8,), progress=None, **source
 ) -> DecodedStore:
+    table = open_source("numbers", Source(path=str(path), **source))
     views = [Numbers.View(size=size) for size in sizes]
     return store_column(table, modality or Numbers(), "file", views, cache == "disk", progress)
 
@@ -101,9 +97,7 @@ def check(store: DecodedStore) -> None:
     assert store.items.num_rows == len(ARRAYS) + 2
     for i, expected in enumerate(ARRAYS):
         found = store[i]
-        assert found.dtype == expected.dtype
-        assert found.shape == expected.shape
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(found, expected, strict=True)
         assert found.flags.aligned
         assert not found.flags.writeable
         with pytest.raises(ValueError, match="read-only"):
@@ -118,7 +112,7 @@ def check(store: DecodedStore) -> None:
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_arrays_come_back(folder, cache):
-    store = build(opened(folder / "m.csv"), cache=cache)
+    store = build(folder / "m.csv", cache=cache)
     check(store)
     check(pickle.loads(pickle.dumps(store)))
 
@@ -134,7 +128,7 @@ def test_a_file_that_several_rows_name_is_decoded_once(folder, cache):
         bars.append(len(items))
         return items
 
-    store = build(opened(folder / "captions.csv"), modality, cache, progress=progress)
+    store = build(folder / "captions.csv", modality, cache, progress=progress)
     assert (modality.decoded, bars) == (3, [3])
     for same in (store, pickle.loads(pickle.dumps(store))):
         for row, number in {0: 0, 2: 0, 3: 1, 5: 0}.items():
@@ -146,14 +140,14 @@ def test_a_file_that_several_rows_name_is_decoded_once(folder, cache):
 
 def test_disk_is_read_again_although_the_data_has_moved_or_other_columns_have_changed(tmp_path):
     write_manifest(tmp_path)
-    check(build(opened(tmp_path / "m.csv")))
+    check(build(tmp_path / "m.csv"))
     shutil.copytree(tmp_path, tmp_path / "moved")
     lines = (tmp_path / "m.csv").read_text().splitlines()
     changed = [f"{lines[0]},caption", *(f"{line},a caption" for line in lines[1:])]
     (tmp_path / "changed.csv").write_text("\n".join(changed))
     for name in ("m.csv", "moved/m.csv", "changed.csv"):
         modality = Numbers()
-        store = build(opened(tmp_path / name), modality)
+        store = build(tmp_path / name, modality)
         check(store)
         assert modality.decoded == 0
     assert len(pickle.dumps(store)) < 500
@@ -174,7 +168,7 @@ def test_disk_is_read_again_although_the_data_has_moved_or_other_columns_have_ch
 )
 def test_a_change_makes_it_anew(tmp_path, cache, changes, options, monkeypatch):
     write_manifest(tmp_path)
-    build(opened(tmp_path / "m.csv"))
+    build(tmp_path / "m.csv")
     if "version" in options:
         monkeypatch.setattr(store_module, "version", lambda name: options["version"])
     if "damage" in options:
@@ -182,24 +176,23 @@ def test_a_change_makes_it_anew(tmp_path, cache, changes, options, monkeypatch):
         file.write_bytes(file.read_bytes()[:-10])
     for name, content in changes.items():
         (tmp_path / name).write_bytes(content)
-    table = opened(tmp_path / "m.csv", where=options.get("where", {}))
     modality = Numbers(options.get("scale", 1))
-    sizes = options.get("sizes", (8,))
-    store = build(table, modality, sizes=sizes)
+    build_options = {"sizes": options.get("sizes", (8,)), "where": options.get("where", {})}
+    store = build(tmp_path / "m.csv", modality, **build_options)
     assert modality.decoded > 0
-    np.testing.assert_array_equal(store[0], build(table, modality, "memory", sizes)[0])
+    np.testing.assert_array_equal(store[0], build(tmp_path / "m.csv", modality, "memory", **build_options)[0])
 
 
 def test_damaged_offsets_make_it_anew(folder, cache):
     """NumPy would read other memory."""
-    store = build(opened(folder / "m.csv"))
+    store = build(folder / "m.csv")
     (file,) = cache.glob("decoded/*/rows.arrow")
     offsets = np.frombuffer(store.items["data"].chunk(0).buffers()[1], np.int64)[: len(ARRAYS) + 3].tobytes()
     content = file.read_bytes()
     assert content.count(offsets) == 1
     file.write_bytes(content.replace(offsets, offsets[:-8] + np.int64(2**40).tobytes()))
     modality = Numbers()
-    check(build(opened(folder / "m.csv"), modality))
+    check(build(folder / "m.csv", modality))
     assert modality.decoded > 0
 
 
@@ -208,15 +201,15 @@ def test_a_changed_file_that_a_struct_names_makes_it_anew(tmp_path):
     (tmp_path / "0.npy").write_bytes(npy(ARRAYS[0]))
     cells = [{"bytes": None, "path": "0.npy"}, {"bytes": npy(ARRAYS[1]), "path": None}]
     pq.write_table(pa.table({"file": cells}), tmp_path / "x.parquet")
-    build(opened(tmp_path / "x.parquet"))
+    build(tmp_path / "x.parquet")
     (tmp_path / "0.npy").write_bytes(npy(ARRAYS[0] + 1))
-    np.testing.assert_array_equal(build(opened(tmp_path / "x.parquet"))[0], ARRAYS[0] + 1)
+    np.testing.assert_array_equal(build(tmp_path / "x.parquet")[0], ARRAYS[0] + 1)
 
 
 def test_of_several_that_need_the_same_store_one_decodes(folder):
     modalities = [Numbers() for _ in range(3)]
     with ThreadPoolExecutor() as pool:
-        for store in pool.map(lambda modality: build(opened(folder / "m.csv"), modality), modalities):
+        for store in pool.map(lambda modality: build(folder / "m.csv", modality), modalities):
             check(store)
     assert sorted(modality.decoded for modality in modalities) == [0, 0, len(ARRAYS) + 1]
 
@@ -224,7 +217,7 @@ def test_of_several_that_need_the_same_store_one_decodes(folder):
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_nothing_can_be_decoded(tmp_path, cache):
     (tmp_path / "m.csv").write_text("file\nnone.npy\n")
-    store = build(opened(tmp_path / "m.csv"), cache=cache)
+    store = build(tmp_path / "m.csv", cache=cache)
     with refuses(BadMedia):
         store[0]
 
@@ -242,9 +235,9 @@ def test_decoding_that_was_stopped_goes_on(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(opened(tmp_path / "x.parquet"), progress=progress)
+        build(tmp_path / "x.parquet", progress=progress)
     modality = Numbers()
-    store = build(opened(tmp_path / "x.parquet"), modality, progress=progress)
+    store = build(tmp_path / "x.parquet", modality, progress=progress)
     assert modality.decoded == 4
     assert [int(store[row][0]) for row in range(0, rows, 1365)] == [*range(0, rows, 1365)]
     assert bars == [(rows, "decoding numbers.file"), (4, "decoding numbers.file")]
