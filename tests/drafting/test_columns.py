@@ -333,6 +333,11 @@ def test_a_split_column_is_used():
     assert "its test rows are left" in divided.why
 
 
+def test_a_head_that_lacks_classes_of_the_split_for_evaluation_is_told():
+    write(numbered(60, label=["0", "1", "2"], split=["train", "train", "val"]))
+    assert draft_recipe(["data.jsonl"]).notes[-1].startswith("data: the rows for evaluation have classes that training")
+
+
 def test_a_test_split_without_classes_is_not_used():
     files = copies(40)
     write(numbered(40, file=files, label=["cat", "dog"]), "train.jsonl")

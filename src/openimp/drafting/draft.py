@@ -104,6 +104,11 @@ def draft_recipe(
         for name, task, split in tasks
         if split.test is None or split.rows + split.test_rows < len(task.table)
     ]
+    notes += [
+        f"{name}: the rows for evaluation have classes that training lacks, so the classification head is not evaluated"
+        for name, task, split in tasks
+        if task.label and not split.trains_test_classes
+    ]
     draft = assemble(recipe_name(paths[0]), tasks, machine, tower_by_kind, start)
     classes = {
         head_key(draft.recipe["tasks"][name]["source"], task.label.name): sort_classes(split.classes)
