@@ -47,9 +47,6 @@ class RouterStats(NamedTuple):
         gate_E: each expert's share of the sum of all gates. It shows which experts of a group the router prefers.
         dropped: scalar, the number of this rank's tokens that no expert took, divided by the mean number of tokens per
             rank. Its mean over ranks is the share of all tokens that no expert took.
-
-    In evaluation, all but `z_loss` are 0, because nothing reads them, and each layer needs about 15 small operations
-    per input to compute them.
     """
 
     z_loss: Tensor
@@ -141,12 +138,7 @@ class Router(nn.Module):
     ) -> tuple[Routing, RouterStats]:
         z_loss = self.config.z_loss * (z_loss_BL * valid_BL).sum() / tokens_per_rank
         routing = expert_choice(probs_BLE, valid_BL, self.config.capacity_factor)
-        # Only training is compiled (`compile_blocks`). Compiled code does not read `training`: torch would guard on it.
-        if torch.compiler.is_compiling() or self.training:
-            usage = _usage(routing, valid_BL, tokens_per_rank)
-        else:
-            zero_E = probs_BLE.new_zeros(probs_BLE.shape[-1])
-            usage = zero_E, zero_E, zero_E.new_zeros(())
+        usage = _usage(routing, valid_BL, tokens_per_rank)
         return routing._replace(gate_BEC=self.gate_scale * routing.gate_BEC), RouterStats(z_loss, *usage)
 
 
