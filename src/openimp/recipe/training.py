@@ -112,8 +112,8 @@ class Train(Strict):
     prefetch_factor: Count = 4
     """Number of batches that the workers prepare in advance."""
     log_every: Count = 50
-    """Steps between log records. Checkpoints and evaluations write one, too. On other steps, the training waits at most
-    for the GPU's previous step, and ranks exchange nothing but tensors of the model."""
+    """Steps between log records. Checkpoints and evaluations write one, too. On other steps, except a task's first, the
+    training waits at most for the GPU's previous step, and ranks exchange nothing but tensors of the model."""
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     """What shows the figures of the run, besides metrics.jsonl. wandb and trackio must be installed; a resumed run
     continues theirs."""
