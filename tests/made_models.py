@@ -1,4 +1,4 @@
-"""Untrained models: of recipes, and of made-up modalities, of which a model uses only the stems."""
+"""Untrained models of recipes, and of made-up modalities. A model uses only the stems of the latter."""
 
 from collections.abc import Iterable
 from pathlib import Path

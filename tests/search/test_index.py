@@ -239,7 +239,7 @@ def test_a_folder_without_files_inside_of_one_with_files_is_tidied(build, folder
 
 def test_a_folder_without_media_is_named(build, folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    (folder / "0.txt").touch()  # This caption is no item, but not nothing.
+    (folder / "0.txt").touch()  # A caption is no item, but it is not reported as missing either.
     build(folder / "0.png", folder / "0.txt")
     assert not capsys.readouterr().err
     assert build(folder / "1.png", tmp_path / "empty").new == 1

@@ -56,7 +56,7 @@ docs/init.md has the rules of this draft, and docs/recipe.md explains all keys.
 TIME = re.compile(r"(?i)(^|[^a-z])(start|end|begin|onset|offset)([^a-z]|$)")
 """In the name of a column of times: rows may be about a part of a recording."""
 JOINED = re.compile(r"[a-z]{2}[A-Z][a-z]")
-"""In a name of several words, such as GoldenRetriever."""
+"""Matches in a name that joins words, such as GoldenRetriever."""
 MAX_NOTES = 50
 """Most lines about data that is not used."""
 

@@ -10,7 +10,7 @@ from openimp.drafting.finding import ROLES, shown
 
 MIN_ITEMS = 20
 """With fewer different items, none are held out, because a test on one or two rows says nothing. The held-out part
-has about as many or more, but at most a fifth of all."""
+has about this many items or more, but at most a fifth of all items."""
 MIN_GROUPS = 5
 """With fewer groups, such as speakers, rows of one group may be both trained on and tested on."""
 COMPARED_ROWS = 100

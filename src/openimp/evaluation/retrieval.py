@@ -38,7 +38,7 @@ class RetrievalResult(Predicted):
     candidate_row: np.ndarray  # (M,) int64, for each candidate, the first row of the source that has it
     query_NZ: Tensor  # unit vectors
     candidate_MZ: Tensor
-    unknown: list[str]  # names of the rows of queries and candidates whose texts have no word that the model knows
+    unknown: list[str]  # names of rows: the model knows no word of their query or candidate
 
     def answers(self, query_index: int, k: int) -> list[RankedCandidate]:
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.

@@ -43,7 +43,7 @@ class IndexResult:
 
     folder: Path  # the index
     new: int
-    changed: int  # with those of which only the caption has changed
+    changed: int  # also files with nothing changed but the caption
     moved: int  # found by their hash, and not embedded again
     unchanged: int
     removed: int  # with those that cannot be read any more
@@ -224,7 +224,7 @@ def _recipe_media(name: str, model: Model, modalities: Modalities, allow_sources
 
 
 def _check_items_of_roots(update: Update, forgotten: list[Path]) -> None:
-    """Refuses paths of which there are neither files nor items, and tells of folders without files."""
+    """Refuses paths without files and items, and tells of folders without files."""
     for root in update.unknown:
         if not root.exists():
             raise UserError(f"{root}: no such file or folder")

@@ -43,7 +43,7 @@ class Update:
         self.wanted_folders = {os.path.dirname(path) for path in self.wanted}
         forgotten = {os.path.abspath(path) for path in forget}
         named = {path: os.path.abspath(path) for path in given or ()}
-        # Named paths of which there are neither files nor items. A text file that is a caption may be among them.
+        # Named paths without files and items. A text file that is a caption may be among them.
         self.unknown = [
             path for path, root in named.items() if root not in wanted_below and root not in self._stored_below
         ]
