@@ -217,11 +217,11 @@ def run_search(
     parts: list[str | Query | Like] = list(texts)
     parts += [Query(name, value) for name, values in queries.items() for value in values or ()]
     parts += [index.text_query(text, -1.0) for text in minus]
+    if under and not index.count(modalities, under):
+        raise UserError(f"--under {under}: nothing is indexed there")
     hits = index.search(
         parts, k, modalities=modalities, under=under, min_score=min_score, by=by, since=since, until=until
     )
-    if under and not hits and not index.search(parts, 1, modalities, under, by=by):
-        raise UserError(f"--under {under}: nothing is indexed there that the query could find")
     if as_json:
         for hit in hits:
             print(json.dumps(asdict(hit)))  # Escapes control characters in names.
