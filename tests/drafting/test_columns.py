@@ -10,6 +10,7 @@ import pytest
 import yaml
 from messages import refuses
 
+from openimp.drafting.assembling import source_name
 from openimp.drafting.columns import inspect, open_candidate
 from openimp.drafting.draft import draft_recipe, find_tasks
 from openimp.drafting.finding import Candidate
@@ -183,6 +184,12 @@ def test_paths_may_start_at_a_folder_beside_that_of_the_table_in_a_folder_that_w
     assert named.task.source == {"path": "ESC/meta/esc.jsonl", "root": "ESC/audio"}
     with refuses():
         find_tasks(["ESC/meta/esc.jsonl"])
+
+
+def test_a_table_named_metadata_takes_the_name_of_its_folder():
+    assert source_name("Pets/metadata.csv") == source_name("Pets/train/metadata.csv") == "pets"
+    assert source_name("photo_metadata.csv") == "photo"
+    assert source_name("metadata.csv") == "data"
 
 
 def test_paths_may_start_at_a_folder_beside_the_table_also_of_a_test_split():

@@ -250,12 +250,15 @@ def _add(
 
 
 def source_name(place: str) -> str:
-    """A short name for a path, a pattern or a data set of the hub: letters, digits and underscores."""
+    """A short name for a path, a pattern or a data set of the hub: letters, digits and underscores.
+
+    A file named metadata, as in the Hub's folders of media, takes the name of its folder.
+    """
     path = Path(re.sub(r"^\w+:(//)?", "", place))
     words = re.findall(r"[^\W_]+", ROLE.sub("", path.stem if path.suffix else path.name))
-    words = [word for word in words if not word.isdigit() and word != "of"]
+    words = [word for word in words if not word.isdigit() and word not in ("of", "metadata")]
     if not words and path.parent.name:
-        return source_name(path.parent.name)
+        return source_name(str(path.parent))
     return "_".join(words).lower() or "data"
 
 
