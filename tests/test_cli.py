@@ -328,7 +328,9 @@ def test_broken_files_are_skipped_counted_and_named_and_too_many_stop_the_run(op
 
 def test_train_prints_the_mixture_and_the_results(succeeded, little_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    out = succeeded("train", little_data / "recipe.yaml", *sets("train.precision=fp32", "train.steps=6"))
+    same_pictures = (f"sources.same={{path: {little_data}/pictures}}", "evaluation.sets.colours.source=same")
+    changes = sets("train.precision=fp32", "train.steps=6", *same_pictures)
+    out = succeeded("train", little_data / "recipe.yaml", *changes)
     assert (tmp_path / "runs" / "little" / "results.jsonl").exists()
     few = "n is below 50, so results and intervals are unreliable: colours, tones"
     no_test = "rows of training, so the figures are no test: colours 24, tones 15"

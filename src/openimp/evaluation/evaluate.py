@@ -170,7 +170,7 @@ def measure(
     about = data_fields(recipe, table, readable) | train_fields
     about |= how_fields(recipe, evaluator.modalities, options, precision)
     if options.source not in evaluator.replaced:
-        trained_sources = {task.source for task in recipe.tasks.values() if task.weight}
-        about["trained"] = len(readable.row) if options.source in trained_sources else 0
+        trained_sources = [recipe.sources[task.source] for task in recipe.tasks.values() if task.weight]
+        about["trained"] = len(readable.row) if recipe.sources[options.source] in trained_sources else 0
     kind = {"set": name, "type": options.type, "step": step}
     return [{**kind, "task": predicted.task, **predicted.metrics(), **about} for predicted in predictions], predictions
