@@ -103,7 +103,7 @@ class Saver:
         if is_rank_zero:
             try:
                 _remove_others(folder, self.keep)
-            except OSError as error:  # For example, another process has a file of it open on a network disk.
+            except OSError as error:  # For example, another process has one of its files open.
                 notice(f"{folder}: is saved, but an older one could not be removed: {error}")
 
 

@@ -66,7 +66,8 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
     """Yields the loader's parts of batches, and reports a dead worker only while it waits for a part.
 
     torch's SIGCHLD handler raises wherever the training process is. In the middle of an update, that would make the
-    model unfit to be saved. So a handler that does the same replaces torch's, only during the wait.
+    model unfit to be saved. So torch's handler is removed. Another one, which raises the same error, is installed only
+    while the loader waits for a part.
     """
     outer_handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL  # `getsignal` returns None for C code.
     iterator: Iterator[LoadedBatch | UserError] | None = None
@@ -150,10 +151,11 @@ def _init_worker(_: int) -> None:
 
 
 def _print_unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Keeps a traceback of a living worker away from the error about a dead worker.
+    """Prints the traceback of an exception in a worker, unless it only says that the training process has left.
 
-    When a worker dies, the training process stops at once, perhaps while it receives a part from another worker. The
-    thread of that worker that sends the part (`multiprocessing.resource_sharer`) reports the lost connection here.
+    When a worker dies, the training process stops at once, perhaps while it receives a part from a living worker. The
+    sending thread of the living worker (`multiprocessing.resource_sharer`) then loses its connection. Its traceback
+    would hide the error about the dead worker.
     """
     if not issubclass(kind, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, trace)

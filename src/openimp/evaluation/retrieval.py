@@ -36,7 +36,7 @@ class RetrievalResult(Predicted):
     correct_pairs: np.ndarray  # (E, 2) int64, all correct pairs (query, candidate)
     query_row: np.ndarray  # (N,) int64, for each query, the first row of the source that has it
     candidate_row: np.ndarray  # (M,) int64, for each candidate, the first row of the source that has it
-    query_NZ: Tensor  # unit vectors
+    query_NZ: Tensor  # unit vectors; zeros for a text without a word that the model knows
     candidate_MZ: Tensor
     unknown: list[str]  # names of rows: the model knows no word of their query or candidate
 

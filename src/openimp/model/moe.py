@@ -156,7 +156,7 @@ def _usage(routing: Routing, valid_BL: Tensor, tokens_per_rank: Tensor) -> tuple
 
 
 class Experts(nn.Module):
-    """E two-layer GELU MLPs without biases, as two batched matrix products. The shapes of both begin with E."""
+    """E two-layer GELU MLPs without biases, as two batched matrix products. The shapes of both weights begin with E."""
 
     def __init__(self, experts: int, config: Model) -> None:
         super().__init__()

@@ -40,7 +40,8 @@ class Plan:
 
     layout: Layout
     gpu: GPU
-    utilization: float  # --mfu: assumed share of the GPU's bf16 peak; unlike MFU, with repeated passes and Muon
+    # --mfu: assumed share of the GPU's bf16 peak. Repeated passes and Muon count as well, unlike in a measured MFU.
+    utilization: float
     model: Embedder  # on the meta device
     step_needs: dict[TaskView, StepNeeds]  # what one step of this task and view needs
     step_counts: dict[TaskView, int]  # number of steps in the whole run

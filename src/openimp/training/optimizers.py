@@ -51,16 +51,17 @@ def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Opt
     return optimizers
 
 
-def lr_schedule(recipe: Recipe, step: int, work: np.ndarray | range) -> float:
+def lr_schedule(recipe: Recipe, step: int, work_before_step: np.ndarray | range) -> float:
     """Factor of the peak learning rate at a step: linear warm-up, then a cosine until the last step.
 
-    The cosine follows the share of the work that is done. `work[i]` is the number of steps before step i, or the sum of
-    their FLOPs. The last entry is that of the whole run.
+    The cosine follows the share of the work that is done. `work_before_step[i]` is the number of steps before step i,
+    or the sum of their FLOPs. The last entry is that of the whole run.
     """
     options = recipe.optimizer
     steps = recipe.train.steps
     warmup = steps // 20 if options.warmup_steps is None else options.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
-    progress = float((work[step] - work[warmup]) / (work[steps] - work[warmup]))
+    work_done = work_before_step[step] - work_before_step[warmup]
+    progress = float(work_done / (work_before_step[steps] - work_before_step[warmup]))
     return options.min_lr_ratio + (1 - options.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

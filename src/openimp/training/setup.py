@@ -148,7 +148,7 @@ def set_up(
         report = warm_start.load(model, data.classes)
         console.print(report, soft_wrap=True)
     _distribute(recipe, model, device)
-    updater = Updater(recipe, model, _work(batches, step_costs))
+    updater = Updater(recipe, model, _work_before_step(batches, step_costs))
     checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, model_files)
     state = checkpointing.load(checkpoint) if checkpoint else {}
     cursors = data.load_cursors(state.get("cursors", {}), changed_source_names)
@@ -184,7 +184,7 @@ def _prepare(recipe: Recipe, data: TaskData, checkpoint: Path | None) -> dict[st
     return teacher_states
 
 
-def _work(batches: StepBatches, step_costs: Costs) -> np.ndarray | range:
+def _work_before_step(batches: StepBatches, step_costs: Costs) -> np.ndarray | range:
     """The number of steps before each step or, if views are in a sequence, their FLOPs; see `lr_schedule`.
 
     With views in a sequence, the last steps cost several times as many FLOPs as the first. By the number of steps, the

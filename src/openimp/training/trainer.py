@@ -145,8 +145,8 @@ class Trainer(Parts):
         # The run stops after a signal, or if a checkpoint could not be written.
         with (
             stop_signals(self.checkpointing.saver.failed) as stop,
-            # `leave_after_errors` reports dead ranks, too, but only after `stop_signals` has ended. From then on, this
-            # process ends at SIGTERM, which torchrun sends to all ranks when one is dead, perhaps before the report.
+            # Reports dead ranks while `stop_signals` still catches SIGTERM, which torchrun sends to all ranks when one
+            # is dead. `leave_after_errors` reports dead ranks later, when SIGTERM may have ended this process.
             distributed.report_dead_ranks(),
             self._bar,
             closing(self.log),

@@ -22,18 +22,21 @@ class Updater:
     device leaves weights and optimizer state as they are.
     """
 
-    def __init__(self, recipe: Recipe, model: Embedder, work: np.ndarray | range) -> None:
-        """Makes the optimizers and the EMA. `work` determines the learning rate; see `lr_schedule`."""
+    def __init__(self, recipe: Recipe, model: Embedder, work_before_step: np.ndarray | range) -> None:
+        """Makes the optimizers and the EMA. `work_before_step` is the number of steps before each step, or their FLOPs.
+
+        It determines the learning rate; see `lr_schedule`.
+        """
         options = recipe.optimizer
         self.recipe = recipe
         self.model = model
-        self.work = work
+        self.work_before_step = work_before_step
         self.optimizers = make_optimizers(options, model)
         self.ema = EMA(model, options.ema_decay) if options.ema_decay else None
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a step, as a share of the peak."""
-        return lr_schedule(self.recipe, step, self.work)
+        return lr_schedule(self.recipe, step, self.work_before_step)
 
     def queue_update(self, step: int) -> HostCopy:
         """Queues the update of step `step`, which counts from 0, and drops the gradients.
