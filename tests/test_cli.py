@@ -243,13 +243,19 @@ def test_eval_measures_the_other_sets_if_one_cannot_be_measured(openimp, little_
     assert re.fullmatch(f"{colours}\n{gone}\n", err)
 
 
-def test_eval_changes_the_sets_of_the_run_itself(succeeded, refused, little_run, tmp_path):
+def test_eval_changes_the_sets_of_the_run_itself(succeeded, refused, little_run, little_data, tmp_path):
+    shutil.copytree(little_data / "pictures", tmp_path / "moved")
     out = tmp_path / "results.jsonl"
     succeeded("eval", little_run, "colours", *sets("evaluation.sets.colours.view.image.size=24"), "--out", out)
     assert read_lines(out)[0]["view"]["image"]["size"] == 24
     told = succeeded("eval", little_run, "colours", *sets("sources.pictures.limit=12"), "--out", out)
-    assert [line.get("trained") for line in read_lines(out)] == [24, None], "the source has changed"
-    assert "so the figures are no test" not in told
+    assert [line.get("trained") for line in read_lines(out)] == [24, 12]
+    assert "so the figures are no test: colours 12" in told
+    succeeded("eval", little_run, "colours", *sets(f"sources.pictures.path={tmp_path}/moved"), "--out", out)
+    assert "trained" not in read_lines(out)[-1], "pictures may have moved there"
+    trained_on = sets(f"sources.more={{path: {little_data}/pictures}}", "evaluation.sets.colours.source=more")
+    succeeded("eval", little_run, "colours", *trained_on, "--out", out)
+    assert read_lines(out)[-1]["trained"] == 24
     told = refused("eval", little_run, *sets("model.width=64"))
     assert told == "--set model.width=64: a trained model allows changes of sources and evaluation only"
     told = refused("eval", little_run, *sets("evaluation.sets.colours.view.image.size=20"))
@@ -328,11 +334,21 @@ def test_broken_files_are_skipped_counted_and_named_and_too_many_stop_the_run(op
 
 def test_train_prints_the_mixture_and_the_results(succeeded, little_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    same_pictures = (f"sources.same={{path: {little_data}/pictures}}", "evaluation.sets.colours.source=same")
-    changes = sets("train.precision=fp32", "train.steps=6", *same_pictures)
+    shutil.copytree(little_data / "pictures", "others")
+    others = "type: zero_shot, source: others, inputs: {image: file}, label: label, view: {image: {size: 24}}"
+    changes = sets(
+        "train.precision=fp32",
+        "train.steps=6",
+        "sources.pictures.cache=memory",
+        f"sources.same={{path: {little_data}/pictures}}",
+        "evaluation.sets.colours.source=same",
+        f"sources.others={{path: {tmp_path}/others}}",
+        f"evaluation.sets.others={{{others}}}",
+    )
     out = succeeded("train", little_data / "recipe.yaml", *changes)
-    assert (tmp_path / "runs" / "little" / "results.jsonl").exists()
-    few = "n is below 50, so results and intervals are unreliable: colours, tones"
+    trained = {line["set"]: line["trained"] for line in read_lines(tmp_path / "runs/little/results.jsonl")}
+    assert trained == {"colours": 24, "tones": 15, "others": 0}
+    few = "n is below 50, so results and intervals are unreliable: "
     no_test = "rows of training, so the figures are no test: colours 24, tones 15"
     start = "parameters on cpu, fp32, into runs/little"
     parts = ("mixture", "66.7%", start, "step 6/6", "Evaluation at step 6", "colours", "chance", few, no_test)

@@ -21,7 +21,8 @@ from openimp.common.progress import clock, console, notice, number_table, track
 from openimp.common.safe_files import refuse_links
 from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
-from openimp.drafting.draft import draft_recipe, is_data, recipe_name
+from openimp.drafting.assembling import source_name
+from openimp.drafting.draft import draft_recipe, is_data
 from openimp.encoding.find import find_model, is_public
 from openimp.evaluation.baseline import comparison
 from openimp.evaluation.evaluate import NotMeasured
@@ -84,7 +85,7 @@ def run_train(name: str, overrides: list[str], run: Path | None, resume: str | N
 def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str | None) -> Recipe:
     """The recipe that `init` writes for data. A run with a checkpoint keeps its own, because a draft depends on the
     machine."""
-    changes: dict[str, Any] = {"name": recipe_name(data), "train": {}}
+    changes: dict[str, Any] = {"name": source_name(data), "train": {}}
     for text in overrides:
         if text.startswith(("name=", "train.init=")):
             override(changes, text)
@@ -111,7 +112,7 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
             notice(note)
         to_change = f"to change it: openimp init {shlex.quote(data)} > mine.yaml"
         notice(f"the recipe goes into {run / 'recipe.yaml'}; {to_change}")
-    recipe = {"name": recipe_name(data), **yaml.load(drafted.text, RecipeLoader)}
+    recipe = {"name": source_name(data), **yaml.load(drafted.text, RecipeLoader)}
     for text in overrides:
         override(recipe, text, Path.cwd())
     return Recipe.build(recipe, Path.cwd(), f"recipe for {data}")

@@ -186,10 +186,15 @@ def test_paths_may_start_at_a_folder_beside_that_of_the_table_in_a_folder_that_w
         find_tasks(["ESC/meta/esc.jsonl"])
 
 
-def test_a_table_named_metadata_takes_the_name_of_its_folder():
-    assert source_name("Pets/metadata.csv") == source_name("Pets/train/metadata.csv") == "pets"
-    assert source_name("photo_metadata.csv") == "photo"
-    assert source_name("metadata.csv") == "data"
+def test_a_table_named_metadata_takes_the_name_of_its_folder(tmp_path, monkeypatch):
+    for table in ("metadata.csv", "train/Metadata.csv", "2024/01.jsonl"):
+        assert source_name(f"Pets/{table}") == "pets"
+    assert source_name("Pets/photo_metadata.csv") == "photo_metadata"
+    assert source_name("metadata.csv") == "metadata", "there is no such file, so its folder is not known"
+    (tmp_path / "Cats").mkdir()
+    monkeypatch.chdir(tmp_path / "Cats")
+    Path("metadata.csv").touch()
+    assert source_name("metadata.csv") == source_name(".") == "cats"
 
 
 def test_paths_may_start_at_a_folder_beside_the_table_also_of_a_test_split():

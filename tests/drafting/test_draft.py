@@ -18,8 +18,8 @@ from recordings import picture_file
 from openimp.checkpoint.folder import read_config
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.json_lines import read_lines
-from openimp.drafting.assembling import ChosenTower, Start, assemble
-from openimp.drafting.draft import draft_recipe, find_tasks, fit, recipe_name
+from openimp.drafting.assembling import ChosenTower, Start, assemble, source_name
+from openimp.drafting.draft import draft_recipe, find_tasks, fit
 from openimp.drafting.machine import Machine
 from openimp.drafting.sizing import steps_between_evaluations, text
 from openimp.drafting.writing import write
@@ -148,7 +148,7 @@ def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
     assert "runs/classes: holds a run on other data than other/classes; name another directory" in err
     Path("other/classes").rename("classes")
     Path("mine").symlink_to("classes")
-    assert recipe_name("mine") == "mine"
+    assert source_name("mine") == "mine"
     code, _, err = openimp("train", "runs/classes")
     assert code == 2
     assert "is a run; to go on: openimp train runs/classes/recipe.yaml --run-dir runs/classes --resume" in err

@@ -52,8 +52,8 @@ def _open_table(name: str, source: Source) -> Table:
     root = _root(source, base)
     if file_format == "webdataset":
         raise UserError(
-            f"source {name}: {path}: tars are read as a stream: convert them to Parquet, as docs/data.md shows, or set "
-            "stream: true in the recipe"
+            f"source {name}: {path}: tars are read only as a stream (stream: true in a recipe); convert them to "
+            "Parquet, as docs/data.md shows"
         )
     if file_format == "folder":
         if source.root:

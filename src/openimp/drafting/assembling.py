@@ -1,5 +1,6 @@
 """Puts the parts of a recipe together as plain data, with comments that explain them."""
 
+import os
 import re
 from collections.abc import Mapping
 from math import inf
@@ -252,14 +253,15 @@ def _add(
 def source_name(place: str) -> str:
     """A short name for a path, a pattern or a data set of the hub: letters, digits and underscores.
 
-    A file named metadata, as in the Hub's folders of media, takes the name of its folder.
+    If the file's name is only a number, a split such as train, or metadata (as in the Hub's folders of media), the
+    nearest folder that has another name gives it.
     """
-    path = Path(re.sub(r"^\w+:(//)?", "", place))
-    words = re.findall(r"[^\W_]+", ROLE.sub("", path.stem if path.suffix else path.name))
-    words = [word for word in words if not word.isdigit() and word not in ("of", "metadata")]
-    if not words and path.parent.name:
+    path = Path(os.path.abspath(place) if os.path.exists(place) else re.sub(r"^\w+:(//)?", "", place))
+    words = re.findall(r"[^\W_]+", ROLE.sub("", path.stem if path.suffix else path.name).lower())
+    words = [word for word in words if not word.isdigit() and word != "of"]
+    if words in ([], ["metadata"]) and path.parent.name:
         return source_name(str(path.parent))
-    return "_".join(words).lower() or "data"
+    return "_".join(words) or "data"
 
 
 def task_names(tasks: list[TaskDraft]) -> list[str]:

@@ -1,6 +1,5 @@
 """Drafts a recipe for data on this machine: `openimp init` and `openimp train PATH`."""
 
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -109,7 +108,7 @@ def draft_recipe(
         for name, task, split in tasks
         if task.label and not split.trains_test_classes
     ]
-    draft = assemble(recipe_name(paths[0]), tasks, machine, tower_by_kind, start)
+    draft = assemble(source_name(paths[0]), tasks, machine, tower_by_kind, start)
     classes = {
         head_key(draft.recipe["tasks"][name]["source"], task.label.name): sort_classes(split.classes)
         for name, task, split in tasks if task.label
@@ -162,11 +161,6 @@ def is_data(what: str) -> bool:
         command = f"openimp train {Path(what) / 'recipe.yaml'} --run-dir {what} --resume"
         raise UserError(f"{what}: is a run; to go on: {command}")
     return True
-
-
-def recipe_name(path: str) -> str:
-    """The name of the recipe for data, from its path."""
-    return source_name(os.path.abspath(path) if os.path.exists(path) else path)
 
 
 def find_tasks(

@@ -1,6 +1,6 @@
 """Evaluates a model on the evaluation sets of a recipe."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,12 @@ from openimp.data.tables import Table
 from openimp.encoding.items import require_columns, require_pair
 from openimp.evaluation import classification, probe, retrieval
 from openimp.evaluation.evaluator import Evaluator, Predicted
-from openimp.evaluation.provenance import checkpoint_fields, data_fields, how_fields
+from openimp.evaluation.provenance import checkpoint_fields, data_fields, how_fields, trained_field
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import run_on_all_ranks
 from openimp.recipe.evaluation import EvaluationSet, Probe, Retrieval
 from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Source
 
 
 class NotMeasured(UserError):
@@ -39,14 +40,14 @@ def evaluate(
     classes: Classes | None = None,
     watch: Progress | None = None,
     tables: dict[str, Table] | None = None,
-    replaced: Collection[str] = (),
+    training_sources: Mapping[str, Source] | None = None,
 ) -> list[dict[str, Any]]:
     """Measures a model on evaluation sets of a recipe. The same model and data give the same results.
 
     All ranks call this together and get the same results.
 
     Args:
-        model, recipe, modalities, classes, progress, watch, tables, replaced: see `Evaluator`.
+        model, recipe, modalities, classes, progress, watch, tables, training_sources: see `Evaluator`.
         sets: names of evaluation sets. None: all of them.
         step: the training step, for the results.
 
@@ -66,7 +67,7 @@ def evaluate(
         progress=progress,
         watch=watch,
         tables=tables or {},
-        replaced=replaced,
+        training_sources=training_sources,
     )
     names = list(recipe.evaluation.sets if sets is None else sets)
     check_names(names, recipe.evaluation.sets)
@@ -169,8 +170,7 @@ def measure(
     precision = precision_of(next(model.parameters()).device, recipe.train.precision)
     about = data_fields(recipe, table, readable) | train_fields
     about |= how_fields(recipe, evaluator.modalities, options, precision)
-    if options.source not in evaluator.replaced:
-        trained_sources = [recipe.sources[task.source] for task in recipe.tasks.values() if task.weight]
-        about["trained"] = len(readable.row) if recipe.sources[options.source] in trained_sources else 0
+    training_sources = recipe.training_sources if evaluator.training_sources is None else evaluator.training_sources
+    about |= trained_field(training_sources, recipe, table, readable)
     kind = {"set": name, "type": options.type, "step": step}
     return [{**kind, "task": predicted.task, **predicted.metrics(), **about} for predicted in predictions], predictions

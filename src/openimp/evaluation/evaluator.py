@@ -4,7 +4,7 @@ Shape suffixes: N items, R rows, D width, Z dimensions of the shared embedding s
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import all_gather_object, all_gather_uneven, own_part
 from openimp.recipe.evaluation import ClassHead, EvaluationSet, Probe, ZeroShot
 from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Source
 
 MAX_NAMED_ROWS = 20
 """Maximum number of unreadable or unknown rows that a result names. It counts all of them."""
@@ -95,7 +96,7 @@ class Evaluator:
     progress: Progress | None = None  # wraps the rows that this rank reads, to show the progress
     watch: Progress | None = None  # wraps the forward passes, which all ranks make together, and may stop them
     tables: dict[str, Table] = field(default_factory=dict)  # by source; filled as sets are opened
-    replaced: Collection[str] = ()  # names of sources that are not as in the training
+    training_sources: Mapping[str, Source] | None = None  # that the model was trained on; None: those of the recipe
 
     def encode(self, options: EvaluationSet, name: str, table: Table, towards: str | None) -> Encoded:
         """Encodes one input of an evaluation set, of the modality `name`, for all rows of a source, in order.

@@ -1,6 +1,6 @@
 """Where a result comes from: two equal evaluations write equal results, and two different ones show the difference."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from openimp.model.embedder import Embedder
 from openimp.parallel.layout import weights_hash
 from openimp.recipe.evaluation import EvaluationSet, ZeroShot
 from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Source
 
 
 def checkpoint_fields(model: Embedder, modalities: Modalities) -> dict[str, Any]:
@@ -40,6 +41,19 @@ def data_fields(recipe: Recipe, table: Table, readable: ReadableRows) -> dict[st
         "fingerprint": table.fingerprint,
         "data_hash": readable.content,
     }
+
+
+def trained_field(
+    training_sources: Mapping[str, Source], recipe: Recipe, table: Table, readable: ReadableRows
+) -> dict[str, int]:
+    """The number of evaluated rows if they are rows of training, else 0.
+
+    Empty if a source of training has the same name but another path or selection: perhaps the data has moved.
+    """
+    source = recipe.sources[table.name]
+    if any(trained.contains(source) for trained in training_sources.values()):
+        return {"trained": len(readable.row)}
+    return {} if table.name in training_sources else {"trained": 0}
 
 
 def how_fields(recipe: Recipe, modalities: Modalities, options: EvaluationSet, precision: str) -> dict[str, Any]:

@@ -65,7 +65,6 @@ def evaluate(
         check_sources(name, folder, evaluated_recipe, sets or evaluated_recipe.evaluation.sets, user_sources)
     imp = imp.to(pick_device())
     step = saved_step(folder)
-    replaced = {name for name, source in evaluated_recipe.sources.items() if source != own_recipe.sources.get(name)}
     return evaluate_sets(
         imp,
         evaluated_recipe,
@@ -74,7 +73,7 @@ def evaluate(
         step=step,
         progress=progress,
         classes=config.classes,
-        replaced=replaced,
+        training_sources=own_recipe.training_sources,
     )
 
 

@@ -58,7 +58,7 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
     tags = ["openimp", "multimodal", *names, "arxiv:2305.06324"]
     if recipe.model.moe:
         tags.append("mixture-of-experts")
-    hub_names = (source.hub for source in training_sources(recipe).values())  # `hub` may also name a local folder.
+    hub_names = (source.hub for source in recipe.training_sources.values())  # `hub` may also name a local folder.
     metadata = ModelCardData(
         library_name="openimp",
         pipeline_tag="feature-extraction",
@@ -90,12 +90,6 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
     )
 
 
-def training_sources(recipe: Recipe) -> dict[str, Source]:
-    """The sources that tasks read, by name."""
-    names = dict.fromkeys(task.source for task in recipe.tasks.values() if task.weight)
-    return {name: recipe.sources[name] for name in names}
-
-
 def _example(modality: Modality) -> str:
     """An input for the code on the card."""
     return "a red bicycle" if modality.reads_text else "FILE" + "".join(modality.extensions[:1])
@@ -116,7 +110,7 @@ def _sources(recipe: Recipe, totals: dict[str, dict[str, int]], is_trusted: bool
             "examples": examples_seen.get(name),
             "license": source.license or BUNDLED_LICENSES.get(Name.parse(str(source.path)).rest),
         }
-        for name, source in training_sources(recipe).items()
+        for name, source in recipe.training_sources.items()
     ]
 
 
@@ -143,7 +137,7 @@ def _results(model: Model, folder: Path) -> list[dict[str, Any]]:
             **line,
             "main": main_metric(line),
             "metric": next((METRICS[key] for key in METRICS if key in line), line.get("metric", "score")),
-            "trained": line.get("source") in training_sources(model.recipe),
+            "trained": bool(line.get("trained")),
         }
         for line in latest.values()
     ]

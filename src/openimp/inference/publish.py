@@ -17,7 +17,7 @@ from openimp.common.versions import openimp_version
 from openimp.data.files import DEMO
 from openimp.encoding.find import is_public
 from openimp.inference.model import Model, load
-from openimp.inference.model_card import model_card, training_sources
+from openimp.inference.model_card import model_card
 from openimp.inference.public_recipe import shorten_paths
 from openimp.recipe.file import override, to_yaml
 from openimp.recipe.schema import Recipe
@@ -96,7 +96,7 @@ def write(model: Model, name: str, license: str | None, folder: Path) -> None:
     name_file_copies(recipe, model.modalities)
     (folder / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
-    if any(is_bundled(str(source.path)) for source in training_sources(model.recipe).values()):
+    if any(is_bundled(str(source.path)) for source in model.recipe.training_sources.values()):
         for notice in DEMO.glob("NOTICE*"):
             shutil.copy(notice, folder)
 

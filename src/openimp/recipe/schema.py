@@ -58,6 +58,12 @@ class Recipe(Strict):
         return list(dict.fromkeys(name for task in self.tasks.values() for name in task.inputs))
 
     @property
+    def training_sources(self) -> dict[str, Source]:
+        """The sources of the tasks that are trained, by name."""
+        names = dict.fromkeys(task.source for task in self.tasks.values() if task.weight)
+        return {name: self.sources[name] for name in names}
+
+    @property
     def starts_from_weights(self) -> bool:
         """Whether the model has trained weights before the first step: by `train.init`, or by towers alone."""
         has_tower = any(hasattr(options, "tower") for options in self.modalities.values())

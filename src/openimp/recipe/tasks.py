@@ -1,10 +1,11 @@
 """The schema of `sources` and `tasks` in the recipe."""
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from openimp.common.names import HUB, HubName, Name
+from openimp.common.names import HUB, HubName, Name, map_path
 from openimp.common.objective import ClassColumn, Objective, Teacher
 from openimp.common.schema import Count, NotNegative, RecipePath, Strict, Whole
 from openimp.recipe.inputs import Inputs, View
@@ -122,6 +123,21 @@ class Source(Strict):
         else:
             self.refuse(("config", "split", "revision"), "is for hub data sets; to select rows of a path, use where")
         return self
+
+    def contains(self, other: "Source") -> bool:
+        """Whether the rows of another source are surely rows of this one: equal data, and an equal or no selection.
+
+        Revisions of a hub data set count as equal data.
+        """
+        if self._data() != other._data():
+            return False
+        selects_all = self.where in ({}, other.where) and self.part is None and self.limit is None
+        return selects_all or (self.where, self.part, self.limit) == (other.where, other.part, other.limit)
+
+    def _data(self) -> tuple[str | None, ...]:
+        """What identifies the data, without the selection of rows."""
+        path = None if self.path is None else map_path(str(self.path), os.path.realpath)
+        return (path, self.hub, self.config, self.split)
 
 
 AnyObjective = Annotated[SerializeAsAny[Objective], BeforeValidator(validated_objective)]
