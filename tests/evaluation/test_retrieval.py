@@ -50,7 +50,7 @@ def result_of(queries, candidates, pairs, rank=None) -> RetrievalResult:
         candidate_row=np.arange(len(candidates)),
         query_NZ=queries,
         candidate_MZ=candidates,
-        unknown=[],
+        rows_of_unknown_texts=[],
     )
 
 

@@ -1,6 +1,7 @@
 """The loop: it learns, it goes on exactly where it was cut off, and it says what is wrong before it does harm."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -286,6 +287,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(little_data, 
     after = state_of(training)
     assert_equal(after, before)
     assert all(tensor.isfinite().all() for tensor in after.values())
+    assert math.isfinite(training.grad_norm), "the last line of metrics is of the last confirmed step"
 
 
 def test_a_step_that_needs_too_much_memory_is_told_and_the_steps_before_it_are_saved(little_data, tmp_path, capsys):

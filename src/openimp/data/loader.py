@@ -33,7 +33,8 @@ def load_batches(batches: StepBatches, start: int, stop: int | None = None) -> I
     """Yields the batches of the steps from `start` to `stop` - 1; if `stop` is None, to the last step.
 
     Raises:
-        UserError: no example of a batch can be read, or a label is not among the classes.
+        UserError: too many examples in a row cannot be read, a label is not among the classes, or a disk or shared
+            memory failed.
         WorkersFailed: a worker died.
     """
     train = batches.data.recipe.train

@@ -38,7 +38,7 @@ class RetrievalResult(Predicted):
     candidate_row: np.ndarray  # (M,) int64, for each candidate, the first row of the source that has it
     query_NZ: Tensor  # unit vectors; zeros for a text without a word that the model knows
     candidate_MZ: Tensor
-    unknown: list[str]  # names of rows: the model knows no word of their query or candidate
+    rows_of_unknown_texts: list[str]  # names of the rows with a text without a word that the model knows
 
     def answers(self, query_index: int, k: int) -> list[RankedCandidate]:
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.
@@ -69,8 +69,8 @@ class RetrievalResult(Predicted):
             "mrr": float((1 / self.rank).mean()),
             # R@1 of a random order: the share of correct candidates, averaged over the queries.
             "chance": len(self.correct_pairs) / len(self.rank) / candidates,
-            "unknown": len(self.unknown),
-            "unknown_rows": self.unknown[:MAX_NAMED_ROWS],
+            "unknown": len(self.rows_of_unknown_texts),
+            "unknown_rows": self.rows_of_unknown_texts[:MAX_NAMED_ROWS],
         }
 
 
@@ -101,7 +101,7 @@ def retrieve(
         item_of_row[modality] = inverse
     pairs = np.unique(np.stack([item_of_row[a], item_of_row[b]], axis=1), axis=0)
     # Only texts without a known word have zero vectors.
-    unknown = [
+    rows_of_unknown_texts = [
         table.row_name(row)
         for modality, vectors_NZ in vectors.items()
         for row in first_row_of_item[modality][~vectors_NZ.any(1).cpu().numpy()]
@@ -116,7 +116,7 @@ def retrieve(
             candidate_row=first_row_of_item[target],
             query_NZ=vectors[query],
             candidate_MZ=vectors[target],
-            unknown=unknown,
+            rows_of_unknown_texts=rows_of_unknown_texts,
         )
         for query, target, correct in ((a, b, pairs), (b, a, pairs[:, ::-1]))
     ]

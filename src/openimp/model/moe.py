@@ -6,8 +6,9 @@ inputs, for example one per modality. The router treats each of them separately,
 all of them at once.
 
 Shape suffixes: B examples, L tokens per example, T tokens of all inputs, E experts, C slots per expert and example
-(capacity), S slots of an expert, U = E S slots of all experts, D width, F hidden width, 1 a dimension of size 1; e
-experts of this rank, s slots of such an expert, from all ranks over which the experts are distributed.
+(capacity), S slots that this rank fills for an expert, U = E S slots of all experts, D width, F hidden width, 1 a
+dimension of size 1. If the experts are distributed over ranks: e experts that this rank holds, s slots that all ranks
+fill for such an expert.
 """
 
 from collections.abc import Sequence

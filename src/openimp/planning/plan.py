@@ -40,7 +40,8 @@ class Plan:
 
     layout: Layout
     gpu: GPU
-    # --mfu: assumed share of the GPU's bf16 peak. Repeated passes and Muon count as well, unlike in a measured MFU.
+    # --mfu: the assumed FLOP/s, as a share of the GPU's bf16 peak. Unlike in a measured MFU, the FLOPs include those of
+    # Muon, and of forward passes that are repeated to save memory.
     utilization: float
     model: Embedder  # on the meta device
     step_needs: dict[TaskView, StepNeeds]  # what one step of this task and view needs

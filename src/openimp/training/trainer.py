@@ -131,7 +131,7 @@ class Trainer(Parts):
         self._bar = StepBar(self.recipe.train.steps, self.step)
         self._begun_steps: list[PendingStep] = []
         self._queued_update: QueuedUpdate | None = None
-        self._is_updating = False  # Until all optimizers have stepped, the weights are those of no step.
+        self._is_updating = False  # True while the optimizers step: then the weights are those of no step.
 
     @property
     def steps_per_update(self) -> int:
@@ -282,11 +282,12 @@ class Trainer(Parts):
             return
         steps, grad_norm = self._queued_update
         self._queued_update = None
-        self.grad_norm = grad_norm.read()
-        if not math.isfinite(self.grad_norm):
+        norm = grad_norm.read()
+        if not math.isfinite(norm):
             stop_reasons = (step.batch_info.stop_reason for step in steps if step.batch_info.stop_reason is not None)
             raise_if_any_rank_stops(next(stop_reasons, None))
             raise self._not_finite_error(steps)
+        self.grad_norm = norm
         if self.updater.ema:
             self.updater.ema.update(steps[-1].batch_info.visit.step)
         for step in steps:

@@ -23,10 +23,7 @@ class Updater:
     """
 
     def __init__(self, recipe: Recipe, model: Embedder, work_before_step: np.ndarray | range) -> None:
-        """Makes the optimizers and the EMA. `work_before_step` is the number of steps before each step, or their FLOPs.
-
-        It determines the learning rate; see `lr_schedule`.
-        """
+        """Makes the optimizers and the EMA. `work_before_step` determines the learning rate; see `lr_schedule`."""
         options = recipe.optimizer
         self.recipe = recipe
         self.model = model
