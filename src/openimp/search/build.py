@@ -115,10 +115,7 @@ def build_index(
     if roots is None:
         media = _recipe_media(name, opened, modalities, allow_sources)
     else:
-        # An index may still have items of files and folders that are gone.
-        present = [root for root in roots if root.exists() or not is_index]
-        files_by_modality, unknown = find_files(present, modalities, required=not is_index)
-        media = list(media_of_files(files_by_modality, roots, modalities))
+        media, unknown = _media_on_disk(roots, modalities, is_index)
     metadata = Metadata(
         format=FORMAT,
         model=absolute_name(name, "."),
@@ -130,31 +127,21 @@ def build_index(
         items = Items(folder, opened.imp.config.embed_dim)
         update = Update(opened, items, media, roots, forgotten)
         _check_items_of_roots(update, forgotten)
-        try:
-            update.run(metadata.towards, batch_size, progress)
-        except KeyboardInterrupt:
-            item_count = counted(items.table.count_rows(), "item")
-            console.print(
-                f"stopped: {folder} holds {item_count} so far; the same command does the rest", soft_wrap=True
-            )
-            raise
-        skipped = update.skipped
-        count = items.table.count_rows()
-        if not count and not forgotten:
-            path, reason = next(iter(skipped.items()), ("nothing", "there are no media"))
+        _run(update, metadata.towards, folder, batch_size, progress)
+        if not items.table.count_rows() and not forgotten:
+            path, reason = next(iter(update.skipped.items()), ("nothing", "there are no media"))
             raise UserError(f"no file can be read; the first: {escaped(path)}: {reason}")
         items.compact()
-    counts = {kind: update.counts[kind] for kind in FILE_COUNTS}
-    result = IndexResult(
-        folder,
-        **counts,
-        skipped=skipped,
-        unknown=unknown,
-        items=count,
-        approximate=items.approximate,
-        model=opened,
-        metadata=metadata,
-    )
+        result = IndexResult(
+            folder,
+            **{kind: update.counts[kind] for kind in FILE_COUNTS},
+            skipped=update.skipped,
+            unknown=unknown,
+            items=items.table.count_rows(),
+            approximate=items.approximate,
+            model=opened,
+            metadata=metadata,
+        )
     console.print(str(result), soft_wrap=True)
     return result
 
@@ -221,6 +208,24 @@ def _recipe_media(name: str, model: Model, modalities: Modalities, allow_sources
             "folders"
         )
     return media
+
+
+def _media_on_disk(roots: list[Path], modalities: Modalities, is_index: bool) -> tuple[list[Media], dict[str, int]]:
+    """The media in files and folders, and by extension, the number of files that no modality reads."""
+    # An index may still have items of files and folders that are gone.
+    present = [root for root in roots if root.exists() or not is_index]
+    files_by_modality, unknown = find_files(present, modalities, required=not is_index)
+    return list(media_of_files(files_by_modality, roots, modalities)), unknown
+
+
+def _run(update: Update, towards: dict[str, str], folder: Path, batch_size: int, progress: Progress) -> None:
+    """Runs an update, and says what the index holds if Ctrl-C stops it."""
+    try:
+        update.run(towards, batch_size, progress)
+    except KeyboardInterrupt:
+        item_count = counted(update.items.table.count_rows(), "item")
+        console.print(f"stopped: {folder} holds {item_count} so far; the same command does the rest", soft_wrap=True)
+        raise
 
 
 def _check_items_of_roots(update: Update, forgotten: list[Path]) -> None:
