@@ -36,7 +36,8 @@ def train(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor], step
         optimizer.step()
 
 
-def test_a_step_is_that_of_torch(monkeypatch):
+@pytest.mark.parametrize("momentum", [0.95, 0.5])
+def test_a_step_is_that_of_torch(monkeypatch, momentum):
     """With torch's iterations."""
     monkeypatch.setattr(muon, "COEFFICIENTS", ((3.4445, -4.7750, 2.0315),) * 5)
     monkeypatch.setattr(muon, "MARGIN", 1.0)
@@ -44,8 +45,9 @@ def test_a_step_is_that_of_torch(monkeypatch):
     ours = weights(*shapes)
     theirs = weights(*shapes)
     before = [weight.detach().clone() for weight in ours]
-    train(Muon(dict.fromkeys(ours, 1), lr=0.1, weight_decay=0.2), ours)
-    train(torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"), theirs)
+    train(Muon(dict.fromkeys(ours, 1), lr=0.1, weight_decay=0.2, momentum=momentum), ours)
+    torchs = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+    train(torchs, theirs)
     for a, b, start in zip(ours, theirs, before):
         # Products of a batch may be summed in another order, in bf16.
         assert (a - b).norm() < 0.02 * (a - start).norm()

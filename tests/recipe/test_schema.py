@@ -141,6 +141,7 @@ REFUSED = [
         "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: classification, label: a.b}, "
         "{type: classification, label: a/b}]}"
     ),
+    "optimizer.muon_momentum=0.8",
 ]
 
 

@@ -14,11 +14,12 @@ from openimp.training.optimizers import lr_schedule
 
 
 def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_path):
-    changes = ["optimizer.muon_lr=1e-2", "model.bias=true", "modalities.vision.conv_channels=8"]
+    changes = ["optimizer={muon_lr: 1e-2, muon_momentum: 0.8}", "model.bias=true", "modalities.vision.conv_channels=8"]
     training = trainer_of(little_data, tmp_path / "run", *changes)
     adamw, muon = training.updater.optimizers
     assert isinstance(adamw, torch.optim.AdamW)
     assert isinstance(muon, Muon)
+    assert muon.momentum == 0.8
     names = {parameter: name for name, parameter in training.model.named_parameters()}
     of_muon = [names[p] for group in muon.param_groups for p in group["params"]]
     assert sorted(of_muon) == sorted(names[p] for p in training.model.hidden_matrices())

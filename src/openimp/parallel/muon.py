@@ -18,8 +18,6 @@ COEFFICIENTS = (8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, 
 
 They are chosen for singular values from 0.01 to 1. Each iteration moves the values as close to 1 as such a polynomial
 can (Polar Express, arXiv 2505.16932). After the third, all are between 0.73 and 1.27."""
-MOMENTUM = 0.95
-"""Share of the momentum that a step keeps."""
 MARGIN = 1.01
 """bf16 rounds a norm and a quotient by up to 0.4 %. A singular value above 1, as a matrix of rank 1 could then have,
 would explode: 1.004 would become 56."""
@@ -34,8 +32,9 @@ class Muon(torch.optim.Optimizer):
     one that computes queries, keys and values, and the number of experts. Each matrix is orthogonalized separately.
 
     As in torch's fused optimizers, a step changes nothing if the attribute `found_inf`, a scalar on the device, is 1.
-    `lr_factors` has each parameter's factor of the learning rate; the default is 1. Of a DTensor, a rank gathers the
-    update of whole matrices, orthogonalizes it, and keeps its shard.
+    `momentum` is the share of the momentum that a step keeps. `lr_factors` has each parameter's factor of the learning
+    rate; the default is 1. Of a DTensor, a rank gathers the update of whole matrices, orthogonalizes it, and keeps its
+    shard.
     """
 
     found_inf = torch.zeros(())
@@ -45,8 +44,10 @@ class Muon(torch.optim.Optimizer):
         stacks: Mapping[Tensor, int],
         lr: float,
         weight_decay: float = 0.0,
+        momentum: float = 0.95,
         lr_factors: Mapping[Tensor, float] | None = None,
     ) -> None:
+        self.momentum = momentum
         self.shapes = {weight: _stack_shape(weight, count) for weight, count in stacks.items()}
         self.lr_factors = lr_factors or dict.fromkeys(stacks, 1.0)
         # All matrices may be frozen. The optimizer accepts an empty group, but not an empty list.
@@ -107,8 +108,8 @@ class Muon(torch.optim.Optimizer):
         for gradient, buffer in zip(gradients, buffers):
             # A gradient that equals the momentum buffer leaves it as it is.
             torch.where(self.found_inf.bool(), buffer, gradient, out=gradient)
-        torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
-        updates = torch._foreach_lerp(gradients, buffers, MOMENTUM)
+        torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
+        updates = torch._foreach_lerp(gradients, buffers, self.momentum)
         torch._foreach_mul_(updates, 1 - self.found_inf)
         return {weight: update.bfloat16() for weight, update in zip(weights, updates)}
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from openimp.common.device import Precision
 from openimp.common.schema import Count, NotNegative, Positive, RecipePath, Share, Strict, Whole
@@ -31,6 +31,9 @@ class Optimizer(Strict):
     stems, encoder and projection heads, and the experts. It orthogonalizes queries, keys, values and each expert
     separately. AdamW updates all other parameters: patch embeddings (with `conv_channels`, the convolution instead),
     token and position tables, routers, classification heads, norms and temperatures. null: AdamW updates everything."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Share of Muon's momentum that a step keeps. A gradient then counts in about 1 / (1 - momentum) steps, those of
+    other tasks among them. Lower it, for example to 0.8, if a task has few of the steps and learns slowly."""
     warmup_steps: Whole | None = None
     """Steps of linear warm-up. null: 5% of the steps, as for the paper's S and B."""
     lr_scale: dict[str, NotNegative] = {}
@@ -58,6 +61,12 @@ class Optimizer(Strict):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average (EMA) of the weights, which is evaluated, and saved in addition to the
     weights. null: no average."""
+
+    @model_validator(mode="after")
+    def _muon_is_used(self) -> "Optimizer":
+        if self.muon_lr is None:
+            self.refuse(("muon_momentum",), "is for Muon; set muon_lr, too")
+        return self
 
 
 class Memory(Strict):

@@ -44,7 +44,9 @@ def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Opt
         optimizers.append(torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True))
     if options.muon_lr:
         muon_lr_factors = {weight: lr_factor_of[weight] for weight in muon_matrices}
-        optimizers.append(Muon(muon_matrices, options.muon_lr, options.weight_decay, lr_factors=muon_lr_factors))
+        optimizers.append(
+            Muon(muon_matrices, options.muon_lr, options.weight_decay, options.muon_momentum, muon_lr_factors)
+        )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
