@@ -220,6 +220,8 @@ def write_recipe(task: str, sources: dict[str, dict[str, Any]], file: Path, obje
         stems = stems[1:]
         for part in (kept["inputs"], *kept["views"]):
             del part["text"]
+    # The recipe's lower momentum is for several tasks.
+    del recipe["optimizer"]["muon_momentum"]
     recipe["tasks"] = {task: kept}
     recipe["sources"] = sources
     recipe["evaluation"]["sets"] = sets

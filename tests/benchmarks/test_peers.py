@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
             ["cifar10-train.parquet", "cifar10-test.parquet"],
             [
                 "openimp, by the names of the classes",
+                "AdamW instead of Muon",
                 "classification loss alone, without texts",
                 "timm's ViT, its usual augmentation",
             ],

@@ -1,4 +1,5 @@
 import html
+import json
 import shutil
 import socket
 
@@ -82,6 +83,18 @@ def test_the_card_says_what_the_model_was_trained_on_and_what_it_can_do(written,
     assert first[:3] == ["colours (training data)", colours["task"], "top-1"]
     assert second[:3] == ["tones (training data)", "audio -> text", "R@1"]
     assert third == ["tones (training data)", "text -> audio", "R@1", *figures]
+
+
+def test_only_sets_of_rows_of_training_are_marked_on_the_card(little_run, tmp_path):
+    run = shutil.copytree(little_run, tmp_path / "run")
+    colours, *tones = read_lines(run / "results.jsonl")
+    for line in tones:
+        del line["trained"]  # As of a source that may have moved.
+    lines = [json.dumps(line) + "\n" for line in ({**colours, "trained": 0}, *tones)]
+    (run / "results.jsonl").write_text("".join(lines), encoding="utf-8")
+    push(run, "me/unseen", tmp_path / "out")
+    results = cells(ModelCard.load(tmp_path / "out" / "README.md"), "Results")
+    assert [row[0] for row in results] == ["colours", "tones (training data)", "tones (training data)"]
 
 
 def test_the_code_on_the_card_runs(written, media_folder, tmp_path, monkeypatch):

@@ -57,8 +57,8 @@ def test_a_step_is_that_of_torch(monkeypatch, momentum):
 def test_each_matrix_of_a_stack_is_updated_as_if_it_were_alone(shape):
     (stack,) = weights(shape)
     alone = [part.clone().requires_grad_() for part in stack.detach().reshape(3, -1, shape[-1])]
-    train(Muon({stack: 3}, lr=0.1), [stack])
-    train(Muon(dict.fromkeys(alone, 1), lr=0.1), alone)
+    train(Muon({stack: 3}, lr=0.1, momentum=0.95), [stack])
+    train(Muon(dict.fromkeys(alone, 1), lr=0.1, momentum=0.95), alone)
     torch.testing.assert_close(stack.reshape(3, -1, shape[-1]), torch.stack(alone))
 
 
@@ -130,7 +130,7 @@ def train_model(model: Model, refused: bool = False) -> None:
 
     named = dict(model.named_parameters())
     stacks = {w: EXPERTS if w.ndim == 3 else 3 if "qkv" in name else 1 for name, w in named.items()}
-    optimizer = Muon(stacks, lr=0.1, weight_decay=0.2)
+    optimizer = Muon(stacks, lr=0.1, momentum=0.95, weight_decay=0.2)
     steps = [*gradients()]
     if refused:
         steps.insert(-1, {name: torch.full_like(grad, torch.nan) for name, grad in steps[-1].items()})

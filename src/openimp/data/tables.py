@@ -261,6 +261,10 @@ class Table(Rows):
         self._kept = np.asarray(rows) if self._kept is None else self._kept[rows]
         return self
 
+    def stored_rows(self, rows: np.ndarray) -> np.ndarray:
+        """(N,) int64, the numbers that selected rows have in the data, without any selection."""
+        return rows if self._kept is None else self._kept[rows]
+
     def _stored(self, indices: Sequence[int]) -> Sequence[int]:
         """The stored numbers of selected rows."""
         return indices if self._kept is None else self._kept[np.asarray(indices, dtype=np.int64)].tolist()

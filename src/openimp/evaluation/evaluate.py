@@ -16,7 +16,7 @@ from openimp.evaluation import classification, probe, retrieval
 from openimp.evaluation.evaluator import Evaluator, Predicted
 from openimp.evaluation.provenance import checkpoint_fields, data_fields, how_fields, trained_field
 from openimp.model.embedder import Embedder
-from openimp.parallel.distributed import run_on_all_ranks
+from openimp.parallel.distributed import run_on_all_ranks, run_on_rank_zero
 from openimp.recipe.evaluation import EvaluationSet, Probe, Retrieval
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
@@ -171,6 +171,6 @@ def measure(
     about = data_fields(recipe, table, readable) | train_fields
     about |= how_fields(recipe, evaluator.modalities, options, precision)
     training_sources = recipe.training_sources if evaluator.training_sources is None else evaluator.training_sources
-    about |= trained_field(training_sources, recipe, table, readable)
+    about |= run_on_rank_zero(lambda: trained_field(training_sources, recipe, table, readable))
     kind = {"set": name, "type": options.type, "step": step}
     return [{**kind, "task": predicted.task, **predicted.metrics(), **about} for predicted in predictions], predictions

@@ -1,14 +1,16 @@
 """Where a result comes from: two equal evaluations write equal results, and two different ones show the difference."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 
 from openimp.common.cache import stable_hash
 from openimp.common.modality import Modalities
 from openimp.common.protocols import learned_files
 from openimp.common.versions import library_version, openimp_version
+from openimp.data.sources import open_source
 from openimp.data.tables import Table
 from openimp.evaluation.evaluator import MAX_NAMED_ROWS, ReadableRows
 from openimp.model.embedder import Embedder
@@ -46,14 +48,26 @@ def data_fields(recipe: Recipe, table: Table, readable: ReadableRows) -> dict[st
 def trained_field(
     training_sources: Mapping[str, Source], recipe: Recipe, table: Table, readable: ReadableRows
 ) -> dict[str, int]:
-    """The number of evaluated rows if they are rows of training, else 0.
+    """How many of the evaluated rows are rows of training.
 
-    Empty if a source of training has the same name but another path or selection: perhaps the data has moved.
+    Empty if that is unknown: a source of training is a stream of the same data, or it has the same name but other data,
+    perhaps because the data has moved.
     """
     source = recipe.sources[table.name]
-    if any(trained.contains(source) for trained in training_sources.values()):
+    of_equal_data = {name: trained for name, trained in training_sources.items() if trained.data == source.data}
+    if any(trained.selection == source.selection for trained in of_equal_data.values()):
         return {"trained": len(readable.row)}
-    return {} if table.name in training_sources else {"trained": 0}
+    may_have_moved = table.name in training_sources and table.name not in of_equal_data
+    if may_have_moved or any(trained.stream for trained in of_equal_data.values()):
+        return {}
+    evaluated_rows = table.stored_rows(readable.row)
+    is_trained = np.zeros(len(evaluated_rows), dtype=bool)
+    for name, trained in of_equal_data.items():
+        if trained.part and source.part and trained.part.is_disjoint(source.part):
+            continue  # So that ordinary training, on parts, opens no source again.
+        training_table = cast(Table, open_source(name, trained))
+        is_trained |= np.isin(evaluated_rows, training_table.stored_rows(np.arange(len(training_table))))
+    return {"trained": int(is_trained.sum())}
 
 
 def how_fields(recipe: Recipe, modalities: Modalities, options: EvaluationSet, precision: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from openimp.checkpoint.folder import load_model, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.progress import Progress
-from openimp.data.trust import check_sources
+from openimp.data.trust import check_sources, trained_here
 from openimp.encoding.find import find_model
 from openimp.evaluation.evaluate import check_names
 from openimp.evaluation.evaluate import evaluate as evaluate_sets
@@ -65,7 +65,7 @@ def evaluate(
         check_sources(name, folder, evaluated_recipe, sets or evaluated_recipe.evaluation.sets, user_sources)
     imp = imp.to(pick_device())
     step = saved_step(folder)
-    return evaluate_sets(
+    results = evaluate_sets(
         imp,
         evaluated_recipe,
         modalities,
@@ -75,6 +75,10 @@ def evaluate(
         classes=config.classes,
         training_sources=own_recipe.training_sources,
     )
+    if trained_here(folder):
+        return results
+    # The sources of a model from elsewhere may have been on another machine, in other folders.
+    return [{key: value for key, value in line.items() if key != "trained" or value} for line in results]
 
 
 def _with_sets(

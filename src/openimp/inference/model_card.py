@@ -137,7 +137,7 @@ def _results(model: Model, folder: Path) -> list[dict[str, Any]]:
             **line,
             "main": main_metric(line),
             "metric": next((METRICS[key] for key in METRICS if key in line), line.get("metric", "score")),
-            "trained": bool(line.get("trained")),
+            "trained": line.get("trained", line.get("source") in model.recipe.training_sources),
         }
         for line in latest.values()
     ]

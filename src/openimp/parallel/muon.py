@@ -43,8 +43,8 @@ class Muon(torch.optim.Optimizer):
         self,
         stacks: Mapping[Tensor, int],
         lr: float,
+        momentum: float,
         weight_decay: float = 0.0,
-        momentum: float = 0.95,
         lr_factors: Mapping[Tensor, float] | None = None,
     ) -> None:
         self.momentum = momentum

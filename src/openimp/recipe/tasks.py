@@ -43,6 +43,11 @@ class Part(Strict):
             return part in self.keep
         return part not in (self.drop or ())
 
+    def is_disjoint(self, other: "Part") -> bool:
+        """Whether surely no row is selected by both."""
+        equal_parts = (self.of, self.by) == (other.of, other.by)
+        return equal_parts and not any(self.selects(part) and other.selects(part) for part in range(self.of))
+
 
 Unwanted = Annotated[dict[Literal["not"], str | int | bool | list[str | int | None] | None], Field(min_length=1)]
 """`{not: VALUES}`: rows with one of these values in a column are left out."""
@@ -124,20 +129,16 @@ class Source(Strict):
             self.refuse(("config", "split", "revision"), "is for hub data sets; to select rows of a path, use where")
         return self
 
-    def contains(self, other: "Source") -> bool:
-        """Whether the rows of another source are surely rows of this one: equal data, and an equal or no selection.
+    @property
+    def data(self) -> tuple[str | None, ...]:
+        """What identifies the data, without the selection of rows. Revisions of a hub data set count as equal."""
+        paths = (None if path is None else map_path(str(path), os.path.realpath) for path in (self.path, self.root))
+        return (*paths, self.hub, self.config, self.split)
 
-        Revisions of a hub data set count as equal data.
-        """
-        if self._data() != other._data():
-            return False
-        selects_all = self.where in ({}, other.where) and self.part is None and self.limit is None
-        return selects_all or (self.where, self.part, self.limit) == (other.where, other.part, other.limit)
-
-    def _data(self) -> tuple[str | None, ...]:
-        """What identifies the data, without the selection of rows."""
-        path = None if self.path is None else map_path(str(self.path), os.path.realpath)
-        return (path, self.hub, self.config, self.split)
+    @property
+    def selection(self) -> tuple[Any, ...]:
+        """What selects the rows of the data."""
+        return (self.where, self.part, self.limit)
 
 
 AnyObjective = Annotated[SerializeAsAny[Objective], BeforeValidator(validated_objective)]

@@ -32,8 +32,9 @@ class Optimizer(Strict):
     separately. AdamW updates all other parameters: patch embeddings (with `conv_channels`, the convolution instead),
     token and position tables, routers, classification heads, norms and temperatures. null: AdamW updates everything."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Share of Muon's momentum that a step keeps. A gradient then counts in about 1 / (1 - momentum) steps, those of
-    other tasks among them. Lower it, for example to 0.8, if a task has few of the steps and learns slowly."""
+    """Share of Muon's momentum that a step keeps. A gradient then counts in about 1 / (1 - momentum) steps that use
+    the weight; of a weight that tasks share, also in steps of other tasks. Try 0.8 if a task with few of the steps
+    learns slowly; 0.95 is better for the recipe demo."""
     warmup_steps: Whole | None = None
     """Steps of linear warm-up. null: 5% of the steps, as for the paper's S and B."""
     lr_scale: dict[str, NotNegative] = {}
@@ -65,7 +66,7 @@ class Optimizer(Strict):
     @model_validator(mode="after")
     def _muon_is_used(self) -> "Optimizer":
         if self.muon_lr is None:
-            self.refuse(("muon_momentum",), "is for Muon; set muon_lr, too")
+            self.refuse(("muon_momentum",), "is for Muon; remove it, or set muon_lr")
         return self
 
 

@@ -45,7 +45,7 @@ def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Opt
     if options.muon_lr:
         muon_lr_factors = {weight: lr_factor_of[weight] for weight in muon_matrices}
         optimizers.append(
-            Muon(muon_matrices, options.muon_lr, options.weight_decay, options.muon_momentum, muon_lr_factors)
+            Muon(muon_matrices, options.muon_lr, options.muon_momentum, options.weight_decay, muon_lr_factors)
         )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
