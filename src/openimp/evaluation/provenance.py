@@ -64,7 +64,7 @@ def trained_field(
     is_trained = np.zeros(len(evaluated_rows), dtype=bool)
     for name, trained in of_equal_data.items():
         if trained.part and source.part and trained.part.is_disjoint(source.part):
-            continue  # So that ordinary training, on parts, opens no source again.
+            continue  # Without this, each evaluation of a held-out part would open the source of training again.
         training_table = cast(Table, open_source(name, trained))
         is_trained |= np.isin(evaluated_rows, training_table.stored_rows(np.arange(len(training_table))))
     return {"trained": int(is_trained.sum())}
