@@ -235,6 +235,19 @@ def test_cosines_that_were_not_measured_have_an_empty_cell(tmp_path):
     assert page.count(" | 0.000123 | ") == 3, "three digits of the TFLOPs"
 
 
+def test_only_arms_with_all_sets_are_plotted_against_their_flops(tmp_path):
+    """An arm that lacks a set has no mean over the sets, so its FLOPs have nothing to be plotted against."""
+    arms = {"all tasks": {}, "one task": {"flops_factor": 2}, "all tasks, longer": {"flops_factor": 2}}
+    both = replace(PLAIN, scores={"s": 0.5, "t": 0.5})
+    without, with_longer = tmp_path / "without", tmp_path / "with"
+    for folder, found in ((without, [both, PLAIN]), (with_longer, [both, PLAIN, both])):
+        named = dict(zip(arms, ([outcome] for outcome in found)))
+        study = Study(title="t", question="q", recipe="r", flops=1, seeds=[0], arms={arm: arms[arm] for arm in named})
+        write_results(study, named, folder, "t", "c")
+    assert not (without / "t-flops.png").exists()
+    assert (with_longer / "t-flops.png").is_file()
+
+
 @pytest.mark.slow
 def test_a_stopped_study_resumes(done, tmp_path):
     """A signal stops its first training. After resuming, the scores equal those of the study that was not stopped."""

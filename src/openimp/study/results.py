@@ -37,7 +37,10 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
     sections = [f"# {study.title}", study.question.strip()]
     score = SCORES[study.score]
     sections += [plot(f"{score} of each arm, by evaluation set", draw_scores(outcomes, score.lower()))]
-    flops_factors = {statistics.mean(model.flops_factor for model in models) for models in study.arms.values()}
+    means = scores_by_set(outcomes)[""]
+    flops_factors = {
+        statistics.mean(model.flops_factor for model in models) for arm, models in study.arms.items() if means[arm]
+    }
     if len(flops_factors) > 1:
         curves = draw_against_flops(outcomes, curves_of(study), score.lower())
         sections += [plot("Mean over all sets against training FLOPs", curves, "-flops")]
