@@ -33,7 +33,7 @@ def load_batches(batches: StepBatches, start: int, stop: int | None = None) -> I
     """Yields the batches of the steps from `start` to `stop` - 1; if `stop` is None, to the last step.
 
     Raises:
-        UserError: too many examples in a row cannot be read, a label is not among the classes, or a disk or shared
+        UserError: too many consecutive examples cannot be read, a label is not among the classes, or a disk or shared
             memory failed.
         WorkersFailed: a worker died.
     """

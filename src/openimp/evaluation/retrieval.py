@@ -38,7 +38,7 @@ class RetrievalResult(Predicted):
     candidate_row: np.ndarray  # (M,) int64, for each candidate, the first row of the source that has it
     query_NZ: Tensor  # unit vectors; zeros for a text without a word that the model knows
     candidate_MZ: Tensor
-    rows_of_unknown_texts: list[str]  # names of the rows with a text without a word that the model knows
+    rows_of_unknown_texts: list[str]  # for each text without a word that the model knows, the name of its first row
 
     def answers(self, query_index: int, k: int) -> list[RankedCandidate]:
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.
@@ -141,13 +141,15 @@ def ranks(queries_NZ: Tensor, candidates_MZ: Tensor, pairs: np.ndarray, limit: i
         block_pairs = torch.from_numpy(pairs[first_pair:end_pair]).to(similarity_nM.device)
         query_e = block_pairs[:, 0] - start  # as an index in the block
         candidate_e = block_pairs[:, 1]
-        correct_e = similarity_nM[query_e, candidate_e]
-        best_n = similarity_nM.new_full((len(similarity_nM),), -torch.inf).scatter_reduce(0, query_e, correct_e, "amax")
+        correct_similarity_e = similarity_nM[query_e, candidate_e]
+        best_n = similarity_nM.new_full((len(similarity_nM),), -torch.inf).scatter_reduce(
+            0, query_e, correct_similarity_e, "amax"
+        )
         # `not <` instead of `>=`, so that every comparison with NaN counts against the model.
         not_below_n = (~(similarity_nM < best_n[:, None])).sum(1)
         # Rank = 1 + wrong candidates not below `best_n`
         #      = 1 + all candidates not below `best_n` - correct candidates not below `best_n`.
-        not_below_e = ~(correct_e < best_n[query_e])
+        not_below_e = ~(correct_similarity_e < best_n[query_e])
         correct_not_below_n = torch.zeros_like(not_below_n).index_add(0, query_e, not_below_e.long())
         rank_blocks.append(1 + not_below_n - correct_not_below_n)
     return torch.cat(rank_blocks).cpu().numpy()

@@ -6,9 +6,9 @@ inputs, for example one per modality. The router treats each of them separately,
 all of them at once.
 
 Shape suffixes: B examples, L tokens per example, T tokens of all inputs, E experts, C slots per expert and example
-(capacity), S slots that this rank fills for an expert, U = E S slots of all experts, D width, F hidden width, 1 a
-dimension of size 1. If the experts are distributed over ranks: e experts that this rank holds, s slots that all ranks
-fill for such an expert.
+(capacity), S slots of an expert on this rank, empty ones included, U = E S slots of all experts, D width, F hidden
+width, 1 a dimension of size 1. If the experts are distributed over ranks: e experts that this rank holds, s slots of
+such an expert on all ranks.
 """
 
 from collections.abc import Sequence
@@ -107,7 +107,7 @@ def split_tokens(values: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 class Router(nn.Module):
     """One linear layer in fp32 without bias, followed by expert choice.
 
-    `gate_scale` multiplies the gates (see `ExpertGroups`). `RouterStats` has the gates before this multiplication.
+    `gate_scale` multiplies the gates (see `ExpertGroups`).
     """
 
     def __init__(self, width: int, experts: int, config: MoE, gate_scale: float) -> None:

@@ -63,7 +63,8 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """FLOPs of the whole run, over all GPUs. An update counts once, although several replicas compute it."""
+        """FLOPs of the whole run, over all GPUs. An update by AdamW or Muon counts once, even if several
+        ranks compute the same update."""
         return sum(self.step_needs[task_view].cost.flops * steps for task_view, steps in self.step_counts.items())
 
     @property

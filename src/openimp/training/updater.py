@@ -23,7 +23,11 @@ class Updater:
     """
 
     def __init__(self, recipe: Recipe, model: Embedder, work_before_step: np.ndarray | range) -> None:
-        """Makes the optimizers and the EMA. `work_before_step` determines the learning rate; see `lr_schedule`."""
+        """Makes the optimizers and the EMA.
+
+        `work_before_step`: for each step, the number of steps before it, or their FLOPs. The learning rate follows this
+        number (see `lr_schedule`).
+        """
         options = recipe.optimizer
         self.recipe = recipe
         self.model = model
