@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import HfApi
 
 from openimp.checkpoint.folder import CONFIG, RECIPE, name_file_copies
-from openimp.common.errors import UserError, library_errors, nearest
+from openimp.common.errors import UserError, library_errors
 from openimp.common.names import Name, is_bundled
 from openimp.common.progress import console
 from openimp.common.versions import openimp_version
@@ -104,11 +104,7 @@ def write(model: Model, name: str, license: str | None, folder: Path) -> None:
 def _with_licenses(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     data = recipe.to_dict()
     for text in overrides:
-        match = re.match(r"\s*sources\.([^.=]+)\.license\s*=", text)
-        if not match:
+        if not re.match(r"\s*sources\.[^.=]+\.license\s*=", text):
             raise UserError(f"--set {text}: only the license of a source can be changed: sources.NAME.license=LICENSE")
-        source = match[1]
-        if source not in recipe.sources:
-            raise UserError(f"--set {text}: the recipe has no such source{nearest(source, recipe.sources)}")
         override(data, text)
     return Recipe.build(data)

@@ -5,7 +5,17 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from openimp.common.device import Precision
-from openimp.common.schema import Count, NotNegative, Positive, RecipePath, Share, Strict, Whole
+from openimp.common.schema import (
+    Count,
+    NotNegative,
+    PartialShare,
+    Positive,
+    PositiveShare,
+    RecipePath,
+    Share,
+    Strict,
+    Whole,
+)
 
 
 class Alternation(Strict):
@@ -31,7 +41,7 @@ class Optimizer(Strict):
     stems, encoder and projection heads, and the experts. It orthogonalizes queries, keys, values and each expert
     separately. AdamW updates all other parameters: patch embeddings (with `conv_channels`, the convolution instead),
     token and position tables, routers, classification heads, norms and temperatures. null: AdamW updates everything."""
-    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    muon_momentum: PartialShare = 0.95
     """Share of Muon's momentum that a step keeps. A gradient then counts in about 1 / (1 - momentum) steps that use
     the weight; of a weight that tasks share, also in steps of other tasks. Try 0.8 if a task with few of the steps
     learns slowly; 0.95 is better for the recipe demo."""
@@ -41,7 +51,7 @@ class Optimizer(Strict):
     """Factors of the learning rates by part of the model. A part is a parameter's name up to one of its dots, such as
     `encoder`, `encoder.blocks.0`, `stems.vision` or `projections`; of several that fit, the longest one counts. 0
     freezes the part: it has no gradients, no optimizer state and no EMA of its own."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    layer_decay: PositiveShare = 1.0
     """Factor of the learning rates from each block to the one below it, for fine-tuning (as in BEiT, arXiv 2106.08254,
     and timm): heads and the stems' last layers have the full rate, the last block this factor, the block below it the
     square of it, and the stems below the first block the smallest rate."""
@@ -52,7 +62,7 @@ class Optimizer(Strict):
     tables, norms, biases and temperatures."""
     eps: Positive = 1e-7
     """AdamW's epsilon."""
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: Annotated[list[PartialShare], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """AdamW's decay rates of the means of the gradient and of its square."""
     zero_missing_grads: bool = False
     """Updates parameters that a step's task does not use with a gradient of zero, as in the authors' release: their

@@ -143,16 +143,8 @@ def row_media(table: Table, row: int, column: str) -> bytes | Path | np.ndarray:
     return table.media(table.rows([row], [column])[0][column])
 
 
-def _file(
-    path: str,
-    modality: str,
-    roots: Roots | None,
-    text: ReadText = lambda: None,
-    text_state: str = "",
-    source: str | None = None,
-) -> Media:
-    state = f"{file_state(path)} {text_state}".rstrip()
-    return Media(shown_name(path), modality, state, partial(_checked, path, roots), text, source=source)
+def _file(path: str, modality: str, roots: Roots | None) -> Media:
+    return Media(shown_name(path), modality, file_state(path), partial(_checked, path, roots))
 
 
 def _checked(path: str, roots: Roots | None) -> Path:
@@ -191,8 +183,9 @@ def _rows(table: Table, modality: str, column: str, text: Callable[[int], str | 
         row_text = partial(text, row)
         if isinstance(value, str) or (isinstance(value, dict) and not value.get("bytes")):
             try:
-                path = str(table.media(value))
-                yield _file(path, modality, None, row_text, text_state=table.fingerprint, source=table.name)
+                file = _file(str(table.media(value)), modality, None)
+                state = f"{file.state} {table.fingerprint}"
+                yield replace(file, state=state, text=row_text, source=table.name)
                 continue
             except BadMedia:
                 pass  # Reading the row raises the same error, which is then recorded under the row's name.
