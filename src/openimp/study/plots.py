@@ -49,7 +49,9 @@ def draw_scores(outcomes: Outcomes, score: str) -> Figure:
                 axis.text(max(scores), row, f"  {mean:.1f}", va="center", color=INK)
         axis.set_title((title or "mean").replace("_", " "))
         axis.set_yticks(range(len(by_arm)), list(by_arm))
-        axis.set_xlim(0, 1.18 * axis.get_xlim()[1])  # The text needs space on the right.
+        end = 1.18 * axis.get_xlim()[1]  # The text needs space on the right.
+        axis.set_xlim(0, end)
+        axis.set_xticks([tick for tick in axis.get_xticks() if tick <= min(end, 100)])
     axes[0][0].invert_yaxis()
     figure.supxlabel(f"{score}, %; each dot is one seed", fontsize=8)
     return figure
