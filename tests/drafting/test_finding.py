@@ -81,11 +81,17 @@ def test_folders_beside_splits_and_folders_without_media_are_named(touch, folder
     touch("b/train/cat/0.jpg", "b/test/cat/1.jpg", "b/__MACOSX/train/cat/._0.jpg")
     (folder / "b/empty").mkdir()  # As is b/__MACOSX, without hidden files.
     touch("c/train/0.jpg", "c/plane/0.jpg")  # Classes of which one is called like a split.
+    touch("d/train/cat/0.jpg", "d/val/cat/1.jpg", "d/extra/cat/2.jpg")
+    touch("e/dogs_train/a/0.jpg", "e/dogs_val/a/1.jpg", "e/cats_train/a/0.jpg", "e/cats_val/a/1.jpg")
     beside = "is beside folders of splits"
-    assert found("a", "b", "c") == {
+    assert found("a", "b", "c", "d", "e") == {
         "a/train": "a/test",
         "b/train": "b/test",
         "c": None,
+        "d/train": "d/val",
+        "d/extra": beside,
+        "e/dogs_train": "e/dogs_val",
+        "e/cats_train": "e/cats_val",
         "a/annotations": beside,
         "a/unlabeled": beside,
     }

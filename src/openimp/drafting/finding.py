@@ -87,8 +87,8 @@ def _hub_splits(rest: str) -> list[Candidate]:
 def _in_folder(folder: Path, tables: bool) -> list[Candidate]:
     """The tables in a folder and its subfolders. Without any, the media.
 
-    A folder without tables is searched further if its subfolders are splits, or have only subfolders themselves. If at
-    least two subfolders are splits, the others are left out.
+    A folder without tables is searched further if its subfolders are splits, or have only subfolders themselves.
+    Subfolders beside splits are left out.
     """
     inner_folders = [folder / name for name in subfolders(folder)]
     entries = {inner: visible(inner) for inner in (folder, *inner_folders)}
@@ -96,24 +96,21 @@ def _in_folder(folder: Path, tables: bool) -> list[Candidate]:
     files = [Path(entry.path) for entry in named_like_tables if not is_folder(entry)]
     if files and tables:
         return [Candidate({"path": path}) for path in _shards(files)]
-    have_files = any(not is_folder(entry) for inner in inner_folders for entry in entries[inner])
-    are_splits = all(inner.name.lower() in ROLES for inner in inner_folders)
-    if inner_folders and (not have_files or are_splits):
-        return _in_subfolders(inner_folders, tables)
     if splits := _splits(inner_folders):
         beside = "is beside folders of splits"
         unused = [Candidate({"path": str(other)}, problem=beside) for other in inner_folders if other not in splits]
         return [*_in_subfolders(splits, tables), *unused]
+    have_files = any(not is_folder(entry) for inner in inner_folders for entry in entries[inner])
+    are_splits = all(inner.name.lower() in ROLES for inner in inner_folders)
+    if inner_folders and (not have_files or are_splits):
+        return _in_subfolders(inner_folders, tables)
     return _media(folder, inner_folders)
 
 
 def _splits(folders: list[Path]) -> list[Path]:
     """Folders with equal names except for the split, such as train2017 and val2017. A single folder may be a class."""
-    similar: dict[str, list[Path]] = {}
-    for folder in folders:
-        if ROLE.search(folder.name):
-            similar.setdefault(ROLE.sub("*", folder.name.lower()), []).append(folder)
-    return next((splits for splits in similar.values() if len(splits) > 1), [])
+    names = Counter(ROLE.sub("*", folder.name.lower()) for folder in folders if ROLE.search(folder.name))
+    return [folder for folder in folders if names[ROLE.sub("*", folder.name.lower())] > 1]
 
 
 def _in_subfolders(folders: list[Path], tables: bool) -> list[Candidate]:
