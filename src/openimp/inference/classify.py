@@ -119,7 +119,7 @@ def _by_names(model: Model, modality: str, names: Sequence[str], prompts: Sequen
     scale = model.similarity_scale(modality, reader.name)
     for name in names:
         if not name.strip() or not is_known(reader, name, model.views[reader.name]):
-            raise UserError(f"the class {name!r} has no word that the model knows")
+            raise UserError(f"the class {name!r} has no word that the model knows; try another name for it")
     if equal_names := names_with_equal_tokens(names, reader, model.views[reader.name]):
         name, other = equal_names
         raise UserError(f"the model reads the classes {name!r} and {other!r} as the same text; rename one")

@@ -151,7 +151,7 @@ class Index:
         model_knows_a_word = any(part.vectors for part in encoded)
         unknown_texts = [part.text for part in encoded if not part.vectors]
         if words is None and unknown_texts:
-            raise UserError(f"{unknown_texts[0]!r:.100} has no word that the model knows")
+            raise UserError(f"{unknown_texts[0]!r:.100} has no word that the model knows; try other words")
         comparable = []  # groups of modalities, each with the query's vector in their space
         for names in self.groups(modalities or self.counts):
             vector = unit_vector(encoded, self._space(names[0]))
