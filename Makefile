@@ -27,14 +27,14 @@ constraints: $(VENV)/.dev
 	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
 docs: $(VENV)/.dev
-	$(BIN)/python tools/write_recipe_reference.py
+	$(BIN)/python -m tools.write_recipe_reference
 
 # The source distribution, and the wheel that it builds.
 dist: $(VENV)/.dev
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
-	$(BIN)/python tools/check_dist.py dist
+	$(BIN)/python -m tools.check_dist dist
 
 # The documentation as a site, in the folder site/. A dead link is an error.
 site: $(VENV)/.dev

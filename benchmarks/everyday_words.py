@@ -1,7 +1,7 @@
 """Measures how often the items that an everyday word finds have this word in their texts.
 
     openimp index runs/demo
-    python benchmarks/everyday_words.py runs/demo/search.index
+    python -m benchmarks.everyday_words runs/demo/search.index
 
 Each query is one word. A result is right if the item's text (of the demo: its name and keywords) has the word, in the
 singular or plural. Only words that the texts of at least five items have are searched. A word that the model does not

@@ -1,6 +1,6 @@
 """What a run loses to each fault: real processes are killed, filled up, lied to, and go on.
 
-    python benchmarks/faults.py [--only FAULT ...] [--write]
+    python -m benchmarks.faults [--only FAULT ...] [--write]
 
 Trains the tests' small recipe of pictures and sounds on the CPU, with a checkpoint every 8 of 24 steps, once in peace
 and once with each fault in it, and goes on with --resume. Each run is compared with the one in peace:
@@ -27,9 +27,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import hostile
-import results_page
-from trainings import (
+from benchmarks import hostile, results_page
+from benchmarks.trainings import (
     BATCH,
     EVERY,
     STEPS,
@@ -45,7 +44,6 @@ from trainings import (
     told,
     watch,
 )
-
 from openimp.checkpoint.folder import checkpoints, load_model, read_state, step_of
 from openimp.common.json_lines import read_lines
 

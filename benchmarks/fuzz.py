@@ -1,6 +1,6 @@
 """Fuzzes the decoding of media files.
 
-    python benchmarks/fuzz.py [--files 10000] [--seed 0] [--only FORMAT ...] [--write]
+    python -m benchmarks.fuzz [--files 10000] [--seed 0] [--only FORMAT ...] [--write]
 
 It makes small files of 14 formats in the variants that common programs write. It changes random bytes, truncates and
 splices the files, and sets possible lengths, sizes and counts to extreme values. Each modality that reads a format
@@ -28,10 +28,10 @@ import av
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
-import results_page
 import soundfile
-from trainings import most_memory
 
+from benchmarks import results_page
+from benchmarks.trainings import most_memory
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.progress import track
 from openimp.common.protocols import Dated

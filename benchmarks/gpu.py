@@ -1,7 +1,7 @@
 """Checks and measures on a machine with GPUs what a machine without them cannot run.
 
     pip install -e .
-    python benchmarks/gpu.py [--write]    # about ten minutes
+    python -m benchmarks.gpu [--write]    # about ten minutes
 
 It makes pictures with captions, and trains IMP-B and IMP-MoE-B on them in bf16 for a few steps: eager, compiled, with
 gradient caching, and with activation checkpointing; if there are several GPUs, also on all of them in each layout. A
@@ -28,9 +28,9 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import results_page
 import torch
 
+from benchmarks import results_page
 from openimp.common.json_lines import read_lines
 from openimp.common.progress import console, track
 from openimp.inference.embed import embed
@@ -196,7 +196,15 @@ def measure(setting: Setting, manifest: Path, folder: Path) -> Measured | str:
     file, run = folder / "recipe.yaml", folder / "run"
     write_recipe(setting, manifest, file)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.ranks)]
-    command = [sys.executable, *(torchrun if setting.ranks > 1 else []), __file__, "--train", str(file), str(run)]
+    command = [
+        sys.executable,
+        *(torchrun if setting.ranks > 1 else []),
+        "-m",
+        "benchmarks.gpu",
+        "--train",
+        str(file),
+        str(run),
+    ]
     environment = os.environ if CUDA else {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -3,7 +3,6 @@
 import json
 import shutil
 import struct
-import sys
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from little import write_tar
-from recordings import film
+from tests.little import write_tar
+from tests.recordings import film
 
 SIDES = {"large": 10_000, "huge": 40_000}
 """Claimed side lengths in pixels: 0.3 and 4.8 GB when decoded. openimp refuses the first, Pillow the second."""

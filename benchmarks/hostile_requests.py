@@ -1,6 +1,6 @@
 """Attacks a search page with hostile uploads and requests.
 
-    python benchmarks/hostile_requests.py [--uploads 2000] [--requests 200] [--seed 0] [--write]
+    python -m benchmarks.hostile_requests [--uploads 2000] [--requests 200] [--seed 0] [--write]
 
 It starts `openimp serve` on an index of small files, with an untrained model. The uploads are media files of 14 formats
 that benchmarks/fuzz.py has changed, under their own extension or another one. The requests have hostile hosts, origins,
@@ -19,18 +19,16 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-import results_page
-from fuzz import FORMATS, mutated
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import little
-from made_models import write_untrained
-from served import Answer, Server, serving
-from trainings import most_memory
-
+from benchmarks import results_page
+from benchmarks.fuzz import FORMATS, mutated
+from benchmarks.trainings import most_memory
 from openimp.common.progress import track
 from openimp.recipe.schema import Recipe
 from openimp.search import build_index
+from tests import little
+from tests.made_models import write_untrained
+from tests.served import Answer, Server, serving
 
 MEMORY = 1500 * 10**6
 """Limit on the peak memory of the server, in bytes. Python, torch and LanceDB use about 600 MB of it."""

@@ -1,6 +1,6 @@
 """Compares alternative kernels on a CPU, forward and backward. The choices in openimp/model/kernels.py follow from it.
 
-    python benchmarks/kernels.py
+    python -m benchmarks.kernels
 
 For `UNFUSED_LENGTH`, it compares attention as two matrix products and a softmax with torch's fused kernel. For `gelu`,
 it compares the exact form with the tanh approximation. The two kernels of a comparison run alternately in one process,

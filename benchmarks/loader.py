@@ -1,6 +1,6 @@
 """Measures the CPU time per batch in the data loader, by task and view of a recipe, and its parts.
 
-    python benchmarks/loader.py recipes/demo.yaml [--set sources.stills.cache=none] [--batches 20]
+    python -m benchmarks.loader recipes/demo.yaml [--set sources.stills.cache=none] [--batches 20]
 
 One thread of this process makes the batches one after the other, as a worker does. Waiting for the disk does not
 count. `decode`, `augment` and `tokens` are the shares of media. `text` is the share of texts and their templates.

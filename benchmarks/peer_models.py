@@ -1,7 +1,7 @@
 """What benchmarks/peers.py trains beside openimp: timm's ViT, by itself and by lightly-train, and open_clip's towers on
 pictures; a convolutional network on sounds.
 
-    python benchmarks/peer_models.py timm OPTIONS.json OUT.json
+    python -m benchmarks.peer_models timm OPTIONS.json OUT.json
 
 It trains one model for a number of steps, tests it, and writes the accuracy. The options are those of `Options`.
 """

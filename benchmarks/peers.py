@@ -1,10 +1,10 @@
 """Compares openimp on recognised data with what people would use instead, at equal time on equal cores.
 
     pip install -e '.[bench,peers]' pandas lightly-train   # lightly-train is optional; its license is the AGPL
-    python benchmarks/peers.py photos cifar10-train.parquet cifar10-test.parquet --write
-    python benchmarks/peers.py speech fsdd.parquet --minutes 3 --write
-    python benchmarks/peers.py drafts cifar10-train.parquet cifar10-test.parquet fsdd.parquet --write
-    python benchmarks/peers.py photos TRAIN TEST --minutes 5 --tune        # chooses learning rates on held-out rows
+    python -m benchmarks.peers photos cifar10-train.parquet cifar10-test.parquet --write
+    python -m benchmarks.peers speech fsdd.parquet --minutes 3 --write
+    python -m benchmarks.peers drafts cifar10-train.parquet cifar10-test.parquet fsdd.parquet --write
+    python -m benchmarks.peers photos TRAIN TEST --minutes 5 --tune        # chooses learning rates on held-out rows
 
 All arms train on the same rows with one thread each. An arm first makes a few steps, which tell its CPU time per step.
 Then it makes as many steps as fit into the budget, so that its learning rate schedule ends with the budget. CPU time
@@ -31,15 +31,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
-import results_page
 import yaml
 
+from benchmarks import results_page
 from openimp.common.errors import counted
 from openimp.common.progress import console
 from openimp.evaluation.results import main_metric, read_results
 
-HERE = Path(__file__).parent
-RECIPE = HERE.parent / "recipes" / "photos_and_speech.yaml"
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "photos_and_speech.yaml"
 TITLES = {
     "photos": "CIFAR-10, compared with peers at equal time",
     "speech": "Spoken digits, compared with a peer",
@@ -140,7 +140,7 @@ def peer_arm(name: str, kind: str, options: dict[str, Any]) -> Arm:
     def command(steps: int, seed: int, folder: Path) -> list[str]:
         file = folder / "options.json"
         file.write_text(json.dumps({**options, "steps": steps, "seed": seed}), encoding="utf-8")
-        return [sys.executable, str(HERE / "peer_models.py"), kind, str(file), str(folder / "result.json")]
+        return [sys.executable, "-m", "benchmarks.peer_models", kind, str(file), str(folder / "result.json")]
 
     def top1(folder: Path) -> float:
         return float(json.loads((folder / "result.json").read_text(encoding="utf-8"))["top1"])

@@ -45,15 +45,15 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def head(title: str, *libraries: str) -> str:
     """The beginning of a page: what wrote it, with which versions of the libraries, and where."""
-    script = f"benchmarks/{Path(sys.argv[0]).name}"
+    script = Path(sys.argv[0])
     # Without the folders of data, because a page must not contain paths of a machine.
     arguments = [Path(argument).name if Path(argument).is_file() else argument for argument in sys.argv[1:]]
     versions = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in libraries)]
     return f"""# {title}
 
-Written by `{script}`; its docstring describes the measurement.
+Written by `benchmarks/{script.name}`; its docstring describes the measurement.
 
-- Command: `{shlex.join(["python", script, *arguments])}`
+- Command: `{shlex.join(["python", "-m", f"benchmarks.{script.stem}", *arguments])}`
 - openimp: {openimp_version()}
 - Versions: {", ".join(versions)}
 - Hardware: {processor()}, {os.cpu_count()} cores

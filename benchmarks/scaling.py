@@ -1,6 +1,6 @@
 """Throughput of the recipe mixture on 1, 2 and 4 ranks of one thread each, compared with one rank.
 
-    python benchmarks/scaling.py [--rounds 3] [--write]
+    python -m benchmarks.scaling [--rounds 3] [--write]
 
 The ranks have replicas, as the recipe says, or share the model in other layouts. A rank makes its batches itself, so
 that it is a single thread; in the last two settings each rank has a loader's worker as well. In one setting, two
@@ -18,8 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import results_page
-
+from benchmarks import results_page
 from openimp.common.json_lines import read_lines
 from openimp.recipe.schema import Recipe
 

@@ -1,8 +1,8 @@
 """Measures search: how fast files are indexed, and how fast an index is searched.
 
     pip install -e '.[search]'
-    python benchmarks/search.py            # about half an hour on two cores; exit code 1 if a bar is missed
-    python benchmarks/search.py --smoke    # checks that the benchmark runs; the bars are ignored
+    python -m benchmarks.search            # about half an hour on two cores; exit code 1 if a bar is missed
+    python -m benchmarks.search --smoke    # checks that the benchmark runs; the bars are ignored
 
 - Indexing: `openimp index` and `openimp embed` take turns on equal numbers of pictures of 256 x 256 pixels, with the
   model of recipes/demo.yaml and random weights. The result is the ratio of their rates, as a median over pairs.
@@ -27,19 +27,17 @@ from urllib.parse import quote
 
 import numpy as np
 import PIL.Image
-import results_page
 import torch
-from results_page import Row
 
+from benchmarks import results_page
+from benchmarks.results_page import Row
 from openimp.common.progress import console
 from openimp.inference.embed import embed
 from openimp.recipe.schema import Recipe
 from openimp.search import build_index, open_index
 from openimp.search.table import Items, schema
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from made_models import write_untrained
-from served import serving
+from tests.made_models import write_untrained
+from tests.served import serving
 
 SIZE, LATENT = 256, 24
 

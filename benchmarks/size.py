@@ -1,8 +1,8 @@
 """Measures openimp on data of ordinary size, beside what its users would otherwise use.
 
     pip install -e '.[search]' webdataset
-    python benchmarks/size.py            # about half an hour on two cores; exit code 1 if a bar is missed
-    python benchmarks/size.py --smoke    # checks that the benchmark runs; the bars are ignored
+    python -m benchmarks.size            # about half an hour on two cores; exit code 1 if a bar is missed
+    python -m benchmarks.size --smoke    # checks that the benchmark runs; the bars are ignored
 
 The data is made in a temporary folder: 1,000,000 rows of captions and classes as Parquet (one row group, and a
 hundred), JSON Lines and CSV; 100,000 pictures of 32 x 32 pixels in 100 folders; 100 tars of 1,000 examples.
@@ -41,11 +41,11 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import results_page
 import webdataset
-from results_page import Row
-from search import measure_again, measure_rates, write_model, write_pictures
 
+from benchmarks import results_page
+from benchmarks.results_page import Row
+from benchmarks.search import measure_again, measure_rates, write_model, write_pictures
 from openimp.data.sources import open_source
 from openimp.data.streams import Stream
 from openimp.data.tables import Table

@@ -2,8 +2,8 @@
 demo's model on two threads with one.
 
     pip install -e '.[bench]'
-    python benchmarks/throughput.py            # about ten minutes on one core; exit code 1 if a speedup is too small
-    python benchmarks/throughput.py --smoke    # checks that the benchmark runs; required speedups are ignored
+    python -m benchmarks.throughput            # about ten minutes on one core; exit code 1 if a speedup is too small
+    python -m benchmarks.throughput --smoke    # checks that the benchmark runs; required speedups are ignored
 
 A step is forward, backward and fused AdamW under bf16 autocast on the CPU. It takes 64 images of 128 x 128 pixels, 64
 tokens each, which are already in memory, and has one linear head over 1000 classes. The two models of a comparison take
@@ -26,7 +26,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import results_page
 import timm.layers
 import torch
 import torch.nn.functional as F
@@ -36,6 +35,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import results_page
 from openimp.common.device import autocast, keep_freed_memory, product_speed
 from openimp.common.objective import head_key
 from openimp.common.progress import console

@@ -19,10 +19,8 @@ import torch.distributed.run
 from openimp.checkpoint.folder import checkpoints, load_model, step_of
 from openimp.common.json_lines import read_lines
 from openimp.recipe.schema import Recipe
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import little
-from processes import Process, torchrun
+from tests import little
+from tests.processes import Process, torchrun
 
 os.environ["OMP_NUM_THREADS"] = "1"  # In the processes too.
 STEPS, EVERY, BATCH = 24, 8, 8
@@ -114,7 +112,7 @@ class Bench:
     def two_nodes(self, run: Path) -> Process:
         """Two torchruns with a rank each, as on two nodes. They are the children of the returned process."""
         node = torchrun(1, *self.command(run, "--resume", "auto"), restarts=1, nodes=f"localhost:{free_port()}")
-        return Process(__file__, *node[2:], merge=True, **NEW_STORE)
+        return Process("-m", "benchmarks.trainings", *node[2:], merge=True, **NEW_STORE)
 
     def started(self, how: How, run: Path, *options: str) -> list[Process]:
         return [self.start(run, *options)] if how == "one" else self.start_two(run, *options, nodes=how == "two nodes")

@@ -8,23 +8,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import little
-import messages
 import numpy as np
 import PIL.Image
 import pytest
 import soundfile
 import torch
 from hypothesis import settings
-from made_models import untrained, write_untrained
 from playwright.sync_api import sync_playwright
-from recordings import film
 
 from openimp import cli
 from openimp.common.modality import Modality
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
+from tests import little, messages
+from tests.made_models import untrained, write_untrained
+from tests.recordings import film
 
 # CI tries the same cases each time, so that it tells of a change and not of luck; elsewhere new ones are tried.
 settings.register_profile("ci", derandomize=True)
@@ -37,8 +36,9 @@ collect_ignore = [] if find_spec("mteb") else ["inference/test_evaluators.py"]
 # The tests run in one process per core. More threads than cores would slow each other down.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-# For tests that start their own file on several ranks.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+# Tests start their own file on several ranks, and benchmarks as modules, in whatever folder.
+ROOT = str(Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from little import png
-from recordings import sound_file
+
+from tests.little import png
+from tests.recordings import sound_file
 
 PHOTOS = ["airplane", "automobile", "bird"]
 DIGITS = ["zero", "one", "two"]

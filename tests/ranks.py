@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import run, torchrun
 
 from openimp.parallel import distributed
+from tests.processes import run, torchrun
 
 COMMON = ["train.precision=fp32", "tasks.heard.batch_size=8", "tasks.named.views.1.batch_size=8", "train.steps=24"]
 """Overrides with which the small recipe of little.py trains alike on 1, 2 and 4 ranks."""

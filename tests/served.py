@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from processes import Process
+from tests.processes import Process
 
 
 @dataclass(frozen=True)

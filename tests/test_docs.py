@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from messages import refuses
 
 import openimp
 from openimp import cli
@@ -30,6 +29,7 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source, Task
 from openimp.study.schema import Study
 from openimp.training.trainer import train
+from tests.messages import refuses
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/design").glob("*.md")])

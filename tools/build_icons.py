@@ -1,8 +1,8 @@
 """Builds a corpus of icons with names from the icon sets of the npm package @iconify/json.
 
-    python tools/build_icons.py OUT                     # download, verify, build OUT/icons.parquet and OUT/NOTICE
-    python tools/build_icons.py OUT --package PACKAGE   # the same from a .tgz that you have
-    python tools/build_icons.py OUT --bundle --card --contact-sheet   # for maintainers, from OUT/icons.parquet
+    python -m tools.build_icons OUT                     # download, verify, build OUT/icons.parquet and OUT/NOTICE
+    python -m tools.build_icons OUT --package PACKAGE   # the same from a .tgz that you have
+    python -m tools.build_icons OUT --bundle --card --contact-sheet   # for maintainers, from OUT/icons.parquet
 
 It takes about three minutes on one core. Besides openimp's dependencies it needs resvg_py (`pip install resvg_py`), and
 npm for the download (104 MB). A second run writes the same bytes, but other releases of the libraries may not. The
@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from demo_data_docs import write_sums
-from icon_docs import write_card, write_contact_sheet, write_notice
-from icon_names import named_icons
-from icon_sets import fetch, read_about, read_sets, set_split
-from icon_splits import add_splits, choose, held_out_keys, mark_demo
 from PIL import Image
 
 from openimp.common.progress import track
+from tools.demo_data_docs import write_sums
+from tools.icon_docs import write_card, write_contact_sheet, write_notice
+from tools.icon_names import named_icons
+from tools.icon_sets import fetch, read_about, read_sets, set_split
+from tools.icon_splits import add_splits, choose, held_out_keys, mark_demo
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "src/openimp/data/demo"

@@ -1,7 +1,7 @@
 """Checks what is published: the wheel and the source distribution in a folder.
 
     python -m build
-    python tools/check_dist.py dist
+    python -m tools.check_dist dist
 
 The wheel must have everything that works without the repository, and nothing else. It lists the contents by folder.
 """

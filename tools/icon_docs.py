@@ -9,10 +9,11 @@ from textwrap import wrap
 from typing import Any
 
 import pyarrow.parquet as pq
-from demo_data_docs import markdown, replace_counts
-from icon_names import digest
-from icon_sets import PACKAGE, SHA256, VERSION, set_split
 from PIL import Image
+
+from tools.demo_data_docs import markdown, replace_counts
+from tools.icon_names import digest
+from tools.icon_sets import PACKAGE, SHA256, VERSION, set_split
 
 SPLITS = ["train", "val", "test"]
 NOTICE = f"""\

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from icon_sets import UNWANTED
+from tools.icon_sets import UNWANTED
 
 ALWAYS_STYLE = {"duotone", "filled", "outline", "outlined", "twotone"}
 

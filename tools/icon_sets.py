@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from archives import fetched, members
+from tools.archives import fetched, members
 
 PACKAGE, VERSION = "@iconify/json", "2.2.535"
 SHA256 = "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"

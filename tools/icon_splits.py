@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from icon_names import digest
+
+from tools.icon_names import digest
 
 TEST, VAL = 0.08, 0.02
 

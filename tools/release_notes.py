@@ -1,6 +1,6 @@
 """Prints the section of CHANGELOG.md about a version. The version must be that of the package.
 
-python tools/release_notes.py 0.1.0
+python -m tools.release_notes 0.1.0
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Writes the model that comes with openimp, `openimp:base`, from a finished run of recipes/base.yaml.
 
     openimp train base
-    python tools/write_base_model.py runs/base
-    python tools/write_base_model.py             # only measures openimp:base again, after a change of the code
+    python -m tools.write_base_model runs/base
+    python -m tools.write_base_model             # only measures openimp:base again, after a change of the code
 
 The weights are stored in fp16, which halves the size of the package. The card has the results of these weights.
 """

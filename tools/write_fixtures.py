@@ -1,6 +1,6 @@
 """Writes the models and the index in tests/fixtures, which show that files of earlier versions are still read.
 
-    python tools/write_fixtures.py
+    python -m tools.write_fixtures
 
 It trains tests/fixtures/recipe.yaml and writes `checkpoint`, `pushed`, `index` and `format-N`, a model in the present
 format N. Commit them after a change of a format, and keep the `format-N` of earlier formats as they are. `format-6` is

@@ -1,7 +1,7 @@
 """Writes the reference in docs/recipe.md from the recipe's schema and the options of openimp's own modalities and
 objectives.
 
-    python tools/write_recipe_reference.py
+    python -m tools.write_recipe_reference
 
 The part of the page above the mark is written by hand. tests/recipe/test_reference.py fails if the reference is out of
 date.

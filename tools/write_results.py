@@ -1,6 +1,6 @@
 """Writes the results of a run of recipes/demo.yaml and of openimp:base into README.md, and draws the demo's picture.
 
-    .venv/bin/python tools/write_results.py runs/demo
+    .venv/bin/python -m tools.write_results runs/demo
 
 The picture needs matplotlib (`pip install openimp[plots]`). It shows unseen test items that are evenly spaced in the
 data and not selected by result.

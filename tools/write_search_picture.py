@@ -1,6 +1,6 @@
 """Writes docs/images/search.png: the search page with the media of a run's recipe, for the README.
 
-    python tools/write_search_picture.py runs/demo
+    python -m tools.write_search_picture runs/demo
 
 Needs the extras `dev` and a Chromium on the PATH.
 """

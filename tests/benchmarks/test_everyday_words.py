@@ -5,8 +5,7 @@ import PIL.Image
 import pytest
 
 pytest.importorskip("lancedb")
-from everyday_words import main
-
+from benchmarks.everyday_words import main
 from openimp.search import build_index
 
 

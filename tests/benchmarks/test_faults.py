@@ -1,8 +1,9 @@
 """What a run loses to each fault, as benchmarks/faults.py measures it: at most the steps since a checkpoint."""
 
 import pytest
-from faults import FAULTS
-from trainings import Bench
+
+from benchmarks.faults import FAULTS
+from benchmarks.trainings import Bench
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,8 @@ import signal
 from contextlib import suppress
 
 import pytest
-from fuzz import FORMATS, MEMORY, MEND, VIEWS, Worker, fuzz, mutated
 
+from benchmarks.fuzz import FORMATS, MEMORY, MEND, VIEWS, Worker, fuzz, mutated
 from openimp.common.modality import BadMedia
 
 pytestmark = pytest.mark.slow

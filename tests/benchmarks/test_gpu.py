@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-import gpu
 import pytest
+
+from benchmarks import gpu
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,8 @@
 """benchmarks/hostile_requests.py runs a few attacks, and the server withstands them."""
 
-import hostile_requests
 import pytest
+
+from benchmarks import hostile_requests
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,6 @@
 """benchmarks/loader.py measures each task and view."""
 
-import loader
-
+from benchmarks import loader
 from openimp.data import examples
 from openimp.recipe.schema import Recipe
 

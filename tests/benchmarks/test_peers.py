@@ -2,9 +2,10 @@
 
 import re
 
-import local_copies
-import peers
 import pytest
+
+from benchmarks import peers
+from tests import local_copies
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,7 @@
 import pytest
 
 pytest.importorskip("lancedb")
-import search
+from benchmarks import search
 
 pytestmark = pytest.mark.slow
 

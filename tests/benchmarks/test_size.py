@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("lancedb")
 pytest.importorskip("webdataset")
-import size
+from benchmarks import size
 
 pytestmark = pytest.mark.slow
 

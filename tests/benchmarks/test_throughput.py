@@ -3,7 +3,7 @@
 import pytest
 
 pytest.importorskip("timm")
-from throughput import comparisons, report
+from benchmarks.throughput import comparisons, report
 
 pytestmark = pytest.mark.slow
 

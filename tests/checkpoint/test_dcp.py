@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from messages import refuses
 from safetensors.torch import load_file, save_file
-from saved import assert_equal
 from torch import Tensor
 
 from openimp.checkpoint.dcp import load, read, save, stage
+from tests.messages import refuses
+from tests.saved import assert_equal
 
 WHOLE = {"rows": torch.arange(12.0).view(4, 3), "one": torch.ones(1), "scalar": torch.tensor(2.0)}
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from messages import refuses
 
 import openimp
 from openimp.checkpoint.folder import checkpoints, manifest_entry, verify
@@ -19,6 +18,7 @@ from openimp.inference.model import Model
 from openimp.recipe.schema import Recipe
 from openimp.search import build_index, open_index
 from openimp.training.trainer import train
+from tests.messages import refuses
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 FORMATS = ["format-6", "format-7", "format-8"]

@@ -8,10 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
-from messages import refuses
-from ranks import on
 from timm.models import VisionTransformer, save_for_hf
-from trained import trainer_of
 
 from openimp.checkpoint.public_vit import ViTWeights, obstacles, open_vit
 from openimp.checkpoint.warm_start import open_warm_start
@@ -19,6 +16,9 @@ from openimp.model.imp import IMP
 from openimp.parallel import distributed
 from openimp.parallel.layout import full_tensor
 from openimp.recipe.schema import Recipe
+from tests.messages import refuses
+from tests.ranks import on
+from tests.trained import trainer_of
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 SIGLIP, GAP = "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224"

@@ -6,12 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
-import little
 import pytest
 import torch
-from messages import refuses
 from safetensors.torch import load_file, save_file
-from saved import hashes
 
 import openimp
 from openimp.checkpoint.folder import checkpoints, manifest_entry, verify
@@ -24,6 +21,9 @@ from openimp.recipe.schema import Recipe
 from openimp.training.run_directory import LOCK
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
+from tests import little
+from tests.messages import refuses
+from tests.saved import hashes
 
 CHANGES = ["train.save_every=4", "train.keep_last=3", "evaluation={}"]
 DIFFERS = r"damaged: its size \([\d,]+ bytes\) or SHA-256 differs from the manifest"

@@ -14,16 +14,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
 import torch
-from messages import refuses
-from processes import torchrun
-from ranks import COMMON
 from safetensors.torch import load_file, save_file
-from saved import assert_equal
 from torch import Tensor
-from trained import trainer_of
 
 import openimp
 from openimp.checkpoint import dcp
@@ -32,6 +26,12 @@ from openimp.checkpoint.saver import CheckpointError
 from openimp.parallel import distributed
 from openimp.parallel.layout import full_tensor
 from openimp.training.trainer import Trainer
+from tests import processes
+from tests.messages import refuses
+from tests.processes import torchrun
+from tests.ranks import COMMON
+from tests.saved import assert_equal
+from tests.trained import trainer_of
 
 CHANGES = [*COMMON, "evaluation={}", "train.keep_last=2"]
 

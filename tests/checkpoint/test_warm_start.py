@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from messages import refuses
-from saved import assert_equal
 from tokenizers import Tokenizer, models
 
 import openimp
@@ -21,6 +19,8 @@ from openimp.inference.publish import push
 from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
+from tests.messages import refuses
+from tests.saved import assert_equal
 
 NEW_HEAD = """{source: painted, inputs: {image: file, text: 'painted {label}'}, batch_size: 8, objectives: [
     {type: classification, label: label, of: image}, {type: contrastive, positives_by: label}],

@@ -6,8 +6,6 @@ import stat
 from pathlib import Path
 
 import pytest
-from messages import refuses
-from trained import recipe_of
 
 import openimp
 from openimp.checkpoint.folder import checkpoints
@@ -18,6 +16,8 @@ from openimp.common.json_lines import append, forget_after, own_lines, read_line
 from openimp.common.safe_files import private_folder, write_text
 from openimp.report.write import write_report
 from openimp.training.trainer import train
+from tests.messages import refuses
+from tests.trained import recipe_of
 
 
 def test_a_run_forgets_lines_of_a_file_of_any_size(tmp_path, monkeypatch):

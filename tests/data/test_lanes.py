@@ -15,11 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from batches import assert_same
 from fsspec.implementations.local import LocalFileSystem
-from little import write_tar
-from messages import refuses
-from recordings import picture_file
 
 from openimp.data.files import BLOCK
 from openimp.data.loaded_batch import LoadedBatch
@@ -27,6 +23,10 @@ from openimp.data.loader import load_batches
 from openimp.data.step_batches import StepBatches
 from openimp.data.task_data import TaskData
 from openimp.recipe.schema import Recipe
+from tests.batches import assert_same
+from tests.little import write_tar
+from tests.messages import refuses
+from tests.recordings import picture_file
 
 ROWS = 4
 """Rows of a shard."""

@@ -6,10 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batches import assert_same
-from little import png, write_tar
-from messages import refuses
-from recordings import animation, counting, sound_file
 
 from openimp.common.errors import UserError
 from openimp.data.loaded_batch import LoadedBatch
@@ -19,6 +15,10 @@ from openimp.data.step_batches import StepBatches
 from openimp.data.tables import item_id
 from openimp.data.task_data import CORPUS_ROWS, TaskData, _sample
 from openimp.recipe.schema import Recipe
+from tests.batches import assert_same
+from tests.little import png, write_tar
+from tests.messages import refuses
+from tests.recordings import animation, counting, sound_file
 
 NO_EVALUATION = "evaluation={}"
 either = pytest.mark.parametrize("workers", [0, pytest.param(3, marks=pytest.mark.slow)])

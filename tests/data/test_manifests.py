@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from messages import refuses
 
 from openimp.data import manifests
 from openimp.data.manifests import PYTHON_ROWS
 from openimp.data.sources import open_source
 from openimp.recipe.tasks import Source
+from tests.messages import refuses
 
 CELLS = st.text(st.sampled_from(["a", "7", "0", " ", ",", '"', "\n", "\r", "é", "N", ";"]), max_size=6)
 

@@ -19,10 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from little import write_tar
-from messages import refuses
 from PIL import Image
-from recordings import picture_file
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
@@ -34,6 +31,9 @@ from openimp.data.streams import Stream
 from openimp.data.tables import Rows, Table, Unreadable, matches
 from openimp.data.targets import classes_of
 from openimp.recipe.tasks import Source
+from tests.little import write_tar
+from tests.messages import refuses
+from tests.recordings import picture_file
 
 
 def png(i: int) -> bytes:

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from messages import refuses
 
 from openimp.common.modality import BadMedia
 from openimp.common.schema import Strict
@@ -19,6 +18,7 @@ from openimp.data import store as store_module
 from openimp.data.sources import open_source
 from openimp.data.store import ITEMS_PER_FILE, DecodedStore, store_column
 from openimp.recipe.tasks import Source
+from tests.messages import refuses
 
 # NumPy parses a file's header with `ast`, which in Python 3.11 may fail in several threads at once
 # (python/cpython#106905).

@@ -6,11 +6,11 @@ import re
 
 import numpy as np
 import pytest
-from messages import refuses
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.data.templates import all_texts, columns_of, fill
+from tests.messages import refuses
 
 ROW = {"name": "red panda", "tags": ["animal", "red", "cute"], "year": 2020, "none": None, "blank": " ", "empty": []}
 

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from messages import refuses
 
 from openimp.checkpoint.folder import checkpoints, describe_model
 from openimp.commands import run_eval
@@ -19,6 +18,7 @@ from openimp.data.trust import KNOWN, check_sources, trained_here
 from openimp.inference.model import load
 from openimp.recipe.tasks import Source
 from openimp.report.write import write_report
+from tests.messages import refuses
 
 SECRET = "a low tone, for my eyes only"
 

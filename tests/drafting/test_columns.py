@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from messages import refuses
 
 from openimp.drafting.assembling import source_name
 from openimp.drafting.columns import inspect, open_candidate
@@ -16,6 +15,7 @@ from openimp.drafting.draft import draft_recipe, find_tasks
 from openimp.drafting.finding import Candidate
 from openimp.drafting.splitting import split_task
 from openimp.recipe.file import RecipeLoader
+from tests.messages import refuses
 
 
 @pytest.fixture(autouse=True)

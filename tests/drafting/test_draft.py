@@ -11,9 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from messages import refuses
 from PIL import Image
-from recordings import picture_file
 
 from openimp.checkpoint.folder import read_config
 from openimp.checkpoint.warm_start import open_warm_start
@@ -29,6 +27,8 @@ from openimp.model.imp import IMP
 from openimp.planning.memory import step_memory
 from openimp.recipe.file import RecipeLoader
 from openimp.recipe.schema import Recipe
+from tests.messages import refuses
+from tests.recordings import picture_file
 
 COLORS = {"red": (220, 30, 30), "blue": (40, 50, 220), "green": (30, 200, 40)}
 SHADES = ("bright", "dark", "pale", "dull")

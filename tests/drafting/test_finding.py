@@ -1,10 +1,10 @@
 """Which sources are found below a path."""
 
 import pytest
-from messages import refuses
 from PIL import Image
 
 from openimp.drafting.finding import find
+from tests.messages import refuses
 
 LEFT = "is left for a last test"
 

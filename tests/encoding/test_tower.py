@@ -7,18 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import little
 import numpy as np
 import onnxruntime
 import open_clip
 import PIL.Image
-import public
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from messages import refuses
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
@@ -39,6 +36,8 @@ from openimp.inference.publish import push
 from openimp.recipe.schema import Recipe
 from openimp.search.build import build_index
 from openimp.training.trainer import train
+from tests import little, public
+from tests.messages import refuses
 
 
 @pytest.fixture(scope="module")

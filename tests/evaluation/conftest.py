@@ -5,13 +5,13 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from little import png
 
 from openimp.common.modality import Modality
 from openimp.inference.model import Model
 from openimp.model.imp import IMP
 from openimp.recipe.evaluation import EvaluationSet
 from openimp.recipe.schema import Recipe
+from tests.little import png
 
 
 class Setup(NamedTuple):

@@ -6,10 +6,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from little import png
-from messages import refuses
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, top_k_accuracy_score
-from trained import recipe_of
 
 import openimp
 from openimp.checkpoint.folder import load_model
@@ -21,6 +18,9 @@ from openimp.evaluation.metrics import average_precision
 from openimp.model.imp import IMP
 from openimp.training.callbacks import Callback, EarlyStopping
 from openimp.training.trainer import train
+from tests.little import png
+from tests.messages import refuses
+from tests.trained import recipe_of
 
 COLOURS = ["red", "green", "blue", "white"]
 LISTS = [[colour for j, colour in enumerate(COLOURS[:3]) if i >> j & 1] for i in range(8)]

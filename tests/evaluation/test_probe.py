@@ -7,10 +7,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from messages import refuses
 
 from openimp.evaluation.evaluate import check_sets, evaluate
 from openimp.evaluation.probe import C_CANDIDATES, linear, nearest_neighbors
+from tests.messages import refuses
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 220)}
 NAMES = [*COLOURS] * 6

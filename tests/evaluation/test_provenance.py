@@ -6,11 +6,11 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from little import png
 
 from openimp.common.versions import openimp_version
 from openimp.evaluation.evaluate import evaluate
 from openimp.evaluation.provenance import checkpoint_fields
+from tests.little import png
 
 WORDS = ["red", "green", "blue", "white"]
 ZERO_SHOT = {"type": "zero_shot", "inputs": {"image": "picture"}, "label": "word", "view": {"image": {"size": 16}}}

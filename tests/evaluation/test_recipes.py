@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import soundfile
 from datasets import ClassLabel, Dataset, Features, Image
-from messages import refuses
 
 from openimp.commands import run_eval
 from openimp.common.json_lines import read_lines
 from openimp.evaluation.zero_shot import words
 from openimp.inference.evaluate import _with_sets
+from tests.messages import refuses
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "evaluation"
 VIEWS = {

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from little import png
-from messages import refuses
 
 from openimp.evaluation.evaluate import check_sets, evaluate
 from openimp.evaluation.retrieval import RetrievalResult, ranks
 from openimp.study.variants import peak_bytes
+from tests.little import png
+from tests.messages import refuses
 
 NAMES = ["red", "green", "blue", "red", "red", "green", "grey", "white"]
 PICTURES = [png(i) for i in range(8)]

@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from little import png
-from messages import refuses
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from openimp.evaluation.classification import Classified
 from openimp.evaluation.evaluate import check_sets, evaluate, measure
 from openimp.evaluation.evaluator import Evaluator
 from openimp.recipe.tasks import Source
+from tests.little import png
+from tests.messages import refuses
 
 LABELS = ["red_thing", "sea", "red_thing", "tree", "sea", "red_thing", "sky", "night", "fire"]
 PROMPTS = ["{}", "a picture of {}, and what is around it", "the {}"]

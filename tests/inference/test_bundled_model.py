@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from messages import refuses
 from safetensors import safe_open
 
 import openimp
@@ -17,6 +16,7 @@ from openimp.data.sources import open_source
 from openimp.model.imp import IMP
 from openimp.recipe.tasks import Source
 from openimp.search import build_index, open_index
+from tests.messages import refuses
 
 WORDS = ["dog", "cat", "guitar", "moon", "pencil", "house", "car", "apple", "fish", "umbrella", "clock", "key"]
 """Everyday words that are names of pictures."""

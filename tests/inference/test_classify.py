@@ -1,12 +1,10 @@
 import shutil
 from pathlib import Path
 
-import little
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from messages import refuses
 from PIL import Image
 
 from openimp.inference.classify import Classifier, class_heads, classify_files
@@ -14,6 +12,8 @@ from openimp.inference.evaluate import evaluate
 from openimp.inference.model import load
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
+from tests import little
+from tests.messages import refuses
 
 SETS = """{
   head: {type: classification, source: pictures, inputs: {image: file}, task: named, label: label,

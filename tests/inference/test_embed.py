@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from messages import refuses
 
 import openimp
 from openimp.inference.embed import embed
+from tests.messages import refuses
 
 
 @pytest.fixture

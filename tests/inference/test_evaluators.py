@@ -12,7 +12,6 @@ import pytest
 import soundfile
 import torch
 from datasets import Audio, Dataset, DatasetDict, Image
-from messages import refuses
 from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS, AbsTaskZeroShotClassification
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.get_tasks import TASK_LIST
@@ -27,6 +26,7 @@ from openimp.evaluation.results import read_results, table
 from openimp.inference import mteb_tasks
 from openimp.inference.mteb import MTEBEncoder
 from openimp.recipe.schema import Recipe
+from tests.messages import refuses
 
 STILLS = {"split": "test", "vendor": "twemoji"}
 NOTES = {"split": "test", "family": ["guitar", "brass"]}

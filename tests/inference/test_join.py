@@ -9,12 +9,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from messages import refuses
 
 import openimp
 from openimp.data.sources import open_source
 from openimp.inference.join import embed_rows
 from openimp.recipe.tasks import Source
+from tests.messages import refuses
 
 
 def test_embedded_media_and_class_names_are_kept_and_unreadable_rows_have_no_vector(

@@ -17,12 +17,12 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from messages import refuses
 
 import openimp
 from openimp.common.errors import UserError
 from openimp.data.trust import trained_here
 from openimp.inference.model import Model
+from tests.messages import refuses
 
 ENDINGS = {"image": "png", "video": "mp4", "audio": "wav"}
 

@@ -8,13 +8,13 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from messages import refuses
 from tokenizers import Tokenizer
 
 import openimp
 from openimp.common.errors import UserError
 from openimp.inference import onnx
 from openimp.inference.onnx import export
+from tests.messages import refuses
 
 pytestmark = pytest.mark.slow
 

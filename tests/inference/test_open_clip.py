@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 import open_clip
 import PIL.Image
-import public
 import pytest
 import torch
-from messages import refuses
-from recordings import film
 from typer.testing import CliRunner
 
 import openimp
@@ -27,6 +24,9 @@ from openimp.inference.onnx import export
 from openimp.inference.publish import push
 from openimp.recipe.schema import Recipe
 from openimp.search import Query
+from tests import public
+from tests.messages import refuses
+from tests.recordings import film
 
 TEXTS = ["a red square", "A  Cat's &amp; dog, green!", "", "blue " * 40, "unheard-of"]
 

@@ -3,13 +3,11 @@ import json
 import shutil
 import socket
 
-import hub
 import PIL.Image
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from messages import refuses
 
 import openimp
 from openimp.checkpoint.folder import SavedRecipe, read_config
@@ -22,6 +20,8 @@ from openimp.inference.public_recipe import public_path, shorten_paths
 from openimp.inference.publish import push
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
+from tests import hub
+from tests.messages import refuses
 
 
 @pytest.fixture

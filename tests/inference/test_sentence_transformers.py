@@ -8,10 +8,10 @@ import PIL.Image
 import pytest
 import soundfile
 import torch
-from messages import refuses
 
 import openimp
 from openimp.common.errors import UserError
+from tests.messages import refuses
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import pytest
 import soundfile
 import torch
 from pydantic import ValidationError
-from recordings import counting, film
-from recordings import sound_file as file
 
 from openimp.common.modality import BadMedia
 from openimp.modalities.audio import Audio, _at_speed, log_mel, mel_filters
 from openimp.modalities.sound import resample
+from tests.recordings import counting, film
+from tests.recordings import sound_file as file
 
 AUDIO = Audio(Audio.Config())
 SHORT = Audio.View(seconds=1.024)

@@ -10,18 +10,18 @@ import PIL.Image
 import PIL.ImageOps
 import PIL.PngImagePlugin
 import pytest
-import recordings
 import soundfile
-from fuzz import FORMATS
-from messages import refuses
-from recordings import picture_file as encoded
-from recordings import sound_file
 
+from benchmarks.fuzz import FORMATS
 from openimp.modalities import BadMedia, media, sound, video
 from openimp.modalities.audio import Audio
 from openimp.modalities.image import Image, upright
 from openimp.modalities.video import Video
 from openimp.modalities.vision import decoded_size
+from tests import recordings
+from tests.messages import refuses
+from tests.recordings import picture_file as encoded
+from tests.recordings import sound_file
 
 IMAGE, VIDEO, AUDIO = Image(Image.Config()), Video(Video.Config()), Audio(Audio.Config())
 PICTURE, CLIP, SOUND = Image.View(size=64), Video.View(size=32, frames=4), Audio.View(seconds=1.024)

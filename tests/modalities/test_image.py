@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from messages import refuses
-from recordings import picture_file as file
 
 from openimp.common.modality import BadMedia
 from openimp.modalities.image import Image, upright
 from openimp.modalities.media import coordinates, patchify
 from openimp.modalities.video import Video
 from openimp.modalities.vision import center_box, inception_box, jitter_matrix
+from tests.messages import refuses
+from tests.recordings import picture_file as file
 
 IMAGE = Image(Image.Config())
 

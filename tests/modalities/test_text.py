@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from messages import refuses
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.modalities.text import END, PAD, Text
+from tests.messages import refuses
 
 CORPUS = ["A red bicycle leans on a wall", "a red car", "Two dogs play with a red ball", "dogs and cats"] * 5
 

@@ -4,12 +4,12 @@ import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from messages import refuses
-from recordings import animation, counting, film, picture_file, sound_file
 
 from openimp.common.modality import BadMedia
 from openimp.modalities.media import clip_starts, parts_to_read
 from openimp.modalities.video import Video, _stack
+from tests.messages import refuses
+from tests.recordings import animation, counting, film, picture_file, sound_file
 
 VIDEO = Video(Video.Config())
 

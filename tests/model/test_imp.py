@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from made_models import FixedStem, model_config
 from torch import Tensor
 
 from openimp.common.modality import StemSpec, Tokens
@@ -14,6 +13,7 @@ from openimp.model.embedding import Stem
 from openimp.model.imp import IMP
 from openimp.model.moe import ExpertGroups, Router
 from openimp.recipe.model import Model, MoE
+from tests.made_models import FixedStem, model_config
 
 
 def small(space: str = "disjoint", pairs=(("image", "text"), ("video", "text")), **options) -> IMP:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_models import FixedStem, model_config
 
 from openimp.common.modality import StemSpec, Tokens
 from openimp.common.objective import Objective, TargetSizes, head_key
@@ -22,6 +21,7 @@ from openimp.objectives.nce import sigmoid_nce, softmax_nce
 from openimp.recipe.model import Model
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
+from tests.made_models import FixedStem, model_config
 
 
 def small(moe: dict | None = None) -> IMP:

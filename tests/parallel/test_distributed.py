@@ -9,17 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import little
 import numpy as np
 import pytest
 import torch
 import yaml
-from messages import refuses
-from mixture import LARGEST_TASK
-from ranks import COMMON, facts, on
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from trained import recipe_of, trainer_of
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import optimizer_state
@@ -37,6 +32,11 @@ from openimp.study.variants import peak_memory
 from openimp.training.setup import set_up
 from openimp.training.stopping import Interrupted, Stop
 from openimp.training.trainer import Trainer, train
+from tests import little
+from tests.messages import refuses
+from tests.mixture import LARGEST_TASK
+from tests.ranks import COMMON, facts, on
+from tests.trained import recipe_of, trainer_of
 
 pytestmark = pytest.mark.slow
 

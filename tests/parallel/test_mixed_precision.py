@@ -5,16 +5,16 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-import ranks
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.func import functional_call
-from trained import trainer_of
 
 from openimp.data.loader import load_batches
 from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel import distributed
 from openimp.training.trainer import Trainer
+from tests import ranks
+from tests.trained import trainer_of
 
 pytestmark = pytest.mark.slow
 

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
 from torch import Tensor, nn
 
 from openimp.parallel import distributed, muon
 from openimp.parallel.layout import Layout, apply_parallelism, full_tensor
 from openimp.parallel.muon import Muon, orthogonalize
+from tests import ranks
 
 ROWS, COLUMNS = 24, 40
 WIDTH, HIDDEN, EXPERTS, STEPS = 16, 24, 4, 3

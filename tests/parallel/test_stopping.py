@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
-from saved import assert_equal
 from torch.utils._python_dispatch import TorchDispatchMode
-from trained import trainer_of
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints
@@ -21,6 +18,9 @@ from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.parallel import distributed
 from openimp.training.trainer import Trainer
+from tests import ranks
+from tests.saved import assert_equal
+from tests.trained import trainer_of
 
 pytestmark = pytest.mark.slow
 

@@ -5,10 +5,10 @@ from math import prod
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from trained import trainer_of
 
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
+from tests.trained import trainer_of
 
 
 @pytest.mark.parametrize(

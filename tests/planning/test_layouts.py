@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trained import recipe_of
 
 from openimp.model.imp import build_for_training
 from openimp.parallel.layout import Layout
@@ -12,6 +11,7 @@ from openimp.planning.gpus import GPUS, USABLE
 from openimp.planning.layouts import STATE_SHARE, alternatives, default_layout, state_bytes
 from openimp.planning.plan import plans, recommended
 from openimp.planning.sharding import BANDWIDTH_SHARE, Group
+from tests.trained import recipe_of
 
 
 @pytest.mark.parametrize("muon", ["null", "0.02"])

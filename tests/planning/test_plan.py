@@ -4,15 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
-from messages import refuses
-from mixture import LARGEST_TASK
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from trained import recipe_of, trainer_of
 
 from openimp.commands import run_plan
 from openimp.common.json_lines import read_lines
@@ -32,6 +28,10 @@ from openimp.study.variants import peak_memory
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 from openimp.training.updater import Updater
+from tests import ranks
+from tests.messages import refuses
+from tests.mixture import LARGEST_TASK
+from tests.trained import recipe_of, trainer_of
 
 CLASSES = {"pictures:label": ["blue", "green", "red", "white"]}
 

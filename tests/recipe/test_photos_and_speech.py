@@ -4,15 +4,15 @@ import subprocess
 from pathlib import Path
 
 import datasets
-import local_copies
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from local_copies import PHOTOS, picture, sound
 
 from openimp.common.json_lines import read_lines
 from openimp.recipe.file import find_file
 from openimp.recipe.schema import Recipe
+from tests import local_copies
+from tests.local_copies import PHOTOS, picture, sound
 
 pytestmark = pytest.mark.slow
 

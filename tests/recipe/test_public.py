@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import timm
-from little import png, write_tar
-from local_copies import sound
 from timm.models import save_for_hf
 
 from openimp.common.json_lines import read_lines
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
+from tests.little import png, write_tar
+from tests.local_copies import sound
 
 
 def write_pictures(folder: Path) -> None:

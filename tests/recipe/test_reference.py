@@ -1,9 +1,5 @@
 """docs/recipe.md says what the schema says, and every key of a recipe has a meaning."""
 
-import importlib.util
-from pathlib import Path
-
-import pytest
 from pydantic import BaseModel
 
 from openimp.common.objective import Objective
@@ -11,24 +7,15 @@ from openimp.common.schema import Strict
 from openimp.encoding.tower import Tower
 from openimp.recipe import evaluation, inputs, model, schema, tasks, training
 from openimp.recipe.model_config import ComparedPair, ModelConfig
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "write_recipe_reference.py"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("write_recipe_reference", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tools import write_recipe_reference as tool
 
 
-def test_the_reference_is_current(tool):
+def test_the_reference_is_current():
     page = tool.PAGE.read_text(encoding="utf-8")
     assert page == tool.current(page), "docs/recipe.md is older than the schema; run `make docs`"
 
 
-def test_every_key_has_a_meaning(tool):
+def test_every_key_has_a_meaning():
     silent = [
         f"{part.__qualname__}.{name}"
         for part in tool.sections()
@@ -38,7 +25,7 @@ def test_every_key_has_a_meaning(tool):
     assert not silent, "write a docstring below each of these"
 
 
-def test_every_part_of_the_schema_has_a_section(tool):
+def test_every_part_of_the_schema_has_a_section():
     modules = (schema, evaluation, inputs, model, tasks, training)
     values = [value for module in modules for value in vars(module).values()]
     parts = {value for value in values if isinstance(value, type) and issubclass(value, BaseModel)}

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from messages import refuses
 from pydantic import ValidationError
 
 import openimp
@@ -14,6 +13,7 @@ from openimp.common.names import absolute_name
 from openimp.recipe.file import RecipeLoader, parse_mapping, read_recipe, to_yaml
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
+from tests.messages import refuses
 
 
 def bomb(start: str, each: str) -> str:

@@ -13,7 +13,6 @@ from xml.etree.ElementTree import Element
 
 import PIL.Image
 import pytest
-from messages import refuses
 
 from openimp.checkpoint.folder import checkpoints, load_model, verify
 from openimp.commands import run_info
@@ -28,6 +27,7 @@ from openimp.report.training import experts
 from openimp.report.write import write_report
 from openimp.training.metrics_file import read_metrics
 from openimp.training.trainer import train
+from tests.messages import refuses
 
 VOID = {"img", "link", "meta", "wbr"}
 """Elements without an end tag."""

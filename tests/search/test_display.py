@@ -6,14 +6,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import soundfile
-from fuzz import FORMATS
-from recordings import counting, film
 
+from benchmarks.fuzz import FORMATS
 from openimp.common.modality import BadMedia
 from openimp.modalities.audio import Audio
 from openimp.modalities.image import Image
 from openimp.modalities.video import Video
 from openimp.search.media_types import UNKNOWN, media_type
+from tests.recordings import counting, film
 
 IMAGE, VIDEO, AUDIO = Image(Image.Config()), Video(Video.Config()), Audio(Audio.Config())
 

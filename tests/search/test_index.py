@@ -18,9 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from conftest import TEXTS
 from filelock import FileLock
-from messages import refuses
 from PIL import ExifTags
 
 import openimp
@@ -38,6 +36,8 @@ from openimp.search.folder import METADATA, read_metadata
 from openimp.search.media import Media, media_of_recipe
 from openimp.search.table import Items
 from openimp.training.trainer import train
+from tests.conftest import TEXTS
+from tests.messages import refuses
 
 pytest.importorskip("lancedb")
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import playwright.sync_api as api
 import pytest
-from served import serving
+
+from tests.served import serving
 
 pytestmark = pytest.mark.slow
 SECONDS = 120_000

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from messages import refuses
 
 from openimp.search import Hit, Index, Like, Query, build_index, open_index
 from openimp.search.query import Words
 from openimp.search.table import Items
+from tests.messages import refuses
 
 pytest.importorskip("lancedb")
 

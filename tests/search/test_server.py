@@ -13,8 +13,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import soundfile
-from messages import refuses
-from served import Server, serving
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.testclient import TestClient
@@ -28,6 +26,8 @@ from openimp.search.query import EncodedQuery
 from openimp.search.server import serve
 from openimp.search.state import MAX_PARTS, State
 from openimp.search.uploads import Upload, Uploads
+from tests.messages import refuses
+from tests.served import Server, serving
 
 MARKUP = """<script>document.title="owned"</script><svg onload="document.title='owned'">"""
 

@@ -9,10 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from little import png, write_tar
-from messages import refuses
 from PIL import Image
-from processes import Process
 
 from openimp.alternation import Schedule
 from openimp.common.json_lines import append, read_lines
@@ -26,6 +23,9 @@ from openimp.study.results import curves_of, write_results
 from openimp.study.run import run_study
 from openimp.study.schema import Study, file_name, read_study
 from openimp.training.trainer import train
+from tests.little import png, write_tar
+from tests.messages import refuses
+from tests.processes import Process
 
 STUDIES = sorted(
     {path.stem for path in Path(find_file("moe", "studies")).parent.glob("*.yaml")} - {"photos_and_speech"}

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from messages import refuses
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +22,7 @@ from openimp.study.budget import flops_per_step
 from openimp.study.two_towers import TWO_TOWERS, TwoTowers
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
+from tests.messages import refuses
 
 RECIPE = """
 name: towers

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from messages import refuses
-from trained import figures, recipe_of, trainer_of
 
 from openimp.common.json_lines import read_lines
 from openimp.study.variants import CONFLICT, SUMMED
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
+from tests.messages import refuses
+from tests.trained import figures, recipe_of, trainer_of
 
 ROUNDS = ["alternation.kind=intervals", "optimizer.max_grad_norm=null", "optimizer.ema_decay=null"]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from icon_splits import MIN_SETS, held_out_keys, key_of, mark_demo
+
+from tools.icon_splits import MIN_SETS, held_out_keys, key_of, mark_demo
 
 DEMO = Path(__file__).resolve().parents[2] / "src" / "openimp" / "data" / "demo"
 

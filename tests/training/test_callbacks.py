@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from messages import refuses
-from trained import recipe_of
 
 import openimp
 from openimp.checkpoint.folder import checkpoints, verify
 from openimp.common.json_lines import read_lines
+from tests.messages import refuses
+from tests.trained import recipe_of
 
 CHANGES = ["train.steps=6", "train.save_every=2", "train.log_every=2", "tasks.heard.weight=0", "evaluation.every=2"]
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from messages import refuses
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-from trained import trainer_of
 
 from openimp.common.modality import Tokens
 from openimp.data.loader import load_batches
 from openimp.training.compilation import compile_blocks
+from tests.messages import refuses
+from tests.trained import trainer_of
 
 QUICK = ["tasks.heard.weight=0", "evaluation={}", "model.layers=2", "model.moe=null", "train.precision=fp32",
          "tasks.named.views=[{image: {size: 16}, text: {length: 8}}]", "train.steps=6"]  # fmt: skip

@@ -8,8 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from messages import refuses
-from trained import recipe_of
 
 import openimp
 from openimp.common.json_lines import read_lines
@@ -21,6 +19,8 @@ from openimp.inference.join import embed_rows
 from openimp.model.imp import IMP
 from openimp.objectives.distill import unit_vector
 from openimp.training.trainer import train
+from tests.messages import refuses
+from tests.trained import recipe_of
 
 COLOURS = ["blue", "green", "red", "white"]
 SIZE = 24

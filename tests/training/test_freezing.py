@@ -4,10 +4,7 @@ import json
 
 import pytest
 import torch
-from messages import refuses
-from saved import copies
 from torch.utils.flop_counter import FlopCounterMode
-from trained import recipe_of, trainer_of
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints
@@ -16,6 +13,9 @@ from openimp.planning.memory import step_memory
 from openimp.study.variants import peak_memory
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
+from tests.messages import refuses
+from tests.saved import copies
+from tests.trained import recipe_of, trainer_of
 
 CLASSES = {"pictures:label": ["blue", "green", "red", "white"]}
 ONE_TASK = ["tasks.heard.weight=0", "tasks.named.views=[{image: {size: 16}, text: {length: 8}}]"]

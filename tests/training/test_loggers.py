@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from processes import run
-from trained import recipe_of
 
 import openimp
 from openimp.training.trainer import train
+from tests.processes import run
+from tests.trained import recipe_of
 
 CHANGES = ["train.steps=4", "train.save_every=2", "train.log_every=2", "tasks.heard.weight=0"]
 

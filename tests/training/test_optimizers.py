@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from trained import recipe_of, trainer_of
 
 from openimp.common.json_lines import read_lines
 from openimp.parallel.muon import Muon
 from openimp.training.optimizers import lr_schedule
+from tests.trained import recipe_of, trainer_of
 
 
 def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_path):

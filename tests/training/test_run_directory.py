@@ -5,8 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from messages import refuses
-from trained import recipe_of
 
 import openimp
 from openimp.checkpoint.folder import checkpoints, verify
@@ -15,6 +13,8 @@ from openimp.common.json_lines import read_lines
 from openimp.recipe.schema import Recipe
 from openimp.training.run_directory import LOCK, locked
 from openimp.training.trainer import train
+from tests.messages import refuses
+from tests.trained import recipe_of
 
 
 def test_a_second_training_in_the_same_directory_is_refused(little_data, tmp_path):

@@ -4,11 +4,11 @@ import time
 
 import PIL.Image
 import pytest
-from trained import recipe_of
 
 import openimp
 from openimp.common.json_lines import read_lines
 from openimp.training.step_timer import StepTimer, speed_text
+from tests.trained import recipe_of
 
 
 def test_waiting_for_data_is_told_once_with_what_could_be_done(own_data, tmp_path, capsys):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from trained import trainer_of
 
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
+from tests.trained import trainer_of
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount"}
 """Operators that give a number to the host, as `item` and `float` do, or whose result has a size that they compute."""

@@ -11,10 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from messages import refuses
-from processes import Process
-from saved import assert_equal, copies, hashes
-from trained import figures, recipe_of, trainer_of
 
 from openimp.checkpoint.folder import checkpoints, optimizer_state
 from openimp.common.errors import UserError
@@ -25,6 +21,10 @@ from openimp.training.callbacks import Callback
 from openimp.training.setup import Variant
 from openimp.training.stopping import stop_signals
 from openimp.training.trainer import Trainer, train
+from tests.messages import refuses
+from tests.processes import Process
+from tests.saved import assert_equal, copies, hashes
+from tests.trained import figures, recipe_of, trainer_of
 
 STEPS = 120
 LONG = [f"train.steps={STEPS}", "train.save_every=10", "train.keep_last=3", "evaluation.every=50", "optimizer.lr=1e-3",
