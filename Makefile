@@ -3,8 +3,12 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# The versions that the tests passed with. `make lock` writes them anew.
+LOCK   := --constraint constraints.txt
+# Lets builds for CPUs and for CUDA fit, of the versions that the tests passed with.
+TORCH  := 'torch<2.14' 'torchvision<0.29'
 
-.PHONY: demo serve test check install constraints docs dist site clean
+.PHONY: demo serve test test-newest browser check install lock docs dist site clean
 
 demo: $(VENV)/.installed
 	$(BIN)/openimp demo
@@ -15,6 +19,17 @@ serve: $(VENV)/.search
 test: $(VENV)/.dev
 	$(BIN)/pytest
 
+# The same with the newest versions that pyproject.toml allows, whatever constraints.txt says, in an environment of its own.
+test-newest:
+	$(MAKE) test VENV=.venv-newest LOCK=
+
+# A browser for the tests of pages, if there is none.
+browser: $(VENV)/.dev
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; \
+	else $(BIN)/playwright install chromium; fi
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -22,9 +37,13 @@ check: $(VENV)/.dev
 
 install: $(VENV)/.installed
 
-# What the tests passed with, on Python 3.11 under Linux; .ci/run installs these versions.
-constraints: $(VENV)/.dev
-	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+# The newest versions that pyproject.toml allows, for Python 3.10 or newer under Linux and macOS. What torch itself needs
+# is left to torch: its builds for CUDA differ in that.
+lock: $(VENV)/.dev
+	printf '%s ; sys_platform == "never"\n' torch torchvision | UV_CUSTOM_COMPILE_COMMAND="make lock" \
+	  $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --all-extras --override /dev/stdin \
+	  --no-emit-package torch --no-emit-package torchvision --no-annotate --output-file constraints.txt pyproject.toml
+	printf '%s\n' $(TORCH) >> constraints.txt
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m tools.write_recipe_reference
@@ -40,18 +59,18 @@ dist: $(VENV)/.dev
 site: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet $(LOCK) --editable .
 	@touch $@
 
 $(VENV)/.search: $(VENV)/.installed
-	$(BIN)/pip install --quiet --editable '.[search]'
+	$(BIN)/pip install --quiet $(LOCK) --editable '.[search]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet $(LOCK) --editable '.[dev]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-newest runs

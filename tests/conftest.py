@@ -40,6 +40,8 @@ torch.set_num_threads(1)
 ROOT = str(Path(__file__).parents[1])
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
+NO_BROWSER = "needs a browser: `make browser` installs Chromium"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-messages", action="store_true", help="write tests/messages.json; needs -n 0")
@@ -53,6 +55,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--update-messages"):
         messages.update()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tells at the end what was not tested, because a line of dots hides it."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_BROWSER in str(report.longrepr)]
+    if skipped:
+        files = sorted({report.nodeid.split("::")[0] for report in skipped})
+        terminalreporter.line(f"{len(skipped)} tests of pages were skipped ({', '.join(files)}): each {NO_BROWSER}.")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -199,8 +209,6 @@ def browser():
     """Chromium, driven by Playwright."""
     programs = ("chromium", "chromium-browser", "google-chrome")
     program = next((path for path in map(shutil.which, programs) if path), None)
-    if program is None:
-        pytest.skip(f"needs a browser on the PATH: {' or '.join(programs)}")
     # A sandbox needs rights that containers do not give. The fake microphone beeps.
     options = [
         "--no-sandbox",
@@ -209,6 +217,10 @@ def browser():
         "--use-fake-ui-for-media-stream",
     ]
     with sync_playwright() as playwright:
+        program = program or playwright.chromium.executable_path  # Where `playwright install` puts its own.
+        if not Path(program).exists():
+            # CI must not pass without having looked at the pages.
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(NO_BROWSER)
         browser = playwright.chromium.launch(executable_path=program, args=options)
         yield browser
         browser.close()
