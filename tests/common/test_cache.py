@@ -2,6 +2,9 @@
 
 import os
 import re
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -90,3 +93,37 @@ def test_entries_that_nothing_has_read_for_long_are_removed_unless_another_proce
         number("new", written)
     assert sorted(path.name for path in cache.iterdir() if path.suffix != ".lock") == ["locked", "new", "read"]
     assert written == ["old", "locked", "read", "new"]
+
+
+READ_ONLY = """
+import sys
+from pathlib import Path
+from openimp.common.cache import cached
+from openimp.common.errors import UserError
+def write(folder):
+    (folder / "n").write_text("new")
+def number(key):
+    return cached("numbers", key, lambda folder: (folder / "n").read_text(), write)
+assert number("a") == "7"
+try:
+    number("b")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_read_only_cache_is_read(cache):
+    """As of a cluster's shared disk, or of a container. What it lacks is an error."""
+    number("a", [])
+    for lock in (None, cache / "a.lock"):
+        if lock:  # As in a cache that was copied.
+            lock.unlink()
+        folder = str(cache.parent)
+        mount = f"mount --bind {folder} {folder} && mount -o remount,ro,bind {folder} && exec "
+        mount += f"{sys.executable} -c '{READ_ONLY}'"
+        unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+        if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+            pytest.skip("this system lets nobody mount")
+        done = subprocess.run([*unshare, mount], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "openimp's cache cannot be written: Read-only file system" in done.stdout

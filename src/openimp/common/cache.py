@@ -26,6 +26,8 @@ READ_ERRORS = (OSError, ValueError, TypeError, LookupError, NotImplementedError,
 """Errors of libraries when they read a file that is damaged or that another version has written."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors that only writing can raise: the disk or the user's share of it is full, or it is read-only."""
+UNWRITABLE = (*FULL, errno.EACCES, errno.EPERM)
+"""Errors of a lock in a folder to which this process cannot write."""
 T = TypeVar("T")
 
 
@@ -84,11 +86,19 @@ def is_cached(kind: str, key: str) -> bool:
 def cached(kind: str, key: str, read: Callable[[Path], T], write: Callable[[Path], None]) -> T:
     """What `read` returns for the folder of an entry. If there is none, `write` fills an empty folder first.
 
-    If `read` raises one of `READ_ERRORS`, the entry is damaged or out of date, and is made again. If the disk of
-    the cache is full or read-only, that is a CacheError.
+    If `read` raises one of `READ_ERRORS`, the entry is damaged or out of date, and is made again. If the cache is
+    read-only or its disk is full, entries are only read, and another one is a CacheError.
     """
     entry = cache_folder(kind) / key
-    with FileLock(f"{entry}.lock"):  # The file stays, because another process may be about to lock it.
+    try:
+        lock = FileLock(f"{entry}.lock").acquire()  # The file stays, because another process may be about to lock it.
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        with suppress(*READ_ERRORS):
+            return read(entry)
+        raise CacheError(os.strerror(error.errno)) from None
+    with lock:
         if entry.exists():
             os.utime(entry)  # Before it is read, so that no other process removes it meanwhile.
             try:
