@@ -163,6 +163,7 @@ def test_a_source_that_has_changed_is_named(own_data, tmp_path):
         ("pictures/red/3.png", "pictures", -1),
         ("sounds.jsonl", "sounds", caption),
         ("7.wav", "sounds", -1),
+        ("7.wav", "sounds", None),
     ):
         flip(own_data / name, place)
         told = rf"^{folder}: source {source} has changed since it was saved; .*--allow-ch"

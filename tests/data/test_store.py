@@ -28,6 +28,8 @@ ONE_AT_A_TIME = threading.Lock()
 class Numbers:
     """What a store needs of a modality: it decodes arrays in .npy files, and cuts them to what the views ask for."""
 
+    decoders = ()
+
     class Config(Strict):
         scale: int = 1
 

@@ -24,7 +24,9 @@ import openimp
 from openimp.checkpoint.folder import checkpoints, read_weights
 from openimp.cli import app
 from openimp.common.errors import UserError
+from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
+from openimp.data.store import store_column
 from openimp.data.task_data import TaskData
 from openimp.drafting.draft import draft_recipe
 from openimp.encoding.frozen import open_encoder, release_encoders
@@ -34,6 +36,7 @@ from openimp.inference.onnx import export
 from openimp.inference.public_recipe import shorten_paths
 from openimp.inference.publish import push
 from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Source
 from openimp.search.build import build_index
 from openimp.training.trainer import train
 from tests import little, public
@@ -197,6 +200,30 @@ def test_crops_are_further_vectors_of_a_picture(data, clip):
     assert len(np.unique(vectors, axis=0)) == 3
 
 
+def test_random_crops_differ_from_file_to_file_and_do_not_depend_on_the_place(data, clip, tmp_path, monkeypatch):
+    """They did repeat in each file of the cache."""
+    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("openimp.data.store.ITEMS_PER_FILE", 2)
+    (tmp_path / "data").mkdir()
+    picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    for name in "abcd":
+        picture.save(tmp_path / "data" / f"{name}.png")
+    name, _ = clip
+    tower = recipe_of(data, name, modalities={"vision": {"tower": name, "crops": 2}, "text": {"tower": name}})
+    image = tower.make_modalities()["image"]
+
+    def vectors() -> dict[str, bytes]:
+        table = open_source("data", Source(path=str(tmp_path / "data")))
+        store = store_column(table, image, "file", [])
+        assert all((store[row][0] == store[0][0]).all() for row in range(len(table))), "the whole picture is the same"
+        return {table.row_name(row): store[row][1].tobytes() for row in range(len(table))}
+
+    before = vectors()
+    assert len({*before.values()}) == 4
+    (tmp_path / "data" / "a.png").unlink()
+    assert vectors() == {name: vector for name, vector in before.items() if name != "a.png"}
+
+
 def test_an_encoder_above_a_tower_trains_and_resumes(data, clip, tmp_path):
     """Texts are read by an ordinary stem."""
     name, _ = clip
@@ -337,6 +364,38 @@ def test_pickled_weights_of_transformers_are_refused(data, tmp_path):
     (folder / "model.safetensors").unlink()
     with refuses():
         recipe_of(data, name).make_modalities()["text"].stem_spec()
+
+
+def test_pickled_weights_of_a_part_of_a_sentence_transformer_are_refused(tmp_path):
+    """Only a layer after the encoder has them."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
+
+    write_bert(tmp_path / "bert")
+    parts = [Transformer(str(tmp_path / "bert")), Pooling(32), Dense(32, 8)]
+    folder = tmp_path / "model"
+    SentenceTransformer(modules=parts).save(str(folder))
+    name = f"sentence_transformers:local-dir:{folder}"
+    assert open_encoder(name, "text").features == 8
+    torch.save(load_file(folder / "2_Dense" / "model.safetensors"), folder / "2_Dense" / "pytorch_model.bin")
+    release_encoders()
+    assert open_encoder(name, "text").features == 8
+    (folder / "2_Dense" / "model.safetensors").unlink()
+    release_encoders()
+    with refuses():
+        open_encoder(name, "text")
+
+
+def test_another_vocabulary_is_another_tower(tmp_path):
+    """vocab.txt and sentencepiece's *.model have no names in the weights."""
+    name = write_bert(tmp_path / "bert")
+    prints = set()
+    for file in ("", "vocab.txt", "spiece.model"):
+        if file:
+            (tmp_path / "bert" / file).write_text("other words")
+        release_encoders()
+        prints.add(open_encoder(name, "text").fingerprint)
+    assert len(prints) == 3
 
 
 def test_a_tower_of_a_strangers_model_is_not_opened_before_it_is_used(data, clip, tmp_path):

@@ -42,6 +42,12 @@ from tests.messages import refuses
 pytest.importorskip("lancedb")
 
 
+@pytest.fixture(autouse=True)
+def files_are_old(monkeypatch) -> None:
+    """Files that were modified just now are hashed at each update; test_index_freshness.py is about these."""
+    monkeypatch.setattr("openimp.common.safe_files.RECENT", 0)
+
+
 @pytest.fixture
 def build(tiny_model_folder: Path, tmp_path: Path) -> Callable[..., IndexResult]:
     """Builds or updates an index of files and folders with a tiny model, by default `x.index`."""

@@ -18,6 +18,7 @@ from openimp.encoding.tower import make_teachers
 from openimp.inference.join import embed_rows
 from openimp.model.imp import IMP
 from openimp.objectives.distill import unit_vector
+from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
 from tests.messages import refuses
 from tests.trained import recipe_of
@@ -144,6 +145,27 @@ def test_in_a_disjoint_space_the_recipe_names_what_to_compare_with(data):
     assert model.share_a_space("image", "text")
     with refuses():
         recipe_of(data, disjoint, one_task.replace("TOWARDS", "imag"))
+
+
+def test_in_a_disjoint_space_a_modality_learns_from_a_teacher_for_each_other(student, data, tmp_path):
+    """As texts that are compared with pictures in the space of CLIP, and with sounds in that of CLAP."""
+    taught = """tasks={both: {source: pictures, inputs: {image: file, text: label}, batch_size: 8, objectives: [
+        {type: distill, of: text, teacher: STUDENT, towards: image},
+        {type: distill, of: text, teacher: STUDENT, towards: OTHER}]},
+        heard: {source: captions, inputs: {audio: label}, weight: 0, objectives: [
+        {type: distill, of: audio, to: vector, towards: text}]}}"""
+    changes = ["evaluation={}", "train.steps=2", "train.log_every=1"]
+
+    def recipe(other: str, space: str) -> Recipe:
+        task = taught.replace("STUDENT", str(student)).replace("OTHER", other)
+        return recipe_of(data, *changes, f"model.space={space}", task)
+
+    train(recipe("audio", "disjoint"), tmp_path / "run")
+    *_, last = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert last["tasks"]["both"].keys() >= {"text to image by teacher", "text to audio by teacher"}
+    for other, space in (("image", "disjoint"), ("audio", "joint")):
+        with refuses():
+            recipe(other, space)
 
 
 def test_a_teacher_gives_the_vectors_that_embed_join_would_write(student, data, tmp_path):

@@ -126,10 +126,13 @@ class Dated(Protocol):
 class Towered(Protocol):
     """A modality with a tower: a frozen encoder, whose vectors of the training items are kept."""
 
-    def embed_all(self, reads: Iterable[Callable[[], Any]]) -> Iterator[np.ndarray | BadMedia]:
+    tower_packages: ClassVar[tuple[str, ...]]  # whose code computes the vectors, besides those of the modality's class
+    tower_libraries: ClassVar[tuple[str, ...]]  # installed packages that do
+
+    def embed_all(self, reads: Iterable[Callable[[], Any]], seeds: Iterable[int]) -> Iterator[np.ndarray | BadMedia]:
         """What `Modality.decode` returns for each item, in order, or why it cannot be read.
 
-        `reads` return raw values, or raise BadMedia.
+        `reads` return raw values, or raise BadMedia. `seeds` determine the random crops of the items.
         """
 
 

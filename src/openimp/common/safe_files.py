@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,13 +59,35 @@ def _new_draft(path: Path) -> Path:
     return path.with_name(f".{path.name}.{token_hex(8)}.tmp")
 
 
+RECENT = 2.0
+"""Seconds after its modification in which a file may be modified again without another `file_state`: the resolution of
+the times of FAT, the coarsest of the usual file systems."""
+
+
 def file_state(file: str | Path) -> str:
-    """The size of a file and its modification time in nanoseconds. Empty if there is no such file."""
+    """A text that changes with a file: its size, its modification time, and the time of its last change of status (also
+    by `touch`, which sets the other back). Empty if there is no such file.
+
+    Of a file that was modified in the last `RECENT` seconds, each call returns another text, because the file may be
+    modified again within the same tick of the file system's clock. git calls this problem "racy".
+    """
     try:
-        status = os.stat(file)
+        return state_of(os.stat(file))
     except OSError:
         return ""
-    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def state_of(status: os.stat_result) -> str:
+    """`file_state` of a file with this status."""
+    now = time.time_ns()
+    is_recent = abs(now - status.st_mtime_ns) < RECENT * 1e9
+    return f"{status.st_size}-{status.st_mtime_ns}+{f'recent{now}' if is_recent else status.st_ctime_ns}"
+
+
+def has_state(file: str | Path, state: str) -> bool:
+    """Whether a file has the size and the modification time of a `file_state`."""
+    found = file_state(file)
+    return bool(found) and found.partition("+")[0] == state.partition("+")[0]
 
 
 def write_text(file: Path, text: str, errors: str = "strict") -> None:

@@ -1,5 +1,6 @@
 """Versions of openimp and of libraries, libraries that must be installed, and the processor."""
 
+import importlib
 import platform
 import re
 import subprocess
@@ -9,7 +10,9 @@ from importlib.metadata import distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError
+from openimp.common.safe_files import sha256
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -29,6 +32,17 @@ def openimp_version() -> str:
 def library_version(name: str) -> str | None:
     """The version of a library; None if it is not installed."""
     return next((distribution.version for distribution in distributions(name=name)), None)
+
+
+@cache
+def source_hash(name: str) -> str:
+    """Hash of the source files of a package, without those in its subpackages. Of a module, its package counts."""
+    module = importlib.import_module(name)
+    file = getattr(module, "__file__", None)
+    if file is None:  # Typed into an interpreter.
+        return ""
+    files = sorted(Path(file).parent.glob("*.py")) if module.__package__ else [Path(file)]
+    return stable_hash((path.name, sha256(path)) for path in files)
 
 
 def require_library(name: str, extra: str) -> None:

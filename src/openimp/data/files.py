@@ -1,13 +1,12 @@
 """Finds files, hashes them, and keeps paths inside their folder."""
 
 import glob
-import hashlib
 import io
 import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import IO
 import fsspec
 
 from openimp.common.cache import stable_hash
+from openimp.common.digests import COMPARED_BYTES, digests
 from openimp.common.errors import UserError, nearest, one_line
 from openimp.common.folders import is_hidden
 from openimp.common.modality import BadMedia
@@ -169,24 +169,10 @@ def _as_on_disk(folder: str, path: str) -> str:
     return found
 
 
-def digest(file: str | Path, blocks: int = 64, block: int = 64 * 1024) -> str:
-    """SHA-256 over a file's size and `blocks` blocks of bytes spread evenly over it, the first and last among them.
+def fingerprint(base: Path, files: Sequence[str | Path], whole: bool) -> str:
+    """Hash of the files' relative names and contents. It does not change if the folder is moved.
 
-    It includes all of a file of up to 4 MiB. In a larger file, a change between the blocks that keeps the size is not
-    noticed.
+    Unless `whole`, at most `COMPARED_BYTES` are read: of each file its share, as `digests` spreads it.
     """
-    size = os.path.getsize(file)
-    content_hash = hashlib.sha256(str(size).encode())
-    with open(file, "rb") as handle:
-        if size <= blocks * block:
-            content_hash.update(handle.read())
-        else:
-            for number in range(blocks):
-                handle.seek(number * (size - block) // (blocks - 1))
-                content_hash.update(handle.read(block))
-    return content_hash.hexdigest()
-
-
-def fingerprint(base: Path, files: Iterable[str | Path]) -> str:
-    """Hash of the files' relative names and contents. It does not change if the folder is moved."""
-    return stable_hash((os.path.relpath(file, base), digest(file)) for file in files)
+    most = None if whole else COMPARED_BYTES // max(1, len(files))
+    return stable_hash((os.path.relpath(file, base), digest) for file, digest in zip(files, digests(files, most)))

@@ -9,13 +9,14 @@ from pathlib import Path
 import pyarrow as pa
 
 from openimp.common.cache import stable_hash
+from openimp.common.digests import digests
 from openimp.common.errors import UserError, counted
 from openimp.common.folders import files_below, subfolders
 from openimp.common.modality import BadMedia
 from openimp.common.progress import notice
 from openimp.common.safe_files import read_text
 from openimp.data.files import inside, is_utf8
-from openimp.data.tables import Table, Unreadable
+from openimp.data.tables import Table, Unreadable, evenly_spaced
 
 CAPTION = ".txt"
 """Extension of captions: `a.txt` beside `a.jpg` is its caption."""
@@ -70,7 +71,15 @@ def open_folder(name: str, path: str) -> Table:
         del columns["text"]
     data = pa.table({column: pa.array(values, pa.string()) for column, values in columns.items()})
     readers = {"text": partial(_read_caption, root)} if has_captions else {}
-    return Table(name, path, data, partial(str, stable_hash(sizes.items())), root, label="file", text_functions=readers)
+    content = partial(_content, root, stable_hash(sizes.items()), data)
+    return Table(name, path, data, content, root, label="file", text_functions=readers)
+
+
+def _content(root: Path, names_and_sizes: str, data: pa.Table, whole: bool) -> str:
+    """Hash of the files' names and sizes, and of the captions: all or, unless `whole`, up to `MAX_CHECKED_FILES`."""
+    captions = data["text"].drop_null().to_pylist() if "text" in data.column_names else []
+    checked = captions if whole else evenly_spaced(captions)
+    return stable_hash([names_and_sizes, *digests([root / caption for caption in checked], MAX_CAPTION)])
 
 
 def _file_sizes(name: str, root: Path, classes: list[str]) -> dict[str, int]:

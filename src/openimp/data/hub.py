@@ -83,9 +83,9 @@ def as_table(name: str, path: str, data: Any, row_prefix: str, root: Path | None
     return Table(name, path, data.data, content, root, files=[(row_prefix, len(data))], text_functions=texts)
 
 
-def _content(files: list[str], row_prefix: str, rows: int) -> str:
+def _content(files: list[str], row_prefix: str, rows: int, whole: bool) -> str:
     """Hash of a data set: of its files, and of the slice of them that a split such as `train[:90%]` names."""
-    content = fingerprint(Path(files[0]).parent if files else Path(), files)
+    content = fingerprint(Path(files[0]).parent if files else Path(), files, whole)
     return stable_hash([content, row_prefix, rows]) if "[" in row_prefix else content
 
 

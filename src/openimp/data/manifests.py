@@ -23,9 +23,9 @@ import pyarrow.csv
 import pyarrow.json
 
 from openimp.common.cache import CacheError, cache_folder, cached, stable_hash
+from openimp.common.digests import digests
 from openimp.common.errors import UserError, counted
 from openimp.common.progress import notice
-from openimp.common.safe_files import file_state
 
 PYTHON_ROWS = 10_000
 """Rows that Python reads and converts to Arrow at once. The first ones determine the types of a JSON Lines file."""
@@ -52,7 +52,7 @@ def read_manifests(name: str, path: str, files: list[str]) -> tuple[Any, list[in
         cache_folder("manifests")
     except UserError:  # It belongs to another user, or cannot be made.
         return _read_all(name, path, files)
-    state = stable_hash([CACHE_VERSION, *map(file_state, files)])
+    state = stable_hash([CACHE_VERSION, *digests(files)])
     try:
         return cached(
             "manifests",

@@ -20,9 +20,9 @@ from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from openimp.common.cache import cache_folder, cached, stable_hash
+from openimp.common.digests import digests
 from openimp.common.errors import UserError, one_line
 from openimp.common.names import is_url
-from openimp.common.safe_files import file_state
 from openimp.data.hub import quiet
 
 MAX_EXPANSION = 100
@@ -64,7 +64,7 @@ def load(name: str, path: str, files: list[str], streaming: bool) -> Any:
         builder = partial(BoundedParquet, data_files={"train": names}, features=_common_features(files))
         if streaming:
             return builder(str(cache_folder("parquet"))).as_streaming_dataset(split="train")
-        state = stable_hash(map(file_state, files))
+        state = stable_hash(digests(files))
 
         def read(folder: Path) -> Any:
             if (folder / "state").read_text() != state:

@@ -112,7 +112,7 @@ def _root(source: Source, base: Path) -> Path | None:
 
 def _shards_fingerprint(base: Path, files: list[str], where: dict[str, Any]) -> str:
     """Hash of the shards and of the filter `where`. Of shards at URLs, only the names count."""
-    return stable_hash([files if is_url(files[0]) else fingerprint(base, files), where])
+    return stable_hash([files if is_url(files[0]) else fingerprint(base, files, whole=False), where])
 
 
 def _path_and_format(name: str, source: Source) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 On disk, they are in openimp's cache, in files of `ITEMS_PER_FILE` items. If decoding is stopped, the next run goes on.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,10 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from openimp.common.cache import cached, is_cached, stable_hash
+from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.progress import Progress
 from openimp.common.protocols import Towered, learned_files
 from openimp.common.threads import core_count, map_ahead
+from openimp.common.versions import library_version, source_hash
 from openimp.data.tables import Table
 
 LAYOUT = 3
@@ -80,7 +83,7 @@ class EmbeddedTexts:
         distinct = list(dict.fromkeys(texts))
 
         def embed(numbers: range) -> Iterator[Decoded]:
-            return modality.embed_all(partial(str, distinct[number]) for number in numbers)
+            return modality.embed_all((partial(str, distinct[number]) for number in numbers), repeat(0))
 
         self._store = store_on_disk(decoding_key(modality, []), distinct, embed, "embedding texts", progress)
         self._number = {text: number for number, text in enumerate(distinct)}
@@ -111,18 +114,29 @@ def store_column(
     )
     rows = np.unique(item_of_row, return_index=True)[1].tolist()  # the first row of each item
 
+    states: list[Any] = []
+
     def decode(items: range) -> Iterator[Decoded]:
         cells_of_rows = table.iterate([column], rows[items.start : items.stop])
         reads = (partial(table.media, cells[column]) for cells in cells_of_rows)
         if isinstance(modality, Towered):
-            return modality.embed_all(reads)
-        # In threads, because decoders release Python's global lock.
-        return map_ahead(partial(_decode, modality, views), reads, threads=min(MAX_THREADS, core_count()))
+            seeds = (int(stable_hash([state]), 16) for state in states[items.start : items.stop])
+            yield from modality.embed_all(reads, seeds)
+        else:  # In threads, because decoders release Python's global lock.
+            yield from map_ahead(partial(_decode, modality, views), reads, threads=min(MAX_THREADS, core_count()))
+
+    def decode_unchanged(items: range) -> Iterator[Decoded]:
+        yield from decode(items)
+        part = slice(items.start, items.stop)
+        if _content_states(table, column, rows[part], paths) != states[part]:
+            raise UserError(
+                f"source {table.name}: files in column {column!r} changed while they were decoded; run it again"
+            )
 
     description = f"{'embedding' if is_tower else 'decoding'} {table.name}.{column}"
     if on_disk or is_tower:
-        states = [_content_state(table, column, row, paths[row]) for row in rows]
-        store = store_on_disk(decoding_key(modality, views), states, decode, description, progress)
+        states = _content_states(table, column, rows, paths, progress)
+        store = store_on_disk(decoding_key(modality, views), states, decode_unchanged, description, progress)
     else:
         items = range(len(rows))
         progress_bar = progress(items, description) if progress else items
@@ -213,15 +227,33 @@ def _batches(decoded: Iterable[Decoded]) -> Iterator[pa.RecordBatch]:
 def decoding_key(modality: Any, views: list[Any]) -> list[Any]:
     """What decides how a modality decodes items: its code, its options, what it learned, and the views."""
     modality_class = type(modality)
-    code = [LAYOUT, version("openimp"), modality_class.__module__, modality_class.__qualname__]
+    code = [LAYOUT, version("openimp"), modality_class.__module__, modality_class.__qualname__, *_code(modality)]
     learned = sorted(learned_files([modality]).items())
     return [*code, modality.config.model_dump_json(), learned, sorted({view.model_dump_json() for view in views})]
 
 
-def _content_state(table: Table, column: str, row: int, path: str | None) -> Any:
-    """A value that changes if the media in a row change. `path`: of their file.
+def _code(modality: Any) -> list[Any]:
+    """Hashes of the packages that define the classes of a modality, and the versions of the libraries that decode."""
+    modules = {base.__module__ for base in type(modality).__mro__}
+    modules = {module for module in modules if module.partition(".")[0] not in sys.stdlib_module_names}
+    libraries = {"numpy", *modality.decoders}
+    if isinstance(modality, Towered):
+        modules |= {*modality.tower_packages}
+        libraries |= {*modality.tower_libraries}
+    versions = [(library, library_version(library)) for library in sorted(libraries)]
+    return [sorted(map(source_hash, modules)), versions]
+
+
+def _content_states(
+    table: Table, column: str, rows: Sequence[int], paths: Sequence[str | None], progress: Progress | None = None
+) -> list[Any]:
+    """For each of the rows, a value that changes if the media in it change. `paths`: by row, of their files.
 
     If there is a path, the row's other columns do not count, so that a corrected caption does not decode the media
     again.
     """
-    return (path, table.file_digest(path)) if path else (table.fingerprint, column, row)
+    files = [path for row in rows if (path := paths[row])]
+    file_digests = iter(table.file_digests(files, progress=progress, description=f"reading {table.name}.{column}"))
+    return [
+        (path, next(file_digests)) if (path := paths[row]) else (table.whole_fingerprint, column, row) for row in rows
+    ]

@@ -3,8 +3,9 @@
 import bisect
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from openimp.common.cache import stable_hash
+from openimp.common.digests import COMPARED_BYTES, UNREADABLE, digests
 from openimp.common.errors import UserError, counted, nearest
 from openimp.common.modality import BadMedia
+from openimp.common.progress import Progress
 from openimp.common.schema import as_text
 from openimp.common.texts import text_key
-from openimp.data.files import digest, inside
+from openimp.data.files import inside
 from openimp.recipe.tasks import Part
 
 MAX_CHECKED_FILES = 10_000
@@ -58,10 +61,10 @@ class Rows:
     def fingerprint(self) -> str:
         """Hash of the content. It changes with the data, but not if the data is moved.
 
-        A data file counts with its name, size and up to 64 blocks of content (all of a file up to 4 MiB), a shard at a
-        URL with its name. A file in a folder source counts with its name and size. Files that a manifest names do not
-        count, because reading them at every start would take too long. Of a table, the selected rows count, and of a
-        stream its filter.
+        Data files count with their names, and with `COMPARED_BYTES` of their content (of each file an equal share), a
+        shard at a URL with its name. A file in a folder source counts with its name and size, a caption with its
+        content. Media files that rows name do not count, because reading them at every start would take too long. Of a
+        table, the selected rows count, and of a stream its filter.
         """
         return self._content()
 
@@ -122,14 +125,15 @@ class Table(Rows):
         name: str,
         path: str,
         data: Any,  # a pyarrow.Table, or a `datasets.table.Table`, which pickles its path instead of its rows
-        content: Callable[[], str],
+        content: Callable[[bool], str],  # returns a hash of the content; if the argument is true, of every byte
         root: Path | None,
         *,
         files: Sequence[tuple[str, int]] = (),  # (name, number of rows) of each file that the rows are from, in order
         label: str | None = None,  # the column with the row names; None: rows are named by their file and number
         text_functions: Mapping[str, Callable[[Any], Any]] | None = None,  # by column, from stored value to text
     ) -> None:
-        super().__init__(name, path, list(data.column_names), root, content)
+        super().__init__(name, path, list(data.column_names), root, partial(content, False))
+        self._whole_content = partial(content, True)
         self._data = data
         self._files = files
         self._ends = list(accumulate(rows for _, rows in files))
@@ -183,22 +187,36 @@ class Table(Rows):
 
     @cached_property
     def fingerprint(self) -> str:
-        if self._kept is None:
-            return self._content()
-        return f"{self._content()}-{stable_hash([self._kept.tobytes()])}"
+        return self._of_selected(self._content())
+
+    @cached_property
+    def whole_fingerprint(self) -> str:
+        """Like `fingerprint`, but of every byte, as a key of cached data must be. It may read all data files."""
+        return self._of_selected(self._whole_content())
+
+    def _of_selected(self, content: str) -> str:
+        return content if self._kept is None else f"{content}-{stable_hash([self._kept.tobytes()])}"
 
     def fingerprint_with_files(self, columns: Iterable[str]) -> str:
-        """Hash of `fingerprint` and of the media files in these columns: all or, of more than 10,000, every n-th."""
-        paths = list(dict.fromkeys(path for column in columns for path in self.path_of_rows(column) if path))
-        checked = paths[:: max(1, -(-len(paths) // MAX_CHECKED_FILES))]
-        return stable_hash([self.fingerprint, *((path, self.file_digest(path)) for path in checked)])
+        """Hash of `fingerprint` and of the media files in these columns: all or, of more than 10,000, every n-th.
 
-    def file_digest(self, path: str) -> str:
-        """Hash of a media file's size, first and last 4 KiB; "bad" if it cannot be read."""
-        try:
-            return digest(self.file(path), blocks=2, block=4096)
-        except (BadMedia, OSError):
-            return "bad"
+        Of all of them, at most `COMPARED_BYTES` are read, of each an equal share.
+        """
+        paths = list(dict.fromkeys(path for column in columns for path in self.path_of_rows(column) if path))
+        checked = evenly_spaced(paths)
+        share = COMPARED_BYTES // max(1, len(checked))
+        return stable_hash([self.fingerprint, *zip(checked, self.file_digests(checked, share))])
+
+    def file_digests(
+        self, paths: Sequence[str], most: int | None = None, progress: Progress | None = None, description: str = ""
+    ) -> list[str]:
+        """`digests` of the media files at these paths in a column."""
+        files: dict[str, Path] = {}
+        for path in paths:
+            with suppress(BadMedia):
+                files[path] = self.file(path)
+        digest_of = dict(zip(files, digests(files.values(), most, progress, description)))
+        return [digest_of.get(path, UNREADABLE) for path in paths]
 
     def keep_where(self, where: dict[str, Any]) -> "Table":
         """Drops the rows that do not match a source's `where`, see `matches`. Returns this table."""
@@ -294,6 +312,11 @@ class Table(Rows):
             values = [chunked[int(row)].as_py() for row in stored]
         text_of = self._text_functions.get(column)
         return [text_of(value) for value in values] if text_of else values
+
+
+def evenly_spaced(files: Sequence[str]) -> Sequence[str]:
+    """All files, or of more than `MAX_CHECKED_FILES` every n-th."""
+    return files[:: max(1, -(-len(files) // MAX_CHECKED_FILES))]
 
 
 def _is_text(kind: pa.DataType) -> bool:

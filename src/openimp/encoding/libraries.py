@@ -32,6 +32,12 @@ ON_HUB = "hf-hub:"
 KERNELS = {"attn_implementation", "_attn_implementation", "experts_implementation"}
 """Entries of a configuration that may name kernels on the Hugging Face Hub, which transformers downloads and runs."""
 
+CONFIGURATION = ("*.json", "*.txt", "*.model")
+"""Files of a model of sentence-transformers besides its weights: configurations and vocabularies."""
+PICKLED = "pytorch_model.bin"
+SAFE = "model.safetensors"
+"""The files with the weights of a part of such a model, such as `2_Dense`."""
+
 
 class OpenClipModel(NamedTuple):
     """A model as open_clip opens it."""
@@ -205,10 +211,15 @@ def open_sentence_transformer(name: str) -> tuple[Any, str]:
     from sentence_transformers import SentenceTransformer
 
     folder = _sentence_transformer_folder(name)
-    files = sorted(folder.rglob("*.json"))
+    files = sorted(file for pattern in CONFIGURATION for file in folder.rglob(pattern))
     for file in files:
         if file.name.endswith("config.json"):
             _refuse_kernels(name, file)
+    for file in folder.rglob(PICKLED):  # The library reads it if a part of the model has no other weights.
+        if not file.with_name(SAFE).exists():
+            raise UserError(
+                f"{name}: {file.relative_to(folder)} is pickled, which openimp does not read; save it as {SAFE}"
+            )
     with library_errors(f"{name}: sentence-transformers cannot open it"):
         library = SentenceTransformer(
             str(folder),
@@ -227,7 +238,7 @@ def _sentence_transformer_folder(name: str) -> Path:
     identifier = Name.parse(name).rest
     if Path(identifier).is_dir():  # The Hub would be asked several times before an error that blames the network.
         raise UserError(f"{name}: a model in a folder is named {SENTENCE_TRANSFORMERS}:{LOCAL}{identifier}")
-    return download(name, ("*.json", "*.txt", "*.model", "*.safetensors"))
+    return download(name, (*CONFIGURATION, "*.safetensors"))
 
 
 def _refuse_kernels(name: str, file: Path) -> None:

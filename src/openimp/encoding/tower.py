@@ -65,6 +65,15 @@ class Tower(Modality):
     role: ClassVar[Role] = "tower"
     """The vectors of a tower are features before the model's heads. Those of a teacher are the model's embeddings."""
 
+    tower_packages: ClassVar[tuple[str, ...]] = ("openimp.modalities", "openimp.model")
+    tower_libraries: ClassVar[tuple[str, ...]] = (
+        "torch",
+        "transformers",
+        "sentence-transformers",
+        "open_clip_torch",
+        "timm",
+    )
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._saved: SavedTower | None = None
@@ -109,11 +118,14 @@ class Tower(Modality):
     def length(self, view: Any) -> int:
         return 1
 
-    def embed_all(self, reads: Iterable[Callable[[], Any]]) -> Iterator[np.ndarray | BadMedia]:
-        """The vectors (crops, features) fp16 of each item, or why it cannot be read. `reads` return raw values."""
+    def embed_all(self, reads: Iterable[Callable[[], Any]], seeds: Iterable[int]) -> Iterator[np.ndarray | BadMedia]:
+        """The vectors (crops, features) fp16 of each item, or why it cannot be read. `reads` return raw values.
+
+        An item's seed determines its random crops.
+        """
         batch: list[list[np.ndarray] | BadMedia] = []
         clips = 0
-        items = ((number, partial(self._crops, number, read)) for number, read in enumerate(reads))
+        items = ((None, partial(self._crops, read, seed)) for read, seed in zip(reads, seeds))
         for _, item in map_ahead(attempt, items):
             batch.append(item)
             clips += 0 if isinstance(item, BadMedia) else sum(map(len, item))
@@ -130,13 +142,13 @@ class Tower(Modality):
         for item in batch:
             yield item if isinstance(item, BadMedia) else np.stack([*islice(vectors, len(item))])
 
-    def _crops(self, number: int, read: Callable[[], Any]) -> list[np.ndarray]:
+    def _crops(self, read: Callable[[], Any], seed: int) -> list[np.ndarray]:
         """The clips of each crop of an item."""
         value = read()
         crops = [self.encoder.read(value)]
         random_crops = 0 if self.reads_text else self.config.crops - 1
         for crop in range(1, 1 + random_crops):
-            crops.append(self.encoder.read(value, np.random.default_rng([number, crop])))
+            crops.append(self.encoder.read(value, np.random.default_rng([seed, crop])))
         return crops
 
     def _vectors(self, crops: list[np.ndarray]) -> np.ndarray:
@@ -147,7 +159,7 @@ class Tower(Modality):
 
     def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
         """The vectors of one item; see `embed_all`. They do not depend on the other arguments."""
-        (vectors,) = self.embed_all([lambda: raw])
+        (vectors,) = self.embed_all([lambda: raw], [0])
         if isinstance(vectors, BadMedia):
             raise vectors
         return vectors

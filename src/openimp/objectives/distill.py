@@ -46,7 +46,7 @@ class Distill(Objective):
     `model.embed_dim` of them, which are scaled to length 1. A row without such a list is a bad example."""
     towards: str | None = None
     """The modality with which the embeddings are to be compared, only for `model.space: disjoint`, which has a head for
-    each. Default: the task's other input, if there is one."""
+    each. So a modality may have two teachers. Default: the task's other input, if there is one."""
     loss: Literal["cosine", "contrastive"] = "cosine"
     """cosine: 1 - cosine (arXiv 2307.12732 compares such losses). contrastive: InfoNCE (arXiv 1807.03748), in which an
     embedding is to find its vector among those of the whole batch. Rows with equal vectors are the same item."""
@@ -60,7 +60,7 @@ class Distill(Objective):
         return self
 
     def check(self, location: str, task: Task, recipe: Recipe) -> None:
-        """Checks `towards`, that a teacher reads one column, and that the model has the head."""
+        """Checks `towards`, that a teacher reads one column and has its own head, and that the model has the head."""
         known = recipe.modality_names
         if self.towards and self.towards not in known:
             raise UserError(f"{location}.towards: no modality {self.towards!r}{nearest(self.towards, known)}")
@@ -71,6 +71,22 @@ class Distill(Objective):
                 f"{location}: in a disjoint space, distill needs `towards`, another modality to compare {self.of} "
                 "with; or set model.space: joint"
             )
+        if self.teacher:
+            self._check_other_teachers(location, task, recipe)
+
+    def _check_other_teachers(self, location: str, task: Task, recipe: Recipe) -> None:
+        """Refuses a second teacher for the same head: each teacher has a space of its own."""
+        teachers = [other for other in task.objectives if isinstance(other, Distill) and other.teacher]
+        same_modality = [other for other in teachers if other.of == self.of]
+        if recipe.model.space == "disjoint":
+            stem = modality_class(self._target(task)).stem
+            same_head = [other for other in same_modality if modality_class(other._target(task)).stem == stem]
+            advice = "give each another modality in `towards`"
+        else:
+            same_head = same_modality
+            advice = "drop one of the two, or set model.space: disjoint and `towards`"
+        if len(same_head) > 1:
+            raise UserError(f"{location}: two objectives with a teacher train the same head of {self.of}; {advice}")
 
     def projected(self, task: Task) -> list[tuple[str, str]]:
         return [(self.of, self._target(task))]
@@ -102,7 +118,8 @@ class Distill(Objective):
         return {"vector": torch.zeros(examples, sizes.embed_dim), "item": item}
 
     def losses(self, model: Embedder, task: Task, encoded: EncodedAll, targets: Tensors) -> Tensors:
-        """The loss of a modality's embeddings, by the name "modality:column" or "modality by teacher". All is fp32.
+        """The loss of a modality's embeddings, by the name "modality:column" or "modality by teacher", or "modality to
+        other by teacher" if the modality has a teacher for each of several others. All is fp32.
 
         For the contrastive loss, each rank compares its own N embeddings with the vectors of all ranks.
         """
@@ -119,7 +136,13 @@ class Distill(Objective):
                 loss = mean_by_blocks(
                     softmax_nce, z_NZ / self.temperature, local_items[:, None], vector_MZ, all_items[:, None]
                 )
-        return {f"{self.of}:{self.to}" if self.to else f"{self.of} by teacher": loss}
+        return {self._loss_name(task): loss}
+
+    def _loss_name(self, task: Task) -> str:
+        if self.to:
+            return f"{self.of}:{self.to}"
+        has_several = sum(teacher.modality == self.of for teacher in task.teachers) > 1
+        return f"{self.of} to {self._target(task)} by teacher" if has_several else f"{self.of} by teacher"
 
     def loss_sizes(self, task: Task, examples: int) -> LossSizes:
         if self.loss == "cosine":

@@ -91,7 +91,8 @@ def build_index(
         forget: files and folders whose items are removed from the index.
 
     Raises:
-        UserError: there are no media, the index was built with other weights or views, or another process writes it.
+        UserError: there are no media, the index was built with other weights, options or views, or another process
+            writes it.
     """
     paths = [paths] if isinstance(paths, str | Path) else paths
     forget = [forget] if isinstance(forget, str | Path) else list(forget)
@@ -252,7 +253,7 @@ def _write_metadata(folder: Path, metadata: Metadata, model: Model, replace: boo
     if old_metadata is not None and not built_with(old_metadata, model):
         if not replace:
             raise UserError(
-                f"{folder}: was built with other weights or views than {metadata.model} has; name a new folder"
+                f"{folder}: was built with other weights, options or views than {metadata.model} has; name a new folder"
             )
         old_files: Iterable[Stored] = ()
         with suppress(UserError):  # A damaged index is replaced, too.

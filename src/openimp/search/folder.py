@@ -1,6 +1,6 @@
 """The folder of an index, its lock and its metadata.
 
-index.json     the model, and a fingerprint of its weights and views
+index.json     the model, and a fingerprint of its weights, options and views
 items.lance/   a LanceDB table with one row per item
 .lock          held by the process that writes the index
 """
@@ -16,6 +16,7 @@ from openimp.checkpoint.folder import CHECKPOINTS
 from openimp.common.cache import cache_folder, stable_hash
 from openimp.common.errors import UserError
 from openimp.common.names import BUNDLED, Name
+from openimp.common.protocols import file_copies
 from openimp.common.safe_files import read_object, refuse_links
 from openimp.common.schema import Count, Strict, checked
 from openimp.encoding.find import find_model
@@ -42,7 +43,7 @@ class Metadata(Strict):
     model: str
     """The model that built the index, as `openimp.load` takes it."""
     fingerprint: str
-    """Hash of the model's weights and views."""
+    """Hash of the model's weights, options and views."""
     towards: dict[str, str]
     """By modality, the other modality that the vectors of its items can be compared with (in a disjoint space)."""
 
@@ -94,7 +95,7 @@ def read_metadata(folder: Path) -> Metadata | None:
 
 
 def fingerprint(model: Model) -> str:
-    """Hash of a model's weights and views. Vectors with different fingerprints must not be compared.
+    """Hash of a model's weights, options and views. Vectors with different fingerprints must not be compared.
 
     Options with their default value do not count, so that a new option changes no fingerprint.
     """
@@ -102,7 +103,7 @@ def fingerprint(model: Model) -> str:
 
 
 def built_with(metadata: Metadata, model: Model) -> bool:
-    """Whether an index was built with a model's weights and views."""
+    """Whether an index was built with a model's weights, options and views."""
     weights_hash = _weights_hash(model)
     with_changed_options = _fingerprint(model, weights_hash, exclude_defaults=True)
     with_all_options = _fingerprint(model, weights_hash, exclude=NEWER_OPTIONS)  # as older versions wrote it
@@ -115,4 +116,13 @@ def _weights_hash(model: Model) -> Any:
 
 def _fingerprint(model: Model, weights_hash: Any, **dump_options: Any) -> str:
     views = [(name, view.model_dump_json(**dump_options)) for name, view in model.views.items()]
-    return stable_hash([weights_hash, views])
+    options = [(name, _options(modality)) for name, modality in model.modalities.items()]
+    changed = [(name, text) for name, text in options if text != "{}"]  # Without any, as older versions wrote it.
+    return stable_hash([weights_hash, views, *changed])
+
+
+def _options(modality: Any) -> str:
+    """The options of a modality that are not the default, in JSON. Those that name files or a tower do not count: the
+    hash of the weights covers what these are."""
+    dumped: str = modality.config.model_dump_json(exclude_defaults=True, exclude={"tower", *file_copies(modality)})
+    return dumped

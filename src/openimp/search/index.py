@@ -16,7 +16,7 @@ from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
 from openimp.common.names import has_scheme
 from openimp.common.protocols import is_known
-from openimp.common.safe_files import file_state, refuse_links
+from openimp.common.safe_files import has_state, refuse_links
 from openimp.data.tables import Table
 from openimp.data.trust import check_uses
 from openimp.encoding.engine import ItemEncoder
@@ -209,9 +209,9 @@ class Index:
         if hit.source is None or hit.row is None:
             # An index from somebody else might name any file of this machine. But it cannot have the right state, which
             # has the nanosecond of the file's last change.
-            if file_state(hit.path) != media_state(hit.state):
+            if not has_state(hit.path, media_state(hit.state)):
                 raise UserError(f"{hit.path}: is gone or has changed since it was indexed; {OUT_OF_DATE}")
-        elif self._source(hit.source).fingerprint != hit.state:
+        elif self._source(hit.source).whole_fingerprint != hit.state:
             raise UserError(f"source {hit.source} has changed since it was indexed; {OUT_OF_DATE}")
 
     def read(self, id: str) -> bytes | Path:
@@ -532,5 +532,7 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
         raise UserError(f"{folder}: its model cannot be opened: {error}; {advice}") from None
     if not built_with(metadata, model):
         advice = "build a new index" if folder == Path(path) else f"openimp index {path} replaces it"
-        raise UserError(f"{folder}: was built with other weights or views than {metadata.model} has now; {advice}")
+        raise UserError(
+            f"{folder}: was built with other weights, options or views than {metadata.model} has now; {advice}"
+        )
     return Index(folder, model, metadata, allow_sources)

@@ -34,7 +34,7 @@ class Media:
 
     path: str  # absolute; SOURCE/ROW/COLUMN for a row. Unique in an index.
     modality: str
-    # Of a row: the source's fingerprint. Of a file: "FILE_STATE", or "FILE_STATE TEXT_STATE" if it has a text.
+    # Of a row: the source's `whole_fingerprint`. Of a file: "FILE_STATE", or "FILE_STATE TEXT_STATE" if it has a text.
     # TEXT_STATE is the caption's FILE_STATE, or the fingerprint of the source that names the file, or, if several
     # sources name it, a hash of the states of all.
     state: str
@@ -184,14 +184,14 @@ def _rows(table: Table, modality: str, column: str, text: Callable[[int], str | 
         if isinstance(value, str) or (isinstance(value, dict) and not value.get("bytes")):
             try:
                 file = _file(str(table.media(value)), modality, None)
-                state = f"{file.state} {table.fingerprint}"
+                state = f"{file.state} {table.whole_fingerprint}"
                 yield replace(file, state=state, text=row_text, source=table.name)
                 continue
             except BadMedia:
                 pass  # Reading the row raises the same error, which is then recorded under the row's name.
         name = f"{table.name}/{row}/{column}"
         raw = partial(row_media, table, row, column)
-        yield Media(name, modality, table.fingerprint, raw, row_text, source=table.name, row=row, column=column)
+        yield Media(name, modality, table.whole_fingerprint, raw, row_text, source=table.name, row=row, column=column)
 
 
 def _row_text(table: Table, templates: list[str], row: int) -> str | None:
