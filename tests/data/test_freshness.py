@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from little import png
 from messages import refuses
+from read_only import run_read_only
 
 from openimp.common import versions
 from openimp.common.cache import stable_hash
@@ -86,6 +87,28 @@ def test_rows_of_a_large_file_that_changed_only_in_the_middle_are_decoded_again(
     for changed in (rows, [MIDDLE[0], MIDDLE[1], MIDDLE[0]]):
         pq.write_table(pa.table({"file": changed}), tmp_path / "x.parquet", compression="none", use_dictionary=False)
         assert decoded(tmp_path / "x.parquet", modality) == changed
+
+
+READ = """
+import sys
+sys.path.insert(0, "PACKAGES")
+import of_bytes
+from openimp.data.sources import open_source
+from openimp.data.store import store_column
+from openimp.recipe.tasks import Source
+store = store_column(open_source("data", Source(path="DATA")), of_bytes.Bytes(), "file", [], on_disk=True)
+print(store[0].tobytes() == bytes(10_000) + b"a" + bytes(10_000))
+"""
+
+
+def test_a_read_only_cache_is_used(tmp_path, modality):
+    """Both what `datasets` has unpacked, and what was decoded."""
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"file": MIDDLE[:1]}), file)
+    os.utime(file, (1e9, 1e9))
+    decoded(file, modality)
+    code = READ.replace("PACKAGES", str(tmp_path / "packages")).replace("DATA", str(file))
+    assert run_read_only(tmp_path / "cache", code) == "True\n"
 
 
 def test_a_file_that_changes_while_it_is_decoded_is_not_cached_as_it_was_before(tmp_path, modality, monkeypatch):

@@ -134,6 +134,8 @@ def _remember(digest_of: dict[_File, str]) -> None:
     ]
 
     def write(memory: sqlite3.Connection) -> None:
+        memory.execute("BEGIN IMMEDIATE")  # One transaction, because each waits for the disk.
+        memory.execute(TABLE)
         memory.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?, ?)", rows)
         memory.execute("DELETE FROM digests WHERE day <= ?", (_today() - UNUSED_DAYS,))
 
@@ -147,7 +149,6 @@ def _with_memory(use: Callable[[sqlite3.Connection], None]) -> None:
         file = cache_folder("digests") / "digests.sqlite"
         try:
             with closing(sqlite3.connect(file, timeout=WAIT)) as memory, memory:
-                memory.execute(TABLE)
                 use(memory)
         except sqlite3.OperationalError:
             raise

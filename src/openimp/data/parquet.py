@@ -15,8 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Features
+from datasets import Dataset, DatasetInfo, Features
+from datasets.arrow_reader import ArrowReader
 from datasets.builder import Key
+from datasets.config import DATASET_INFO_FILENAME
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from openimp.common.cache import cache_folder, cached, stable_hash
@@ -69,13 +71,21 @@ def load(name: str, path: str, files: list[str], streaming: bool) -> Any:
         def read(folder: Path) -> Any:
             if (folder / "state").read_text() != state:
                 raise ValueError("the files have changed")
-            return builder(str(folder)).as_dataset(split="train")
+            return _unpacked(folder)
 
         def write(folder: Path) -> None:
             builder(str(folder)).download_and_prepare()
             (folder / "state").write_text(state)
 
         return cached("parquet", stable_hash(files), read, write)
+
+
+def _unpacked(folder: Path) -> Dataset:
+    """What `BoundedParquet` has written. The builder would do the same, but locks files, also in a read-only cache."""
+    (info_file,) = folder.rglob(DATASET_INFO_FILENAME)
+    info = DatasetInfo.from_directory(str(info_file.parent))
+    reader = ArrowReader(str(info_file.parent), info)
+    return Dataset(**reader.read(info.dataset_name, "train", info.splits.values()))
 
 
 def _common_features(files: list[str]) -> Any:
