@@ -125,6 +125,11 @@ REFUSED = [
     "evaluation.sets.colours.view.weight=0.5",
     "evaluation.sets.colours.inputs={video: file}",
     "evaluation.sets.colours.reader=txt",
+    # Sizes that no use needs, and that would take hours or all memory, are answered with the limit.
+    "evaluation.sets.tones.view.audio.clips=1000000000",
+    "modalities.audio.window=2147483648",
+    "train.steps=10000000000000000000000",
+    "tasks.named.interval=1000000000",
     # A view that makes no whole patch is answered with the sizes that do.
     "tasks.named.views.0.image.size=20",
     "tasks.named.views.0.image.size=[16, 4]",

@@ -9,7 +9,7 @@ import torch
 
 from openimp.common.json_lines import read_lines
 from openimp.parallel.muon import Muon
-from openimp.training.optimizers import lr_schedule
+from openimp.training.optimizers import LRSchedule
 from tests.trained import recipe_of, trainer_of
 
 
@@ -55,15 +55,16 @@ def test_the_learning_rate_follows_the_flops_of_views_that_follow_one_after_the_
 def test_the_learning_rate_rises_and_falls(little_data, tmp_path):
     """One step in twenty warms up unless told otherwise."""
     recipe = recipe_of(little_data, "optimizer.warmup_steps=null", "train.steps=80")
-    assert [lr_schedule(recipe, step, range(81)) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
-    assert lr_schedule(recipe, 5, range(81)) < 1
+    lr_factor = LRSchedule(recipe, lambda step: step)
+    assert [lr_factor(step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert lr_factor(5) < 1
     changes = ["optimizer={lr: 0.1, muon_lr: 0.3, warmup_steps: 4, min_lr_ratio: 0.2}", "train.steps=12"]
     training = trainer_of(little_data, tmp_path / "run", *changes)
-    rates = [lr_schedule(training.recipe, step, range(13)) for step in range(12)]
+    rates = [training.updater.lr_factor(step) for step in range(12)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert rates[8] == pytest.approx(0.2 + 0.8 * 0.5)
     assert all(one > other for one, other in itertools.pairwise(rates[4:]))
-    assert lr_schedule(training.recipe, 12, range(13)) == pytest.approx(0.2)
+    assert training.updater.lr_factor(12) == pytest.approx(0.2)
     training.make_step(training.batches[0])
     groups = [group for optimizer in training.updater.optimizers for group in optimizer.param_groups]
     assert [group["lr"] for group in groups] == pytest.approx([0.025, 0.025, 0.075])

@@ -297,7 +297,8 @@ def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     if not run.is_dir():
         return []
-    return sorted(path for path in (run / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+    folders = (path for path in (run / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+    return sorted(folders, key=step_of)  # Not by name: from 10**8 steps on, it has more digits.
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 from math import ceil, log
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -61,7 +61,7 @@ class Audio(Modality):
 
         sample_rate: Count = 16_000
         """Samples per second to which every sound is resampled."""
-        window: Count = 2048
+        window: Annotated[int, Field(ge=1, le=2**16)] = 2048
         """Samples of the Hann window of a Fourier transform."""
         hop: Count = 1024
         """Samples between two frames of the spectrogram."""
@@ -119,7 +119,7 @@ class Audio(Modality):
         1904.08779)."""
         mask_bins: Share = 0.0
         """Largest share of neighboring mel bins that are hidden in training, one band per sound."""
-        clips: Count = 4
+        clips: media.Clips = 4
         """Most clips in evaluation, linearly spaced, whose embeddings are averaged; a single clip is from the middle. A
         sound that is not longer than a clip has only one clip."""
 

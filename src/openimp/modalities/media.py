@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import av
 import numpy as np
 import PIL.Image
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from openimp.common.modality import CONV_MARGIN, CONV_STRIDE, BadMedia, Rng, Tokens
@@ -64,6 +64,8 @@ SEGMENT_BYTES = 1024
 """Least bytes of a file per segment. The most frugal codecs need more for `SEGMENT_SECONDS`."""
 MAX_SEGMENTS = 10_000
 """Most segments of a recording; with more than 14 hours, they are longer."""
+Clips = Annotated[int, Field(ge=1, le=1000)]
+"""A number of clips or crops of an item. Its clips are in memory together; published protocols use up to 30."""
 
 
 class MediaFile(io.BufferedReader):

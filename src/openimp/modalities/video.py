@@ -42,10 +42,10 @@ class Video(Vision):
         stride: Count = 2
         """Distance between frames. If a film is too short, a smaller stride spreads `frames` over all of it; if it has
         fewer, some are repeated."""
-        clips: Count = 4
+        clips: media.Clips = 4
         """Most clips in evaluation, linearly spaced, whose embeddings are averaged. A film no longer than a clip has
         one."""
-        crops: Count = 1
+        crops: media.Clips = 1
         """Most crops per clip in evaluation, evenly spaced along the longer side; their embeddings are averaged. 1: the
         center crop, as in the paper. Other protocols use 3. A square frame has one."""
         flip: bool = False

@@ -193,7 +193,7 @@ def mixture_table(recipe: Recipe, cost_by_task_view: Costs) -> Table:
 
 def short(number: float) -> str:
     """A number with a prefix of the SI: 1234567 is 1.23 M."""
-    for power, prefix in ((21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
+    for power, prefix in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
         if number >= 0.9995 * 10**power:
             return f"{number / 10**power:.3g} {prefix}"
     return f"{number:,.0f}"

@@ -5,7 +5,6 @@ and communication are computed from the sizes of tensors, as `parallel/` distrib
 docs/plan.md has the rules.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -121,7 +120,7 @@ def plans(
         (task, view): step_memory(recipe, modalities, classes, task, view, precision=precision, gpus=gpus)
         for task, view in cost_by_task_view
     }
-    step_counts = Counter((visit.task, visit.view) for visit in Schedule(recipe))
+    step_counts = Schedule(recipe).counts(recipe.train.steps)
     for layout in dict.fromkeys([recipe_layout, *alternatives(recipe, gpus)]):
         planner = StepPlanner(recipe, Sharding(layout, model, precision), GPUS[gpu], utilization)
         step_needs = {

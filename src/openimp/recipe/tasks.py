@@ -160,7 +160,7 @@ class Task(Strict):
     """Examples per step, over all ranks."""
     weight: NotNegative = 1.0
     """How often the task is drawn, relative to the other tasks (alternation random, cycle and sequence). 0: never."""
-    interval: Count = 1
+    interval: Annotated[int, Field(ge=1, le=10**6)] = 1
     """The task is visited once per this many rounds (alternation intervals)."""
 
     @property

@@ -113,7 +113,7 @@ class Train(Strict):
 
     removed = {"upcycle": (False, True)}
 
-    steps: Count = 200_000
+    steps: Annotated[int, Field(ge=1, le=10**12)] = 200_000
     """Optimizer steps, over all tasks. The paper: S 200k, B and L 500k."""
     init: RecipePath | None = None
     """Source of initial weights and tokenizer: the folder of a run, a checkpoint or a model, relative to the recipe, or

@@ -1,8 +1,8 @@
 """AdamW and Muon, and the learning rate schedule that they share."""
 
 import math
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -53,17 +53,24 @@ def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Opt
     return optimizers
 
 
-def lr_schedule(recipe: Recipe, step: int, work_before_step: np.ndarray | range) -> float:
-    """Factor of the peak learning rate at a step: linear warm-up, then a cosine until the last step.
+class LRSchedule:
+    """The factor of the peak learning rate at each step: linear warm-up, then a cosine until the last step.
 
-    The cosine follows the share of the work that is done. `work_before_step[i]` is the number of steps before step i,
-    or the sum of their FLOPs. The last entry is that of the whole run.
+    The cosine follows the share of the work that is done. `work_before(step)` is the number of steps before a step, or
+    the sum of their FLOPs: an int of Python, because a day on one GPU has more FLOPs than fit into 64 bits.
     """
-    options = recipe.optimizer
-    steps = recipe.train.steps
-    warmup = steps // 20 if options.warmup_steps is None else options.warmup_steps
-    if step < warmup:
-        return (step + 1) / warmup
-    work_done = work_before_step[step] - work_before_step[warmup]
-    progress = float(work_done / (work_before_step[steps] - work_before_step[warmup]))
-    return options.min_lr_ratio + (1 - options.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def __init__(self, recipe: Recipe, work_before: Callable[[int], int]) -> None:
+        steps = recipe.train.steps
+        options = recipe.optimizer
+        self.min_ratio = options.min_lr_ratio
+        self.work_before = work_before
+        self.warmup = steps // 20 if options.warmup_steps is None else options.warmup_steps
+        self.warmup_work = work_before(min(self.warmup, steps))
+        self.cosine_work = work_before(steps) - self.warmup_work  # that follows the warm-up
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = (self.work_before(step) - self.warmup_work) / self.cosine_work
+        return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
+from openimp.alternation import Schedule
 from openimp.checkpoint.folder import CONFIG, RECIPE, read_config, read_state, text_files
 from openimp.checkpoint.resume import changed_sources
 from openimp.checkpoint.saver import Saver
@@ -148,7 +148,7 @@ def set_up(
         report = warm_start.load(model, data.classes)
         console.print(report, soft_wrap=True)
     _distribute(recipe, model, device)
-    updater = Updater(recipe, model, _work_before_step(batches, step_costs))
+    updater = Updater(recipe, model, work_before_step(batches.schedule, recipe.alternation.views, step_costs))
     checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, model_files)
     state = checkpointing.load(checkpoint) if checkpoint else {}
     cursors = data.load_cursors(state.get("cursors", {}), changed_source_names)
@@ -184,18 +184,17 @@ def _prepare(recipe: Recipe, data: TaskData, checkpoint: Path | None) -> dict[st
     return teacher_states
 
 
-def _work_before_step(batches: StepBatches, step_costs: Costs) -> np.ndarray | range:
-    """The number of steps before each step or, if views are in a sequence, their FLOPs; see `lr_schedule`.
+def work_before_step(schedule: Schedule, views: str, step_costs: Costs) -> Callable[[int], int]:
+    """The number of steps before a step or, if `views` is "sequence", their FLOPs; see `LRSchedule`.
 
     With views in a sequence, the last steps cost several times as many FLOPs as the first. By the number of steps, the
     learning rate would be near zero for a large share of the FLOPs.
     """
-    if batches.data.recipe.alternation.views != "sequence":
-        return range(len(batches) + 1)
+    if views != "sequence":
+        return lambda step: step
     # Without passes that are repeated to save memory, which may change when the run is resumed.
     flops_of = {task_view: cost.flops - cost.repeated_flops for task_view, cost in step_costs.items()}
-    flops = [flops_of[visit.task, visit.view] for visit in batches.schedule]
-    return np.cumsum([0, *flops])
+    return lambda step: sum(flops_of[task_view] * steps for task_view, steps in schedule.counts(step).items())
 
 
 def _load_teacher_states(teachers: Mapping[Teacher, Tower], checkpoint: Path | None) -> dict[str, dict[str, str]]:

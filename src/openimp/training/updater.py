@@ -1,8 +1,8 @@
 """The optimizers, and one update of the weights with clipped gradients and the scheduled learning rate."""
 
 import math
+from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from openimp.common.device import HostCopy
@@ -10,7 +10,7 @@ from openimp.model.embedder import Embedder
 from openimp.parallel.layout import clip_grad_norm, reshard
 from openimp.recipe.schema import Recipe
 from openimp.training.ema import EMA
-from openimp.training.optimizers import lr_schedule, make_optimizers
+from openimp.training.optimizers import LRSchedule, make_optimizers
 
 
 class Updater:
@@ -22,22 +22,18 @@ class Updater:
     device leaves weights and optimizer state as they are.
     """
 
-    def __init__(self, recipe: Recipe, model: Embedder, work_before_step: np.ndarray | range) -> None:
+    def __init__(self, recipe: Recipe, model: Embedder, work_before_step: Callable[[int], int]) -> None:
         """Makes the optimizers and the EMA.
 
-        `work_before_step`: for each step, the number of steps before it, or their FLOPs. The learning rate follows this
-        number (see `lr_schedule`).
+        `work_before_step(step)`: the number of steps before a step, or their FLOPs. The learning rate follows this
+        number (see `LRSchedule`).
         """
         options = recipe.optimizer
         self.recipe = recipe
         self.model = model
-        self.work_before_step = work_before_step
+        self.lr_factor = LRSchedule(recipe, work_before_step)  # of a step
         self.optimizers = make_optimizers(options, model)
         self.ema = EMA(model, options.ema_decay) if options.ema_decay else None
-
-    def lr_factor(self, step: int) -> float:
-        """The learning rate of a step, as a share of the peak."""
-        return lr_schedule(self.recipe, step, self.work_before_step)
 
     def queue_update(self, step: int) -> HostCopy:
         """Queues the update of step `step`, which counts from 0, and drops the gradients.
