@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,7 +195,21 @@ def read_state(folder: Path) -> dict[str, Any]:
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The EMA if there is one, else the weights: whole tensors by name. Those stored in fp16 are returned in fp32."""
     weights = dcp.read(weights_folder(folder))
+    require_finite(weights, weights_folder(folder))
     return {name: weight.float() if weight.dtype is torch.float16 else weight for name, weight in weights.items()}
+
+
+def require_finite(weights: Mapping[str, Tensor], source: object) -> None:
+    """UserError if a weight is not a finite number. All that a model computes with it could be NaN.
+
+    It reads each weight once, as using it does: weights of a file are only mapped into memory until then.
+    """
+    for name, weight in weights.items():
+        if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
+            raise UserError(
+                f"{source}: {name} has values that are not finite (NaN or infinite), so the model cannot be used; use "
+                "an earlier checkpoint, or train it again"
+            )
 
 
 def weights_folder(folder: Path) -> Path:

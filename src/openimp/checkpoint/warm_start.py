@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.find import find_own_model
-from openimp.checkpoint.folder import RECIPE, read_config, weights_folder
+from openimp.checkpoint.folder import RECIPE, read_config, require_finite, weights_folder
 from openimp.checkpoint.public_vit import RGB, ViTWeights
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities, Modality
@@ -100,6 +100,7 @@ class WarmStart:
                 raise UserError(f"train.init: {self.weights}: {name} is {saved_shape} there, {shape} here")
             loaded_tensors[name] = tensor
         self.weights.fill(loaded_tensors)
+        require_finite(loaded_tensors, f"train.init: {self.weights}")
         parts_by_title = {
             "loaded": [part for part in model_parts if part in loadable_parts],
             "new": [*dict.fromkeys(new_parts_and_tensors)],
