@@ -103,7 +103,9 @@ def train(
     run: RunOption = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="[auto]", help="Resume from the newest intact checkpoint. auto: start if there is none."),
+        typer.Option(
+            metavar="[auto]", help="Resume from the newest intact checkpoint. auto: start if there is no run yet."
+        ),
     ] = None,
     allow_changed_data: Annotated[
         bool, typer.Option("--allow-changed-data", help="Resume although a source has changed.")

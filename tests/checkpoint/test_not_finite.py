@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from messages import refuses
-from trained import recipe_of
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints, load_model
 from openimp.training.trainer import train
+from tests.messages import refuses
+from tests.trained import recipe_of
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from read_only import run_read_only
 
 from openimp.common.cache import UNUSED_DAYS, cached
 from openimp.common.errors import UserError
 from openimp.data.hub import quiet
+from tests.read_only import run_read_only
 
 DAY = 24 * 3600
 

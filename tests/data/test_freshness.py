@@ -9,9 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from little import png
-from messages import refuses
-from read_only import run_read_only
 
 from openimp.common import versions
 from openimp.common.cache import stable_hash
@@ -21,6 +18,9 @@ from openimp.data.sources import open_source
 from openimp.data.store import decoding_key, store_column
 from openimp.recipe.registry import modality_class
 from openimp.recipe.tasks import Source
+from tests.little import png
+from tests.messages import refuses
+from tests.read_only import run_read_only
 
 MODALITY = """
 import numpy as np

@@ -155,8 +155,12 @@ def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
     code, out, _ = openimp("train", "runs/classes/recipe.yaml", "--resume")
     assert (code, "all 3 steps are done" in out) == (0, True)
 
-    # A run that saved nothing is drafted again, because its data may have been mended.
+    # A run that made no step is drafted again, because its data may have been mended.
     shutil.rmtree("runs/classes/checkpoints")
+    code, _, err = openimp("train", "classes", "--resume", "auto")
+    assert (code, "has logged 3 steps, but has no checkpoint" in err) == (2, True)
+    for log in ("metrics.jsonl", "results.jsonl"):
+        Path("runs/classes", log).unlink()
     for file in [*Path("classes").rglob("*.*")]:
         file.with_suffix(".txt").write_text(f"a caption of number {file.stem}")
     code, _, err = openimp("train", "classes", "--resume", "auto", "--set", "train.steps=1")

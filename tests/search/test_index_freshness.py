@@ -7,11 +7,11 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from messages import refuses
 
 from openimp.common.safe_files import sha256
 from openimp.search import build_index, open_index
 from openimp.search.table import Items
+from tests.messages import refuses
 
 pytest.importorskip("lancedb")
 LONG_AGO = 1_000_000_000

@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import pytest
 import yaml
-from trained import recipe_of
 
 from openimp.alternation import Schedule
 from openimp.checkpoint.folder import checkpoint_folder, checkpoints, manifest_entry
@@ -19,6 +18,7 @@ from openimp.training.metrics_file import read_metrics
 from openimp.training.optimizers import LRSchedule
 from openimp.training.setup import work_before_step
 from openimp.training.trainer import train
+from tests.trained import recipe_of
 
 RECIPE = """
 name: x

@@ -34,7 +34,7 @@ def test_a_finished_run_is_resumed_without_its_data(little_data, own_run, tmp_pa
     data = tmp_path / "data"
     recipe = recipe_of(little_data, f"sources.pictures.path={data}", f"sources.sounds.path={data}")
     assert train(recipe, own_run, resume=True)
-    assert f"{own_run}: all 12 steps are done and evaluated already" in capsys.readouterr().out
+    assert f"{own_run}: is finished: all 12 steps are done and evaluated already" in capsys.readouterr().out
     changed = Recipe.build(recipe.to_dict() | {"evaluation": {"sets": {}, "every": 3}})
     with pytest.raises(UserError, match=str(data)):
         train(changed, own_run, resume=True)

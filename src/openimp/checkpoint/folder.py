@@ -308,11 +308,24 @@ def load_training_state(
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first.
+
+    If the process was killed while a checkpoint replaced that of the same step, the old one still has the name that
+    `replaced_folder` gave it.
+    """
     if not run.is_dir():
         return []
-    folders = (path for path in (run / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d+", path.name))
-    return sorted(folders, key=step_of)  # Not by name: from 10**8 steps on, it has more digits.
+    folders: dict[str, Path] = {}
+    # In this order, ".step-..." comes before "step-...", which counts if a step has both.
+    for path in sorted((run / CHECKPOINTS).glob("*step-*")):
+        if name := re.fullmatch(r"(step-\d+)|\.(step-\d+)\.replaced", path.name):
+            folders[name[1] or name[2]] = path
+    return sorted(folders.values(), key=step_of)  # Not by name: from 10**8 steps on, it has more digits.
+
+
+def replaced_folder(folder: Path) -> Path:
+    """The name of a checkpoint's folder while another one takes its place."""
+    return folder.with_name(f".{folder.name}.replaced")
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -322,4 +335,4 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def step_of(folder: Path) -> int:
     """The step in the name of a checkpoint folder."""
-    return int(folder.name.removeprefix("step-"))
+    return int(folder.name.removesuffix(".replaced").rpartition("-")[2])

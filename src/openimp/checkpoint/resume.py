@@ -103,5 +103,5 @@ def newest_intact(run: Path) -> Path:
         for message in damage:
             console.print(f"{message}; resuming from step {step}, which loses {lost}", soft_wrap=True)
         return folder
-    reasons = damage or ["--resume auto starts at step 0 if there is none"]
+    reasons = damage or ["--resume auto starts a run that has made no step yet"]
     raise UserError(f"{run}: no checkpoint to resume from; {'; '.join(reasons)}")

@@ -12,7 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.folder import BEST, MANIFEST, checkpoint_folder, checkpoints, manifest_entry, step_of
+from openimp.checkpoint.folder import (
+    BEST,
+    CHECKPOINTS,
+    MANIFEST,
+    checkpoint_folder,
+    checkpoints,
+    manifest_entry,
+    replaced_folder,
+    step_of,
+)
 from openimp.common.errors import UserError
 from openimp.common.progress import notice
 from openimp.common.safe_files import sync
@@ -108,13 +117,20 @@ class Saver:
 
 
 def _begin(draft: Path, text_files: Mapping[str, str]) -> None:
-    # Drafts (.tmp) and half-removed checkpoints (.old) of a process that was killed. A half-removed checkpoint that
-    # cannot be removed is harmless. A draft that cannot be removed is an error, because it may be in the way.
-    for leftover in draft.parent.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=leftover.suffix == ".old")
+    remove_leftovers(draft.parents[1])  # Also of a save of this process that failed.
     draft.mkdir(parents=True)
     for name, text in text_files.items():
         (draft / name).write_text(text, encoding="utf-8")
+
+
+def remove_leftovers(run: Path) -> None:
+    """Cleans up after a process that was killed: removes drafts (.tmp) and half-removed checkpoints (.old), and gives
+    a checkpoint that was being replaced its name back."""
+    for leftover in (run / CHECKPOINTS).glob(".step-*"):
+        if leftover not in checkpoints(run):
+            shutil.rmtree(leftover, ignore_errors=True)  # One that stays is harmless.
+        else:
+            os.replace(leftover, checkpoint_folder(run, step_of(leftover)))
 
 
 def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -127,13 +143,16 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     for log in run.glob("*.jsonl"):
         sync(log)
     # The folder exists in two cases: this step's checkpoint was damaged, and the run resumed from an earlier one; or
-    # the run resumed from this checkpoint with a changed recipe, and saves the step again.
-    replaced = _set_aside(folder) if folder.exists() else None
+    # the run resumed from this checkpoint with a changed recipe, and saves the step again. It may be the only one, and
+    # no portable call puts a folder into the place of another, so `checkpoints` finds it under its new name.
+    replaced = replaced_folder(folder)
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(folder, replaced)
     os.replace(draft, folder)
     sync(folder.parent)
     sync(run)
-    if replaced:
-        shutil.rmtree(replaced, ignore_errors=True)  # `_begin` of the next save tries again.
+    shutil.rmtree(replaced, ignore_errors=True)  # `remove_leftovers` tries again.
 
 
 def _remove_others(folder: Path, keep: int) -> None:
@@ -151,11 +170,6 @@ def _remove_others(folder: Path, keep: int) -> None:
     kept = {path for path in up_to_this if path.name == best} | set(up_to_this[-keep:])
     for path in saved:
         if path not in kept:
-            shutil.rmtree(_set_aside(path))
-
-
-def _set_aside(folder: Path) -> Path:
-    """Renames a checkpoint before its removal, so that a crash leaves no half of it, and returns the new path."""
-    renamed = folder.with_name(f".{folder.name}.old")
-    os.replace(folder, renamed)
-    return renamed
+            removed = path.with_name(f".{path.name}.old")  # So that a crash leaves no half of it.
+            os.replace(path, removed)
+            shutil.rmtree(removed)

@@ -146,8 +146,8 @@ RUN_FILES = (
     "ema/*",
     "tensorboard/*",
     "checkpoints/*",
-    "checkpoints/step-*/*",
-    "checkpoints/step-*/*/*",
+    "checkpoints/*step-*/*",
+    "checkpoints/*step-*/*/*",
 )
 """Patterns of the files in a run or a model's folder that openimp reads or writes."""
 

@@ -40,7 +40,7 @@ class EarlyStopping(Callback):
     """Ends the training if the main metric of an evaluation set has not improved in `patience` evaluations in a row.
 
     `evaluation.every` says how often sets are evaluated, and `evaluation.best` keeps the best checkpoint. If the run is
-    resumed, counting starts again.
+    resumed before it ended, counting starts again. Once it has ended, `resume="auto"` does nothing.
     """
 
     def __init__(self, set: str, patience: int = 3) -> None:

@@ -152,7 +152,7 @@ def set_up(
     checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, model_files)
     state = checkpointing.load(checkpoint) if checkpoint else {}
     cursors = data.load_cursors(state.get("cursors", {}), changed_source_names)
-    directory.begin(model_files[CONFIG], model_files[RECIPE])
+    directory.begin(model_files[CONFIG], model_files[RECIPE], trains_on=resume is True or checkpoint is None)
 
     log = Log(run, recipe, step_costs, device, state)
     log.print_start(model, device, checkpointing.newest_step)

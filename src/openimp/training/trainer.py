@@ -48,8 +48,8 @@ def train(
     Args:
         recipe: a recipe, a dictionary for `Recipe.build`, a file, or the name of a recipe that comes with openimp.
         run: directory to write to; with `resume`, that of an interrupted run of the same recipe. None: runs/NAME.
-        resume: True requires a checkpoint and resumes from the newest intact one; "auto" starts from step 0 if there is
-            no checkpoint.
+        resume: True requires a checkpoint and resumes from the newest intact one; "auto" starts at step 0 if the run
+            has made no step yet, and does nothing if a callback has ended the training, which True continues.
         variant: what a study changes.
         allow_changed_data: resume even if a source has changed since the checkpoint was saved.
         callbacks: their methods are called at the start, and after steps, evaluations and checkpoints, where they may
@@ -67,9 +67,9 @@ def train(
     run = Path("runs") / recipe.name if run is None else Path(run).expanduser()
     distributed.start()
     with locked(run):
-        if resume and RunDirectory(run, recipe).finished(variant.name, allow_changed_data):
+        if resume and (finished := RunDirectory(run, recipe).finished(resume, variant.name, allow_changed_data)):
             complete = True
-            console.print(f"{run}: all {recipe.train.steps:,} steps are done and evaluated already", soft_wrap=True)
+            console.print(finished, soft_wrap=True)
         else:
             all_callbacks = Callbacks(callbacks)
             try:
@@ -128,6 +128,7 @@ class Trainer(Parts):
         self.encode_all = in_chunks(self.model.encode_all, self.recipe.memory.chunk_size)
         self.step = self.checkpointing.newest_step
         self.grad_norm = 0.0
+        self._last_step = RunDirectory(self.run, self.recipe).last_step
         self._bar = StepBar(self.recipe.train.steps, self.step)
         self._begun_steps: list[PendingStep] = []
         self._queued_update: QueuedUpdate | None = None
@@ -174,6 +175,8 @@ class Trainer(Parts):
             self._train_steps(stop)
         except StopTraining:
             console.print(f"a callback ended the training after step {self.step}", soft_wrap=True)
+            # Before the last checkpoint and evaluation, so that the run is over even if it is killed in one of them.
+            RunDirectory(self.run, self.recipe).end(self.step)
         self.save()
         self._log_unlogged_steps()
         if self._evaluated_step != self.step:
@@ -189,6 +192,8 @@ class Trainer(Parts):
         """Makes the remaining steps, with the checkpoints and evaluations that are due between them."""
         save_every = self.recipe.train.save_every
         evaluate_every = self.recipe.evaluation.every
+        if self.step >= self._last_step:  # All that may be missing is the last evaluation.
+            return
         if self.step == 0 and self.recipe.starts_from_weights:
             self.evaluate(stop.watch)  # The baseline: later results show what was forgotten.
         # A resumed run: it may have been interrupted before an evaluation, or before it marked the step as the best.
@@ -219,6 +224,9 @@ class Trainer(Parts):
                     self.save()
                 if self._is_due(evaluate_every, steps_done):
                     self.evaluate(stop.watch)
+                if steps_done == self._last_step < self.recipe.train.steps:  # Where a callback ended it before.
+                    self.confirm_and_gather_bad_examples()
+                    raise StopTraining
                 if self._callback_stops:
                     raise StopTraining
         except (Interrupted, UserError):
