@@ -5,12 +5,13 @@ A write to the table is atomic and contains whole files only. So after a kill, t
 
 import os
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import date, timedelta
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,9 @@ STOP_WORDS = [
 """Words that do not count. LanceDB's own list for `TOKENIZER` has those of all languages, among them "dog"."""
 TOKENIZER = "icu/split"
 """What LanceDB divides texts with. ICU knows where words end in Chinese, Japanese and Thai."""
+NOT_WRITTEN = "the index cannot be written; make room, and run openimp index again, which does the rest"
+FILE_END = {".lance": b"LANC", ".arrow": b"ARROW1"}
+"""Last bytes of a complete file with rows or an index, and of one with the numbers of deleted rows, by ending."""
 FILTER_VALUES = 500
 """Maximum number of values in one SQL filter."""
 
@@ -75,8 +79,7 @@ def _write_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError) as error:  # For example, the disk is full.
-        advice = "the index cannot be written; make room, and run openimp index again, which does the rest"
-        raise UserError(f"{advice}: {one_line(error)}") from None
+        raise UserError(f"{NOT_WRITTEN}: {one_line(error)}") from None
 
 
 class Items:
@@ -85,8 +88,9 @@ class Items:
     def __init__(self, folder: Path, size: int | None = None) -> None:
         """Opens the table. With `size`, the number of features, creates it if it does not exist."""
         database = import_lancedb().connect(folder)
+        self._folder = folder / f"{ITEMS}.lance"
         # If the process was killed while it created the table, the folder exists, but no version of the table.
-        exists = any((folder / f"{ITEMS}.lance" / "_versions").glob("*.manifest"))
+        exists = any((self._folder / "_versions").glob("*.manifest"))
         try:
             if exists:
                 self.table = database.open_table(ITEMS)
@@ -225,21 +229,58 @@ class Items:
                 rows += self.table.search().where(any_of(column, chunk)).select(columns).to_list()
         return rows
 
-    @_write_errors()
     def replace(self, paths: Iterable[str], rows: list[dict[str, Any]]) -> None:
-        """Replaces all rows of some paths. If it is interrupted, they may have no rows."""
-        self.remove(paths)
-        if rows:
-            rows = [row | {"vector": to_fp16(row["vector"]), "folded": folded(row.get("text") or "")} for row in rows]
-            self.table.add(pa.Table.from_pylist(rows, self.table.schema))
+        """Replaces all rows of some paths, and adds rows of other paths, which have none yet.
 
-    @_write_errors()
+        If it fails or is killed, each path has either its old rows or its new ones.
+        """
+        rows_by_path = defaultdict(list)
+        for row in rows:
+            values = {"vector": to_fp16(row["vector"]), "folded": folded(row.get("text") or "")}
+            rows_by_path[row.get("path")].append(row | values)
+        for chunk in chunks(paths):
+            new_rows = [row for path in chunk for row in rows_by_path.pop(path, ())]
+            if not new_rows:
+                self.remove(chunk)
+                continue
+            merge = self.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+            old_ids = {row["id"] for row in self.rows("path", chunk, ["id"])}
+            if not old_ids <= {row["id"] for row in new_rows}:  # Only then, because it reads the whole table.
+                merge = merge.when_not_matched_by_source_delete(any_of("path", chunk))
+            with self._writing():
+                merge.execute(self._as_table(new_rows))
+        if added := [*chain.from_iterable(rows_by_path.values())]:
+            with self._writing():
+                self.table.add(self._as_table(added))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A write to the table, which is undone if a file of it is incomplete.
+
+        If the system refuses the last bytes of a file, LanceDB may report no error, and use the file nevertheless.
+        """
+        version = self.table.version
+        files = self._files()
+        with _write_errors():
+            yield
+            if not all(map(_is_complete, self._files() - files)):
+                self.table.restore(version)
+                raise OSError("a file is incomplete")
+
+    def _files(self) -> set[str]:
+        """The files with rows, with the numbers of deleted rows, and with indexes."""
+        folders = (self._folder / "data", self._folder / "_deletions", *self._folder.glob("_indices/*"))
+        return {file.path for folder in folders if folder.is_dir() for file in os.scandir(folder)}
+
+    def _as_table(self, rows: list[dict[str, Any]]) -> pa.Table:
+        return pa.Table.from_pylist(rows, self.table.schema)
+
     def remove(self, paths: Iterable[str]) -> None:
         """Removes all rows of some paths."""
         for chunk in chunks(paths):
-            self.table.delete(any_of("path", chunk))
+            with self._writing():
+                self.table.delete(any_of("path", chunk))
 
-    @_write_errors()
     def compact(self) -> None:
         """Merges the small files that many writes leave, builds the indexes or adds new rows to them, and removes
         versions that are more than `KEEP_VERSIONS` old. An open `Index` that reads such a version then opens the
@@ -247,16 +288,17 @@ class Items:
         """
         from lancedb.index import FTS, BTree, IvfSq
 
-        indexed = self.indexed()
-        for column in ("id", "path", "sha256"):  # Without an index, each look-up of items or files scans the table.
-            if column not in indexed:
-                self.table.create_index(column, config=BTree())
-        if "folded" not in indexed and "folded" in self.table.schema.names:  # Older versions have no such column.
-            words = FTS(base_tokenizer=TOKENIZER, custom_stop_words=STOP_WORDS)
-            self.table.create_index("folded", config=words)
-        if "vector" not in indexed and self.count("vector IS NOT NULL") >= APPROXIMATE_ROWS:
-            self.table.create_index("vector", config=IvfSq(distance_type="cosine"))
-        self.table.optimize(cleanup_older_than=KEEP_VERSIONS)
+        with self._writing():
+            indexed = self.indexed()
+            for column in ("id", "path", "sha256"):  # Without an index, each look-up of items or files scans the table.
+                if column not in indexed:
+                    self.table.create_index(column, config=BTree())
+            if "folded" not in indexed and "folded" in self.table.schema.names:  # Older versions have no such column.
+                words = FTS(base_tokenizer=TOKENIZER, custom_stop_words=STOP_WORDS)
+                self.table.create_index("folded", config=words)
+            if "vector" not in indexed and self.count("vector IS NOT NULL") >= APPROXIMATE_ROWS:
+                self.table.create_index("vector", config=IvfSq(distance_type="cosine"))
+            self.table.optimize(cleanup_older_than=KEEP_VERSIONS)
 
 
 class IndexChanged(UserError):
@@ -270,6 +312,13 @@ def _read_errors() -> Iterator[None]:
     except RuntimeError as error:  # For example, a writer has removed a version that was opened long ago.
         advice = "the index has changed since it was opened, or is damaged; open it again"
         raise IndexChanged(f"{advice}: {one_line(error)}") from None
+
+
+def _is_complete(file: str) -> bool:
+    end = FILE_END.get(os.path.splitext(file)[1], b"")
+    with open(file, "rb") as stream:
+        stream.seek(max(0, os.path.getsize(file) - len(end)))
+        return stream.read() == end
 
 
 def folded(text: str) -> str:
