@@ -11,11 +11,11 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from processes import run
 
 from openimp.common.errors import UserError
 from openimp.search import build_index
 from openimp.search.table import Items
+from tests.processes import run
 
 pytest.importorskip("lancedb")
 Rows = dict[str, list[dict]]
