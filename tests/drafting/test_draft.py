@@ -12,12 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from openimp.checkpoint.folder import read_config
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.json_lines import read_lines
 from openimp.drafting.assembling import ChosenTower, Start, assemble, source_name
-from openimp.drafting.draft import draft_recipe, find_tasks, fit
+from openimp.drafting.draft import draft_recipe, find_tasks, fit, largest_memory
 from openimp.drafting.machine import Machine
 from openimp.drafting.sizing import steps_between_evaluations, text
 from openimp.drafting.writing import write
@@ -27,6 +29,9 @@ from openimp.model.imp import IMP
 from openimp.planning.memory import step_memory
 from openimp.recipe.file import RecipeLoader
 from openimp.recipe.schema import Recipe
+from openimp.study.variants import peak_memory
+from openimp.training.setup import set_up
+from openimp.training.trainer import Trainer
 from tests.messages import refuses
 from tests.recordings import picture_file
 
@@ -265,20 +270,59 @@ def test_batches_are_halved_until_the_step_with_the_most_memory_fits(media_folde
     draft.recipe["train"]["precision"] = "bf16"
     recipe, steps = Recipe.build(draft.recipe), draft.recipe["train"]["steps"]
     modalities = recipe.make_modalities()
+    needed = largest_memory(recipe, modalities, {}, is_gpu=False)
     step = step_memory(recipe, modalities, {}, "all_video", 1, precision="bf16", on_gpu=False)
-    needed = step.peak.total() + step.inputs
     weights = sum(weight.numel() for weight in IMP(recipe.to_config({}), modalities).parameters())
+    with_muon = sum(weight.numel() for weight in IMP(recipe.to_config({}), modalities).hidden_matrices())
+    moments = 2 * weights - with_muon
+    assert needed == 4 * (weights + moments) + step.peak.total() + step.inputs
 
     def batch_sizes(memory: int) -> list[int]:
         fit(draft, {}, {"all_image": 300, "all_video": 300}, replace(CPU, memory=memory, speed=1e18))
         return [task["batch_size"] for task in draft.recipe["tasks"].values()]
 
-    assert batch_sizes(16 * weights + needed) == [128, 64]
-    assert batch_sizes(16 * weights + needed - 1) == [64, 32]
+    assert batch_sizes(needed) == [128, 64]
+    assert batch_sizes(needed - 1) == [64, 32]
     assert draft.recipe["train"]["steps"] == pytest.approx(2 * steps, rel=0.02)
     assert batch_sizes(0) == [2, 2]
     weights_of_tasks = [task["weight"] for task in draft.recipe["tasks"].values()]
     assert weights_of_tasks == [1, 1], "a batch of two is not halved, so its task needs no more steps"
+
+
+SIZES = {
+    "most of it are activations": ({}, 64),
+    "most of it are weights": ({"width": 256, "heads": 4, "mlp_dim": 1024, "layers": 6}, 8),
+}
+"""Options of the model, and the batch size. With few examples, Muon's peak is in the update."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("optimizer", ["Muon", "AdamW"])
+def test_the_memory_of_a_draft_is_that_of_a_real_step(media_folder, tmp_path, monkeypatch, optimizer, size):
+    """Weights, optimizer state, gradients, activations, inputs: on this CPU, in the precision that it trains in."""
+    monkeypatch.chdir(tmp_path)
+    model, batch_size = SIZES[size]
+    draft = assemble("all", tasks_of_kinds(media_folder, "png", "wav"), CPU, {}).recipe
+    draft["model"] |= model
+    draft["train"]["num_workers"] = 0
+    draft["evaluation"] = {}
+    for task in draft["tasks"].values():
+        task["batch_size"] = batch_size
+    if optimizer == "AdamW":
+        del draft["optimizer"]["muon_lr"]
+    trainer = Trainer(set_up(Recipe.build(draft, Path.cwd()), tmp_path / "run"))
+    planned = largest_memory(trainer.recipe, trainer.data.modalities, trainer.data.classes, is_gpu=False)
+
+    batches = [trainer.batches[step].batch for step in range(12)]
+    peak = peak_memory(trainer)
+    states = [state for optimizer in trainer.updater.optimizers for state in optimizer.state.values()]
+    held = _bytes_of([*trainer.model.parameters(), *states]) + max(map(_bytes_of, batches))
+    assert planned == pytest.approx(held + peak, rel=0.1)
+
+
+def _bytes_of(tree: object) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def test_names_from_the_data_cannot_change_the_recipe():

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from openimp.checkpoint.find import find_own_model
 from openimp.checkpoint.folder import read_config
+from openimp.common.device import pick_device, precision_of
 from openimp.common.errors import UserError, counted
-from openimp.common.modality import Classes
+from openimp.common.modality import Classes, Modalities
 from openimp.common.names import BUNDLED, HUB, Name
 from openimp.common.objective import head_key
 from openimp.common.schema import as_text
@@ -36,9 +37,11 @@ from openimp.drafting.machine import Machine, this_machine
 from openimp.drafting.splitting import split_task
 from openimp.drafting.writing import write
 from openimp.encoding.frozen import vector_sizes
+from openimp.parallel.layout import Layout
 from openimp.planning.costs import costs, meta_model, mixture, short
 from openimp.planning.memory import step_memory
-from openimp.planning.plan import parameter_count
+from openimp.planning.sharding import Sharding
+from openimp.planning.step import StepPlanner
 from openimp.recipe.file import bundled
 from openimp.recipe.schema import Recipe
 
@@ -239,6 +242,20 @@ def _files_of_several(table: Table, media: str, column: str) -> int:
     return len(conflicting)
 
 
+def largest_memory(recipe: Recipe, modalities: Modalities, classes: Classes, is_gpu: bool) -> int:
+    """The most bytes that training holds in any step on one device."""
+    planner = StepPlanner(recipe, Sharding(Layout(1, 1, 1), meta_model(recipe, modalities, classes)))
+    precision = precision_of(pick_device(), recipe.train.precision)
+    return max(
+        planner.memory(
+            recipe.tasks[task],
+            cost,
+            step_memory(recipe, modalities, classes, task, view, precision=precision, on_gpu=is_gpu),
+        ).total
+        for (task, view), cost in costs(recipe, modalities, classes).items()
+    )
+
+
 def fit(draft: Draft, classes: Classes, rows: Mapping[str, int], machine: Machine) -> float:
     """Halves the batch sizes until each step fits into memory, and limits the steps to `machine.hours` of training.
 
@@ -249,17 +266,9 @@ def fit(draft: Draft, classes: Classes, rows: Mapping[str, int], machine: Machin
     while True:
         recipe = Recipe.build(draft.recipe, Path.cwd())
         modalities = recipe.make_modalities()
-        steps = [
-            step_memory(
-                recipe, modalities, classes, name, view, precision=recipe.train.precision, on_gpu=machine.is_gpu
-            )
-            for name, task in recipe.tasks.items()
-            for view in range(len(task.views))
-        ]
-        weights = parameter_count(meta_model(recipe, modalities, classes))
-        # fp32 weights, gradients and two moments
-        needed_bytes = 16 * weights + max(step.peak.total() + step.inputs for step in steps)
-        if needed_bytes <= machine.memory or all(task["batch_size"] <= 2 for task in tasks):
+        if largest_memory(recipe, modalities, classes, machine.is_gpu) <= machine.memory:
+            break
+        if all(task["batch_size"] <= 2 for task in tasks):
             break
         for task in tasks:
             task["batch_size"] = max(2, task["batch_size"] // 2)

@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
         lr_factors: Mapping[Tensor, float] | None = None,
     ) -> None:
         self.momentum = momentum
-        self.shapes = {weight: _stack_shape(weight, count) for weight, count in stacks.items()}
+        self.shapes = {weight: stack_shape(weight, count) for weight, count in stacks.items()}
         self.lr_factors = lr_factors or dict.fromkeys(stacks, 1.0)
         # All matrices may be frozen. The optimizer accepts an empty group, but not an empty list.
         super().__init__([{"params": [*stacks]}], {"lr": lr, "weight_decay": weight_decay})
@@ -114,7 +114,7 @@ class Muon(torch.optim.Optimizer):
         return {weight: update.bfloat16() for weight, update in zip(weights, updates)}
 
 
-def _stack_shape(weight: Tensor, count: int) -> tuple[int, int, int]:
+def stack_shape(weight: Tensor, count: int) -> tuple[int, int, int]:
     """Number, rows and columns of the matrices of a weight; of experts, only of those that this rank holds."""
     *_, rows, columns = weight.shape
     if weight.ndim == 3:
@@ -141,7 +141,7 @@ def muon_flops(stacks: Mapping[Tensor, int]) -> int:
     """FLOPs of the matrix products in an update of these parameters."""
     flops = 0
     for weight, stacked in stacks.items():
-        count, *sides = _stack_shape(weight, stacked)
+        count, *sides = stack_shape(weight, stacked)
         small, large = sorted(sides)
         # In each iteration: the Gram matrix, its square, and the product with the matrix.
         flops += len(COEFFICIENTS) * count * 2 * small * small * (2 * large + small)

@@ -122,9 +122,9 @@ def plans(
     }
     step_counts = Schedule(recipe).counts(recipe.train.steps)
     for layout in dict.fromkeys([recipe_layout, *alternatives(recipe, gpus)]):
-        planner = StepPlanner(recipe, Sharding(layout, model, precision), GPUS[gpu], utilization)
+        planner = StepPlanner(recipe, Sharding(layout, model, precision))
         step_needs = {
-            (task, view): planner.step(recipe.tasks[task], cost, step_memories[task, view])
+            (task, view): planner.step(recipe.tasks[task], cost, step_memories[task, view], GPUS[gpu], utilization)
             for (task, view), cost in cost_by_task_view.items()
         }
         yield Plan(

@@ -1,5 +1,6 @@
 """What one step needs on one GPU in a layout: memory, communication and time. docs/plan.md has the rules."""
 
+from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from openimp.common.objective import LossSizes
 from openimp.model.embedder import pass_sizes
 from openimp.model.learning_rates import muon_stacks
 from openimp.objectives.nce import MAX_SIMILARITIES
-from openimp.parallel.muon import BATCH_ELEMENTS
+from openimp.parallel.muon import BATCH_ELEMENTS, stack_shape
 from openimp.planning.costs import Cost
 from openimp.planning.gpus import GPU
 from openimp.planning.memory import StepMemory
@@ -55,26 +56,27 @@ class StepNeeds:
 
 
 class StepPlanner:
-    """Plans the steps of a recipe in one layout, at a given share of the GPU's peak."""
+    """Plans the steps of a recipe in one layout."""
 
-    def __init__(self, recipe: Recipe, sharding: Sharding, gpu: GPU, utilization: float) -> None:
+    def __init__(self, recipe: Recipe, sharding: Sharding) -> None:
         self.recipe = recipe
         self.sharding = sharding
-        self.gpu = gpu
-        self.utilization = utilization
         self.model = sharding.model
         self.weights = dict(self.model.named_parameters())
-        self.trained = {weight for weight in self.weights.values() if weight.requires_grad}
+        self.trained: set[Tensor] = {weight for weight in self.weights.values() if weight.requires_grad}
         self.block_weights = [{*block.parameters()} for block in self.model.blocks()]
         self.outside_blocks = {*self.weights.values()}.difference(*self.block_weights)
-        self.muon_weights = {*muon_stacks(self.model, recipe.optimizer)}
+        self.muon_stacks = muon_stacks(self.model, recipe.optimizer)
+        self.muon_weights = {*self.muon_stacks}
 
-    def step(self, task: Task, cost: Cost, step_memory: StepMemory) -> StepNeeds:
-        """Plans a step with these costs. `step_memory` is the memory of its activations."""
-        with_grad = {self.weights[name] for name in cost.params_with_grad}
-        updated = self.trained if self.recipe.optimizer.zero_missing_grads else with_grad
-        by_objective = [objective.loss_sizes(task, cost.examples) for objective in task.objectives]
-        loss_sizes = LossSizes(*map(sum, zip(*by_objective)))  # Sums each field.
+    def step(self, task: Task, cost: Cost, step_memory: StepMemory, gpu: GPU, utilization: float) -> StepNeeds:
+        """Plans a step with these costs, at a share (`utilization`) of the GPU's peak.
+
+        `step_memory` is the memory of its activations.
+        """
+        with_grad = self._with_grad(cost)
+        updated = self._updated(cost)
+        loss_sizes = self._loss_sizes(task, cost)
         sharding = self.sharding
         layout = sharding.layout
         weight_bytes = sharding.compute_type_bytes
@@ -104,15 +106,16 @@ class StepPlanner:
             exposed_traffic += sharding.gather(self.outside_blocks, weight_bytes)
         exposed_traffic += Group(layout.ranks).all_gather(self._vector_bytes(loss_sizes))
 
-        forward_seconds = self._seconds(cost.forward_flops / layout.ranks)
-        backward_seconds = self._seconds((cost.hardware_flops - cost.forward_flops) / layout.ranks)
-        update_seconds = self._seconds(cost.optimizer_flops * self._muon_share(updated))
-        wait_seconds = exposed_traffic.seconds(self.gpu)
-        wait_seconds += max(0.0, forward_traffic.seconds(self.gpu) - forward_seconds)
-        wait_seconds += max(0.0, backward_traffic.seconds(self.gpu) - backward_seconds)
+        flops_per_s = gpu.flops_per_s * utilization
+        forward_seconds = cost.forward_flops / layout.ranks / flops_per_s
+        backward_seconds = (cost.hardware_flops - cost.forward_flops) / layout.ranks / flops_per_s
+        update_seconds = cost.optimizer_flops * self._muon_share(updated) / flops_per_s
+        wait_seconds = exposed_traffic.seconds(gpu)
+        wait_seconds += max(0.0, forward_traffic.seconds(gpu) - forward_seconds)
+        wait_seconds += max(0.0, backward_traffic.seconds(gpu) - backward_seconds)
         return StepNeeds(
             cost=cost,
-            memory=self._memory(loss_sizes, step_memory, updated),
+            memory=self.memory(task, cost, step_memory),
             received_bytes=(forward_traffic + backward_traffic + exposed_traffic).received_bytes,
             compute_seconds=forward_seconds + backward_seconds + update_seconds,
             wait_seconds=wait_seconds,
@@ -135,8 +138,17 @@ class StepPlanner:
         # An all-to-all receives as many bytes as an all-gather of the same size.
         return Group(self.sharding.layout.expert_degree).all_gather(exchanges * slot_bytes * slots)
 
-    def _seconds(self, flops: float) -> float:
-        return flops / (self.gpu.flops_per_s * self.utilization)
+    def _with_grad(self, cost: Cost) -> set[Tensor]:
+        """The weights that get a gradient in a step."""
+        return {self.weights[name] for name in cost.params_with_grad}
+
+    def _updated(self, cost: Cost) -> set[Tensor]:
+        """The weights that a step updates."""
+        return self.trained if self.recipe.optimizer.zero_missing_grads else self._with_grad(cost)
+
+    def _loss_sizes(self, task: Task, cost: Cost) -> LossSizes:
+        by_objective = [objective.loss_sizes(task, cost.examples) for objective in task.objectives]
+        return LossSizes(*map(sum, zip(*by_objective)))  # Sums each field.
 
     def _muon_share(self, updated: Set[Tensor]) -> float:
         """The share of Muon's work that each GPU does. With expert parallelism, it updates only its experts."""
@@ -151,12 +163,25 @@ class StepPlanner:
         """
         weights = updated & self.muon_weights
         update_bytes = BF16_BYTES * self.sharding.held_bytes(weights) // FP32_BYTES
-        # Of square matrices X: X, the product of X X', a polynomial of it, and the result.
-        iteration_bytes = 4 * BF16_BYTES * min(self.sharding.gathered_elements(weights), BATCH_ELEMENTS)
-        return update_bytes + max(2 * update_bytes, iteration_bytes)
+        elements_by_shape = Counter[tuple[int, int]]()  # Matrices of one shape are in the same batches.
+        for weight in weights:
+            _, rows, columns = stack_shape(weight, self.muon_stacks[weight])
+            elements_by_shape[rows, columns] += self.sharding.gathered_elements([weight])
+        # X and the result and, as large as the shorter side squared, X X' and a polynomial of it.
+        iteration_elements = max(
+            (
+                min(elements, BATCH_ELEMENTS) * (2 + 2 * min(shape) / max(shape))
+                for shape, elements in elements_by_shape.items()
+            ),
+            default=0,
+        )
+        return update_bytes + max(2 * update_bytes, round(BF16_BYTES * iteration_elements))
 
-    def _memory(self, loss_sizes: LossSizes, step_memory: StepMemory, updated: Set[Tensor]) -> GPUMemory:
-        """What one GPU holds at the moment of the step at which it holds most."""
+    def memory(self, task: Task, cost: Cost, step_memory: StepMemory) -> GPUMemory:
+        """What one GPU holds at the moment of the step at which it holds most. A CPU that trains alone holds the same,
+        if `step_memory` is a CPU's."""
+        updated = self._updated(cost)
+        loss_sizes = self._loss_sizes(task, cost)
         sharding = self.sharding
         layout = sharding.layout
         # AdamW has two tensors per parameter, and Muon one.
