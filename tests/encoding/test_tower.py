@@ -445,8 +445,14 @@ def test_what_a_tower_cannot_do_is_said_in_a_sentence(data, clip, tmp_path):
     ):
         with refuses():
             recipe_of(data, name, **changes)
-    # The last two lack local-dir:.
-    for tower in (f"{tmp_path}/nothing", f"sentence_transformers:{tmp_path}", f"open_clip:{tmp_path}"):
+    # The second and third are folders without a model.
+    places = (
+        f"{tmp_path}/nothing",
+        f"sentence_transformers:{tmp_path}",
+        f"open_clip:{tmp_path}",
+        "sentence_transformers:mini",
+    )
+    for tower in places:
         with refuses():
             recipe_of(data, tower).make_modalities()["image"].stem_spec()
     of_pixels = recipe_of(data, name).to_dict()

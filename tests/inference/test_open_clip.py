@@ -187,7 +187,7 @@ def test_a_folder_is_indexed_and_searched(clip, little_data, tmp_path):
         ("open_clip:ViT-B-32", "ViT-B-32: expected open_clip:ViT-B-32/TAG; known: .*laion2b"),
         ("open_clip:ViT-B-32/openia", "expected open_clip:ViT-B-32/TAG; did you mean 'openai'?"),
         ("openclip:ViT-B-32/openai", "no such folder; did you mean 'open_clip'?"),
-        ("empty", "empty: no model here; .*; a model of open_clip in a folder is named open_clip:local-dir:empty"),
+        ("empty", "empty: no model here; .*; a model of open_clip in a folder is named open_clip:empty"),
         ("open_clip:local-dir:ViT-B-32", "the folder has no open_clip_config.json"),
         ("open_clip:ViT-B-32/nonsense", "nonsense: expected open_clip:ViT-B-32/TAG"),
         ("open_clip:ViT-B-23/openai", "no model 'ViT-B-23'; did you mean"),

@@ -5,11 +5,9 @@ from pathlib import Path
 
 from openimp.checkpoint.folder import CONFIG, RECIPE, checkpoints
 from openimp.common.errors import UserError, library_errors, nearest
-from openimp.common.names import BUNDLED, HUB, LOCAL, OPEN_CLIP, SCHEMES, HubName, Name
+from openimp.common.names import BUNDLED, HUB, OPEN_CLIP, OPEN_CLIP_CONFIG, SCHEMES, HubName, Name
 from openimp.common.safe_files import refuse_links
 
-OPEN_CLIP_CONFIG = "open_clip_config.json"
-"""open_clip's configuration of a model in a folder or on the Hub."""
 BUNDLED_MODELS = Path(__file__).parent.parent / "models"
 
 
@@ -59,7 +57,7 @@ def _find_local(path: Path) -> Path:
         if (path / "index.json").exists():
             hint = "; it is an index, for openimp search and serve"
         elif (path / OPEN_CLIP_CONFIG).exists():
-            hint = f"; a model of open_clip in a folder is named {OPEN_CLIP}:{LOCAL}{path}"
+            hint = f"; a model of open_clip in a folder is named {OPEN_CLIP}:{path}"
         raise UserError(f"{path}: no model here; expected a run with a checkpoint, or a folder with config.json{hint}")
     return saved[-1]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from openimp.checkpoint.fold import RGB, encoder_weights, stem_weights
 from openimp.common.errors import UserError, library_errors
 from openimp.common.modality import Modalities
-from openimp.common.names import Name
-from openimp.common.progress import no_log_output
+from openimp.common.names import LOCAL, Name
+from openimp.common.progress import quiet_libraries
 from openimp.common.safe_files import local_folder, require_safetensors
 from openimp.common.versions import require_library
 from openimp.parallel.distributed import run_first_on_node
@@ -112,31 +112,33 @@ class ViTWeights:
 
 
 def open_vit(name: str, weights: bool) -> Any:
-    """timm's `VisionTransformer` of the name `timm:NAME`, where NAME may also be `local-dir:FOLDER`.
+    """timm's `VisionTransformer` of the name `timm:NAME` or `timm:FOLDER`.
 
     Without `weights`, it is on the meta device, and nothing but its configuration is downloaded.
     """
-    with opening_timm(name):
+    with opening_timm(name) as identifier:
         import timm
 
         with torch.device("cpu" if weights else "meta"):
-            vit = timm.create_model(Name.parse(name).rest, pretrained=weights)
+            vit = timm.create_model(identifier, pretrained=weights)
     if reasons := obstacles(vit):
         raise UserError(f"{name}: cannot become IMP's encoder without approximation: {'; '.join(reasons)}")
     return vit
 
 
 @contextmanager
-def opening_timm(name: str) -> Iterator[None]:
-    """The block opens a model of timm. What the library raises becomes a UserError.
+def opening_timm(name: str) -> Iterator[str]:
+    """The block opens a model of timm by its name in timm. What the library raises becomes a UserError.
 
     The random numbers of the training stay as they are: timm initializes all weights at random.
     """
+    identifier = Name.parse(name).rest
     if (folder := local_folder(name)) is not None:
         require_safetensors(folder, PREFERRED)
+        identifier = f"{LOCAL}{folder}"
     require_library("timm", "peers")
-    with torch.random.fork_rng(devices=[]), no_log_output(), library_errors(f"{name}: timm cannot open it"):
-        yield
+    with torch.random.fork_rng(devices=[]), quiet_libraries(name), library_errors(f"{name}: timm cannot open it"):
+        yield identifier
 
 
 def obstacles(vit: Any) -> list[str]:

@@ -1,11 +1,13 @@
 """Names of models and data, which mean the same in every command and recipe key; docs/names.md lists them.
 
 A name is a path, a URL, or one of `SCHEMES`, a colon and what the scheme calls it, such as `open_clip:NAME/TAG`.
+After the name of a library, a path means a model in a folder.
 """
 
 import os
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,15 @@ TIMM = "timm"
 SENTENCE_TRANSFORMERS = "sentence_transformers"
 SCHEMES = (BUNDLED, HUB, OPEN_CLIP, TIMM, SENTENCE_TRANSFORMERS)
 LOCAL = "local-dir:"
-"""What follows the name of a library if the model is in a folder, as in open_clip and timm."""
+"""What may follow the name of a library if the model is in a folder, as in open_clip and timm."""
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+"""open_clip's configuration of a model in a folder or on the Hub."""
+CONFIGS = {
+    OPEN_CLIP: (OPEN_CLIP_CONFIG,),
+    TIMM: ("config.json",),
+    SENTENCE_TRANSFORMERS: ("modules.json", "config.json"),
+}
+"""By library, the files of which a model in a folder has at least one."""
 
 
 class Name(NamedTuple):
@@ -36,8 +46,17 @@ class Name(NamedTuple):
 
     @property
     def folder(self) -> str | None:
-        """The folder that follows `local-dir:`, if any."""
-        return self.rest.removeprefix(LOCAL) if self.rest.startswith(LOCAL) else None
+        """The folder of a library's model: what follows `local-dir:`, or a path that begins with /, ./, ../ or ~.
+
+        None for any other name. `absolute_name` also finds the folders that a name such as `timm:models/vit` means.
+        """
+        if self.scheme not in CONFIGS:
+            return None
+        if self.rest.startswith(LOCAL):
+            return self.rest.removeprefix(LOCAL)
+        first_part = re.split(r"[/\\]", self.rest, maxsplit=1)[0]
+        is_path = os.path.isabs(self.rest) or first_part in (".", "..") or first_part.startswith("~")
+        return self.rest if is_path else None
 
 
 class HubName(NamedTuple):
@@ -69,13 +88,34 @@ def is_url(name: str) -> bool:
 
 
 def map_path(name: str, change: Callable[[str], str]) -> str:
-    """The name in which a path, also one behind `local-dir:`, is changed. Other names stay as they are."""
+    """The name in which a path, also one behind the name of a library, is changed. Other names stay as they are."""
     parsed = Name.parse(name)
     if parsed.folder is not None:
-        return f"{parsed.scheme}:{LOCAL}{change(parsed.folder)}"
+        local = LOCAL if parsed.rest.startswith(LOCAL) else ""
+        return f"{parsed.scheme}:{local}{change(parsed.folder)}"
     return change(name) if parsed.scheme is None else name
 
 
 def absolute_name(name: str, folder: str | Path) -> str:
     """The name in which a relative path starts at `folder` instead. `~` is the home directory."""
+    parsed = Name.parse(name)
+    if parsed.folder is None and _means_folder(parsed, Path(folder)):
+        name = f"{parsed.scheme}:./{parsed.rest}"
     return map_path(name, lambda path: str(Path(folder).resolve() / os.path.expanduser(path)))
+
+
+def _means_folder(name: Name, base: Path) -> bool:
+    """Whether a name is that of a folder in `base` with a library's model, and of no model that the library knows."""
+    library, rest = name
+    if library not in CONFIGS or not any((base / rest / file).is_file() for file in CONFIGS[library]):
+        return False
+    if library == OPEN_CLIP and find_spec("open_clip"):
+        import open_clip
+
+        model, _, tag = rest.partition("/")
+        return not open_clip.get_pretrained_cfg(model, tag)
+    if library == TIMM and find_spec("timm"):
+        import timm
+
+        return not timm.is_model(rest)
+    return True

@@ -5,8 +5,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, redirect_stderr
+from io import TextIOBase
+from threading import RLock, Timer
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -23,6 +25,13 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 PLAIN_WIDTH = 110
 PLAIN_SECONDS = 60
 """Time between two lines of progress without a terminal."""
+LONG_SECONDS = 10
+"""Time after which a line says that a library is still at work, because its own progress bars are hidden."""
+
+library_log = logging.getLogger("openimp.libraries")
+"""What other libraries print, warn of and log while `quiet_libraries` is active, with the level INFO."""
+_QUIET = RLock()
+"""Held while standard error is replaced."""
 
 
 class _Console(Console):
@@ -46,7 +55,10 @@ if not console.is_terminal:
 
 def notice(message: str) -> None:
     """Prints lines for the user to standard error, so that they are not among the results on standard output."""
-    print(printable(message), file=sys.stderr)
+    stream = sys.stderr
+    while isinstance(stream, _KeptText):
+        stream = stream.terminal
+    print(printable(message), file=stream)
 
 
 def track(items: Iterable[T], description: str) -> Iterator[T]:
@@ -150,3 +162,86 @@ def no_log_output(level: int = logging.WARNING) -> Iterator[None]:
         yield
     finally:
         logging.disable(disabled_level)
+
+
+class _KeptText(TextIOBase):
+    """Standard error that keeps what is written. When it is closed, it writes to the terminal again.
+
+    Because a library may keep it for ever, as the handler of its logger.
+    """
+
+    def __init__(self, terminal: Any) -> None:
+        self.terminal = terminal
+        self.kept: list[str] | None = []
+
+    def write(self, text: str) -> int:
+        if self.kept is None:
+            return self._current().write(text)
+        self.kept.append(text)
+        return len(text)
+
+    def flush(self) -> None:
+        if self.kept is None:
+            self._current().flush()
+
+    def end(self) -> list[str]:
+        """The lines that were written, without blank ones. Of a progress bar, the last state."""
+        lines = "".join(self.kept or ()).split("\n")
+        self.kept = None
+        return [last for line in lines if (last := line.rstrip().rpartition("\r")[2])]
+
+    def _current(self) -> TextIO:
+        return self.terminal if sys.stderr is self else sys.stderr
+
+
+@contextmanager
+def quiet_libraries(model: str) -> Iterator[None]:
+    """Sends what libraries show on standard error while they open a model to `library_log`: progress bars, warnings
+    and log records.
+
+    Errors that they log are still shown, and what they raise is raised. A handler of the root logger is the caller's
+    choice, so it stays as it is. If the block takes long, a line with the model's name says so.
+    """
+    records: list[logging.LogRecord] = []
+
+    def shows(record: logging.LogRecord) -> bool:
+        if record.levelno < logging.ERROR:
+            records.append(record)
+        return record.levelno >= logging.ERROR
+
+    timer = Timer(LONG_SECONDS, notice, [f"{model}: still opening or downloading"])
+    timer.daemon = True
+    with _QUIET:
+        text = _KeptText(sys.stderr)
+        own_root_handler = None if logging.root.handlers else logging.StreamHandler()  # Instead of `lastResort`.
+        if own_root_handler:
+            logging.root.addHandler(own_root_handler)
+        handlers = [*filter(None, [own_root_handler]), *_terminal_handlers()]
+        for handler in handlers:
+            handler.addFilter(shows)
+        timer.start()
+        try:
+            with redirect_stderr(text):
+                yield
+        finally:
+            timer.cancel()
+            for handler in handlers:
+                handler.removeFilter(shows)
+            if own_root_handler:
+                logging.root.removeHandler(own_root_handler)
+            for record in records:
+                arguments = record.args if isinstance(record.args, tuple) else (record.args,)
+                library_log.info(f"{record.name}: {record.msg}", *arguments)
+            for line in text.end():
+                library_log.info("%s", line)
+
+
+def _terminal_handlers() -> list[logging.Handler]:
+    """The handlers with which libraries show log records of their own loggers on the terminal."""
+    loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    handlers = [handler for logger in loggers for handler in logger.handlers]
+    return [
+        handler
+        for handler in handlers
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
+    ]

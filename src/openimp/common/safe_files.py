@@ -173,18 +173,22 @@ def refuse_links(folder: Path, patterns: Iterable[str] = RUN_FILES) -> None:
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder of a model that is named SCHEME:local-dir:FOLDER, and None for any other name.
+    """The folder of a model that is named SCHEME:FOLDER or SCHEME:local-dir:FOLDER, and None for any other name.
 
     UserError if there is no such folder, or `refuse_links` refuses a link in it.
     """
     path = Name.parse(name).folder
     if path is None:
         return None
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"{name}: no such folder")
     refuse_links(folder, ("**/*",))
     return folder
+
+
+CONVERT = "; docs/fine-tuning.md (Models that are refused) has the line that converts others"
+"""What a message about pickled weights ends with."""
 
 
 def require_safetensors(folder: Path, preferred: Sequence[str]) -> None:
@@ -194,7 +198,9 @@ def require_safetensors(folder: Path, preferred: Sequence[str]) -> None:
     """
     safe_files = sorted(file.name for file in folder.glob("*.safetensors"))
     if not safe_files:
-        raise UserError(f"{folder}: has no weights in a .safetensors file, the only kind that is read of a folder")
+        raise UserError(
+            f"{folder}: has no weights in a .safetensors file, the only kind that is read of a folder{CONVERT}"
+        )
     other_files = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pth", ".tar"))
     if other_files and not {*preferred} & {*safe_files}:
         safe_file = safe_files[0]

@@ -12,7 +12,7 @@ from openimp.checkpoint.folder import read_config
 from openimp.common.device import pick_device, precision_of
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import Classes, Modalities
-from openimp.common.names import BUNDLED, HUB, Name
+from openimp.common.names import BUNDLED, HUB, Name, absolute_name
 from openimp.common.objective import head_key
 from openimp.common.schema import as_text
 from openimp.common.texts import equal_pair, text_key
@@ -93,7 +93,7 @@ def draft_recipe(
     machine = this_machine()
     tower_by_kind: dict[str, ChosenTower] = {}
     for tower in towers:
-        for kind, features in vector_sizes(tower).items():
+        for kind, features in vector_sizes(absolute_name(tower, ".")).items():
             tower_by_kind.setdefault(kind, ChosenTower(tower, features))
     kinds: set[str] = {task.media.kind for _, task, _ in tasks}
     if any(task.text for _, task, _ in tasks):

@@ -6,6 +6,7 @@ with `weights_only=True`, which runs no code.
 """
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -13,14 +14,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, Field
 
-from openimp.checkpoint.find import OPEN_CLIP_CONFIG, download
+from openimp.checkpoint.find import download
 from openimp.checkpoint.public_vit import opening_timm
 from openimp.common.cache import stable_hash
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError, library_errors, nearest
-from openimp.common.names import LOCAL, OPEN_CLIP, SENTENCE_TRANSFORMERS, Name
-from openimp.common.progress import no_log_output
-from openimp.common.safe_files import local_folder, read_object, require_safetensors, sha256
+from openimp.common.names import CONFIGS, LOCAL, OPEN_CLIP, OPEN_CLIP_CONFIG, SENTENCE_TRANSFORMERS, HubName, Name
+from openimp.common.progress import quiet_libraries
+from openimp.common.safe_files import CONVERT, local_folder, read_object, require_safetensors, sha256
 from openimp.common.schema import checked
 from openimp.common.versions import require_library
 from openimp.parallel.layout import weights_hash
@@ -29,6 +30,12 @@ from openimp.recipe.file import flat
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 """The files that open_clip prefers if a folder has several files of weights."""
 ON_HUB = "hf-hub:"
+TRANSFORMERS_CONFIG = re.compile(
+    r"config(\..+)?\.json|(tokenizer|(video_)?preprocessor|processor|audio_tokenizer|generation|adapter|router|"
+    r"sentence_.+)_config\.json"
+)
+"""The names of files that transformers and sentence-transformers read as configurations. Others, such as the
+data_config.json of all-MiniLM-L6-v2, are no part of a model. A config.VERSION.json may replace config.json."""
 KERNELS = {"attn_implementation", "_attn_implementation", "experts_implementation"}
 """Entries of a configuration that may name kernels on the Hugging Face Hub, which transformers downloads and runs."""
 
@@ -93,11 +100,16 @@ def open_clip_names() -> list[str]:
 
 @cache
 def open_open_clip(name: str) -> OpenClipModel:
-    """Opens a model of open_clip: open_clip:NAME/TAG, open_clip:hf-hub:OWNER/NAME or open_clip:local-dir:FOLDER."""
-    library = import_open_clip()
-    identifier, tag = _identify(name)
+    """Opens a model of open_clip: open_clip:NAME/TAG, open_clip:hf-hub:OWNER/NAME or open_clip:FOLDER."""
+    with quiet_libraries(name):
+        library = import_open_clip()
+        identifier, tag = _identify(name)
     # The random numbers of the training stay as they are.
-    with torch.random.fork_rng(devices=[]), no_log_output(), library_errors(f"{name}: open_clip cannot open it"):
+    with (
+        torch.random.fork_rng(devices=[]),
+        quiet_libraries(name),
+        library_errors(f"{name}: open_clip cannot open it"),
+    ):
         config = library.get_model_config(identifier)
         network, transform = library.create_model_from_pretrained(identifier, tag, weights_only=True)
         tokenizer = library.get_tokenizer(identifier)
@@ -124,8 +136,7 @@ def _identify(name: str) -> tuple[str, str | None]:
     library = import_open_clip()
     identifier = Name.parse(name).rest
     if (folder := local_folder(name)) is not None:
-        if not (folder / OPEN_CLIP_CONFIG).exists():
-            raise UserError(f"{name}: the folder has no {OPEN_CLIP_CONFIG}")
+        _require_config(name, folder)
         require_safetensors(folder, OPEN_CLIP_WEIGHTS)
         _check_open_clip(name, folder / OPEN_CLIP_CONFIG)
         return f"{LOCAL}{folder}", None
@@ -139,7 +150,7 @@ def _identify(name: str) -> tuple[str, str | None]:
     architecture = library.get_model_config(model)
     weights_config = library.get_pretrained_cfg(model, tag)
     if architecture is None and Path(identifier).is_dir():
-        raise UserError(f"{name}: a model in a folder is named {OPEN_CLIP}:{LOCAL}{identifier}")
+        _require_config(name, Path(identifier))
     if architecture is None:
         raise UserError(f"{name}: open_clip has no model {model!r}{nearest(model, library.list_models())}")
     if not weights_config:
@@ -192,13 +203,20 @@ def _refuse_code(name: str, file: Path) -> None:
         raise UserError(f"{name}: auto_map in {file.name} names code, which openimp does not run")
 
 
+def _require_config(name: str, folder: Path) -> None:
+    """Refuses a folder without the files by which the name's library recognizes a model."""
+    files = CONFIGS[str(Name.parse(name).scheme)]
+    if not any((folder / file).exists() for file in files):
+        raise UserError(f"{name}: the folder has no {' or '.join(files)}")
+
+
 @cache
 def open_timm(name: str) -> tuple[Any, Any, str]:
     """A model of timm, its transform of pictures, and its fingerprint."""
-    with opening_timm(name):
+    with opening_timm(name) as identifier:
         import timm
 
-        trunk = timm.create_model(Name.parse(name).rest, pretrained=True, num_classes=0).eval().requires_grad_(False)
+        trunk = timm.create_model(identifier, pretrained=True, num_classes=0).eval().requires_grad_(False)
     config = timm.data.resolve_data_config(model=trunk)
     fingerprint = stable_hash([weights_hash(trunk).hexdigest(), sorted(config.items())])[:16]
     return trunk.to(pick_device()), timm.data.create_transform(**config), fingerprint
@@ -208,19 +226,19 @@ def open_timm(name: str) -> tuple[Any, Any, str]:
 def open_sentence_transformer(name: str) -> tuple[Any, str]:
     """A model of sentence-transformers, and its fingerprint."""
     require_library("sentence_transformers", "sentence-transformers")
-    from sentence_transformers import SentenceTransformer
-
     folder = _sentence_transformer_folder(name)
     files = sorted(file for pattern in CONFIGURATION for file in folder.rglob(pattern))
     for file in files:
-        if file.name.endswith("config.json"):
+        if TRANSFORMERS_CONFIG.fullmatch(file.name):
             _refuse_kernels(name, file)
     for file in folder.rglob(PICKLED):  # The library reads it if a part of the model has no other weights.
-        if not file.with_name(SAFE).exists():
+        if next(file.parent.glob("*.safetensors"), None) is None:
             raise UserError(
-                f"{name}: {file.relative_to(folder)} is pickled, which openimp does not read; save it as {SAFE}"
+                f"{name}: {file.relative_to(folder)} is pickled, and only .safetensors files are read{CONVERT}"
             )
-    with library_errors(f"{name}: sentence-transformers cannot open it"):
+    with quiet_libraries(name), library_errors(f"{name}: sentence-transformers cannot open it"):
+        from sentence_transformers import SentenceTransformer
+
         library = SentenceTransformer(
             str(folder),
             device=str(pick_device()),
@@ -233,12 +251,22 @@ def open_sentence_transformer(name: str) -> tuple[Any, str]:
 
 def _sentence_transformer_folder(name: str) -> Path:
     """The folder of a model of sentence-transformers, which is downloaded if it is on the Hub."""
-    if (folder := local_folder(name)) is not None:
-        return folder
-    identifier = Name.parse(name).rest
-    if Path(identifier).is_dir():  # The Hub would be asked several times before an error that blames the network.
-        raise UserError(f"{name}: a model in a folder is named {SENTENCE_TRANSFORMERS}:{LOCAL}{identifier}")
-    return download(name, (*CONFIGURATION, "*.safetensors"))
+    folder = local_folder(name)
+    if folder is None:
+        # The Hub would be asked several times before an error that blames the network.
+        rest = Name.parse(name).rest
+        if Path(rest).is_dir():
+            _require_config(name, Path(rest))
+        if HubName.parse(rest) is None:
+            raise UserError(
+                f"{name}: no such folder; a model on the Hugging Face Hub has an owner, as in "
+                f"{SENTENCE_TRANSFORMERS}:sentence-transformers/all-MiniLM-L6-v2"
+            )
+        folder = download(name, (*CONFIGURATION, "*.safetensors"))
+    _require_config(name, folder)
+    if next(folder.rglob("*.safetensors"), None) is None:
+        raise UserError(f"{name}: has no weights in a .safetensors file, the only kind that is read{CONVERT}")
+    return folder
 
 
 def _refuse_kernels(name: str, file: Path) -> None:

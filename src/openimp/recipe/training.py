@@ -118,7 +118,7 @@ class Train(Strict):
     init: RecipePath | None = None
     """Source of initial weights and tokenizer: the folder of a run, a checkpoint or a model, relative to the recipe, or
     openimp:base, or hub:OWNER/NAME@REVISION for a model of the Hugging Face Hub. timm:NAME is a public vision
-    Transformer, from which the encoder and the stem of pictures start; `timm:local-dir:FOLDER` is one in a folder.
+    Transformer, from which the encoder and the stem of pictures start; `timm:FOLDER` is one in a folder.
     Heads and stems that the source lacks are initialized randomly. null: everything is initialized randomly."""
     precision: Precision = "auto"
     """auto: bf16 if it is faster on the device, else fp32. Parameters, optimizer state, routers, similarities and
