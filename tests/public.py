@@ -1,6 +1,7 @@
 """Small models of open_clip with random weights, as the library itself builds and saves them."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "cat", "red", "green", "blue", "white", "square", "dog", "s"]
 TOWER = {"width": 32, "layers": 2}
@@ -35,6 +36,12 @@ MODELS: dict[str, dict[str, Any]] = {
              "multimodal_cfg": {**TOWER, "heads": 2, "context_length": 15}, "custom_text": True},
 }  # fmt: skip
 """The architectures, as the library's `model_cfg` without `embed_dim`."""
+TEXT_TOWERS: dict[str, dict[str, Any]] = {
+    "bert": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    "m2m_100": {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64,
+                "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 64, "pad_token_id": 0},
+}  # fmt: skip
+"""Sizes of text towers of transformers. Other kinds have those of bert."""
 PREPROCESSING: dict[str, dict[str, Any]] = {
     "siglip": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize_mode": "squash"},
     "squashed": {"resize_mode": "longest", "interpolation": "bilinear"},
@@ -43,31 +50,45 @@ PREPROCESSING: dict[str, dict[str, Any]] = {
 
 
 def write(name: str, folder: Path) -> str:
-    """Writes one of `MODELS` to a new folder, as `open_clip.push_to_hf_hub` does, and returns openimp's name of it."""
+    """Writes one of `MODELS` to a new folder, and returns openimp's name of it."""
+    write_model(folder, MODELS[name], PREPROCESSING.get(name, {}))
+    return f"open_clip:local-dir:{folder}"
+
+
+def write_model(folder: Path, model_config: dict[str, Any], preprocessing: dict[str, Any]) -> None:
+    """Writes a model to a new folder, as `open_clip.push_to_hf_hub` does."""
     folder.mkdir()
-    config = {"embed_dim": 24, **json.loads(json.dumps(MODELS[name]))}
-    if "hf_model_name" in config["text_cfg"]:
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = {"embed_dim": 24, **json.loads(json.dumps(model_config))}
+    if kind := config["text_cfg"].get("hf_model_name"):
         tower = folder / "tower"
-        BertConfig(vocab_size=len(WORDS), **sizes).save_pretrained(tower)
+        sizes = TEXT_TOWERS.get(kind, TEXT_TOWERS["bert"])
+        AutoConfig.for_model(kind, vocab_size=len(WORDS), **sizes).save_pretrained(tower)
         config["text_cfg"]["hf_model_name"] = str(tower)
     file = folder / "open_clip_config.json"
-    file.write_text(json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESSING.get(name, {})}))
+    file.write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocessing}))
     torch.manual_seed(0)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
-    with torch.no_grad():  # Batch norms as they are after a training, and no scale that is 0.
-        for weight in model.parameters():
-            weight.add_(0.02 * torch.randn_like(weight))
-        for key, value in model.named_buffers():
-            if "running" in key:
-                value.add_(torch.rand_like(value))
+    randomize(model, model.visual, model.visual.image_size)
     save_config_for_hf(model, file, config)
     save_file(
         {key: value.contiguous() for key, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
     )
     if "hf_tokenizer_name" in config["text_cfg"]:
         word_tokenizer().save_pretrained(folder)
-    return f"open_clip:local-dir:{folder}"
+
+
+def randomize(model: torch.nn.Module, visual: torch.nn.Module, size: int | Iterable[int]) -> None:
+    """Changes new weights so that no scale is 0, and batch norms so that they fit pictures of a size."""
+    norms = [module for module in visual.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+        if norms:
+            for norm in norms:
+                norm.momentum = None  # Its mean and variance become those of one batch.
+            height, width = (size, size) if isinstance(size, int) else size
+            visual.train()(torch.randn(4, 3, height, width))
+            visual.eval()
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

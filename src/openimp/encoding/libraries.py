@@ -21,7 +21,7 @@ from openimp.common.device import pick_device
 from openimp.common.errors import UserError, library_errors, nearest
 from openimp.common.names import CONFIGS, LOCAL, OPEN_CLIP, OPEN_CLIP_CONFIG, SENTENCE_TRANSFORMERS, HubName, Name
 from openimp.common.progress import quiet_libraries
-from openimp.common.safe_files import CONVERT, local_folder, read_object, require_safetensors, sha256
+from openimp.common.safe_files import CONVERT, local_folder, read_object, read_required, require_safetensors, sha256
 from openimp.common.schema import checked
 from openimp.common.versions import require_library
 from openimp.parallel.layout import weights_hash
@@ -239,6 +239,7 @@ def open_sentence_transformer(name: str) -> tuple[Any, str]:
     with quiet_libraries(name), library_errors(f"{name}: sentence-transformers cannot open it"):
         from sentence_transformers import SentenceTransformer
 
+        _refuse_own_classes(name, folder)
         library = SentenceTransformer(
             str(folder),
             device=str(pick_device()),
@@ -267,6 +268,28 @@ def _sentence_transformer_folder(name: str) -> Path:
     if next(folder.rglob("*.safetensors"), None) is None:
         raise UserError(f"{name}: has no weights in a .safetensors file, the only kind that is read{CONVERT}")
     return folder
+
+
+def _refuse_own_classes(name: str, folder: Path) -> None:
+    """Refuses a model of sentence-transformers with classes that neither that library nor transformers has.
+
+    sentence-transformers would refuse them too, but advise an option that openimp does not have.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    reasons = []
+    if (folder / "modules.json").exists():
+        kinds = [module["type"] for module in json.loads(read_required(folder / "modules.json"))]
+        reasons = [f"{kind} in modules.json" for kind in kinds if not kind.startswith("sentence_transformers.")]
+    if (folder / "config.json").exists():
+        config = read_object(folder / "config.json")
+        if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING_NAMES:
+            reasons.append("auto_map in config.json")
+    if reasons:
+        raise UserError(
+            f"{name}: {reasons[0]} names code, which openimp does not run; choose a model whose code is part of "
+            "transformers"
+        )
 
 
 def _refuse_kernels(name: str, file: Path) -> None:
