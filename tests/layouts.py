@@ -8,12 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import public
 import timm
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedTokenizerFast, T5EncoderModel
+
+from tests import public
 
 CORPUS = ["a photo of a red square", "the cat and the dog", "query: what is this? passage: a text", "café für alle"] * 9
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

