@@ -42,7 +42,6 @@ KERNELS = {"attn_implementation", "_attn_implementation", "experts_implementatio
 CONFIGURATION = ("*.json", "*.txt", "*.model")
 """Files of a model of sentence-transformers besides its weights: configurations and vocabularies."""
 PICKLED = "pytorch_model.bin"
-SAFE = "model.safetensors"
 """The files with the weights of a part of such a model, such as `2_Dense`."""
 
 
@@ -231,11 +230,11 @@ def open_sentence_transformer(name: str) -> tuple[Any, str]:
     for file in files:
         if TRANSFORMERS_CONFIG.fullmatch(file.name):
             _refuse_kernels(name, file)
-    for file in folder.rglob(PICKLED):  # The library reads it if a part of the model has no other weights.
-        if next(file.parent.glob("*.safetensors"), None) is None:
-            raise UserError(
-                f"{name}: {file.relative_to(folder)} is pickled, and only .safetensors files are read{CONVERT}"
-            )
+    for part in _parts(name, folder):
+        # The library reads pickled weights if a part has no others.
+        if (part / PICKLED).exists() and next(part.glob("*.safetensors"), None) is None:
+            file = (part / PICKLED).relative_to(folder)
+            raise UserError(f"{name}: {file} is pickled, and only .safetensors files are read{CONVERT}")
     with quiet_libraries(name), library_errors(f"{name}: sentence-transformers cannot open it"):
         from sentence_transformers import SentenceTransformer
 
@@ -290,6 +289,16 @@ def _refuse_own_classes(name: str, folder: Path) -> None:
             f"{name}: {reasons[0]} names code, which openimp does not run; choose a model whose code is part of "
             "transformers"
         )
+
+
+def _parts(name: str, folder: Path) -> list[Path]:
+    """The folders of the parts of a model of sentence-transformers; of a model of transformers, its own."""
+    if not (folder / "modules.json").exists():
+        return [folder]
+    try:
+        return [folder / part["path"] for part in json.loads(read_required(folder / "modules.json"))]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{name}: modules.json: damaged: expected a list of parts, each with a path") from None
 
 
 def _refuse_kernels(name: str, file: Path) -> None:
