@@ -6,13 +6,17 @@ came before.
 
 import json
 import os
+import re
+import sys
 import tarfile
+from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from openimp.common.errors import UserError
+from openimp.common.safe_files import LARGEST_TEXT
 from openimp.data.files import open_forward
 from openimp.data.streams import NamedRow
 from openimp.data.tables import REST, Unreadable, UnreadableRest
@@ -21,6 +25,8 @@ KEY = "__key__"
 """The column with the key of a sample, as WebDataset calls it."""
 INTEGERS = {"cls", "cls2", "id", "index", "inx"}
 """Extensions that hold one integer, by the convention of WebDataset."""
+PARSED = INTEGERS | {"txt", "json"}
+"""Extensions whose members are parsed. Others are bytes."""
 MAX_BYTES = 2**31
 """Largest size of a member. The size that a header claims is allocated before the member is read."""
 GZIP = b"\x1f\x8b"
@@ -38,20 +44,24 @@ class TarShards:
     def __init__(self, name: str, files: list[str]) -> None:
         self._name = name
         self._files = files
-        self.columns: list[str] = []
+        self.columns: list[str] = []  # `rows` reads it.
+        columns: dict[str, None] = {}
         damage = ""
         readable: set[str] = set()
         for row_name, row in islice(self._first_rows(), COLUMN_SAMPLES):
-            self.columns += [column for column in row if column not in self.columns]
+            columns |= dict.fromkeys(row)
             readable.update(column for column, value in row.items() if not isinstance(value, Unreadable))
             if isinstance(row[KEY], Unreadable):
                 damage = damage or f"{row_name}: {row[KEY].reason}"
-        # The JSON member of one sample is read as columns `json.KEY`, that of another cannot be read.
-        self.columns = [
-            column
-            for column in self.columns
-            if column in readable or not any(other.startswith(f"{column}.") for other in readable)
-        ]
+        in_order = sorted(readable)
+
+        def is_divided(column: str) -> bool:
+            """Whether the JSON member of another sample is read as columns `json.KEY`."""
+            following = bisect_left(in_order, f"{column}.")
+            return following < len(in_order) and in_order[following].startswith(f"{column}.")
+
+        # The JSON member of a sample that cannot be read is no column, if another sample has one that can.
+        self.columns = [column for column in columns if column in readable or not is_divided(column)]
         if damage and not readable:
             raise UserError(f"source {name}: {damage}")
 
@@ -112,8 +122,8 @@ def _samples(file: IO[bytes]) -> Iterator[tuple[str, dict[str, Any], int]]:
         key = member_key
         if extension in members:
             members[extension] = Unreadable(f"example {key} has two members .{extension}")
-        elif refused:
-            members[extension] = refused
+        elif reason := refused or _too_large(extension, member.size):
+            members[extension] = reason
         else:
             file.seek(member.offset_data)
             members[extension] = _parse(extension, file.read(member.size))
@@ -187,16 +197,47 @@ def _refusal(member: tarfile.TarInfo, left: int) -> Unreadable | None:
     return None
 
 
+def _too_large(extension: str, size: int) -> Unreadable | None:
+    """The reason why a member of this size is not parsed, if there is one."""
+    if size <= LARGEST_TEXT or _kind(extension) not in PARSED:
+        return None
+    return Unreadable(f"its .{extension} has {size:,} bytes; of a text, {LARGEST_TEXT:,} may be read")
+
+
+def _kind(extension: str) -> str:
+    return extension.rpartition(".")[2]
+
+
 def _parse(extension: str, data: bytes) -> Any:
     """Parses a member's bytes: `txt` to text, `json` to its data, and the extensions in `INTEGERS` to integers."""
-    kind = extension.rsplit(".", 1)[-1]
+    kind = _kind(extension)
     try:
         if kind == "txt":
-            return data.decode("utf-8-sig")  # Windows programs write a byte order mark.
+            return _decoded(data, "utf-8-sig")  # Windows programs write a byte order mark.
         if kind in INTEGERS:
-            return int(data.decode("utf-8-sig"))
+            return int(_decoded(data, "utf-8-sig"))
         if kind == "json":
-            return json.loads(data)
+            return _parse_json(data)
     except (ValueError, RecursionError) as error:
         return Unreadable(f"its .{extension} cannot be read: {error}")
     return data
+
+
+def _decoded(data: bytes, encoding: str) -> str:
+    return _limited(data.decode(encoding), width=1)
+
+
+def _parse_json(data: bytes) -> Any:
+    text = data.decode(json.detect_encoding(data), "surrogatepass")
+    # Python stores all characters of a text in as many bytes as its widest one needs, which may be an escape: two for
+    # most letters, four for characters such as \ud83d\ude00.
+    width = 4 if re.search(r"\\u[dD][89abAB]", text) else 2 if "\\u" in text else 1
+    return json.loads(_limited(text, width))
+
+
+def _limited(text: str, width: int) -> str:
+    """A text. ValueError if it would take more than `LARGEST_TEXT` bytes of memory with this many per character."""
+    size = max(sys.getsizeof(text), width * len(text))
+    if size > LARGEST_TEXT:
+        raise ValueError(f"it takes {size:,} bytes of memory; of a text, {LARGEST_TEXT:,} may be read")
+    return text
