@@ -1,7 +1,9 @@
 """Folders as people have them after a download: the files of popular repositories, with tiny random weights.
 
 Each entry is named after a repository, and has its files, the keys of its configurations, its tokenizer's kind and the
-layers behind its encoder. Sizes are shrunk. What the libraries do not read is there too, such as ONNX files.
+layers behind its encoder, written down from memory of the repositories. Sizes are shrunk. In models of open_clip, a
+timm tower is one of timm's test architectures (so EVA and MobileCLIP have other towers here), and a tokenizer of
+transformers has a few words. What the libraries do not read is there too, such as ONNX files.
 """
 
 import json
