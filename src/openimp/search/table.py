@@ -262,10 +262,13 @@ class Items:
         version = self.table.version
         files = self._files()
         with _write_errors():
-            yield
-            if not all(map(_is_complete, self._files() - files)):
-                self.table.restore(version)
-                raise OSError("a file is incomplete")
+            try:
+                yield
+            finally:  # Also after an error: `optimize` may read again what it has just written.
+                if not all(map(_is_complete, self._files() - files)):
+                    if self.table.version != version:
+                        self.table.restore(version)
+                    raise OSError("a file is incomplete")
 
     def _files(self) -> set[str]:
         """The files with rows, with the numbers of deleted rows, and with indexes."""
