@@ -135,6 +135,9 @@ class Towered(Protocol):
         `reads` return raw values, or raise BadMedia. `seeds` determine the random crops of the items.
         """
 
+    def training_tokens(self, vectors: np.ndarray, view: Any, random_bytes: np.ndarray | None) -> Tokens:
+        """The tokens of vectors (B, D) in training. `random_bytes` (B, D) are for the view's dropout, if it has any."""
+
 
 @runtime_checkable
 class Framed(Protocol):

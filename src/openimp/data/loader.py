@@ -41,6 +41,7 @@ def load_batches(batches: StepBatches, start: int, stop: int | None = None) -> I
     workers = train.num_workers
     parts_per_batch = max(1, workers)
     stop = len(batches) if stop is None else stop
+    _ = batches.vector_tasks  # Read before workers are forked, so that they share it.
     loader: DataLoader[LoadedBatch | UserError] = DataLoader(
         _Parts(batches, parts_per_batch),
         batch_size=None,

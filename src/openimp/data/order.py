@@ -7,7 +7,7 @@ below a power of four. It is applied repeatedly until the result is in range, wh
 
 import hashlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -58,6 +58,22 @@ def example_rng(key: int, position: int, sync: bool = False) -> ExampleRng:
     rng = ExampleRng(np.random.Philox(key=key, counter=[0, 0, 0, position]))
     rng.sync_start = rng.random() if sync else None
     return rng
+
+
+def uniform(key: int, positions: Sequence[int], draws: int) -> np.ndarray:
+    """Random numbers from 0 to below 1, (draws, positions). Those of a position do not depend on the others."""
+    return (_random_words(key, positions, draws).T >> np.uint64(11)) * 2.0**-53
+
+
+def random_bytes(key: int, positions: Sequence[int], count: int) -> np.ndarray:
+    """Random bytes, (positions, count). Those of a position do not depend on the others."""
+    return _random_words(key, positions, -(-count // 8)).view(np.uint8)[:, :count]
+
+
+def _random_words(key: int, positions: Sequence[int], count: int) -> np.ndarray:
+    """Random uint64, (positions, count)."""
+    word_keys = np.random.SeedSequence(key).generate_state(count, np.uint64)
+    return _mix(_mix(np.array(positions, np.uint64))[:, None] + word_keys)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -6,6 +6,8 @@ to make its part of the batch, and communicates with no other worker or rank.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map
@@ -17,6 +19,7 @@ from openimp.data.loaded_batch import LoadedBatch
 from openimp.data.order import batch_digest
 from openimp.data.streams import Stream
 from openimp.data.task_data import TaskData
+from openimp.data.vectors import VectorTask, vector_tasks
 
 
 class StepBatches:
@@ -28,6 +31,11 @@ class StepBatches:
         self.schedule = Schedule(data.recipe)
         self.rank = rank
         self._examples = ExampleReader(data)
+
+    @cached_property
+    def vector_tasks(self) -> dict[str, VectorTask]:
+        """The tasks whose inputs all have towers, read once. `data` must be prepared."""
+        return vector_tasks(self.data)
 
     def __len__(self) -> int:
         return len(self.schedule)
@@ -46,6 +54,8 @@ class StepBatches:
         positions = self._positions(visit, part_index, part_count)
         if not positions:
             return LoadedBatch(visit)
+        if visit.task in self.vector_tasks:
+            return self.vector_tasks[visit.task].read(visit, positions)
         loaded = self._examples.load(visit, positions)
         # Adds the replacements of bad examples to `loaded`.
         examples = [self._examples.find_readable(visit, position, loaded) for position in positions]

@@ -77,7 +77,12 @@ class DecodedStore:
 
 
 class EmbeddedTexts:
-    """The vectors of the texts that a tower or a teacher embeds before the training: `texts[text]`."""
+    """The vectors of the texts that a tower or a teacher embeds before the training: `texts[text]`.
+
+    Attributes:
+        store: the vectors.
+        number: that of each text in the store, in this order.
+    """
 
     def __init__(self, modality: Towered, texts: Iterable[str], progress: Progress | None) -> None:
         distinct = list(dict.fromkeys(texts))
@@ -85,12 +90,12 @@ class EmbeddedTexts:
         def embed(numbers: range) -> Iterator[Decoded]:
             return modality.embed_all((partial(str, distinct[number]) for number in numbers), repeat(0))
 
-        self._store = store_on_disk(decoding_key(modality, []), distinct, embed, "embedding texts", progress)
-        self._number = {text: number for number, text in enumerate(distinct)}
+        self.store = store_on_disk(decoding_key(modality, []), distinct, embed, "embedding texts", progress)
+        self.number = {text: number for number, text in enumerate(distinct)}
 
     def __getitem__(self, text: str) -> np.ndarray:
         """The vectors (crops, features) of a text. BadMedia if it could not be embedded."""
-        return self._store[self._number[text]]
+        return self.store[self.number[text]]
 
 
 def store_column(
@@ -136,7 +141,8 @@ def store_column(
     description = f"{'embedding' if is_tower else 'decoding'} {table.name}.{column}"
     if on_disk or is_tower:
         states = _content_states(table, column, rows, paths, progress)
-        store = store_on_disk(decoding_key(modality, views), states, decode_unchanged, description, progress)
+        key = decoding_key(modality, [] if is_tower else views)  # A tower reads items in its own view.
+        store = store_on_disk(key, states, decode_unchanged, description, progress)
     else:
         items = range(len(rows))
         progress_bar = progress(items, description) if progress else items

@@ -41,6 +41,10 @@ COMMENTS = {
     "evaluation": "Measured at the end; `every: N` also measures after each N steps. `best: SET` keeps the best "
     "checkpoint, too.",
 }
+FROZEN_TEXTS = (
+    "lr_scale: the vectors of texts stay as they are, so the space is that of the tower of texts, and media are mapped "
+    "into it. A modality that is added later does not move the others."
+)
 
 
 class ChosenTower(NamedTuple):
@@ -97,16 +101,20 @@ def assemble(
     for kind in kinds:
         if kind in towers:
             stem = _tower_stem(kind, kinds, towers)
-            crops = {"crops": sizing.CROPS} if kind == "image" and not mentions_sides else {}
-            modalities[stem] = {**modalities.get(stem, {}), "tower": towers[kind].name, **crops}
+            modalities[stem] = {**modalities.get(stem, {}), "tower": towers[kind].name}
             views[kind] = {}
     text_length = 0
     if texts and "text" not in towers:
         class_names = [name for column in text_columns if not column.distinct for name in column.sample]
         modalities["text"], text_length = sizing.text(texts, rows, class_names)
         views["text"] = {"length": modalities["text"]["positions"]}
-    model = sizing.adapters(towers, kinds) if towers.keys() >= {*kinds} else sizing.model(rows, machine)
-    optimizer = {"lr": 1e-3, "muon_lr": 4e-3, "weight_decay": 0.1}
+    only_vectors = towers.keys() >= {*kinds}
+    model = sizing.heads_on_towers(towers, kinds) if only_vectors else sizing.model(rows, machine)
+    optimizer: dict[str, Any] = {"lr": 1e-3, "muon_lr": 4e-3, "weight_decay": 0.1}
+    if only_vectors:
+        optimizer = {"lr": 3e-3, "weight_decay": 0.1}
+        if "text" in kinds:
+            optimizer["lr_scale"] = {"stems.text": 0, "projections.text": 0}
     if start:
         model = start.config.model.model_dump(mode="json", exclude_defaults=True)
         optimizer |= {"lr": 3e-4, "muon_lr": 1.2e-3}
@@ -131,6 +139,8 @@ def assemble(
         comments["optimizer"] = "Rates for a model that is trained already."
     if not any(views[kind] for kind in samples):  # Towers read all media, in one view and from openimp's cache.
         comments |= {"sources": "", "alternation": ""}
+    if only_vectors:
+        comments["optimizer"] = FROZEN_TEXTS if "text" in kinds else ""
     _add_tasks(recipe, tasks, views, machine, text_length)
     for task_name, _, split in tasks:
         count = f"{counted(split.rows, 'row')}, and {split.test_rows:,} for evaluation"
@@ -177,18 +187,20 @@ def _add_tasks(
         _add(recipe, named, views, machine, is_cached=is_cached, text_length=text_length)
     share_steps(recipe, {name: split.rows for name, _, split in tasks})
     decoded_once = all(recipe["sources"][name]["cache"] == "memory" for name in recipe["tasks"])
-    if decoded_once and machine.workers == 1 and not machine.is_gpu:
-        # Preparing decoded examples is little work, and a process for it would slow the threads of few cores down.
+    # Preparing decoded examples is little work, and a process for it would slow the threads of few cores down. Reading
+    # vectors is even less.
+    if (decoded_once and machine.workers == 1 and not machine.is_gpu) or not recipe["model"]["layers"]:
         recipe["train"]["num_workers"] = 0
 
 
 def share_steps(recipe: dict[str, Any], rows: Mapping[str, int]) -> None:
     """Sets the number of steps, and the weights of the tasks, from the `rows` of each task and its batch size."""
     tasks = recipe["tasks"]
-    steps_of_tasks = {name: sizing.steps(rows[name], task["batch_size"]) for name, task in tasks.items()}
+    only_vectors = not recipe["model"]["layers"]
+    steps_of_tasks = {name: sizing.steps(rows[name], task["batch_size"], only_vectors) for name, task in tasks.items()}
     for name, steps in steps_of_tasks.items():
         tasks[name]["weight"] = float(f"{steps / min(steps_of_tasks.values()):.2g}")
-    recipe["train"]["steps"] = sizing.rounded(sum(steps_of_tasks.values()))
+    recipe["train"]["steps"] = sizing.rounded(sum(steps_of_tasks.values()), only_vectors)
 
 
 def _add(
@@ -237,7 +249,10 @@ def _add(
             {kind: view, **text_view, "weight": 1},
         ],
     }
-    if not view:
+    if not recipe["model"]["layers"]:
+        recipe["tasks"][name]["batch_size"] = sizing.vector_batch_size(split.rows)
+        recipe["tasks"][name]["views"] = [{kind: {"dropout": sizing.DROPOUT}}]
+    elif not view:
         recipe["tasks"][name]["views"] = [text_view if views.get("text") else {}]
     sets = recipe["evaluation"]["sets"]
     view = {kind: {key: value for key, value in view.items() if key not in AUGMENTATION}}

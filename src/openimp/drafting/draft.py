@@ -120,7 +120,8 @@ def draft_recipe(
     flops = fit(draft, classes, rows, machine)
     rows |= {f"{name}_test": split.test_rows for name, _, split in tasks}
     measured_rows = sum(rows[options["source"]] for options in draft.recipe["evaluation"]["sets"].values())
-    if every := sizing.steps_between_evaluations(draft.recipe, measured_rows):
+    every = sizing.steps_between_evaluations(draft.recipe, measured_rows)
+    if every and draft.recipe["model"]["layers"]:  # Otherwise, an evaluation would take longer than the training.
         draft.recipe["evaluation"] = {"every": every, **draft.recipe["evaluation"]}
     minutes = max(1, round(flops / machine.speed / 60))
     cost = f"{short(flops)}FLOPs, roughly {minutes:,} min on {machine.name}"

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import ceil, inf
 from statistics import mean, median
 from typing import Any
@@ -37,8 +37,14 @@ LONG_CLIP = 128
 """Frames: half of the limit up to which a cache holds all of a clip (`cache` in docs/recipe.md)."""
 LONG_SOUND = 150.0
 """Seconds: half of the limit for sounds."""
-CROPS = 4
-"""Vectors of each picture that a tower reads."""
+VECTOR_BATCH = 2048
+"""Most examples of a step that only reads vectors. Its similarities take memory with the square of this number."""
+VECTOR_STEPS = 100
+"""Steps of a task that only reads vectors, if a step has all rows. More of them learn the rows by heart."""
+VECTOR_EPOCHS = 40
+"""How often training sees the vectors of each row, if they are too many for one step."""
+DROPOUT = 0.5
+"""Share of the numbers of a vector that a step drops."""
 
 
 def view(kind: str, sample: Sequence[MediaInfo], machine: Machine) -> dict[str, Any]:
@@ -130,9 +136,9 @@ def model(rows: int, machine: Machine) -> dict[str, Any]:
     }
 
 
-def adapters(towers: Mapping[str, Any], kinds: Iterable[str]) -> dict[str, Any]:
-    """The model if each modality has a tower: only heads, as wide as the longest vectors."""
-    width = max(towers[kind].features for kind in kinds)
+def heads_on_towers(towers: Mapping[str, Any], kinds: Collection[str]) -> dict[str, Any]:
+    """The model if each modality has a tower: only heads. With texts, its space is that of the tower of texts."""
+    width = towers["text"].features if "text" in kinds else max(towers[kind].features for kind in kinds)
     return {"width": width, "layers": 0, "heads": 1, "space": "joint", "embed_dim": width, "init_temperature": 0.05}
 
 
@@ -145,14 +151,21 @@ def batch_size(kind: str, rows: int, machine: Machine, decodes: bool) -> int:
     return max(2, min(largest, 2 ** (rows.bit_length() - 2)))
 
 
-def steps(rows: int, batch_size: int) -> float:
+def vector_batch_size(rows: int) -> int:
+    """Examples per step of a task that only reads vectors: all rows, if they are few."""
+    return max(2, min(VECTOR_BATCH, rows))
+
+
+def steps(rows: int, batch_size: int, only_vectors: bool = False) -> float:
     """The steps that a source needs: the more rows, the less often each is seen."""
+    if only_vectors:
+        return max(VECTOR_STEPS, VECTOR_EPOCHS * rows / batch_size)
     return rows * max(4.0, min(EPOCHS, EPOCHS * (EPOCH_ROWS / rows) ** 0.25)) / batch_size
 
 
-def rounded(steps: float) -> int:
+def rounded(steps: float, only_vectors: bool = False) -> int:
     """A number of steps, rounded to two significant digits."""
-    return max(MIN_STEPS, int(float(f"{steps:.2g}")))
+    return max(VECTOR_STEPS if only_vectors else MIN_STEPS, int(float(f"{steps:.2g}")))
 
 
 def steps_between_evaluations(recipe: Mapping[str, Any], measured_rows: int) -> int | None:

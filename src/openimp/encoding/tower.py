@@ -22,7 +22,7 @@ from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
 from openimp.common.objective import Teacher
 from openimp.common.protocols import Dated, Pictured, Recorded, Segmented, TensorInput
-from openimp.common.schema import Count, RecipePath, Strict
+from openimp.common.schema import Count, PartialShare, RecipePath, Strict
 from openimp.common.threads import map_ahead
 from openimp.encoding.engine import attempt
 from openimp.encoding.frozen import CLIPS, FrozenEncoder, open_encoder
@@ -60,7 +60,11 @@ class Tower(Modality):
         also augmented as in its training. Each step draws one of them."""
 
     class View(Strict):
-        """A tower reads items in its own view."""
+        """How a step reads the vectors of a tower, which itself reads items in its own view."""
+
+        dropout: PartialShare = 0.0
+        """Share of the numbers of each vector that a training step sets to 0 (dropout, arXiv 1207.0580), so that a few
+        hundred rows are not learned by heart. The others are scaled up."""
 
     role: ClassVar[Role] = "tower"
     """The vectors of a tower are features before the model's heads. Those of a teacher are the model's embeddings."""
@@ -176,8 +180,21 @@ class Tower(Modality):
     def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
         """One token per row of `items`: in training, with `rngs`, of vectors (B, features); in evaluation of clips
         (M, ...), which it embeds."""
-        vectors_BD = torch.from_numpy(items) if rngs is not None else self.encoder.embed(items)
-        return self.from_tensor(vectors_BD.float())
+        if rngs is None:
+            return self.from_tensor(self.encoder.embed(items))
+        if not (view and view.dropout):
+            return self.training_tokens(items, view, None)
+        random_bytes = [np.frombuffer(rng.bytes(items.shape[1]), np.uint8) for rng in rngs]
+        return self.training_tokens(items, view, np.stack(random_bytes))
+
+    def training_tokens(self, vectors: np.ndarray, view: Any, random_bytes: np.ndarray | None) -> Tokens:
+        """One token per vector (B, features) as a step reads it. With dropout, a random byte decides on each number."""
+        tokens = self.from_tensor(torch.from_numpy(vectors).float())
+        if random_bytes is not None:
+            dropped = min(255, round(256 * view.dropout))
+            kept_BD = torch.from_numpy(random_bytes >= dropped)
+            tokens.values.mul_(kept_BD[:, None] * (256 / (256 - dropped)))
+        return tokens
 
     def from_tensor(self, batch: Tensor) -> Tokens:
         """One token per vector (B, features) of the tower. The vectors may have any length."""
