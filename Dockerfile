@@ -1,9 +1,10 @@
 # An image with the command openimp. For GPUs, add: --build-arg TORCH=cu128
 #
 #   docker build --tag openimp . && docker run --rm openimp demo
-#   docker run --rm --publish 8000:8000 --volume "$PWD:$PWD" --workdir "$PWD" openimp serve my.index --host 0.0.0.0
+#   docker run --rm --publish 8000:8000 --volume "$PWD:$PWD" --workdir "$PWD" openimp serve my.index --media . --host 0.0.0.0
 #
-# An index has absolute paths, so the folder has the same path in the container. Training with train.num_workers needs
+# An index has absolute paths, so the folder has the same path in the container. A container does not know which folders
+# you indexed; --media says that the page may show files below this one. Training with train.num_workers needs
 # more shared memory than Docker gives: add --shm-size 8g.
 FROM python:3.11-slim
 

@@ -308,12 +308,19 @@ def serve(
         list[str] | None,
         typer.Option(help="A name of this machine in browsers, such as search.example.org. Can be repeated."),
     ] = None,
+    media: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also show files below this folder, if you did not index it on this machine. Can be repeated.",
+        ),
+    ] = None,
     allow_sources: AllowSourcesOption = False,
 ) -> None:
     """Serve a web page to search an index with texts, files and recordings."""
     from openimp.commands import run_serve
 
-    run_serve(what, host, port, name or [], allow_sources)
+    run_serve(what, host, port, name or [], allow_sources, media or [])
 
 
 @app.command()

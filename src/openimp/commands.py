@@ -239,8 +239,18 @@ def run_search(
         console.print("nothing is indexed that matches the query and its filters")
 
 
-def run_serve(what: Path, host: str, port: int, names: Sequence[str] = (), allow_sources: bool = False) -> None:
+def run_serve(
+    what: Path,
+    host: str,
+    port: int,
+    names: Sequence[str] = (),
+    allow_sources: bool = False,
+    media: Sequence[Path] = (),
+) -> None:
     """Serves the search page of an index, or of the media of a run's recipe."""
+    for folder in media:
+        if not folder.exists():
+            raise UserError(f"--media {folder}: no such folder")
     if (has_scheme(what) and not is_bundled(what)) or (what / CONFIG).exists():
         raise UserError(f"{what}: comes without media; index some first: openimp index {what} FOLDER --out my.index")
     if not is_bundled(what) and not what.exists():
@@ -254,15 +264,20 @@ def run_serve(what: Path, host: str, port: int, names: Sequence[str] = (), allow
             advice = f"make an index first: openimp index MODEL {what} --out {what}.index"
             raise UserError(f"{what}: is neither an index nor a run with a checkpoint; {advice}")
         try:
-            index = build_and_open(what, allow_sources)
+            index = build_and_open(what, allow_sources, media)
         except UserError as error:  # The run's data may have moved.
             index_folder = own_index(str(what))
             if index_folder is None or not (index_folder / METADATA).exists():
                 raise
             notice(f"{error}; the index is served as it was")
-            index = open_index(index_folder, allow_sources=allow_sources)
+            index = open_index(index_folder, allow_sources=allow_sources, media=media)
     else:
-        index = open_index(what, allow_sources=allow_sources)
+        index = open_index(what, allow_sources=allow_sources, media=media)
+    if index.shows_no_files:
+        notice(
+            f"{index.folder}: you did not make this index on this machine, or openimp's cache was deleted, so only "
+            "texts and scores are shown; --media FOLDER also shows the files below a folder"
+        )
     serve(index, host, port, names)
 
 

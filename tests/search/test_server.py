@@ -167,6 +167,11 @@ def test_an_item_that_has_changed_is_not_served(server: Server, folder: Path, id
     assert server.ask(thumbnail).status == 404
     answer = server.ask(media)
     assert answer.status == 404
+    assert "is in no folder that you indexed" in answer.text
+    changed.unlink()
+    changed.write_bytes((folder / "media" / "2.png").read_bytes())
+    answer = server.ask(media)
+    assert answer.status == 404
     assert "has changed since it was indexed" in answer.text
     page = server.ask(f"/?under={quote(str(folder / 'media' / 'changed'))}").text
     assert "has changed since it was indexed" in page, "the page says so in place of a picture"

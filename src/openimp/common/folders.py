@@ -73,3 +73,13 @@ def require_empty(folder: Path) -> None:
 def is_hidden(path: str) -> bool:
     """Whether a part of a path, as file systems of URLs write it, is hidden."""
     return any(part.startswith(".") for part in path.split("/"))
+
+
+def with_parents(path: str) -> Iterator[str]:
+    """A path, and the folders that it is in."""
+    parent = os.path.dirname(path)
+    yield path
+    while parent != path:
+        path = parent
+        yield path
+        parent = os.path.dirname(path)

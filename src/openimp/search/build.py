@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 
 from openimp.checkpoint.find import model_name
 from openimp.common.errors import UserError, counted, escaped
@@ -28,6 +29,7 @@ from openimp.search.folder import (
 )
 from openimp.search.index import Index
 from openimp.search.media import Media, media_of_files, media_of_recipe
+from openimp.search.media_folders import record_folders, recorded_folders
 from openimp.search.table import ITEMS, Items, Stored, import_lancedb
 from openimp.search.update import Update
 
@@ -124,7 +126,9 @@ def build_index(
         towards={modality: opened.partner(modality) for modality in modalities},
     )
     with locked(folder):
-        _write_metadata(folder, metadata, opened, replace=roots is None)
+        metadata = _write_metadata(folder, metadata, opened, replace=roots is None)
+        media_folders = {medium.root for medium in media if medium.root} if roots is None else roots
+        record_folders(metadata.id, media_folders, forgotten)
         items = Items(folder, opened.imp.config.embed_dim)
         update = Update(opened, items, media, roots, forgotten)
         _check_items_of_roots(update, forgotten)
@@ -147,14 +151,14 @@ def build_index(
     return result
 
 
-def build_and_open(run: str | Path, allow_sources: bool) -> Index:
+def build_and_open(run: str | Path, allow_sources: bool, media: Iterable[str | Path] = ()) -> Index:
     """Brings the index of a run's media up to date, and opens it.
 
     Unlike `open_index`, it keeps the model that embedded the items: a run that is still being trained may have saved
     other weights meanwhile.
     """
     result = build_index(run, allow_sources=allow_sources)
-    return Index(result.folder, result.model, result.metadata, allow_sources)
+    return Index(result.folder, result.model, result.metadata, allow_sources, media)
 
 
 def _on_disk(path: str | Path) -> Path:
@@ -247,8 +251,11 @@ def _check_items_of_roots(update: Update, forgotten: list[Path]) -> None:
         )
 
 
-def _write_metadata(folder: Path, metadata: Metadata, model: Model, replace: bool) -> None:
-    """Writes index.json. Refuses, or with `replace` empties, an index that was built with other weights."""
+def _write_metadata(folder: Path, metadata: Metadata, model: Model, replace: bool) -> Metadata:
+    """Writes index.json, and returns its content: `metadata` with an id.
+
+    Refuses, or with `replace` empties, an index that was built with other weights.
+    """
     old_metadata = read_metadata(folder)
     if old_metadata is not None and not built_with(old_metadata, model):
         if not replace:
@@ -261,4 +268,8 @@ def _write_metadata(folder: Path, metadata: Metadata, model: Model, replace: boo
         if count := sum(file.source is None for file in old_files):
             notice(f"{folder}: {counted(count, 'file')} of folders had other weights; index these folders again")
         import_lancedb().connect(folder).drop_table(ITEMS, ignore_missing=True)
+    # An id without a record is somebody else's.
+    is_own = old_metadata is not None and recorded_folders(old_metadata.id)
+    metadata = metadata.model_copy(update={"id": old_metadata.id if old_metadata and is_own else token_hex(16)})
     write_text(folder / METADATA, metadata.model_dump_json(indent=1))
+    return metadata

@@ -46,6 +46,8 @@ class Metadata(Strict):
     """Hash of the model's weights, options and views."""
     towards: dict[str, str]
     """By modality, the other modality that the vectors of its items can be compared with (in a disjoint space)."""
+    id: str = ""
+    """A random text that identifies the index on this machine; see `media_folders`. Older versions stored none."""
 
 
 def own_index(model: str) -> Path | None:

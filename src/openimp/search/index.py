@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date, datetime
 from functools import cached_property, partial
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
 
@@ -22,8 +23,10 @@ from openimp.data.trust import check_uses
 from openimp.encoding.engine import ItemEncoder
 from openimp.encoding.find import find_model
 from openimp.inference.model import Model, load
+from openimp.search.damage import damaged_value
 from openimp.search.folder import INDEX_FILES, METADATA, Metadata, built_with, own_index, read_metadata
 from openimp.search.media import media_state, row_media, source_table
+from openimp.search.media_folders import is_below, recorded_folders
 from openimp.search.parts import nfc
 from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, Space, Words
 from openimp.search.ranking import Spread, by_excess, merged, paths_of, result_key, stands_for_file, unit_vector
@@ -61,12 +64,15 @@ class Index:
         folder: where the index is.
     """
 
-    def __init__(self, folder: Path, model: Model, metadata: Metadata, allow_sources: bool) -> None:
+    def __init__(
+        self, folder: Path, model: Model, metadata: Metadata, allow_sources: bool, media: Iterable[str | Path] = ()
+    ) -> None:
         self.folder = folder
         self.model = model
         self._metadata = metadata
         self._items = Items(folder)
         self._allow_sources = allow_sources
+        self._media_folders = recorded_folders(metadata.id) | {os.path.realpath(path) for path in media}
         self._sources: dict[str, Table] = {}
         self._samples: dict[tuple[str, ...], np.ndarray] = {}  # vectors of items, by modalities
         self._encoding_lock = threading.Lock()
@@ -194,7 +200,8 @@ class Index:
         """Items by their ids. Ids that are not indexed are left out."""
         wanted = list(ids)
         return {
-            row["id"]: Hit(**row) for row in self._from_table(lambda items: items.rows("id", wanted, items.hit_columns))
+            row["id"]: self._hit(row)
+            for row in self._from_table(lambda items: items.rows("id", wanted, items.hit_columns))
         }
 
     def hit(self, id: str) -> Hit:
@@ -205,10 +212,15 @@ class Index:
         return hit
 
     def check(self, hit: Hit) -> None:
-        """UserError if the media of an item are gone, or have changed since they were indexed."""
+        """UserError if the media of an item are gone, have changed since they were indexed, or may not be read."""
         if hit.source is None or hit.row is None:
-            # An index from somebody else might name any file of this machine. But it cannot have the right state, which
-            # has the nanosecond of the file's last change.
+            # First, so that an index from somebody else does not even learn which files there are.
+            if not is_below(hit.path, self._media_folders):
+                raise UserError(
+                    f"{hit.path}: is not shown, because it is in no folder that you indexed here or named with --media"
+                )
+            if os.path.exists(hit.path) and not os.path.isfile(hit.path):
+                raise UserError(f"{hit.path}: is not a file")
             if not has_state(hit.path, media_state(hit.state)):
                 raise UserError(f"{hit.path}: is gone or has changed since it was indexed; {OUT_OF_DATE}")
         elif self._source(hit.source).whole_fingerprint != hit.state:
@@ -223,15 +235,22 @@ class Index:
         self.check(hit)
         if hit.source is None or hit.row is None:
             return Path(hit.path)
-        assert hit.column is not None
         try:
             with self._sources_lock:
-                media = row_media(self._source(hit.source), hit.row, hit.column)
+                source = self._source(hit.source)
+                if hit.row >= len(source) or hit.column not in source.columns:
+                    raise UserError(f"{self.folder}: damaged: source {hit.source} has no {hit.path}; make a new index")
+                media = row_media(source, hit.row, hit.column)
         except BadMedia as error:
             raise UserError(f"{hit.path}: {error}") from None
         if isinstance(media, np.ndarray):
             raise UserError(f"{hit.path}: is a list of numbers, which has no media type")
         return media
+
+    @property
+    def shows_no_files(self) -> bool:
+        """Whether the index has files, but no folder is known from which they may be read."""
+        return not self._media_folders and self.count() > self._from_table(lambda items: items.count("row IS NOT NULL"))
 
     def vectors(self) -> pa.Table:
         """`id`, `modality` and fp16 `vector` of all items; null if the model knows no word of an item."""
@@ -259,7 +278,7 @@ class Index:
         """At most `count` items, evenly spaced among those that match the filters; see `search`."""
         where = " AND ".join(self._filters(modalities, under, since, until)) or None
         rows = self._from_table(lambda items: items.sample(count, where, items.hit_columns)).to_pylist()
-        return [Hit(**row) for row in rows]
+        return [self._hit(row) for row in rows]
 
     def encode(self, query: Query) -> EncodedQuery:
         """Encodes a part of a query, for all spaces that its modality is in.
@@ -292,6 +311,12 @@ class Index:
             vectors = encoder.encode_item(clips, modality_by_space.values())
         vector_by_space = {space: vector.cpu().numpy() for space, vector in zip(modality_by_space, vectors)}
         return EncodedQuery(name, vector_by_space, query.weight, text)
+
+    def _hit(self, row: dict[str, Any]) -> Hit:
+        """The hit of a row. UserError if the row is damaged."""
+        if problem := damaged_value(row, self._metadata.towards):
+            raise UserError(f"{self.folder}: damaged: item {row['id']!r:.50} has {problem}; make a new index")
+        return Hit(**row)
 
     def _words(self, encoded: Sequence[EncodedQuery], by: By) -> Words | None:
         """The words to look for in the texts of items.
@@ -331,6 +356,8 @@ class Index:
         if item["vector"] is None:
             return EncodedQuery(name, {}, like.weight, item["text"])
         vector = np.asarray(item["vector"], np.float32)
+        if not np.isfinite(vector).all():
+            raise UserError(f"{self.folder}: damaged: item {like.id} has a vector that is not finite; make a new index")
         return EncodedQuery(name, {self._space(name): vector}, like.weight)
 
     def _space(self, name: str, other: str | None = None) -> Space:
@@ -348,6 +375,8 @@ class Index:
         """A source of the recipe, opened when it is first needed."""
         with self._sources_lock:
             if name not in self._sources:
+                if name not in self.model.recipe.sources:
+                    raise UserError(f"{self.folder}: damaged: the model's recipe has no source {name!r:.50}")
                 if not self._allow_sources:
                     # Only a model that was trained here may name paths outside of its folder.
                     folder = find_model(self._metadata.model)
@@ -424,7 +453,8 @@ class Index:
         key = tuple(names)
         if key not in self._samples:
             sample = self._from_table(lambda items: items.sample(SAMPLE, any_of("modality", names), ["vector"]))
-            self._samples[key] = as_matrix(sample["vector"])
+            vectors = as_matrix(sample["vector"])
+            self._samples[key] = vectors[np.isfinite(vectors).all(1)]
         cosines = self._samples[key] @ vector
         if not len(cosines):  # The model knows no word of the texts in the sample.
             return Spread(0.0, 0.0, 1)
@@ -444,7 +474,7 @@ class Index:
             k=max(wanted.k, RANKED),
             where=" AND ".join([*wanted.filters, first_segments]),
         )
-        return [Hit(found_by="words", **row) for row in self._from_table(find)]
+        return [self._hit({**row, "found_by": "words"}) for row in self._from_table(find)]
 
     def _nearest(self, wanted: Wanted, vector: np.ndarray, filters: Sequence[str]) -> list[Hit]:
         """The items that are closest to a vector (Z,), as many as a ranking has. Of each file, only the best segment.
@@ -460,7 +490,9 @@ class Index:
             where = [*filters, *(f"NOT {any_of('path', paths)}" for paths in chunks(known_files))]
             rows = self._from_table(partial(Items.nearest, vector=vector, k=count, where=" AND ".join(where) or None))
             for row in rows:
-                hit = Hit(score=1 - row.pop("_distance"), found_by="meaning", **row)
+                distance = row.pop("_distance")
+                score = None if distance is None or not isfinite(distance) else 1 - distance
+                hit = self._hit({**row, "score": score, "found_by": "meaning"})
                 best_hits.setdefault(result_key(hit, wanted.under), hit)
             if len(best_hits) >= needed or len(rows) < count:
                 return list(best_hits.values())
@@ -496,18 +528,24 @@ def _sources_and_folders(items: Items) -> tuple[set[str], set[str]]:
     for path, source in items.columns("path", "source"):
         if source:
             sources.add(source)
-        else:
+        elif path is not None and os.path.isabs(path):  # Of a damaged row, `Index.hits` tells.
             folders.add(os.path.dirname(path))
     return sources, folders
 
 
-def open_index(path: str | Path, device: str | torch.device | None = None, allow_sources: bool = False) -> Index:
+def open_index(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    allow_sources: bool = False,
+    media: str | Path | Iterable[str | Path] = (),
+) -> Index:
     """Opens an index for search, and loads the model that built it.
 
     Args:
         path: the folder of the index, or a run (or `openimp:base`) after `openimp index RUN`.
         device: where queries are encoded; see `openimp.load`.
         allow_sources: whether `Index.read` may read any source that the recipe names if the model was not trained here.
+        media: a folder or several, whose files `Index.read` may read, besides those that you indexed on this machine.
 
     Raises:
         UserError: there is no index, or its model is gone or has other weights now.
@@ -530,9 +568,11 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
     except UserError as error:
         advice = f"if it has moved, openimp index NEW_NAME DATA --out {folder} remembers the new name"
         raise UserError(f"{folder}: its model cannot be opened: {error}; {advice}") from None
+    if not {*metadata.towards, *metadata.towards.values()} <= model.modalities.keys():
+        raise UserError(f"{folder / METADATA}: damaged: towards names a modality that {metadata.model} does not have")
     if not built_with(metadata, model):
         advice = "build a new index" if folder == Path(path) else f"openimp index {path} replaces it"
         raise UserError(
             f"{folder}: was built with other weights, options or views than {metadata.model} has now; {advice}"
         )
-    return Index(folder, model, metadata, allow_sources)
+    return Index(folder, model, metadata, allow_sources, [media] if isinstance(media, str | Path) else media)

@@ -44,6 +44,7 @@ class Media:
     source: str | None = None  # that names or contains the media; None for a file in a folder that was given
     row: int | None = None  # of the source, if the row contains the media itself; None for a file
     column: str | None = None
+    root: Path | None = None  # the folder of the source that names the file
 
 
 def media_of_files(
@@ -185,7 +186,7 @@ def _rows(table: Table, modality: str, column: str, text: Callable[[int], str | 
             try:
                 file = _file(str(table.media(value)), modality, None)
                 state = f"{file.state} {table.whole_fingerprint}"
-                yield replace(file, state=state, text=row_text, source=table.name)
+                yield replace(file, state=state, text=row_text, source=table.name, root=table.root)
                 continue
             except BadMedia:
                 pass  # Reading the row raises the same error, which is then recorded under the row's name.

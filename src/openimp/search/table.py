@@ -12,7 +12,7 @@ from dataclasses import fields
 from datetime import date, timedelta
 from functools import cached_property
 from itertools import chain, islice
-from math import isnan
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from openimp.common.errors import UserError, one_line
+from openimp.search.damage import damaged_column
 from openimp.search.query import Hit, Words
 
 ITEMS = "items"
@@ -97,6 +98,8 @@ class Items:
             elif size is not None:
                 with _write_errors():
                     self.table = database.create_table(ITEMS, schema=schema(size))
+            if exists and (problem := damaged_column(self.table.schema, schema(1))):
+                raise UserError(f"{folder}: damaged: {problem}; make a new index")
             if size is None and not (exists and self.table.count_rows()):
                 raise UserError(f"{folder}: holds no items yet; run openimp index again")
             # Whether the words of the items' texts have an index. Older versions built none. Read now: once this
@@ -142,6 +145,9 @@ class Items:
 
     def stored(self) -> dict[str, Stored]:
         """All files and rows of sources, by path."""
+        if self.count("path IS NULL OR sha256 IS NULL OR modality IS NULL OR state IS NULL"):
+            folder = self._folder.parent
+            raise UserError(f"{folder}: damaged: an item has no path, hash, modality or state; make a new index")
         return {path: Stored(*values) for path, *values in self.columns("path", *Stored._fields)}
 
     def sample(self, count: int, where: str | None, columns: list[str]) -> pa.Table:
@@ -206,7 +212,7 @@ class Items:
         ranked = np.lexsort((-np.nan_to_num(cosines, nan=0.0), -bm25))[:k]
         rows = hits.drop_columns(["vector", "_score"]).take(ranked).to_pylist()
         for row, cosine in zip(rows, cosines[ranked].tolist()):
-            row["score"] = None if isnan(cosine) else cosine
+            row["score"] = cosine if isfinite(cosine) else None
         return rows
 
     def _cosines(self, hits: pa.Table, vectors: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 
 from openimp.common.cache import stable_hash
 from openimp.common.errors import counted
+from openimp.common.folders import with_parents
 from openimp.common.modality import BadMedia, UnknownText
 from openimp.common.progress import Progress
 from openimp.common.threads import map_ahead
@@ -38,8 +39,8 @@ class Update:
         self.items = items
         self.wanted = _by_path(media)
         self.stored = items.stored()
-        self._stored_below = Counter(parent for path in self.stored for parent in _with_parents(path))
-        wanted_below = {parent for path in self.wanted for parent in _with_parents(path)}
+        self._stored_below = Counter(parent for path in self.stored for parent in with_parents(path))
+        wanted_below = {parent for path in self.wanted for parent in with_parents(path)}
         self.wanted_folders = {os.path.dirname(path) for path in self.wanted}
         forgotten = {os.path.abspath(path) for path in forget}
         named = {path: os.path.abspath(path) for path in given or ()}
@@ -98,7 +99,7 @@ class Update:
         return path in self.stored and any(Path(path).parent.glob("*"))
 
     def _is_below_roots(self, path: str) -> bool:
-        return self.roots is not None and not self.roots.isdisjoint(_with_parents(path))
+        return self.roots is not None and not self.roots.isdisjoint(with_parents(path))
 
     def _is_gone(self, path: str) -> bool:
         """Whether a stored path is not wanted any more, and this update may remove it."""
@@ -223,16 +224,6 @@ def _place(part: Mapping[str, Any]) -> float:
     """
     start = part.get("start")
     return float(part["part"] if start is None else start)
-
-
-def _with_parents(path: str) -> Iterator[str]:
-    """A path, and the folders that it is in."""
-    parent = os.path.dirname(path)
-    yield path
-    while parent != path:
-        path = parent
-        yield path
-        parent = os.path.dirname(path)
 
 
 def _by_path(media: Iterable[Media]) -> dict[str, Media]:
