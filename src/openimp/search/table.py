@@ -254,7 +254,8 @@ class Items:
             if not old_ids <= {row["id"] for row in new_rows}:  # Only then, because it reads the whole table.
                 merge = merge.when_not_matched_by_source_delete(any_of("path", chunk))
             with self._writing():
-                merge.execute(self._as_table(new_rows))
+                # Items that only words can find have no vector, which `merge_insert` otherwise takes for an error.
+                merge.execute(self._as_table(new_rows), on_bad_vectors="null")
         if added := [*chain.from_iterable(rows_by_path.values())]:
             with self._writing():
                 self.table.add(self._as_table(added))
