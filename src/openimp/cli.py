@@ -27,6 +27,13 @@ RunOption = Annotated[
     Path | None,
     typer.Option("--run", "--run-dir", help="Directory to write to.", show_default="runs/NAME-OF-THE-RECIPE"),
 ]
+TowerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="For data: a model that embeds the media and texts once, before training: a run, open_clip:NAME/TAG, "
+        "sentence_transformers:OWNER/NAME, ... Can be repeated."
+    ),
+]
 AllowSourcesOption = Annotated[
     bool, typer.Option("--allow-sources", help="Let the recipe of a model that was not trained here read any source.")
 ]
@@ -69,13 +76,7 @@ def init(
     ],
     text: Annotated[str | None, typer.Option(help="The column with the texts.")] = None,
     label: Annotated[str | None, typer.Option(help="The column with the classes.")] = None,
-    tower: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A model that embeds the media and texts once, before training: a run, open_clip:NAME/TAG, "
-            "sentence_transformers:OWNER/NAME, ... Can be repeated."
-        ),
-    ] = None,
+    tower: TowerOption = None,
     init: Annotated[
         str | None, typer.Option(help="A model of openimp to start from (train.init): a run, openimp:base, ...")
     ] = None,
@@ -110,13 +111,14 @@ def train(
     allow_changed_data: Annotated[
         bool, typer.Option("--allow-changed-data", help="Resume although a source has changed.")
     ] = False,
+    tower: TowerOption = None,
 ) -> None:
     """Train and evaluate a recipe, and write checkpoints, metrics and results to the run's directory."""
     if _has_workers(recipe, set_ or []):
         spin_briefly()
     from openimp.commands import run_train
 
-    run_train(recipe, set_ or [], run, resume, allow_changed_data)
+    run_train(recipe, set_ or [], run, resume, allow_changed_data, tower or [])
 
 
 @app.command()

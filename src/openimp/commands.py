@@ -62,12 +62,21 @@ def run_demo(overrides: list[str], run: Path | None) -> None:
     )
 
 
-def run_train(name: str, overrides: list[str], run: Path | None, resume: str | None, allow_changed_data: bool) -> None:
+def run_train(
+    name: str,
+    overrides: list[str],
+    run: Path | None,
+    resume: str | None,
+    allow_changed_data: bool,
+    towers: list[str],
+) -> None:
     """Trains a recipe, or data, into `run` or into runs/NAME. `resume` is the value of --resume: "" or auto."""
     if resume not in RESUME:
         raise UserError(f"--resume: expected auto or nothing, found {resume}")
     drafts = is_data(name)
-    recipe = _recipe_for(name, overrides, run, resume) if drafts else Recipe.load(name, overrides, Path.cwd())
+    if towers and not drafts:
+        raise UserError("--tower: is for data; a recipe names its towers in `modalities` (docs/fine-tuning.md)")
+    recipe = _recipe_for(name, overrides, run, resume, towers) if drafts else Recipe.load(name, overrides, Path.cwd())
     run = run or Path("runs") / recipe.name
     is_complete = train(recipe, run, RESUME[resume], allow_changed_data=allow_changed_data)
     if drafts and is_complete and int(os.environ.get("RANK", 0)) == 0:
@@ -82,7 +91,7 @@ def run_train(name: str, overrides: list[str], run: Path | None, resume: str | N
 
 
 @distributed.leave_after_errors()
-def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str | None) -> Recipe:
+def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str | None, towers: list[str]) -> Recipe:
     """The recipe that `init` writes for data. A run with a checkpoint keeps its own, because a draft depends on the
     machine."""
     changes: dict[str, Any] = {"name": source_name(data), "train": {}}
@@ -106,11 +115,12 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
     init = changes["train"].get("init")
     if init is not None and Name.parse(str(init)).scheme == TIMM:
         init = None  # A public ViT has no recipe to draft from. `open_warm_start` names the keys that the recipe needs.
-    drafted = distributed.run_on_rank_zero(lambda: draft_recipe([data], init=init))
+    drafted = distributed.run_on_rank_zero(lambda: draft_recipe([data], towers=towers, init=init))
     if distributed.rank() == 0:
         for note in drafted.notes:
             notice(note)
-        to_change = f"to change it: openimp init {shlex.quote(data)} > mine.yaml"
+        arguments = shlex.join([data, *chain.from_iterable(("--tower", tower) for tower in towers)])
+        to_change = f"to change it: openimp init {arguments} > mine.yaml"
         notice(f"the recipe goes into {run / 'recipe.yaml'}; {to_change}")
     recipe = {"name": source_name(data), **yaml.load(drafted.text, RecipeLoader)}
     for text in overrides:

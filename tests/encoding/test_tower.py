@@ -28,9 +28,9 @@ from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
 from openimp.data.store import store_column
 from openimp.data.task_data import TaskData
-from openimp.drafting.draft import draft_recipe
 from openimp.encoding.frozen import open_encoder, release_encoders
 from openimp.encoding.tower import make_teachers
+from openimp.inference.model import load
 from openimp.inference.model_card import model_card
 from openimp.inference.onnx import export
 from openimp.inference.public_recipe import shorten_paths
@@ -463,13 +463,25 @@ def test_what_a_tower_cannot_do_is_said_in_a_sentence(data, clip, tmp_path):
         hears(data, name).make_modalities()["audio"].stem_spec()
 
 
-def test_a_draft_with_towers_trains(data, clip, tmp_path, monkeypatch):
-    name, _ = clip
+def test_a_draft_with_towers_trains_heads_into_the_space_of_texts(data, clip, tmp_path, monkeypatch, openimp):
+    name, folder = clip
     monkeypatch.chdir(tmp_path)
-    drafted = draft_recipe([str(data / "pictures")], towers=[name])
-    (tmp_path / "mine.yaml").write_text(drafted.text)
-    recipe = Recipe.load("mine.yaml", ["train.steps=2", "train.num_workers=0"])
+    run = tmp_path / "run"
+    code, _, errors = openimp("train", data / "pictures", "--tower", name, "--run-dir", run, "--set", "train.steps=3")
+    assert code == 0, errors
+    assert f"openimp init {data / 'pictures'} --tower {name} > mine.yaml" in errors
+    recipe = Recipe.load(run / "recipe.yaml")
     assert (recipe.model.layers, recipe.model.width) == (0, 24)
     assert recipe.modalities["vision"].tower == recipe.modalities["text"].tower == name
-    train(recipe, tmp_path / "run")
-    assert (tmp_path / "run" / "results.jsonl").exists()
+    assert (run / "results.jsonl").exists()
+    model = load(run, "cpu", "fp32")
+    files = sorted((data / "pictures").rglob("*.png"))[:3]
+    texts = ["a red square", "blue"]
+    images, text_vectors = library_vectors(folder, files, texts)
+    torch.testing.assert_close(model.encode_text(texts, normalize=True), text_vectors, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(model.encode_image(files, normalize=True), images, atol=1e-3)
+    code, _, errors = openimp("train", run / "recipe.yaml", "--tower", name)
+    assert (code, errors.strip()) == (
+        2,
+        "openimp: --tower: is for data; a recipe names its towers in `modalities` (docs/fine-tuning.md)",
+    )
