@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import date, timedelta
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain, islice
 from math import isfinite
 from pathlib import Path
@@ -30,6 +30,11 @@ BATCH = 8192
 """Rows that are read into memory at once."""
 APPROXIMATE_ROWS = 50_000
 """Number of vectors from which on they have an index."""
+IN_MEMORY_BYTES = 2**26
+"""Without an index of vectors, all are kept in memory if they fit into this. For each query, LanceDB would read and
+decode all of them, which takes ten times as long as comparing them."""
+KEPT_FILTERS = 16
+"""Filters whose matching rows are remembered. Most queries have the same ones, by modality."""
 SEARCHED_PARTITIONS = 40
 """A query is compared with the vectors of this many nearest partitions. LanceDB makes a partition per 4,096 rows."""
 REFINE_FACTOR = 2
@@ -107,6 +112,7 @@ class Items:
             self.has_words = "folded" in self.indexed()
         except (ValueError, RuntimeError, OSError) as error:
             raise UserError(f"{folder}: damaged: {one_line(error)}") from None
+        self._places = lru_cache(maxsize=KEPT_FILTERS)(self._find_places)
 
     @cached_property
     def approximate(self) -> bool:
@@ -169,6 +175,8 @@ class Items:
             k: maximum number of rows.
             where: only rows that match this SQL filter.
         """
+        if not self.approximate and self.count(None) * len(vector) * 4 <= IN_MEMORY_BYTES:
+            return self._nearest_in_memory(vector, k, where)
         query = self.table.search(vector).distance_type("cosine").limit(k).select([*self.hit_columns, "_distance"])
         if where:
             query = query.where(where)
@@ -180,6 +188,38 @@ class Items:
                 if len(rows) == k:
                     return rows
             return query.bypass_vector_index().to_list()
+
+    def _nearest_in_memory(self, vector: np.ndarray, k: int, where: str | None) -> list[dict[str, Any]]:
+        """`nearest`, compared with all vectors in memory."""
+        row_ids, vectors = self._vectors_in_memory
+        with _read_errors():
+            places = np.arange(len(row_ids)) if where is None else self._places(where)
+        distances = 1 - (vectors @ (vector / np.linalg.norm(vector)))[places]
+        if len(places) > k:
+            nearest = np.argpartition(distances, k)[:k]
+            places, distances = places[nearest], distances[nearest]
+        distance_of = dict(zip(row_ids[places].tolist(), distances.tolist()))
+        with _read_errors():
+            taken = self.table.take_row_ids(list(distance_of)).select(self.hit_columns).with_row_id()
+            rows = taken.to_list()
+        for row in rows:
+            row["_distance"] = distance_of[row.pop("_rowid")]
+        return sorted(rows, key=lambda row: row["_distance"])
+
+    @cached_property
+    def _vectors_in_memory(self) -> tuple[np.ndarray, np.ndarray]:
+        """The ids (N,) of all rows with a vector, in order, and their unit vectors (N, Z) fp32."""
+        with _read_errors():
+            rows = self.table.search().where("vector IS NOT NULL").select(["vector"]).with_row_id(True).to_arrow()
+        row_ids = rows["_rowid"].to_numpy()
+        order = np.argsort(row_ids)
+        vectors = as_matrix(rows["vector"])[order]
+        return row_ids[order], vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def _find_places(self, where: str) -> np.ndarray:
+        """The places of the rows that match an SQL filter among `_vectors_in_memory`."""
+        matching = self.table.search().where(where).select(["_rowid"]).with_row_id(True).to_arrow()["_rowid"]
+        return np.flatnonzero(np.isin(self._vectors_in_memory[0], matching.to_numpy()))
 
     def with_words(
         self, words: Words, all_words: bool, vectors: Mapping[str, np.ndarray], k: int, where: str
