@@ -67,9 +67,10 @@ class Server:
 
 
 @contextmanager
-def serving(what: Path, *options: object) -> Iterator[Server]:
-    """Starts the command on a free port. At the end, the server must not have printed a traceback."""
-    process = Process("-m", "openimp", "serve", what, "--port", 0, *options, merge=True)
+def serving(what: Path, *options: object, setup: str = "") -> Iterator[Server]:
+    """Starts the command on a free port, after the code `setup`. At the end, it must not have printed a traceback."""
+    command = ("-c", f"{setup}; from openimp.cli import main; main()") if setup else ("-m", "openimp")
+    process = Process(*command, "serve", what, "--port", 0, *options, merge=True)
     lines = []
     for line in process.stdout:
         lines.append(line)

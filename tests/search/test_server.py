@@ -5,10 +5,12 @@ import re
 import shutil
 import signal
 import sys
+from contextlib import ExitStack
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
+import anyio
 import numpy as np
 import PIL.Image
 import pytest
@@ -139,7 +141,9 @@ def test_media_of_rows_leave_no_files_behind(tmp_path: Path):
         ({"Range": "bytes=x-y"}, 400),
     ):
         file.write_bytes(b"media")
-        assert TestClient(TemporaryResponse(file)).get("/", headers=headers).status_code == status
+        cleanup = ExitStack()
+        cleanup.callback(file.unlink)
+        assert TestClient(TemporaryResponse(file, cleanup)).get("/", headers=headers).status_code == status
         assert not file.exists()
 
 
@@ -181,7 +185,7 @@ def test_an_item_that_disappears_while_it_is_served_is_one_sentence(index: Path,
     monkeypatch.setattr(Index, "read", lambda *_: Path("gone"))
     request = Request({"type": "http", "path_params": {"id": ids["0.png"]}})
     with refuses():
-        Page(open_index(index)).media(request)
+        anyio.run(Page(open_index(index)).media, request)
 
 
 def test_an_uploaded_file_finds_itself_by_type_content_or_choice(server: Server, media_folder: Path, ids):

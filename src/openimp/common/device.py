@@ -75,6 +75,15 @@ class HostCopy:
         return float(self._copy)
 
 
+def return_freed_memory() -> None:
+    """Makes glibc's allocator return freed blocks of 1 MiB and more to the system, from every thread.
+
+    Otherwise blocks of up to 32 MiB may stay with each thread that had one. In a server, those are uploads and media.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
 def keep_freed_memory() -> None:
     """Makes glibc's allocator keep freed memory for the next step.
 

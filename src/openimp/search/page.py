@@ -2,13 +2,14 @@
 
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import anyio
-from anyio import CapacityLimiter, Semaphore, to_thread
+from anyio import CapacityLimiter, to_thread
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -19,11 +20,13 @@ from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.common.progress import clock
 from openimp.common.protocols import Pictured
+from openimp.common.threads import core_count
 from openimp.inference.files import modality_by_extension
 from openimp.search.answers import Answer, answer
 from openimp.search.index import Index
 from openimp.search.media_types import UNKNOWN, kind_of, media_type
 from openimp.search.query import Hit, Query
+from openimp.search.temporary import TemporaryFiles
 from openimp.search.uploads import MAX_UPLOAD_BYTES, Upload, Uploads
 
 TEMPLATES = Environment(
@@ -40,8 +43,6 @@ THUMBNAIL = 256
 PUBLISHED = ("id", "modality", "path", "text", "start", "end", "part", "parts", "source", "row", "date", "latitude",
              "longitude", "score", "found_by")  # fmt: skip
 """What programs are told of an item."""
-RECEIVED_AT_ONCE = 4
-"""Maximum number of uploads that are received or encoded at once. Others wait."""
 UPLOAD_SECONDS = 90
 """Maximum number of seconds for an upload to wait, to arrive and to be encoded."""
 
@@ -50,22 +51,23 @@ class Page:
     """The handlers, and what they share: the index, the uploads and a cache of thumbnails.
 
     The event loop must stay responsive, so slow work runs in threads. Each kind of work has its own limit of threads,
-    so slow work of one kind does not delay the others. Reading items has anyio's limit.
+    so slow work of one kind does not delay the others. Of each modality, one upload is decoded at a time: slow clips do
+    not delay pictures, and the decoded media of two never take memory at once. Other work has anyio's limit.
     """
 
     def __init__(self, index: Index) -> None:
         self.index = index
         self.uploads = Uploads()
-        self.searching = CapacityLimiter(1)
-        self.encoding = CapacityLimiter(2)
+        self.searching = CapacityLimiter(max(2, core_count()))
         self.drawing = CapacityLimiter(2)
-        self.receiving = Semaphore(RECEIVED_AT_ONCE)
-        self.temporary_folder = tempfile.TemporaryDirectory(prefix="openimp-serve-")
+        self.reading = CapacityLimiter(1)  # A row's media are in memory until they are in a temporary file.
+        self.temporary_files = TemporaryFiles()
         self.cached_thumbnail = lru_cache(maxsize=4096)(self._draw_item)
         self.index_values = self._index_values()
         modalities = index.model.modalities
         files = {name: modality for name, modality in modalities.items() if not modality.reads_text}
         self.modality_of = modality_by_extension(files)
+        self.encoding = {name: CapacityLimiter(1) for name in files}
         self.shared: dict[str, Any] = {
             "folder": index.folder,
             "colors": {name: f"c{i % 6}" for i, name in enumerate(modalities)},
@@ -114,16 +116,22 @@ class Page:
             modality = request.query_params.get("modality") or self.modality_of.get(Path(filename).suffix.lower(), "")
             if modality not in self.shared["readable"]:
                 raise UserError(f"choose a file of {' or '.join(self.shared['readable'])}")
-            with anyio.fail_after(UPLOAD_SECONDS):
-                async with self.receiving:
-                    content = await _body(request)
-                    # A thread cannot be stopped. It counts towards the limit until it is done.
-                    upload = await to_thread.run_sync(
-                        self._read, name, modality, content, limiter=self.encoding, abandon_on_cancel=True
-                    )
+            # An upload is on disk until its turn has come, so those that arrive slowly delay no other.
+            with (
+                anyio.fail_after(UPLOAD_SECONDS),
+                self.temporary_files.reservation() as reserve,
+                tempfile.TemporaryFile(dir=self.temporary_files.folder) as file,
+            ):
+                await _receive(request, file, reserve)
+                # A thread cannot be stopped. It counts towards the limit until it is done.
+                upload = await to_thread.run_sync(
+                    self._read, name, modality, file, limiter=self.encoding[modality], abandon_on_cancel=True
+                )
             return JSONResponse({"id": self.uploads.add(upload)})
         except TimeoutError:
             return _cannot_search(name, "reading it takes too long, or the server is busy", 408)
+        except HTTPException as error:
+            return _cannot_search(name, error.detail, error.status_code)
         except (UserError, ClientDisconnect) as error:  # If the client is gone, nobody receives the answer.
             return _cannot_search(name, str(error))
 
@@ -146,12 +154,23 @@ class Page:
             "has_dates": index.has_dates,
         }
 
-    def _read(self, name: str, modality: str, content: bytes) -> Upload:
-        return Upload(name, self.index.encode(Query(modality, content)), self._draw(modality, content))
+    def _read(self, name: str, modality: str, file: IO[bytes]) -> Upload:
+        try:
+            file.seek(0)
+            content = file.read()
+            return Upload(name, self.index.encode(Query(modality, content)), self._draw(modality, content))
+        except UserError as error:
+            problem = str(error)
+        # The original error refers to itself by way of its frames, which hold the content. Raised on, it would keep the
+        # content of each refused upload in memory until Python looks for such circles.
+        del content
+        raise UserError(problem)
 
-    def media(self, request: Request) -> Response:  # In a thread, like `api_item`.
+    async def media(self, request: Request) -> Response:
         """The file of an item, or the range of it that the Range header asks for."""
-        id = request.path_params["id"]
+        return await to_thread.run_sync(self._media, request.path_params["id"], limiter=self.reading)
+
+    def _media(self, id: str) -> Response:
         hit = self.index.hit(id)
         media = self.index.read(id)
         kind = kind_of(self.index.model.modalities[hit.modality])
@@ -167,10 +186,14 @@ class Page:
         if isinstance(media, Path):
             return FileResponse(media, headers=headers, media_type=displayed_type, filename=name)
         # Only files are served in ranges, which browsers need to play sounds and clips.
-        with tempfile.NamedTemporaryFile(dir=self.temporary_folder.name, delete=False) as file:
-            file.write(media)
-        os.utime(file.name, (0, 0))  # All ranges need the same ETag.
-        return TemporaryResponse(file.name, headers=headers, media_type=displayed_type, filename=name)
+        with ExitStack() as cleanup:
+            cleanup.enter_context(self.temporary_files.reservation())(len(media))
+            with tempfile.NamedTemporaryFile(dir=self.temporary_files.folder, delete=False) as file:
+                cleanup.callback(os.unlink, file.name)
+                file.write(media)
+            os.utime(file.name, (0, 0))  # All ranges need the same ETag.
+            options = {"headers": headers, "media_type": displayed_type, "filename": name}
+            return TemporaryResponse(file.name, cleanup.pop_all(), **options)
 
     def _thumbnail(self, id: str) -> bytes | None:
         hit = self.index.hit(id)
@@ -220,24 +243,27 @@ class Page:
 class TemporaryResponse(FileResponse):
     """A file that is removed after the response, also if the request is refused or the client is gone."""
 
+    def __init__(self, path: str | Path, cleanup: ExitStack, **options: Any) -> None:
+        super().__init__(path, **options)
+        self.cleanup = cleanup
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        with self.cleanup:
             await super().__call__(scope, receive, send)
-        finally:
-            os.unlink(self.path)
 
 
-async def _body(request: Request) -> bytes:
-    """The body of a request, up to `MAX_UPLOAD_BYTES` bytes."""
-    content = bytearray()
+async def _receive(request: Request, file: IO[bytes], reserve: Callable[[int], None]) -> None:
+    """Writes the body of a request, up to `MAX_UPLOAD_BYTES` bytes, to a file."""
     too_large = UserError(f"it is larger than {MAX_UPLOAD_BYTES // 2**20} MiB")
     if int(request.headers.get("content-length", 0)) > MAX_UPLOAD_BYTES:
         raise too_large
+    size = 0
     async for chunk in request.stream():
-        content += chunk
-        if len(content) > MAX_UPLOAD_BYTES:
+        size += len(chunk)
+        if size > MAX_UPLOAD_BYTES:
             raise too_large
-    return bytes(content)
+        reserve(len(chunk))
+        await to_thread.run_sync(file.write, chunk)  # A disk may be slow.
 
 
 def _cannot_search(name: str, reason: str, code: int = 400) -> JSONResponse:

@@ -3,9 +3,11 @@
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -14,12 +16,24 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from openimp.common.device import return_freed_memory
 from openimp.common.errors import UserError, counted
 from openimp.common.progress import console
 from openimp.search.guard import Guard, is_loopback
 from openimp.search.index import Index
 from openimp.search.page import Page
+from openimp.search.temporary import MAX_BYTES
+
+CONNECTIONS = 1024
+"""Maximum number of open connections, idle ones included. Beyond it, every request is answered with 503."""
+OPEN_FILES = 4 * CONNECTIONS
+"""Each connection may have a file open besides. Systems allow a process some 1,000 files unless it asks for more."""
+HEAD_SECONDS = 5
+"""Time for the whole head of a request to arrive, since the connection was opened or the last answer was sent."""
+STALLED_SECONDS = 60
+"""Time after which a connection is closed whose client takes nothing of an answer. Browsers ask again for the rest."""
 
 
 def create_app(index: Index, host: str = "127.0.0.1", names: Sequence[str] = ()) -> Guard:
@@ -54,12 +68,17 @@ def serve(index: Index, host: str, port: int, names: Sequence[str] = ()) -> None
     console.print(f"http://{url_host}:{used_port} searches {counted(sum(index.counts.values()), 'item')}.")
     if not is_loopback(host):
         console.print("Everybody who reaches this machine over the network can see all indexed items.")
+    console.print(f"Temporary files take at most {MAX_BYTES // 2**20:,} MiB of {tempfile.gettempdir()}.")
     console.print("Stop it with Ctrl-C.")
+    return_freed_memory()
+    _allow_open_files(OPEN_FILES)
     options = uvicorn.Config(
         create_app(index, host, names),
         log_level="error",
         server_header=False,
-        limit_concurrency=256,
+        http=Connection,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=HEAD_SECONDS,
         ws="none",
         lifespan="off",
         timeout_graceful_shutdown=2,  # A paused clip or a sleeping phone would keep the server for ever.
@@ -69,6 +88,41 @@ def serve(index: Index, host: str, port: int, names: Sequence[str] = ()) -> None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with suppress(KeyboardInterrupt):
         uvicorn.Server(options).run([listener])
+
+
+class Connection(H11Protocol):
+    """A connection that is closed if the head of a request is late, or if its client takes nothing of an answer.
+
+    uvicorn has no setting for either: it waits without end for the first request, for the rest of a head of which one
+    byte has arrived, and for a client to read.
+    """
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        # As in uvicorn, except that the clock stops with a whole head instead of with any byte.
+        self.conn.receive_data(data)
+        self.handle_events()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._unset_keepalive_if_required()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.abort_task = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.abort_task.cancel()
+
+
+def _allow_open_files(count: int) -> None:
+    """Lets this process have `count` files open, or as many as the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        limit = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _is_an_error(record: logging.LogRecord) -> bool:
