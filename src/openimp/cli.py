@@ -17,7 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's YAML file, or the name of a bundled recipe.")]
 MANY_CORES = 8
 """With this many cores, `init` drafts several processes that read data."""
-MODEL = "a run, a checkpoint, a folder with a model, openimp:base, hub:OWNER/NAME, or open_clip:NAME/TAG."
+MODEL = "a run, a checkpoint, a folder with a model, openimp:base, hub:OWNER/NAME, or a public model (docs/names.md)."
 RunArgument = Annotated[Path, typer.Argument(help=f"A model: {MODEL}")]
 SetOption = Annotated[
     list[str] | None,

@@ -32,7 +32,10 @@ def find_own_model(name: str | Path) -> Path:
     if scheme == HUB:
         return _find_local(download(str(name), ("*.json", "*.safetensors", RECIPE)))
     if scheme is not None:
-        raise UserError(f"{name}: expected a folder, openimp:NAME, hub:OWNER/NAME or open_clip:NAME/TAG for a model")
+        raise UserError(
+            f"{name}: expected a folder, openimp:NAME, hub:OWNER/NAME, open_clip:NAME/TAG or "
+            "conse:timm:NAME+sentence_transformers:NAME for a model"
+        )
     folder = Path(name).expanduser()
     if not folder.exists():
         typed_scheme, colon, _ = name.partition(":")

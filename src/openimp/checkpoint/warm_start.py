@@ -15,7 +15,7 @@ from openimp.checkpoint.folder import RECIPE, read_config, require_finite, weigh
 from openimp.checkpoint.public_vit import RGB, ViTWeights
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities, Modality
-from openimp.common.names import OPEN_CLIP, SENTENCE_TRANSFORMERS, TIMM, Name
+from openimp.common.names import CONSE, OPEN_CLIP, SENTENCE_TRANSFORMERS, TIMM, Name
 from openimp.common.protocols import file_copies, load_learned
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import run_on_rank_zero
@@ -122,7 +122,7 @@ def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
         scheme = Name.parse(init).scheme
         if scheme == TIMM:
             return _open_vit(init, recipe, modalities)
-        if scheme in (OPEN_CLIP, SENTENCE_TRANSFORMERS):
+        if scheme in (OPEN_CLIP, SENTENCE_TRANSFORMERS, CONSE):
             raise UserError(
                 f"{init}: the encoder can start from a model of timm, not of {scheme}; expected timm:NAME, such as "
                 f"timm:vit_base_patch16_siglip_224.v2_webli. A model of {scheme} can be a tower of the recipe's "

@@ -16,7 +16,10 @@ HUB = "hub"
 OPEN_CLIP = "open_clip"
 TIMM = "timm"
 SENTENCE_TRANSFORMERS = "sentence_transformers"
-SCHEMES = (BUNDLED, HUB, OPEN_CLIP, TIMM, SENTENCE_TRANSFORMERS)
+CONSE = "conse"
+SCHEMES = (BUNDLED, HUB, OPEN_CLIP, TIMM, SENTENCE_TRANSFORMERS, CONSE)
+PUBLIC = (OPEN_CLIP, CONSE)
+"""Schemes of public models that embed pictures and texts in one space, so that commands use them like openimp's."""
 LOCAL = "local-dir:"
 """What may follow the name of a library if the model is in a folder, as in open_clip and timm."""
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -59,6 +62,23 @@ class Name(NamedTuple):
         return self.rest if is_path else None
 
 
+class ConseName(NamedTuple):
+    """What follows `conse:`: two names, with a + between them."""
+
+    classifier: str  # of pictures: timm:NAME
+    texts: str  # the encoder of texts: sentence_transformers:NAME
+
+    @classmethod
+    def parse(cls, name: str | Path) -> "ConseName | None":
+        """The two names in `conse:CLASSIFIER+TEXTS`. None if `name` does not have this form."""
+        match = re.fullmatch(rf"{CONSE}:({TIMM}:.+?)\+({SENTENCE_TRANSFORMERS}:.+)", str(name))
+        return cls(*match.groups()) if match else None
+
+    def map(self, change: Callable[[str], str]) -> str:
+        """The name `conse:CLASSIFIER+TEXTS` after a change of its two names."""
+        return f"{CONSE}:{change(self.classifier)}+{change(self.texts)}"
+
+
 class HubName(NamedTuple):
     """What follows `hub:`, which is OWNER/NAME or OWNER/NAME@REVISION."""
 
@@ -70,6 +90,11 @@ class HubName(NamedTuple):
         """None if `rest` does not have this form."""
         match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", rest)
         return cls(match[1], match[2]) if match else None
+
+
+def single_names(name: str) -> tuple[str, ...]:
+    """The two names in `conse:CLASSIFIER+TEXTS`. Any other name is one."""
+    return ConseName.parse(name) or (name,)
 
 
 def has_scheme(name: str | Path) -> bool:
@@ -89,6 +114,8 @@ def is_url(name: str) -> bool:
 
 def map_path(name: str, change: Callable[[str], str]) -> str:
     """The name in which a path, also one behind the name of a library, is changed. Other names stay as they are."""
+    if both := ConseName.parse(name):
+        return both.map(lambda part: map_path(part, change))
     parsed = Name.parse(name)
     if parsed.folder is not None:
         local = LOCAL if parsed.rest.startswith(LOCAL) else ""
@@ -98,6 +125,8 @@ def map_path(name: str, change: Callable[[str], str]) -> str:
 
 def absolute_name(name: str, folder: str | Path) -> str:
     """The name in which a relative path starts at `folder` instead. `~` is the home directory."""
+    if both := ConseName.parse(name):
+        return both.map(lambda part: absolute_name(part, folder))
     parsed = Name.parse(name)
     if parsed.folder is None and _means_folder(parsed, Path(folder)):
         name = f"{parsed.scheme}:./{parsed.rest}"

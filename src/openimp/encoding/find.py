@@ -4,13 +4,17 @@ import re
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from openimp.checkpoint.find import bundled_names, find_own_model
 from openimp.checkpoint.folder import FORMAT, describe_model, save_model
 from openimp.common.cache import cached, stable_hash
-from openimp.common.names import BUNDLED, OPEN_CLIP, Name, absolute_name
+from openimp.common.names import BUNDLED, CONSE, OPEN_CLIP, PUBLIC, Name, absolute_name, single_names
+from openimp.encoding.conse import SIMILARITY_TEMPERATURE
+from openimp.encoding.frozen import open_encoder
 from openimp.encoding.libraries import open_clip_names, open_open_clip
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
@@ -24,10 +28,10 @@ TRAINING_DATA = f"{OPEN_CLIP}:training-data"
 def find_model(name: str | Path) -> Path:
     """The folder of a model of openimp, as `find_own_model` finds it, or of a public model.
 
-    For a model of open_clip, a folder is written into openimp's cache. The model in it has no encoder. It reads
-    pictures, videos and texts with the public model as a frozen tower, which it only names.
+    For a public model, a folder is written into openimp's cache. The model in it has no encoder. It reads pictures,
+    videos and texts with the public model as a frozen tower, which it only names.
     """
-    if not isinstance(name, str | Path) or Name.parse(name).scheme != OPEN_CLIP:
+    if not isinstance(name, str | Path) or Name.parse(name).scheme not in PUBLIC:
         return find_own_model(name)
     # The model in the cache must not depend on the current folder.
     public_name = absolute_name(str(name), Path.cwd())
@@ -37,7 +41,7 @@ def find_model(name: str | Path) -> Path:
         return folder
 
     # With the fingerprint, because the files behind a name may change.
-    key = stable_hash([LAYOUT, FORMAT, public_name, open_open_clip(public_name).fingerprint])
+    key = stable_hash([LAYOUT, FORMAT, public_name, _open_public(public_name).fingerprint])
     return cached("public", key, checked, lambda folder: _write_public(public_name, folder))
 
 
@@ -57,11 +61,28 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in names if fnmatchcase(name, pattern)]
 
 
+class _Public(NamedTuple):
+    """What openimp must know of a public model to use it."""
+
+    features: int
+    fingerprint: str
+    temperature: Tensor | float  # of its cosines
+    bias: Tensor | None  # of its logits; None unless it was trained with the sigmoid loss
+
+
+def _open_public(name: str) -> _Public:
+    if Name.parse(name).scheme == CONSE:
+        encoder = open_encoder(name, "text")
+        return _Public(encoder.features, encoder.fingerprint, SIMILARITY_TEMPERATURE, None)
+    opened = open_open_clip(name)
+    temperature = (-opened.network.logit_scale).exp()
+    return _Public(opened.features, opened.fingerprint, temperature, opened.network.logit_bias)
+
+
 def _write_public(name: str, folder: Path) -> None:
-    """Writes the folder of `find_model` for a model of open_clip. It keeps the logit scale and bias of that model."""
-    public = open_open_clip(name)
-    network = public.network
-    recipe = _recipe_of(name, public.features, "softmax" if network.logit_bias is None else "sigmoid")
+    """Writes the folder of `find_model` for a public model. It keeps the temperature and the bias of that model."""
+    public = _open_public(name)
+    recipe = _recipe_of(name, public.features, "softmax" if public.bias is None else "sigmoid")
     config = recipe.to_config({})
     modalities = config.make_modalities()
     with torch.random.fork_rng(devices=[]):
@@ -69,16 +90,18 @@ def _write_public(name: str, folder: Path) -> None:
         model = IMP(config, modalities)
     (temperature,) = model.fp32_modules()
     with torch.no_grad():
-        temperature.temperature.copy_((-network.logit_scale).exp())
-        if network.logit_bias is not None:
-            temperature.bias.copy_(network.logit_bias)
+        temperature.temperature.copy_(torch.as_tensor(public.temperature))
+        if public.bias is not None:
+            temperature.bias.copy_(public.bias)
     save_model(folder, model, config, modalities, recipe.to_yaml())
 
 
 def _recipe_of(name: str, features: int, loss: str) -> Recipe:
-    """The recipe of a model that the library's authors trained: its modalities, and no data that can be read."""
-    is_local = Name.parse(name).folder is not None  # Then the title must not tell the folders of this machine.
-    title = Path(name).name if is_local else name.rpartition(":")[2]
+    """The recipe of a model that openimp did not train: its modalities, and no data that can be read."""
+    title = "-".join(map(_title, single_names(name)))
+    tasks = {"pictures": "image", "clips": "video"}
+    if Name.parse(name).scheme == CONSE:
+        del tasks["clips"]
     task = {"source": "unknown", "objectives": [{"type": "contrastive", "loss": loss}]}
     return Recipe.build(
         {
@@ -87,8 +110,13 @@ def _recipe_of(name: str, features: int, loss: str) -> Recipe:
             "modalities": {"vision": {"tower": name}, "text": {"tower": name}},
             "sources": {"unknown": {"path": TRAINING_DATA}},
             "tasks": {
-                "pictures": {**task, "inputs": {"image": "image", "text": "text"}},
-                "clips": {**task, "inputs": {"video": "video", "text": "text"}},
+                task_name: {**task, "inputs": {media: media, "text": "text"}} for task_name, media in tasks.items()
             },
         }
     )
+
+
+def _title(name: str) -> str:
+    """A title that does not tell the folders of this machine."""
+    is_local = Name.parse(name).folder is not None
+    return Path(name).name if is_local else name.rpartition(":")[2]

@@ -1,6 +1,7 @@
 """Frozen encoders that a `Tower` uses: models of openimp, open_clip, timm and sentence-transformers.
 
-Shape suffixes: M clips (what is encoded at once: a picture, a text, or a piece of a recording), D features.
+Shape suffixes: M clips (what is encoded at once: a picture, a text, or a piece of a recording), D features,
+K classes.
 """
 
 from abc import ABC, abstractmethod
@@ -8,7 +9,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from openimp.checkpoint.find import find_own_model
 from openimp.checkpoint.folder import SavedModel, load_model
-from openimp.common.cache import stable_hash
+from openimp.common.cache import cached, stable_hash
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Rng
-from openimp.common.names import OPEN_CLIP, SENTENCE_TRANSFORMERS, TIMM, Name
+from openimp.common.names import CONSE, OPEN_CLIP, SENTENCE_TRANSFORMERS, TIMM, ConseName, Name
 from openimp.common.protocols import learned_files
 from openimp.common.texts import valid_text
+from openimp.encoding.conse import MAX_CLASSES, TEMPERATURE, NameSpace, class_names
 from openimp.encoding.engine import ItemEncoder
 from openimp.encoding.libraries import close_all, open_open_clip, open_sentence_transformer, open_timm
 from openimp.modalities.image import upright
@@ -46,6 +48,7 @@ LONGEST_TEXT = 10_000
 LONGEST_SIDE = 2048
 """Largest side, in pixels, of a picture that is given to a library, which shrinks it further."""
 OPEN_CLIP_MODALITIES = ("image", "video", "text")
+CONSE_MODALITIES = ("image", "text")
 
 _OPENING = Lock()
 """Held while a model is opened, so that several threads do not load it at once."""
@@ -148,19 +151,19 @@ class SentenceTransformerEncoder(FrozenEncoder):
 
 
 class TimmEncoder(FrozenEncoder):
-    """A model of timm for pictures. Its vectors are those before the classifier."""
+    """A model of timm for pictures. Its vectors are those before the classifier, or the logits if it `classifies`."""
 
-    def __init__(self, name: str, modality: str) -> None:
+    def __init__(self, name: str, modality: str, classifies: bool = False) -> None:
         _require_modality(modality, ["image"], name)
-        self._trunk, self._transform, self.fingerprint = open_timm(name)
-        self.features = self._trunk.head_hidden_size
+        self.network, self._transform, self.fingerprint = open_timm(name, classifies)
+        self.features = self.network.num_classes if classifies else self.network.head_hidden_size
         self.reader, self.view = _reader_and_view(modality, {})
 
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
         return self._transform(_picture(value, rng)).numpy()[None]
 
     def _embed(self, clips: np.ndarray) -> Tensor:
-        return self._trunk(torch.from_numpy(clips).to(next(self._trunk.parameters()).device))
+        return self.network(torch.from_numpy(clips).to(next(self.network.parameters()).device))
 
 
 class OpenClipEncoder(FrozenEncoder):
@@ -214,6 +217,56 @@ class OpenClipEncoder(FrozenEncoder):
         if self._modality == "image":
             return network.encode_image(batch, normalize=False)
         return network.encode_image(batch.flatten(0, 1), normalize=True).unflatten(0, batch.shape[:2]).mean(1)
+
+
+class ConseEncoder(FrozenEncoder):
+    """A classifier of pictures and an encoder of texts, which `NameSpace` joins."""
+
+    def __init__(self, name: str, modality: str) -> None:
+        _require_modality(modality, CONSE_MODALITIES, name)
+        opened = _open_conse(name)
+        self.features = opened.texts.features
+        self.fingerprint = opened.fingerprint
+        self._encoder: FrozenEncoder = opened.texts if modality == "text" else opened.classifier
+        self._place = opened.space.texts if modality == "text" else opened.space.pictures
+        self.reader = self._encoder.reader
+        self.view = self._encoder.view
+
+    def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
+        return self._encoder.read(value, rng)
+
+    def _embed(self, clips: np.ndarray) -> Tensor:
+        return self._place(self._encoder.embed(clips))
+
+
+class _Conse(NamedTuple):
+    """What the two modalities of `ConseEncoder` share."""
+
+    classifier: TimmEncoder
+    texts: SentenceTransformerEncoder
+    space: NameSpace
+    fingerprint: str
+
+
+@cache
+def _open_conse(name: str) -> _Conse:
+    both = ConseName.parse(name)
+    if both is None:
+        raise UserError(f"{name}: expected {CONSE}:{TIMM}:NAME+{SENTENCE_TRANSFORMERS}:NAME")
+    classifier = TimmEncoder(both.classifier, "image", classifies=True)
+    texts = SentenceTransformerEncoder(both.texts, "text")
+    names = class_names(classifier.network, both.classifier)
+
+    def read(folder: Path) -> np.ndarray:
+        return np.fromfile(folder / "vectors.f32", np.float32).reshape(len(names), texts.features)
+
+    def write(folder: Path) -> None:
+        texts.embed(np.array(names, object)).float().cpu().numpy().tofile(folder / "vectors.f32")
+
+    # In the cache, because thousands of names take longer to embed than a query.
+    name_KD = torch.from_numpy(cached("names", stable_hash([texts.fingerprint, *names]), read, write))
+    parts = [classifier.fingerprint, texts.fingerprint, names, MAX_CLASSES, TEMPERATURE]
+    return _Conse(classifier, texts, NameSpace(name_KD.to(pick_device())), stable_hash(parts)[:16])
 
 
 class _WholeFrames(Video):
@@ -272,12 +325,15 @@ def open_encoder(name: str, modality: str, embeds: bool = False) -> FrozenEncode
             return TimmEncoder(name, modality)
         if scheme == OPEN_CLIP:
             return OpenClipEncoder(name, modality)
+        if scheme == CONSE:
+            return ConseEncoder(name, modality)
         return OwnEncoder(name, modality, embeds)
 
 
 def release_encoders() -> None:
     """Forgets all open models, so that those that no tower uses free their memory."""
     _open.cache_clear()
+    _open_conse.cache_clear()
     close_all()
 
 
@@ -288,6 +344,8 @@ def vector_sizes(name: str) -> dict[str, int]:
         return {"image": TimmEncoder(name, "image").features}
     if scheme == OPEN_CLIP:
         return dict.fromkeys(OPEN_CLIP_MODALITIES, open_open_clip(name).features)
+    if scheme == CONSE:
+        return dict.fromkeys(CONSE_MODALITIES, open_encoder(name, "text").features)
     if scheme == SENTENCE_TRANSFORMERS:
         library, _ = open_sentence_transformer(name)
         names = [modality for modality in library.modalities if isinstance(modality, str) and modality != "message"]

@@ -210,12 +210,13 @@ def _require_config(name: str, folder: Path) -> None:
 
 
 @cache
-def open_timm(name: str) -> tuple[Any, Any, str]:
-    """A model of timm, its transform of pictures, and its fingerprint."""
+def open_timm(name: str, classifies: bool = False) -> tuple[Any, Any, str]:
+    """A model of timm, its transform of pictures, and its fingerprint. `classifies` keeps its classifier."""
     with opening_timm(name) as identifier:
         import timm
 
-        trunk = timm.create_model(identifier, pretrained=True, num_classes=0).eval().requires_grad_(False)
+        options: dict[str, Any] = {} if classifies else {"num_classes": 0}
+        trunk = timm.create_model(identifier, pretrained=True, **options).eval().requires_grad_(False)
     config = timm.data.resolve_data_config(model=trunk)
     fingerprint = stable_hash([weights_hash(trunk).hexdigest(), sorted(config.items())])[:16]
     return trunk.to(pick_device()), timm.data.create_transform(**config), fingerprint

@@ -60,7 +60,7 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
     Args:
         path: a run, whose newest checkpoint is opened; a checkpoint; a folder that `Model.save` wrote; openimp:base,
             which comes with openimp; a model on the Hugging Face Hub, hub:OWNER/NAME or hub:OWNER/NAME@REVISION; or a
-            public model, open_clip:NAME/TAG. docs/names.md lists all names.
+            public model, open_clip:NAME/TAG or conse:CLASSIFIER+TEXTS. docs/names.md lists all names.
         device: where the model computes. None: on the GPU if there is one, else on the CPU.
         precision: "auto", "bf16" or "fp32". "auto" is bf16 if that is faster on the device. In fp32, an embedding is
             the same in any batch, up to 1e-5.

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 
 from openimp.checkpoint.folder import CONFIG, RECIPE, name_file_copies
 from openimp.common.errors import UserError, library_errors
-from openimp.common.names import Name, is_bundled
+from openimp.common.names import Name, is_bundled, single_names
 from openimp.common.progress import console
 from openimp.common.versions import openimp_version
 from openimp.data.files import DEMO
@@ -82,7 +82,8 @@ def write(model: Model, name: str, license: str | None, folder: Path) -> None:
         raise UserError("openimp did not train this public model, so there is nothing to publish; load it by its name")
     for stem, options in model.config.modalities.items():
         tower = getattr(options, "tower", None)
-        if tower is not None and (Name.parse(tower).scheme is None or Name.parse(tower).folder):
+        tower_names = [Name.parse(part) for part in single_names(tower)] if tower is not None else []
+        if any(part.scheme is None or part.folder for part in tower_names):
             raise UserError(
                 f"modalities.{stem}.tower: {tower} is on this machine; publish the tower, and train again with its "
                 "name on the Hub"

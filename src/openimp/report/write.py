@@ -12,7 +12,7 @@ from openimp.checkpoint.folder import MANIFEST, RECIPE, checkpoints, load_model,
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modalities
-from openimp.common.names import OPEN_CLIP, Name, has_scheme
+from openimp.common.names import PUBLIC, Name, has_scheme
 from openimp.common.progress import Progress, notice
 from openimp.common.protocols import Pictured
 from openimp.common.safe_files import refuse_links, write_text
@@ -50,7 +50,7 @@ def write_report(
     directory for a model of the Hub.
     """
     if has_scheme(run):
-        if Name.parse(run).scheme == OPEN_CLIP:
+        if Name.parse(run).scheme in PUBLIC:
             raise UserError(f"{run}: a public model has no training to report on")
         run = find_model(run)
         out = out or Path(f"{read_config(run)[0].name}.html")

@@ -10,7 +10,7 @@ from secrets import token_hex
 from openimp.checkpoint.find import model_name
 from openimp.common.errors import UserError, counted, escaped
 from openimp.common.modality import Modalities
-from openimp.common.names import OPEN_CLIP, Name, absolute_name, has_scheme, is_bundled, is_url
+from openimp.common.names import PUBLIC, Name, absolute_name, has_scheme, is_bundled, is_url
 from openimp.common.progress import Progress, console, notice, track
 from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
@@ -102,7 +102,7 @@ def build_index(
         paths = ()
     import_lancedb()  # Fails before the model is loaded and a folder is made.
     name = model_name(model)
-    if paths is None and Name.parse(name).scheme == OPEN_CLIP:
+    if paths is None and Name.parse(name).scheme in PUBLIC:
         raise UserError(f"{name}: comes without media; name files or folders, and the index with --out")
     roots = None if paths is None else [_on_disk(path) for path in paths]
     forgotten = [Path(os.path.expanduser(path)) for path in forget]
