@@ -8,11 +8,6 @@ ids, paths, ranges, methods and parameters. An upload must be encoded, or refuse
 error of the server, or return bytes of a file that is not indexed. Afterwards, the page must still answer a search, its
 process must have printed no traceback, and its peak memory must be below the limit.
 
-Then 1 and 16 clients ask for pages. Last, queries are answered while many clients are idle, slow, or send what takes
-long (tests/slow_clients.py): one kind after the other and all at once, each with a new server, on an index of small
-files and of six rows with pictures of 30 MB. Their times, alone and under load, are medians of 40. Temporary files are
-measured meanwhile; those of uploads have no name and are not seen.
-
 The exit code is 1 if anything failed. `--write` writes docs/results/serve.md.
 """
 
@@ -20,11 +15,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from pathlib import Path
-from threading import Event, Thread
 from urllib.parse import quote
 
 import numpy as np
@@ -34,18 +26,14 @@ from benchmarks.fuzz import FORMATS, mutated
 from benchmarks.trainings import most_memory
 from openimp.common.progress import track
 from openimp.recipe.schema import Recipe
-from openimp.search import build_index, open_index
-from tests import little, slow_clients
+from openimp.search import build_index
+from tests import little
 from tests.made_models import write_untrained
 from tests.served import Answer, Server, serving
 
 MEMORY = 1500 * 10**6
 """Limit on the peak memory of the server, in bytes. Python, torch and LanceDB use about 600 MB of it."""
 LIBRARIES = ("starlette", "uvicorn", "lancedb", "pillow", "av", "soundfile", "torch")
-LOADED_MEMORY = 10**9
-"""The same under load."""
-SLOWER = 3
-"""How much longer a query may take under load."""
 SECRET = b"bytes of a file that is not indexed"
 CHANGES = [
     "tasks.named.objectives=[{type: contrastive}]",
@@ -126,69 +114,6 @@ def requests(server: Server, folder: Path, known: str, seed: int, count: int) ->
                 )
 
 
-@contextmanager
-def peak_of(measure: Callable[[], int]) -> Iterator[list[int]]:
-    """Measures again and again; the list has the largest value."""
-    peak, done = [0], Event()
-
-    def watch() -> None:
-        while not done.wait(0.05):
-            peak[0] = max(peak[0], measure())
-
-    thread = Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
-
-
-def temporary_bytes(folders: set[Path]) -> int:
-    """Bytes of the files in temporary folders of servers."""
-    sizes = 0
-    for file in (file for folder in folders for file in folder.iterdir()):
-        with suppress(FileNotFoundError):
-            sizes += file.stat().st_size
-    return sizes
-
-
-def temporary_folders() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("openimp-serve-*"))
-
-
-def measure_load(index: Path) -> tuple[list[list[str]], list[str]]:
-    """Rows of the table of clients that hold up the server, and failures."""
-    media = [hit.id for hit in open_index(index, allow_sources=True).search("large", under="large")]
-    rows, failures = [], []
-    for kind, clients in slow_clients.KINDS.items():
-        others = temporary_folders()
-        with serving(index, "--allow-sources") as server:
-            quiet = slow_clients.seconds_per_query(server)
-            folders = temporary_folders() - others
-            with peak_of(lambda: temporary_bytes(folders)) as peak, clients(server, media):  # noqa: B023
-                loaded = slow_clients.seconds_per_query(server)
-            memory = most_memory(server.process)
-            server.process.kill()  # It need not end what it decodes.
-        if loaded > SLOWER * quiet:
-            failures.append(f"{kind}: a query takes {loaded / quiet:.1f} times as long as alone")
-        if memory > LOADED_MEMORY:
-            failures.append(f"{kind}: the server used {memory:,} bytes")
-        times = [f"{1e3 * quiet:.0f} ms", f"{1e3 * loaded:.0f} ms", f"{loaded / quiet:.1f}"]
-        rows.append([kind, *times, f"{memory / 1e6:.0f} MB", f"{peak[0] / 1e6:.0f} MB"])
-    return rows, failures
-
-
-def pages_per_second(server: Server, clients: int) -> float:
-    """How many pages several clients get."""
-    texts = [f"a {name} {noun}" for name in little.PICTURES for noun in ("square", "tone", "circle", "line")] * 4
-    with ThreadPoolExecutor(clients) as pool:
-        begin = time.perf_counter()
-        answers = list(pool.map(lambda text: server.ask(f"/?q={quote(text)}"), texts))
-    assert all(answer.status == 200 for answer in answers)
-    return len(texts) / (time.perf_counter() - begin)
-
-
 def main() -> int:
     parser = results_page.make_parser(__doc__)
     parser.add_argument("--uploads", type=int, default=2000)
@@ -215,10 +140,6 @@ def main() -> int:
             if server.items("q=red")[0] != known:
                 failures.append("the page answers no search any more")
             memory = most_memory(server.process)
-            throughput = {clients: pages_per_second(server, clients) for clients in (1, 16)}
-        (folder / "load").mkdir()
-        load_rows, load_failures = measure_load(slow_clients.write_index(folder / "load"))
-    failures += load_failures
     failures += [
         f"{count} uploads {outcome}" for outcome, count in uploads.items() if outcome not in ("encoded", "refused")
     ]
@@ -229,19 +150,15 @@ def main() -> int:
         ["slowest upload", f"{slowest:.2f} s"],
         *([f"requests that were answered with {status}", f"{count:,}"] for status, count in sorted(asked.items())),
         ["peak memory of the server", f"{memory / 1e6:.0f} MB"],
-        *([f"pages per second, {clients} at once", f"{rate:.0f}"] for clients, rate in throughput.items()),
         ["failures", str(len(failures))],
     ]
     explanation = """
 A failure is an upload that is neither encoded nor refused in a sentence, a status of 500 or above, bytes of
-a file that is not indexed, a page that no longer answers, a traceback, or more than 1,500 MB of memory. Under
-load, it is also a query that takes more than three times as long as alone, or more than 1,000 MB of memory.
+a file that is not indexed, a page that no longer answers, a traceback, or more than 1,500 MB of memory.
 """
     head = results_page.head("Hostile uploads and requests to the search page", *LIBRARIES)
     head += f"- Seed: {args.seed}\n"
-    load_header = ["clients", "query alone", "under load", "ratio", "peak memory", "temporary files"]
-    load = results_page.table(load_header, *load_rows)
-    results_page.publish(f"{head}\n{results_page.table(['', ''], *rows)}{explanation}\n{load}", "serve", args.write)
+    results_page.publish(f"{head}\n{results_page.table(['', ''], *rows)}{explanation}", "serve", args.write)
     print(*failures, sep="\n")
     return int(bool(failures))
 
